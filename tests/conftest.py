@@ -1,0 +1,71 @@
+"""Shared pieces of the tests: runs of the real entry point on tiny models, in this process or a fresh one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "task=story_nli",
+    "model=tiny_bert",
+    "task.max_train_rows=128",
+    "task.max_eval_rows=48",
+    "task.batch_size=8",
+    "task.epochs=2",
+    "lr=1e-3",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _single_thread() -> None:
+    """Tiny models run faster on one thread, and results do not depend on the number of cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def compose(*overrides: str) -> Any:
+    """Compose the real configuration with overrides and resolve it, as the entry point does."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from wlora.config import config_folder, register_schema
+    from wlora.validation import resolve
+
+    register_schema()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        return resolve(OmegaConf.to_object(hydra_compose("config", overrides=list(overrides))))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def run_tiny(tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that runs a tiny experiment in this process and returns its record."""
+
+    def run(*overrides: str, results: Path = tmp_path) -> Any:
+        from wlora import experiment
+
+        return experiment.run(compose(*TINY, f"results_dir={results}", *overrides))
+
+    return run
+
+
+def run_cli(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m wlora.run` in a fresh process that cannot reach a hub."""
+    settings = {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings | environment
+    return subprocess.run(
+        [sys.executable, "-m", "wlora.run", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd or ROOT,
+        env=env,
+        timeout=300,
+    )

@@ -1,0 +1,153 @@
+"""Encoding, batching and scoring of single sentences, pairs and values, on rows written by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from wlora.config import TaskConfig
+from wlora.errors import ConfigError
+from wlora.tasks import build_task
+from wlora.tasks.classification import SequenceClassification
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "was", "good", "bad", "very"]
+PAD, UNK, CLS, SEP, THE, FILM, WAS, GOOD, BAD, VERY = range(len(WORDS))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words in BERT's format."""
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def _task(**fields: Any) -> SequenceClassification:
+    known: dict[str, Any] = {
+        "name": "sst2",
+        "kind": "classification",
+        "benchmark": "glue",
+        "columns": ["sentence"],
+        "labels": ["negative", "positive"],
+        "validation": ["validation"],
+        "metrics": ["accuracy"],
+        "primary_metric": "accuracy",
+        "max_length": 128,
+    }
+    task = build_task(TaskConfig(**(known | fields)))
+    assert isinstance(task, SequenceClassification)
+    return task
+
+
+SENTENCES = Dataset.from_dict({"sentence": ["the film was very good", "bad"], "label": [1, 0]})
+PAIRS = Dataset.from_dict({"premise": ["very good", "bad"], "hypothesis": ["good", "the film was bad"], "label": [0, 2]})
+VALUES = Dataset.from_dict({"sentence1": ["good"], "sentence2": ["very good"], "label": [3.75]})
+
+
+def test_single_sentences(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = _task()
+    encoded = task.encode(SENTENCES, tokenizer)
+    assert (task.head, task.num_labels, task.primary_metric) == ("sequence_classification", 2, "accuracy")
+    assert encoded[:]["input_ids"] == [[CLS, THE, FILM, WAS, VERY, GOOD, SEP], [CLS, BAD, SEP]]
+    assert encoded[:]["length"] == [7, 3]
+    batch = task.collate([encoded[0], encoded[1]], tokenizer)
+    assert batch["input_ids"].tolist()[1] == [CLS, BAD, SEP, PAD, PAD, PAD, PAD]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [7, 3]
+    assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == [1, 0]
+    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+
+
+def test_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = _task(columns=["premise", "hypothesis"], labels=["entailment", "neutral", "contradiction"])
+    encoded = task.encode(PAIRS, tokenizer)
+    assert task.num_labels == 3
+    assert encoded[0]["input_ids"] == [CLS, VERY, GOOD, SEP, GOOD, SEP]
+    assert encoded[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+    batch = task.collate([encoded[0], encoded[1]], tokenizer)
+    assert batch["input_ids"].shape == (2, 8)
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]]
+
+
+def test_regression(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = _task(
+        columns=["sentence1", "sentence2"], labels=[], metrics=["pearson", "spearman", "corr"], primary_metric="corr"
+    )
+    encoded = task.encode(VALUES, tokenizer)
+    batch = task.collate([encoded[0]], tokenizer)
+    assert task.num_labels == 1
+    assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [3.75]
+    predictions = task.predict(SimpleNamespace(logits=torch.tensor([[0.5], [2.0]], dtype=torch.bfloat16)))
+    assert predictions.dtype == torch.float32 and predictions.tolist() == [0.5, 2.0]
+    found = task.score("validation", np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+    assert found == pytest.approx({"pearson": 1.0, "spearman": 1.0, "corr": 1.0})
+
+
+def test_a_batch_is_as_long_as_its_longest_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = _task()
+    encoded = task.encode(SENTENCES, tokenizer)
+    assert task.collate([encoded[1]], tokenizer)["input_ids"].shape == (1, 3)
+    assert task.collate([encoded[1], encoded[0]], tokenizer)["input_ids"].shape == (2, 7)
+
+
+def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = _task(max_length=7)
+    task.encode(SENTENCES, tokenizer)
+    assert task.truncated_share == 0.0  # the longer row has exactly 7 tokens
+    task = _task(max_length=6)
+    encoded = task.encode(SENTENCES, tokenizer)
+    assert task.truncated_share == 0.5
+    assert encoded[:]["length"] == [6, 3]
+
+
+def test_many_rows_stay_in_order(tokenizer: PreTrainedTokenizerFast) -> None:
+    labels = [row % 2 for row in range(5000)]
+    rows = Dataset.from_dict({"sentence": [WORDS[GOOD + label] for label in labels], "label": labels})
+    encoded = _task().encode(rows, tokenizer)
+    assert encoded[:]["labels"] == labels
+    assert [ids[1] - GOOD for ids in encoded[:]["input_ids"]] == labels
+
+
+def test_classes_are_predicted_by_the_highest_logit() -> None:
+    predictions = _task().predict(SimpleNamespace(logits=torch.tensor([[0.1, 0.2], [3.0, -1.0]])))
+    assert predictions.dtype == torch.int64 and predictions.tolist() == [1, 0]
+
+
+def test_further_splits_have_keys_of_their_own() -> None:
+    mnli = _task(
+        labels=["entailment", "neutral", "contradiction"], validation=["validation_matched", "validation_mismatched"]
+    )
+    hit, half = np.array([0, 1]), np.array([0, 2])
+    assert mnli.score("validation_matched", hit, hit) == {"accuracy": 1.0}
+    assert mnli.score("validation_mismatched", half, hit) == {"accuracy_mismatched": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "clasification"}, "task.kind=clasification"),
+        ({"metrics": ["acuracy"]}, "task.metrics=acuracy"),
+        ({"primary_metric": "f1"}, "task.primary_metric=f1"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _task(**fields)

@@ -1,0 +1,153 @@
+"""The one layer behind every method: gated low-rank components beside a frozen linear.
+
+    h = W x + s · ω · B diag(g) A x        A: r×d_in   B: d_out×r   g: r gates   ω: one gate   s: constant
+
+Policies (`wlora.methods`) decide what the gates do; this module only knows how.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Extension = Literal["qr", "gaussian", "uniform"]
+
+
+class LowRankAdapter(nn.Module):
+    """The trainable part of one adapted linear.
+
+    `A` is r×d_in with the kaiming-uniform initialisation of LoRA (bound 1/√d_in), `B` is d_out×r and zero, so the
+    function is unchanged at the start. `omega` (0-dim) and `gates` (r) are parameters that exist only where a
+    policy asks for them; whether they train is their `requires_grad`.
+
+    Args:
+        d_in: width of the input.
+        d_out: width of the output.
+        rank: number of components, at least 1.
+        scale: the constant s, usually alpha / rank.
+        dropout: probability of dropping an input element while training.
+        omega: initial value of the adapter's gate, or None for an adapter without one.
+        positive: if true, a gate ω ≤ 0 contributes nothing in the forward pass (paper §3.3) while its gradient is
+            still s·⟨∂L/∂h, B A x⟩, so that it may return; if false ω multiplies as it is.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        omega: float | None = None,
+        positive: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, d_in, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, device=device, dtype=dtype))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.gates: nn.Parameter | None = None
+        self.omega: nn.Parameter | None = None
+        if omega is not None:
+            self.omega = nn.Parameter(torch.tensor(omega, device=device, dtype=dtype))
+        self.scale = scale
+        self.positive = positive
+        self.dropout = dropout
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return int(self.A.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return s·ω·B diag(g) A x for x of shape [..., d_in], in the adapter's own dtype; no d×d product is built."""
+        components = F.linear(F.dropout(x, self.dropout, self.training).to(self.A.dtype), self.A)
+        return F.linear(components * self._weighting(), self.B)
+
+    def _weighting(self) -> Tensor | float:
+        """Return the factor of every component: a number, or a tensor of shape [] or [r]."""
+        weighting: Tensor | float = self.scale
+        if self.omega is not None:
+            weighting = weighting * (_positive_part(self.omega) if self.positive else self.omega)
+        if self.gates is not None:
+            weighting = weighting * self.gates
+        return weighting
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """Return ΔW = s·ω·B diag(g) A as a d_out×d_in matrix, for folding and tests; never used in training."""
+        delta: Tensor = (self.B * self._weighting()) @ self.A
+        return delta
+
+    @torch.no_grad()
+    def prune(self, keep: Tensor) -> None:
+        """Keep only the components whose indices (or boolean mask) are given; parameters are new objects."""
+        self.A = nn.Parameter(self.A[keep], self.A.requires_grad)
+        self.B = nn.Parameter(self.B[:, keep], self.B.requires_grad)
+        if self.gates is not None:
+            self.gates = nn.Parameter(self.gates[keep], self.gates.requires_grad)
+
+    @torch.no_grad()
+    def extend(self, rank: int, *, how: Extension, generator: torch.Generator) -> None:
+        """Grow to `rank` components without changing the function (paper §3.4); parameters are new objects.
+
+        New columns of B are zero. `gaussian` appends rows of N(0, 1/d_in) to A. `qr` factors Aᵀ = QR, sets A to Qᵀ
+        and B to B Rᵀ, and appends rows of N(0, 1/d_in) projected off the span of Q. `uniform` is `qr` with rows of
+        U[0, 1), as in the release.
+
+        Raises:
+            ValueError: `rank` is below the present rank or above the input's width.
+        """
+        r, d_in = self.A.shape
+        if not r <= rank <= d_in:
+            raise ValueError(f"an adapter of rank {r} on {d_in} inputs cannot be extended to rank {rank}")
+        draw = torch.rand if how == "uniform" else torch.randn
+        rows = draw(rank - r, d_in, generator=generator, dtype=self.A.dtype).to(self.A.device)
+        if how != "uniform":
+            rows /= math.sqrt(d_in)
+        A, B = self.A.detach(), self.B.detach()
+        if how in ("qr", "uniform"):
+            Q, R = torch.linalg.qr(A.T)
+            A, B = Q.T, B @ R.T
+            rows = rows - (rows @ Q) @ Q.T
+        self.A = nn.Parameter(torch.cat([A, rows]))
+        self.B = nn.Parameter(torch.cat([B, B.new_zeros(B.shape[0], rank - r)], dim=1))
+        if self.gates is not None:
+            ones = self.gates.new_ones(rank - r)
+            self.gates = nn.Parameter(torch.cat([self.gates.detach(), ones]), self.gates.requires_grad)
+
+    @torch.no_grad()
+    def fix_omega(self) -> None:
+        """Stop training ω: its value stays as a constant factor."""
+        if self.omega is not None:
+            self.omega.requires_grad_(False)
+            self.omega.grad = None
+
+    def count(self) -> int:
+        """Return the number of elements of A and B (ω and g are not counted, as in the paper's tables)."""
+        return self.A.numel() + self.B.numel()
+
+
+class AdaptedLinear(nn.Module):
+    """A linear-like module with an adapter beside it: it only calls the base and adds the adapter's output."""
+
+    def __init__(self, base: nn.Module, adapter: LowRankAdapter) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter = adapter
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return base(x) + adapter(x) in the base's output dtype, for x of shape [..., d_in]."""
+        out: Tensor = self.base(x, *args, **kwargs)
+        return out + self.adapter(x).to(out.dtype)
+
+
+def _positive_part(omega: Tensor) -> Tensor:
+    """Return max(ω, 0) whose gradient with respect to ω is 1 everywhere (straight-through)."""
+    return omega + (omega.clamp(min=0) - omega).detach()

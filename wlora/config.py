@@ -1,0 +1,161 @@
+"""The typed schema of a run, and its identity.
+
+The YAML files under `conf/` fill these dataclasses; Hydra composes them and refuses unknown keys and wrong
+types. Ranges are checked in `wlora.validation`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+RUN_ID_VERSION = 1
+
+
+@dataclass
+class TaskConfig:
+    """A benchmark: where its rows come from, how they are read and what is reported."""
+
+    name: str = MISSING
+    kind: str = MISSING
+    benchmark: str = MISSING
+    hub_id: str | None = None
+    subset: str | None = None
+    generator: str | None = None
+    columns: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    primary_metric: str = MISSING
+    epochs: float = MISSING
+    batch_size: int = MISSING
+    eval_batch_size: int = 64
+    max_length: int = 128
+    train_rows: int | None = None
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+    path: str | None = None
+    revision: str = "main"
+
+
+@dataclass
+class ModelConfig:
+    """A pretrained model, or (`source: random`) an architecture with fixed random weights."""
+
+    name: str = MISSING
+    source: str = MISSING
+    hub_id: str | None = None
+    revision: str = "main"
+    package: str | None = None
+    sha256: str | None = None
+    path: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    accumulation_steps: int | None = None
+    k: int | None = None
+
+
+@dataclass
+class TrainConfig:
+    """Everything about the training loop that has no short key of its own."""
+
+    max_steps: int | None = None
+    accumulation_steps: int | None = None
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    eval_every: int | None = None
+
+
+@dataclass
+class Config:
+    """One run. The short keys at the top are the ones sweeps turn; a method's YAML interpolates those it reads."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: dict[str, Any] = field(default_factory=dict)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.05
+    lr: float = 5e-4
+    warmup: int | None = None
+    seed: int = 0
+    k: int | None = None
+    targets: str = "qkv"
+    precision: str = "auto"
+    compat: str = "paper"
+    results_dir: str = "results"
+    offline: bool = False
+    dry_run: bool = False
+    force: bool = False
+    experiment: str | None = None
+
+
+def register_schema() -> None:
+    """Make the dataclasses the schema that `conf/config.yaml` starts from."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def config_folder() -> Path:
+    """Return the folder of the YAML files: inside an installed wheel, else beside the package."""
+    installed = Path(__file__).parent / "conf"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def scientific_fields(config: Config, *, task_data: str | None, model_data: str | None, precision: str) -> dict[str, Any]:
+    """Collect what decides the numbers of a run, and nothing else (no path, device or logging).
+
+    Args:
+        config: a resolved configuration.
+        task_data: content fingerprint of local or generated data, None for the hub.
+        model_data: content fingerprint of local weights, None for the hub.
+        precision: the precision chosen for this machine, never `auto`.
+    """
+    task = dataclasses.asdict(config.task)
+    model = dataclasses.asdict(config.model)
+    train = dataclasses.asdict(config.train)
+    for key in ("path", "eval_batch_size", "generator", "train_rows") + (
+        ("hub_id", "subset", "revision") if task_data else ()
+    ):
+        del task[key]
+    for key in ("path", "package", "sha256", "accumulation_steps", "k"):
+        del model[key]
+    if model_data:
+        for key in ("name", "source", "hub_id", "revision", "architecture"):
+            del model[key]
+    del train["eval_every"]
+    return {
+        "version": RUN_ID_VERSION,
+        "task": {**task, "data": task_data},
+        "model": {**model, "data": model_data},
+        "method": config.method,
+        "train": train,
+        "lr": config.lr,
+        "warmup": config.warmup,
+        "seed": config.seed,
+        "compat": config.compat,
+        "precision": precision,
+    }
+
+
+def run_id(fields: dict[str, Any]) -> str:
+    """Return the identity of a run: 16 hex digits of the SHA-256 of its scientific fields as canonical JSON."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """Return a 63-bit seed for one named random stream of a run.
+
+    The streams `init`, `order`, `dropout` and `choice` are independent: drawing more from one never moves
+    another, so two methods on one seed share initialisation and data order.
+    """
+    digest = hashlib.sha256(f"wlora/{seed}/{stream}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

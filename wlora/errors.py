@@ -1,0 +1,43 @@
+"""The two kinds of failure a user meets, each told in one or two lines.
+
+Nothing here imports a heavy package: both are raised before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+
+
+class ConfigError(Exception):
+    """The request cannot be run as it stands: a wrong key, value, file or folder. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunFault(Exception):
+    """The request was fine and the run failed underway: a full disk, a diverged loss. Exit code 1."""
+
+    exit_code = 1
+
+
+def wrong_value(key: str, value: object, allowed: str) -> ConfigError:
+    """Build the standard message for a bad value: the key, the value and what is allowed."""
+    return ConfigError(f"{key}={value}: allowed is {allowed}")
+
+
+def unknown_name(
+    given: str, name: str, names: Iterable[str], *, say: Callable[[str], str] = lambda near: near
+) -> ConfigError:
+    """Build the standard message for an unknown name, with the nearest known one.
+
+    Args:
+        given: what the user wrote, as it is shown.
+        name: the unknown name.
+        names: the known ones.
+        say: how the nearest name is shown.
+    """
+    known = sorted(names)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {say(near[0])}?" if near else ""
+    return ConfigError(f"{given} is unknown{hint}\nallowed: {', '.join(known)}")

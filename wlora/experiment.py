@@ -1,0 +1,293 @@
+"""One run, told once, from configuration to record:
+
+config -> task -> model -> adapters -> training loop -> metrics -> record
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import traceback
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from wlora.config import Config, run_id, scientific_fields, stream_seed
+from wlora.methods import build_method
+from wlora.methods.base import Method, Setting, Steps
+from wlora.models.loading import build_on_meta, head_parameters, load_model, load_tokenizer
+from wlora.models.source import ModelSource, locate
+from wlora.models.targets import list_targets, read_architecture
+from wlora.precision import Precision, choose_precision, lower_base
+from wlora.records import Record, RecordStore, describe_environment, peak_memory
+from wlora.tasks import build_task
+from wlora.tasks.data import fingerprint, load_splits
+from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
+from wlora.training.plan import Plan, make_plan
+
+
+def run(config: Config) -> Record:
+    """Run one configuration, or return its record if it has already succeeded.
+
+    Raises:
+        ConfigError: the request cannot be run; nothing was written.
+        RunFault: the run failed underway; the record says how.
+    """
+    begin = time.perf_counter()
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    precision = choose_precision(config.precision, accelerator.device)
+    source = locate(config.model)
+    record = _open_record(config, source, precision)
+    store = RecordStore(config.results_dir)
+    done = store.read(record.run_id)
+    if done is not None and done.status == "success" and not config.force:
+        say(
+            f"{record.run_id} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(record.run_id)})"
+        )
+        return done
+
+    task = build_task(config.task)
+    splits = load_splits(config.task, offline=config.offline)
+    plan = make_plan(config, len(splits.rows["train"]))
+    method = build_method(config.method, release=config.compat == "release")
+    method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
+    _announce(config, record.run_id, plan, precision)
+
+    tokenizer = load_tokenizer(config.model, source)
+    model = load_model(
+        config.model,
+        source,
+        tokenizer,
+        head=task.head,
+        num_labels=task.num_labels,
+        seed=stream_seed(config.seed, "init"),
+    )
+    head = attach(model, method, config)
+    lower_base(model, precision)
+    model.to(accelerator.device)
+    record.parameters = count_parameters(model, method, head)
+    record.task.update(version=splits.revision, data=splits.fingerprint, train_rows=plan.rows)
+    record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
+    record.environment = describe_environment(str(accelerator.device), precision.name, accelerator.num_processes)
+
+    curve = store.curve(record.run_id)
+    main = accelerator.is_main_process
+    if main:
+        store.write(record)
+    try:
+        data = Data(
+            train=task.encode(splits.rows["train"], tokenizer),
+            validation={name: task.encode(splits.rows[name], tokenizer) for name in config.task.validation},
+        )
+        trainer = Trainer(
+            model=model,
+            method=method,
+            head=list(head.values()),
+            task=task,
+            tokenizer=tokenizer,
+            data=data,
+            plan=plan,
+            settings=_loop_settings(config, method, precision),
+            accelerator=accelerator,
+            log=curve if main else _ignore,
+        )
+        result = trainer.run()
+    except BaseException as error:
+        record.status, record.error = _classify(error)
+        record.seconds = {"total": time.perf_counter() - begin}
+        if main:
+            store.write(record)
+        raise
+    _complete(record, result, method, begin)
+    if main:
+        say(_summary(record, method, str(store.write(record))))
+    return record
+
+
+def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, nn.Parameter]:
+    """Attach the method's adapters to a frozen model and let the head train; returns the head's trainable parameters.
+
+    In `compat=release` the head keeps its random initialisation, as in the release (methods note §1.3).
+    """
+    architecture = model.config.to_dict()
+    torch.manual_seed(stream_seed(config.seed, "adapters"))
+    choice = torch.Generator().manual_seed(stream_seed(config.seed, "choice"))
+    targets = list_targets(architecture, config.method.get("targets", config.targets))
+    method.attach(model, Setting(targets, list_targets(architecture, "all"), choice))
+    head = {} if config.compat == "release" else head_parameters(model)
+    for parameter in head.values():
+        parameter.requires_grad_(True)
+    return head
+
+
+def count_parameters(model: nn.Module, method: Method, head: dict[str, nn.Parameter]) -> dict[str, int]:
+    """Count elements: adapters at the start (for full fine-tuning the base), trainable head, and the bare model."""
+    in_head = {id(p) for p in head.values()}
+    adapter_elements = {id(p): p.numel() for a in method.adapters.values() for p in a.parameters()}
+    base = [p for p in model.parameters() if id(p) not in adapter_elements]
+    trainable_base = sum(p.numel() for p in base if p.requires_grad and id(p) not in in_head)
+    return {
+        "adapter_initial": method.adapters.count(),
+        "adapter_final": method.adapters.count(),
+        "base": trainable_base,
+        "head": sum(p.numel() for p in head.values()),
+        "total": sum(p.numel() for p in base),
+    }
+
+
+def describe(config: Config) -> str:
+    """Say what a run would do (`dry_run`): adapters, parameters, steps, whether it is done. Needs no weights."""
+    source = locate(config.model)
+    precision = choose_precision(config.precision, Accelerator(cpu=not torch.cuda.is_available()).device)
+    record = _open_record(config, source, precision)
+    task = build_task(config.task)
+    method = build_method(config.method, release=config.compat == "release")
+    rows = _known_rows(config)
+    if rows is not None:
+        plan = make_plan(config, rows)
+        method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
+    model = build_on_meta(config.model, _countable(config, source), head=task.head, num_labels=task.num_labels)
+    head = attach(model, method, config)
+    counts = count_parameters(model, method, head)
+    trainable = counts["adapter_initial"] + counts["base"]
+    done = RecordStore(config.results_dir).read(record.run_id)
+    lines = [
+        f"run        {record.run_id} ({'record exists: ' + done.status if done else 'no record yet'})",
+        f"model      {config.model.name}, {counts['total']:,} parameters, precision {precision.name} ({precision.reason})",
+        f"adapters   {len(method.adapters)} of method={config.method['name']}",
+        f"trainable  {trainable:,} adapter parameters ({trainable / counts['total']:.2%} of the model)"
+        if not counts["base"]
+        else f"trainable  {trainable:,} base parameters ({trainable / counts['total']:.2%} of the model)",
+        f"head       {counts['head']:,} trainable parameters of head and pooler",
+        "steps      unknown until the data are there"
+        if rows is None
+        else f"steps      {plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
+        f"{plan.accumulation_steps}), warm-up {plan.warmup}",
+    ]
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Print for the user, on the main process only."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def _open_record(config: Config, source: ModelSource, precision: Precision) -> Record:
+    fields = scientific_fields(
+        config, task_data=fingerprint(config.task), model_data=source.fingerprint, precision=precision.name
+    )
+    return Record(
+        run_id=run_id(fields),
+        status="running",
+        config=dataclasses.asdict(config),
+        task={"name": config.task.name},
+        model={"name": config.model.name, "fingerprint": source.fingerprint},
+        primary_metric=config.task.primary_metric,
+    )
+
+
+def _loop_settings(config: Config, method: Method, precision: Precision) -> Settings:
+    base_trains = any(p.requires_grad for p in getattr(method, "_parameters", ()))
+    return Settings(
+        lr=config.lr,
+        weight_decay=config.train.weight_decay,
+        max_grad_norm=config.train.max_grad_norm,
+        eval_batch_size=config.task.eval_batch_size,
+        order_seed=stream_seed(config.seed, "order"),
+        dropout_seed=stream_seed(config.seed, "dropout"),
+        release=config.compat == "release",
+        scale_loss=precision.name == "fp16",
+        autocast=precision.dtype if base_trains and precision.name != "fp32" else None,
+    )
+
+
+def _complete(record: Record, result: Result, method: Method, begin: float) -> None:
+    """Fill in what a finished training left behind."""
+    kept = method.kept()
+    record.status = "success"
+    record.metrics = {key: float(value) for key, value in result.metrics.items()}
+    record.parameters["adapter_final"] = sum(adapter.count() for adapter in kept.values())
+    record.adapters = [
+        {"name": name, "omega": None if a.omega is None else float(a.omega.detach()), "rank": a.rank}
+        for name, a in kept.items()
+    ]
+    record.events = [{"step": event.step, "kind": event.kind, **event.details} for event in result.events]
+    record.seconds = {
+        "train": result.train_seconds,
+        "eval": result.eval_seconds,
+        "total": time.perf_counter() - begin,
+    }
+    record.throughput = {
+        "examples_per_second": result.examples / result.train_seconds,
+        "tokens_per_second": result.tokens / result.train_seconds,
+    }
+    record.memory = peak_memory()
+
+
+def _classify(error: BaseException) -> tuple[str, str]:
+    """Return the honest status of a run that did not finish, and what ended it."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    if isinstance(error, Diverged):
+        return "diverged", text
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "oom", text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", text
+    return "failed", text
+
+
+def _summary(record: Record, method: Method, path: str) -> str:
+    """Format the end of a run: metric, parameters, kept adapters, seconds, where the record is."""
+    counts = record.parameters
+    first, last = (counts["base"] + counts[key] for key in ("adapter_initial", "adapter_final"))
+    kept = [f"{a['name']} (ω {a['omega']:.3f}, rank {a['rank']})" for a in record.adapters if a["omega"] is not None]
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+    lines = [
+        f"metric     {metrics} (dev set)",
+        f"trainable  {first:,} -> {last:,} ({last / counts['total']:.3%} of {counts['total']:,}), head {counts['head']:,}",
+        f"kept       {len(record.adapters)} adapters"
+        + (f", lowest in layer {method.adapters.lowest_layer}" if kept else ""),
+        *(f"           {line}" for line in kept[:20]),
+        f"seconds    {record.seconds['train']:.1f} training, {record.seconds['eval']:.1f} evaluation, "
+        f"{record.seconds['total']:.1f} in all ({record.throughput['examples_per_second']:.0f} examples/s)",
+        f"record     {path}",
+    ]
+    return "\n".join(lines)
+
+
+def _announce(config: Config, identity: str, plan: Plan, precision: Precision) -> None:
+    say(
+        f"{identity}: task={config.task.name} model={config.model.name} method={config.method['name']} seed={config.seed}, "
+        f"{plan.total_steps} steps of {plan.batch_size}×{plan.accumulation_steps} rows, "
+        f"{precision.name} ({precision.reason})"
+    )
+    if plan.notice:
+        say(f"notice: {plan.notice}")
+
+
+def _known_rows(config: Config) -> int | None:
+    """Return the number of training rows without touching the network, or None."""
+    rows = config.task.train_rows
+    if config.task.path is not None or config.task.generator is not None:
+        return len(load_splits(config.task, offline=True).rows["train"])
+    if rows is None:
+        return None
+    return min(rows, config.task.max_train_rows or rows)
+
+
+def _countable(config: Config, source: ModelSource) -> dict[str, Any]:
+    """Return an architecture complete enough to be built; random models take the vocabulary of their tokenizer."""
+    architecture = read_architecture(config.model)
+    if "vocab_size" not in architecture:
+        architecture["vocab_size"] = len(load_tokenizer(config.model, source))
+    return architecture
+
+
+def _ignore(point: dict[str, Any]) -> None:
+    """Stand in for the curve on all processes but the first."""

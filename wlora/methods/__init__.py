@@ -1,0 +1,28 @@
+"""One file per policy: when adapters are cut, grown or drawn, which, and how many."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wlora.methods.base import Method
+
+
+def build_method(settings: dict[str, Any], *, release: bool = False) -> Method:
+    """Build the policy that a `conf/method/<name>.yaml` describes.
+
+    The class is the one `Method` defined in `wlora/methods/<name>.py`; its arguments are the YAML's keys (`name` and
+    `targets` aside, which the runner reads). `release` stands for `compat=release`.
+    """
+    from wlora.methods.base import Method
+
+    module = importlib.import_module(f"wlora.methods.{settings['name']}")
+    (policy,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    method = policy(**{key: value for key, value in settings.items() if key not in ("name", "targets")})
+    method.release = release
+    return method

@@ -1,0 +1,124 @@
+"""What a policy may decide, and when it is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from wlora.adapters.attach import AdapterSet
+from wlora.adapters.layer import LowRankAdapter
+from wlora.errors import ConfigError
+from wlora.models.targets import Target
+from wlora.training.optimizers import ParameterGroup
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The length of a run in optimiser steps."""
+
+    total: int
+    per_epoch: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a policy is told about the model and the run when it attaches its adapters.
+
+    Attributes:
+        targets: the modules that may carry adapters, lowest layer first.
+        universe: all linears of the layers (target set `all`), in the same order.
+        generator: the run's stream of random choices, on the CPU.
+    """
+
+    targets: list[Target]
+    universe: list[Target] = field(default_factory=list)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A structural change of the adapters: the timeline of these stands in the record."""
+
+    step: int
+    kind: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Method:
+    """A policy over the adapters of one run.
+
+    The loop calls, in this order: `plan` (before any weights are loaded), `attach`, `groups`, then per optimiser
+    step `before_step` (gradients are there, already clipped; parameters not yet updated) and `after_step`
+    (updated; gradients still there). A list of events returned by a hook means that the structure changed and makes
+    the loop rebuild its optimiser groups. Steps are counted from 1.
+
+    Attributes:
+        release: reproduce the release's deviations (`compat=release`) instead of following the paper.
+    """
+
+    release = False
+
+    def plan(self, steps: Steps) -> None:
+        """Fix the policy's schedule; raises ConfigError if an explicit value does not fit the run."""
+
+    def attach(self, model: nn.Module, setting: Setting) -> None:
+        """Put the adapters into the model, whose parameters are all frozen when this is called."""
+        self.adapters = AdapterSet(model)
+
+    def groups(self, lr: float) -> list[ParameterGroup]:
+        """Return what to train besides the head, given the run's peak learning rate."""
+        return [ParameterGroup([p for a in self.adapters.values() for p in (a.A, a.B)], lr)]
+
+    def before_step(self, step: int) -> list[Event]:
+        """Act on gradients before the optimiser uses them."""
+        return []
+
+    def after_step(self, step: int) -> list[Event]:
+        """Act after the optimiser's step."""
+        return []
+
+    def kept(self) -> dict[str, LowRankAdapter]:
+        """Return the adapters that take part in the forward pass, by module name."""
+        return dict(self.adapters)
+
+
+class AdapterMethod(Method):
+    """A policy that starts from one plain LoRA adapter of `rank` on every target (Hu et al., 2021).
+
+    Args:
+        rank: components per adapter.
+        alpha: numerator of the scale s = alpha / rank.
+        dropout: probability of dropping an input element of an adapter.
+    """
+
+    omega: float | None = None
+
+    def __init__(self, *, rank: int, alpha: float, dropout: float) -> None:
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+
+    def attach(self, model: nn.Module, setting: Setting) -> None:
+        """Attach an adapter to every target."""
+        super().attach(model, setting)
+        for target in setting.targets:
+            self.adapters.attach(target, self.make_adapter)
+
+    def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
+        """Build one adapter for a d_out×d_in linear.
+
+        Raises:
+            ConfigError: the rank exceeds the smaller width, so that the adapter would not be low-rank.
+        """
+        if self.rank > min(d_in, d_out):
+            raise ConfigError(f"rank={self.rank}: allowed is 1 to {min(d_in, d_out)}, the width of the adapted linear")
+        return LowRankAdapter(
+            d_in,
+            d_out,
+            rank=self.rank,
+            scale=self.alpha / self.rank,
+            dropout=self.dropout,
+            omega=self.omega,
+            device=device,
+        )

@@ -1,0 +1,116 @@
+"""WeightLoRA (the paper, §3.3): train a weight ω per adapter, keep the K largest, disconnect the rest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from wlora.adapters.layer import LowRankAdapter
+from wlora.errors import wrong_value
+from wlora.methods.base import AdapterMethod, Event, Steps
+from wlora.methods.selection import project
+from wlora.training.optimizers import ParameterGroup
+
+MIN_SELECT_STEPS = 10
+
+
+class WLoRA(AdapterMethod):
+    """StoIHT on ω for T steps, then ω is fixed and every adapter outside the top K leaves the model.
+
+    Until T a zeroed ω keeps receiving its gradient and may return. In `compat=release` (methods note §1.1) nothing is
+    ever fixed or disconnected, ω may be negative and still act, A starts within ±1/√rank, dropout is ignored, and the
+    schedule and the clipping include ω.
+
+    Args:
+        k: adapters to keep; fewer are kept if fewer have ω > 0.
+        lr_omega: learning rate of ω (the paper gives none; 5.0 in the release).
+        select_steps: T; None means one epoch or a tenth of the run, whichever is less, and at least 10 steps.
+        project_every: steps between projections to the top K.
+    """
+
+    omega = 1.0
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        k: int,
+        lr_omega: float,
+        select_steps: int | None,
+        project_every: int,
+    ) -> None:
+        super().__init__(rank=rank, alpha=alpha, dropout=dropout)
+        self.k, self.lr_omega, self.project_every = k, lr_omega, project_every
+        self.select_steps = select_steps
+
+    def plan(self, steps: Steps) -> None:
+        """Fix T."""
+        if self.select_steps is None:
+            self.select_steps = max(MIN_SELECT_STEPS, min(steps.per_epoch, steps.total // 10))
+        if self.select_steps >= steps.total:
+            raise wrong_value(
+                "method.select_steps",
+                self.select_steps,
+                f"1 to {steps.total - 1}, as the run has {steps.total} optimiser steps",
+            )
+
+    def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
+        """Build an adapter with ω = 1."""
+        adapter = super().make_adapter(d_in, d_out, device)
+        if self.release:
+            # Kaiming on the transposed tensor takes the rank for the fan-in: 1/√r in place of 1/√d_in.
+            nn.init.uniform_(adapter.A, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
+            adapter.dropout, adapter.positive = 0.0, False
+        return adapter
+
+    def groups(self, lr: float) -> list[ParameterGroup]:
+        """Return A and B for AdamW, and ω for SGD outside the schedule and the clipping (inside in the release)."""
+        omegas = [a.omega for a in self.adapters.values() if a.omega is not None]
+        omega_group = ParameterGroup(omegas, self.lr_omega, rule="sgd", scheduled=self.release, clipped=self.release)
+        return [*super().groups(lr), omega_group]
+
+    def after_step(self, step: int) -> list[Event]:
+        """Project; at step T fix ω and cut."""
+        if self.release:
+            self._project(step)
+            return []
+        assert self.select_steps is not None
+        if step > self.select_steps:
+            return []
+        self._project(step)
+        if step < self.select_steps:
+            return []
+        return [self.cut(step, self.choose(self.k))]
+
+    def choose(self, k: int) -> list[str]:
+        """Return the names of the k adapters with the largest ω, those with ω ≤ 0 left out."""
+        omega = self.omegas()
+        ranked = sorted(omega, key=lambda name: -omega[name])
+        return [name for name in ranked[:k] if omega[name] > 0]
+
+    def cut(self, step: int, survivors: list[str], *, final: bool = True) -> Event:
+        """Disconnect all but the survivors; `final` also fixes their ω."""
+        omega = self.omegas()
+        for name in self.adapters:
+            if name not in survivors:
+                self.adapters.disconnect(name)
+        if final:
+            for adapter in self.adapters.values():
+                adapter.fix_omega()
+        return Event(step, "cut", {"kept": list(self.adapters), "omega": omega, "lowest_layer": self.adapters.lowest_layer})
+
+    def omegas(self) -> dict[str, float]:
+        """Return ω of every connected adapter."""
+        return {name: float(a.omega.detach()) for name, a in self.adapters.items() if a.omega is not None}
+
+    def kept(self) -> dict[str, LowRankAdapter]:
+        """Return the adapters that act: all connected ones, or in the release those with ω ≠ 0."""
+        return {name: a for name, a in self.adapters.items() if a.omega is None or float(a.omega.detach()) != 0}
+
+    def _project(self, step: int) -> None:
+        if step % self.project_every == 0:
+            project(self.adapters.values(), self.k)

@@ -1,0 +1,141 @@
+"""The metrics of GLUE as `evaluate.Metric`s that need no network and no disk (`evaluate.load` does)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import datasets
+import evaluate
+import numpy as np
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from wlora.errors import RunFault, unknown_name
+
+Score = Callable[[np.ndarray, np.ndarray], float]
+"""Takes (references, predictions), both of shape [rows]."""
+
+Shard = tuple[Sequence[int] | np.ndarray, np.ndarray, np.ndarray]
+"""(row numbers, predictions, references) of the rows that one process has seen."""
+
+
+class ScoreMetric(evaluate.Metric):  # type: ignore[misc]  # the library has no types
+    """One score of predictions against references, in memory only.
+
+    Args:
+        name: its key in the result.
+        score: the function.
+        dtype: of predictions and references: `int64` class numbers or `float64` values.
+        definition: what the score is, with its source.
+    """
+
+    def __init__(self, name: str, score: Score, dtype: str, definition: str) -> None:
+        self._metric_name, self._score, self._dtype, self._definition = name, score, dtype, definition
+        super().__init__(config_name=name, keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = datasets.Value(self._dtype)
+        return evaluate.MetricInfo(
+            description=self._definition,
+            citation="Wang et al., GLUE, 2018",
+            inputs_description="predictions and references: one number per row",
+            features=datasets.Features({"predictions": value, "references": value}),
+        )
+
+    def _build_data_dir(self) -> str:
+        # The library makes this folder in the user's home although a metric in memory never writes to it.
+        return ""
+
+    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+        return {self._metric_name: float(self._score(np.asarray(references), np.asarray(predictions)))}
+
+
+def _correlate(measure: Callable[..., tuple[float, float]], references: np.ndarray, predictions: np.ndarray) -> float:
+    """Return a correlation; 0 where one side is constant, for nothing has been learnt; NaN stays NaN."""
+    if len(references) < 2 or np.ptp(references) == 0 or np.ptp(predictions) == 0:
+        return 0.0
+    return float(measure(references, predictions)[0])
+
+
+_SCORES: dict[str, tuple[Score, str, str]] = {
+    "accuracy": (sklearn_metrics.accuracy_score, "int64", "share of rows with the right class, 0–1"),
+    "f1": (
+        partial(sklearn_metrics.f1_score, pos_label=1, zero_division=0.0),
+        "int64",
+        "harmonic mean of precision and recall of class 1, 0–1; 0 without any",
+    ),
+    "matthews": (sklearn_metrics.matthews_corrcoef, "int64", "Matthews (1975), −1–1; 0 for a constant"),
+    "pearson": (partial(_correlate, stats.pearsonr), "float64", "linear correlation, −1–1; 0 for a constant"),
+    "spearman": (partial(_correlate, stats.spearmanr), "float64", "rank correlation, −1–1; 0 for a constant"),
+}
+# The paper's tables count a pair of metrics as its mean.
+_MEANS = {"accuracy_f1": ("accuracy", "f1"), "corr": ("pearson", "spearman")}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse a name that `compute` does not know.
+
+    Raises:
+        ConfigError: with the known names.
+    """
+    for name in names:
+        if name not in _SCORES and name not in _MEANS:
+            raise unknown_name(f"task.metrics={name}", name, [*_SCORES, *_MEANS])
+
+
+def compute(names: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Return the named metrics, in the order of the names.
+
+    Args:
+        names: of accuracy, f1 (of class 1), matthews, pearson, spearman, and the means accuracy_f1, corr.
+        predictions: class numbers or values, shape [rows].
+        references: likewise.
+
+    Returns:
+        Scores within 0–1, correlations within −1–1. Never NaN, unless a prediction is.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    check_names(names)
+    parts = {part for name in names for part in _MEANS.get(name, (name,))}
+    scores = {part: _compute_one(part, predictions, references) for part in parts}
+    return {name: float(np.mean([scores[part] for part in _MEANS.get(name, (name,))])) for name in names}
+
+
+def _compute_one(name: str, predictions: np.ndarray, references: np.ndarray) -> float:
+    metric = ScoreMetric(name, *_SCORES[name])
+    with warnings.catch_warnings():
+        # What the libraries warn of, input with one class or hardly any spread, is defined above.
+        warnings.simplefilter("ignore")
+        found = metric.compute(predictions=predictions, references=references)
+    assert found is not None
+    return float(found[name])
+
+
+def merge_shards(shards: Sequence[Shard], *, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Put the shards of all processes together, so that metrics are computed once, on the whole.
+
+    A mean of the shards' metrics would be wrong: shards differ in size, and F1 does not average.
+
+    Args:
+        shards: one per process, of any sizes; a row that comes more than once (padding) counts once.
+        rows: how many rows there are; None for one more than the highest row number.
+
+    Returns:
+        Predictions and references in row order, shape [rows, ...].
+
+    Raises:
+        RunFault: rows are in no shard.
+    """
+    filled = [shard for shard in shards if len(shard[0])]
+    if not filled:
+        raise RunFault("no evaluation row was predicted by any process")
+    numbers, predictions, references = (np.concatenate(parts) for parts in zip(*filled, strict=True))
+    found, first = np.unique(numbers, return_index=True)
+    missing = (int(found[-1]) + 1 if rows is None else rows) - len(found)
+    if missing:
+        raise RunFault(f"{missing} evaluation rows are missing: predicted by no process")
+    return predictions[first], references[first]

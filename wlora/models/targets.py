@@ -1,0 +1,129 @@
+"""Which linear modules carry adapters, by name, for every supported family. Needs no weights and no torch.
+
+The universe counted as n never contains pooler, classification head or embeddings (methods note: the paper's n
+is 36 for `qkv`, the release really trains 60 of DeBERTa-base's 72, because a misspelt name drops the
+intermediate linears).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wlora.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from wlora.config import ModelConfig
+
+TARGET_SETS = ("qkv", "attention", "all", "release")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of identical layers: where it stands in the model and which linears each layer offers."""
+
+    prefix: str
+    depth_key: str
+    qkv: tuple[str, ...]
+    output: tuple[str, ...]
+    feed_forward: tuple[str, ...]
+    release: tuple[str, ...]
+
+    def suffixes(self, targets: str) -> tuple[str, ...]:
+        """Return the module names of one layer that a target set adapts, in the model's own order."""
+        return {
+            "qkv": self.qkv,
+            "attention": self.qkv + self.output,
+            "all": self.qkv + self.output + self.feed_forward,
+            "release": self.release,
+        }[targets]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted module: its full name, the index of its layer counted from 0 over all stacks, its kind."""
+
+    name: str
+    layer: int
+    kind: str
+
+
+def _encoder(prefix: str, query: str, key: str, value: str) -> Stack:
+    qkv = tuple(f"attention.self.{name}" for name in (query, key, value))
+    output = ("attention.output.dense",)
+    return Stack(
+        prefix=prefix,
+        depth_key="num_hidden_layers",
+        qkv=qkv,
+        output=output,
+        feed_forward=("intermediate.dense", "output.dense"),
+        release=qkv + output + ("output.dense",),
+    )
+
+
+def _bart(part: str, attentions: tuple[str, ...]) -> Stack:
+    qkv = tuple(f"{attention}.{name}" for attention in attentions for name in ("q_proj", "k_proj", "v_proj"))
+    output = tuple(f"{attention}.out_proj" for attention in attentions)
+    feed_forward = ("fc1", "fc2")
+    return Stack(
+        prefix=f"model.{part}.layers",
+        depth_key=f"{part}_layers",
+        qkv=qkv,
+        output=output,
+        feed_forward=feed_forward,
+        release=qkv + output + feed_forward,
+    )
+
+
+def _llama() -> Stack:
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output = ("self_attn.o_proj",)
+    feed_forward = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    return Stack("model.layers", "num_hidden_layers", qkv, output, feed_forward, release=qkv + output + feed_forward)
+
+
+FAMILIES: dict[str, tuple[Stack, ...]] = {
+    "deberta-v2": (_encoder("deberta.encoder.layer", "query_proj", "key_proj", "value_proj"),),
+    "bert": (_encoder("bert.encoder.layer", "query", "key", "value"),),
+    "bart": (_bart("encoder", ("self_attn",)), _bart("decoder", ("self_attn", "encoder_attn"))),
+    "llama": (_llama(),),
+}
+
+
+def read_architecture(model: ModelConfig) -> dict[str, Any]:
+    """Return the model's architecture as in its `config.json`: from `model.path` where set, else from the YAML.
+
+    Raises:
+        ConfigError: `model.path` is not a folder with a readable `config.json`, or its family is not supported.
+    """
+    if model.path is None:
+        return dict(model.architecture)
+    file = Path(model.path) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"model.path={model.path}: allowed is a folder with config.json, tokenizer and weights")
+    try:
+        architecture = json.loads(file.read_text())
+        family = architecture["model_type"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"model.path={model.path}: config.json cannot be read or has no model_type ({error})") from None
+    if family not in FAMILIES:
+        raise unknown_name(f"model.path={model.path}: model_type {family}", str(family), FAMILIES)
+    return dict(architecture)
+
+
+def list_targets(architecture: dict[str, Any], targets: str) -> list[Target]:
+    """Enumerate the adapted modules of an architecture from the lowest layer up."""
+    found: list[Target] = []
+    layer = 0
+    for stack in FAMILIES[architecture["model_type"]]:
+        for index in range(int(architecture[stack.depth_key])):
+            found += [Target(f"{stack.prefix}.{index}.{suffix}", layer, suffix) for suffix in stack.suffixes(targets)]
+            layer += 1
+    return found
+
+
+def count_targets(architecture: dict[str, Any], targets: str) -> int:
+    """Return n, the number of adapters of a target set."""
+    return len(list_targets(architecture, targets))

@@ -1,0 +1,194 @@
+"""One JSON file per run, written whole or not at all; the learning curve beside it as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from wlora import __version__
+from wlora.errors import ConfigError, RunFault
+
+SCHEMA = 1
+STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "evaluate",
+    "accelerate",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "scikit-learn",
+)
+
+
+@dataclass
+class Record:
+    """What is known of a run; the meaning of every key stands in the design under "A record"."""
+
+    run_id: str
+    status: str
+    config: dict[str, Any]
+    schema: int = SCHEMA
+    task: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    primary_metric: str = ""
+    parameters: dict[str, int] = field(default_factory=dict)
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
+    steps: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    throughput: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+class RecordStore:
+    """The records of one study: `<results_dir>/records/<run_id>.json`, and `<run_id>.jsonl` for the curve."""
+
+    def __init__(self, results_dir: str | Path) -> None:
+        self.folder = Path(results_dir) / "records"
+
+    def path(self, run_id: str) -> Path:
+        """Return where a run's record stands."""
+        return self.folder / f"{run_id}.json"
+
+    def read(self, run_id: str) -> Record | None:
+        """Return a run's record, None if there is none or it cannot be read (a run then starts over)."""
+        try:
+            content = json.loads(self.path(run_id).read_text())
+            return Record(**content) if content.get("schema") == SCHEMA else None
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    def write(self, record: Record) -> Path:
+        """Write a record atomically: the file holds the old content or the new one, never a part.
+
+        Raises:
+            RunFault: the disk is full or the folder cannot be written; the old record stays.
+        """
+        text = json.dumps(asdict(record), indent=1, allow_nan=False) + "\n"
+        target = self.path(record.run_id)
+        staging = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(staging, "w") as stream:
+                    stream.write(text)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(staging, target)
+            finally:
+                staging.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunFault(
+                f"the record {target} cannot be written ({error.strerror}); an older one stays as it was"
+            ) from error
+        return target
+
+    def curve(self, run_id: str) -> CurveWriter:
+        """Return a writer that starts the run's learning curve afresh."""
+        return CurveWriter(self.folder / f"{run_id}.jsonl")
+
+    def __iter__(self) -> Iterator[Record]:
+        """Iterate over all readable records, by run_id."""
+        for file in sorted(self.folder.glob("*.json")):
+            record = self.read(file.stem)
+            if record is not None:
+                yield record
+
+
+class CurveWriter:
+    """Appends points to a learning curve, one JSON object per line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+        except OSError as error:
+            raise ConfigError(f"results_dir: {path.parent} cannot be written ({error.strerror})") from error
+
+    def __call__(self, point: dict[str, Any]) -> None:
+        """Append one point.
+
+        Raises:
+            RunFault: the disk is full.
+        """
+        try:
+            with open(self._path, "a") as stream:
+                stream.write(json.dumps(point) + "\n")
+        except OSError as error:
+            raise RunFault(f"the learning curve {self._path} cannot be written ({error.strerror})") from error
+
+
+def describe_environment(device: str, precision: str, processes: int) -> dict[str, Any]:
+    """Return what is needed to judge or repeat a run: code, versions, hardware."""
+    commit, dirty = _git_state()
+    return {
+        "wlora": __version__,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "processes": processes,
+        "precision": precision,
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Return peak bytes: `process` (resident), and `device` where a GPU is used."""
+    import torch
+
+    found: dict[str, int] = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        found["device"] = int(torch.cuda.max_memory_allocated())
+    return found
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Return commit and dirty flag of the checkout this package runs from; None for an installed wheel."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent.resolve():
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "wlora", "conf"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,169 @@
+"""Entry point: `python -m wlora.run task=rte method=wlora_plus rank=4`, and Hydra multirun with `-m`.
+
+Help, the composed configuration, mistakes in it and a missing network are answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wlora.config import Config, config_folder, register_schema
+from wlora.errors import ConfigError, RunFault, unknown_name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of a sweep ended."""
+
+    name: str
+    status: str
+    score: float | None
+    exit_code: int
+
+
+def main() -> None:
+    """Compose the configuration, run it (or each run of a sweep) and exit with 0, 1 (fault) or 2 (mistake)."""
+    # With this set Hydra hands its errors to us instead of printing them with a traceback.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    import hydra
+    from hydra.errors import HydraException
+
+    register_schema()
+    outcomes: list[Outcome] = []
+
+    def run_one(composed: DictConfig) -> float | None:
+        outcome = _attempt(composed)
+        outcomes.append(outcome)
+        return outcome.score
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(ConfigError(explain(error)))
+        sys.exit(2)
+    except OSError as error:
+        _fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
+        sys.exit(2)
+    if len(outcomes) > 1:
+        _print_sweep(outcomes)
+    sys.exit(max((outcome.exit_code for outcome in outcomes), default=0))
+
+
+def _attempt(composed: DictConfig) -> Outcome:
+    """Run one composed configuration; a failure is told in a line or two and does not stop a sweep."""
+    from wlora.hub import go_offline, require_sources
+    from wlora.validation import resolve
+
+    name = "?"
+    try:
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, Config)
+        _refuse_added_keys(composed)
+        name = f"{config.task.name} {config.method.get('name')} {config.model.name} seed={config.seed}"
+        resolve(config)
+        if config.offline:
+            go_offline()
+        if not config.dry_run:
+            require_sources(config)
+
+        from wlora import experiment
+
+        if config.dry_run:
+            experiment.say(experiment.describe(config))
+            return Outcome(name, "described", None, 0)
+        record = experiment.run(config)
+        return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0)
+    except (ConfigError, RunFault) as error:
+        _fail(error)
+        return Outcome(name, type(error).__name__, None, error.exit_code)
+    except OmegaConfBaseException as error:
+        _fail(ConfigError(explain(error)))
+        return Outcome(name, "ConfigError", None, 2)
+    except Exception:
+        # A bug, not a mistake of the user: the record says `failed`, the traceback goes to whoever mends it.
+        import traceback
+
+        traceback.print_exc()
+        return Outcome(name, "failed", None, 1)
+
+
+def _refuse_added_keys(composed: DictConfig) -> None:
+    """Refuse what Hydra's `+key=value` added beside the schema: nothing would read it."""
+    schema = OmegaConf.structured(Config)
+    for parent in ("", "task", "model", "train"):
+        allowed = list((schema[parent] if parent else schema).keys())  # keys(): a missing value is still a key
+        for name in composed[parent] if parent else composed:
+            if name not in allowed:
+                key = f"{parent}.{name!s}".lstrip(".")
+                raise unknown_name(key, key, _sibling_keys(key))
+
+
+def explain(error: Exception) -> str:
+    """Bring an error of Hydra or OmegaConf to one or two lines: the key, the value, what is allowed."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
+    if missing:
+        group, name = missing.groups()
+        return str(unknown_name(f"{group}={name}", name, _group_options(group), say=lambda near: f"{group}={near}"))
+    key = re.search(r"full_key: (\S+)", text)
+    value = re.search(r"Value '([^']*)'|Cannot convert '([^']*)'", text)
+    if key and value:
+        return f"{key[1]}={value[1] or value[2]}: allowed is {_expected(key[1], text)}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        return str(unknown_name(unknown[1], unknown[1], _sibling_keys(unknown[1])))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def _expected(key: str, text: str) -> str:
+    """Say what a key takes: its rule where it has one, else the type that OmegaConf asked for."""
+    from wlora.validation import RULES
+
+    if key in RULES:
+        return RULES[key]
+    match = re.search(r"could not be converted to (\w+)|to supported type '([^']+)'|is not a valid (\w+)", text)
+    return next(filter(None, match.groups())).lower() if match else "a value of another type"
+
+
+def _group_options(group: str) -> list[str]:
+    return [file.stem for file in (config_folder() / group).glob("*.yaml")]
+
+
+def _sibling_keys(key: str) -> list[str]:
+    """List the keys beside a mistyped one, in the schema or (for a method) in the YAML files."""
+    parent, _, _ = key.rpartition(".")
+    if parent == "method":
+        found: set[str] = set()
+        for file in (config_folder() / "method").glob("*.yaml"):
+            content: Any = OmegaConf.to_container(OmegaConf.load(file))
+            found |= {f"method.{name}" for name in content.get("method", content)}
+        return sorted(found - {key, "method.about", "method.allowed"})
+    schema = OmegaConf.structured(Config)
+    node = OmegaConf.select(schema, parent) if parent else schema
+    names = list(node) if isinstance(node, DictConfig) else list(schema)
+    return [f"{parent}.{name}" if parent and isinstance(node, DictConfig) else str(name) for name in names]
+
+
+def _fail(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _print_sweep(outcomes: list[Outcome]) -> None:
+    """End a sweep with a line per run."""
+    width = max(len(outcome.name) for outcome in outcomes)
+    print("\nsweep:")
+    for outcome in outcomes:
+        score = "" if outcome.score is None else f"{outcome.score:.4f}"
+        print(f"  {outcome.name:<{width}}  {outcome.status:<11} {score}")
+
+
+if __name__ == "__main__":
+    main()

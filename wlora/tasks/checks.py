@@ -1,0 +1,157 @@
+"""Checks of loaded rows, a whole column at once: the columns are there, texts are text, labels in range."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from wlora.config import TaskConfig
+
+LABEL = "label"
+_SHOWN = 40
+
+
+def needed_columns(task: TaskConfig) -> list[str] | None:
+    """Return the columns a task reads and keeps, None for all."""
+    return [*task.columns, LABEL] if task.kind == "classification" else None
+
+
+def check_rows(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
+    """Return the needed columns, text as strings and labels as int64 class numbers or float64 values.
+
+    Args:
+        table: the rows as loaded.
+        task: names the text columns and the classes.
+        where: the key, its value and the file or split, for messages.
+
+    Raises:
+        ConfigError: no rows, a missing column, or a cell that is not as expected.
+    """
+    import pyarrow as pa
+
+    kept = needed_columns(task) or table.column_names
+    missing = [name for name in [*task.columns, *kept] if name not in table.column_names]
+    if missing:
+        raise ConfigError(f"{where}: no column {missing[0]}\nthere is: {', '.join(table.column_names)}")
+    if table.num_rows == 0:
+        raise ConfigError(f"{where}: there are no rows")
+    columns = {name: table.column(name) for name in kept}
+    for name in task.columns:
+        columns[name] = _check_text(columns[name], f"{where}: column {name}")
+    if task.kind == "classification":
+        at = f"{where}: column {LABEL}"
+        labels = _plain(columns[LABEL])
+        _refuse_nulls(labels, at)
+        is_regression = not task.labels
+        numbers = _values(labels, at) if is_regression else _classes(labels, task.labels, table.schema, at)
+        columns[LABEL] = pa.chunked_array([pa.array(numbers)])
+    return pa.table(columns)
+
+
+def _check_text(column: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    column = _plain(column)
+    _refuse_nulls(column, at)
+    if not _is_text(column):
+        raise ConfigError(f"{at} holds {column.type}; expected is text in every row")
+    return column.cast(pa.string())
+
+
+def _classes(labels: pa.ChunkedArray, names: Sequence[str], schema: pa.Schema, at: str) -> np.ndarray:
+    """Return class numbers [rows], int64, from numbers, names, or numbers in text."""
+    import pyarrow as pa
+
+    allowed = f"allowed is 0..{len(names) - 1} ({', '.join(names)})"
+    as_text = _is_text(labels)
+    if not as_text and not pa.types.is_integer(labels.type):
+        raise ConfigError(f"{at} holds {labels.type}\n{allowed}, as numbers or names")
+    numbers = _parse_classes(labels, names) if as_text else labels.to_numpy().astype(np.int64)
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
+    if len(wrong):
+        row = int(wrong[0])
+        hint = ", as hidden test labels do" if labels[row].as_py() == -1 else ""
+        raise ConfigError(f"{at}: row {row} has {_show(labels[row])}{hint}\n{allowed}")
+    stored = _stored_names(schema)
+    if as_text or stored is None or sorted(stored) != sorted(names):
+        return numbers
+    # The file says itself which number means which class; its order may be another one.
+    translation: np.ndarray = np.array([list(names).index(name) for name in stored], dtype=np.int64)
+    return np.take(translation, numbers)
+
+
+def _parse_classes(labels: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
+    """Return class numbers [rows], with -1 for what is neither the name nor the number of a class."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def positions(known: Sequence[str]) -> np.ndarray:
+        found = pc.index_in(labels.cast(pa.string()), value_set=pa.array(known, pa.string()))
+        return np.asarray(found.fill_null(-1).to_numpy(), dtype=np.int64)
+
+    by_name, by_number = positions(names), positions([str(number) for number in range(len(names))])
+    return np.where(by_name >= 0, by_name, by_number)
+
+
+def _values(labels: pa.ChunkedArray, at: str) -> np.ndarray:
+    """Return finite values [rows], float64, from integers, floats, or numbers in text."""
+    import pyarrow as pa
+
+    if _is_text(labels):
+        values = np.array([_parse_float(text) for text in labels.to_pylist()])
+    elif pa.types.is_integer(labels.type) or pa.types.is_floating(labels.type):
+        values = labels.to_numpy().astype(np.float64)
+    else:
+        raise ConfigError(f"{at} holds {labels.type}; allowed are finite numbers")
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ConfigError(f"{at}: row {row} has {_show(labels[row])}; allowed are finite numbers")
+    return values
+
+
+def _parse_float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Undo dictionary encoding, which is how categories arrive from pandas."""
+    import pyarrow as pa
+
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _is_text(column: pa.ChunkedArray) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_string(column.type) or types.is_large_string(column.type))
+
+
+def _refuse_nulls(column: pa.ChunkedArray, at: str) -> None:
+    if column.null_count:
+        row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+        raise ConfigError(f"{at}: row {row} is empty (null); expected is a value in every row")
+
+
+def _stored_names(schema: pa.Schema) -> list[str] | None:
+    """Return the class names that the datasets library writes into the schema of its files."""
+    try:
+        info: Any = json.loads((schema.metadata or {})[b"huggingface"])
+        return list(info["info"]["features"][LABEL]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _show(cell: Any) -> str:
+    return repr(cell.as_py())[:_SHOWN]

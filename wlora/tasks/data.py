@@ -1,0 +1,174 @@
+"""Where rows come from: a local folder, a generator, or the hub, in this order. Never imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wlora.errors import ConfigError
+from wlora.tasks import files
+from wlora.tasks.checks import check_rows, needed_columns
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    from wlora.config import TaskConfig
+
+_SUBSET_SEED = 0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The checked rows of a task.
+
+    Attributes:
+        rows: `train` and every validation split by its name. A classification task has its text columns
+            (strings) and `label` (int64 class number, or float64 for regression); others keep all columns.
+        fingerprint: what `fingerprint` returns, or `hub_id@commit`.
+        revision: resolved commit on the hub; None for local and generated rows.
+    """
+
+    rows: dict[str, Dataset]
+    fingerprint: str
+    revision: str | None
+
+
+def fingerprint(task: TaskConfig) -> str | None:
+    """Return 16 hex digits for the content of local files or of a generator, None for the hub.
+
+    Reads the files' bytes and nothing else: no network, no rows.
+
+    Raises:
+        ConfigError: a local file is missing or empty.
+    """
+    if task.path is not None:
+        return files.hash_files([file for split in _split_names(task) for file in _local_files(task, split)])
+    if task.generator is not None:
+        from wlora.tasks.story import GENERATOR_VERSION
+
+        return _digest(f"{task.generator}@{GENERATOR_VERSION}")
+    return None
+
+
+def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
+    """Load and check `train` and the validation splits.
+
+    With `task.max_train_rows` the training rows are the first n of one fixed permutation: the same for every
+    seed and method, and a smaller subset is part of a larger one. With `task.max_eval_rows` each validation
+    split is its first n rows. A limit above the number of rows means all of them.
+
+    Args:
+        task: what to load.
+        offline: use only what the hub's caches hold.
+
+    Raises:
+        ConfigError: a file, split, column or cell is not as expected, or the hub's data are out of reach.
+    """
+    content, revision = fingerprint(task), None
+    if task.path is not None:
+        tables = {split: _read_local(task, split) for split in _split_names(task)}
+        where = f"task.path={task.path}"
+    elif task.generator is not None:
+        tables = {split: _generate(task.generator, split) for split in _split_names(task)}
+        where = f"task.generator={task.generator}"
+    else:
+        tables, revision = _load_hub(task, offline=offline)
+        where = f"task={task.name}: {task.hub_id}"
+    identity = content or f"{task.hub_id}@{revision or task.revision}"
+    rows = {}
+    for split, table in tables.items():
+        chosen = _limit(check_rows(table, task, f"{where}: {_source_of(task, split)}"), task, split)
+        rows[split] = _wrap(chosen, f"{identity}/{task.subset}/{split}/{chosen.num_rows}")
+    return Splits(rows=rows, fingerprint=identity, revision=revision)
+
+
+def _split_names(task: TaskConfig) -> list[str]:
+    return ["train", *task.validation]
+
+
+def _local_files(task: TaskConfig, split: str) -> list[Path]:
+    return files.find_files(Path(task.path or "").expanduser(), split)
+
+
+def _source_of(task: TaskConfig, split: str) -> str:
+    """Name what a message about a split points at: its file, if it is one."""
+    found = _local_files(task, split) if task.path is not None else []
+    return found[0].name if len(found) == 1 else split
+
+
+def _read_local(task: TaskConfig, split: str) -> pa.Table:
+    import pyarrow as pa
+
+    found = _local_files(task, split)
+    tables = [files.read_table(file, needed_columns(task)) for file in found]
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        raise files.fault(found[0], "its columns and those of the other shards differ in type") from error
+
+
+def _generate(generator: str, split: str) -> pa.Table:
+    import pyarrow as pa
+
+    from wlora.tasks.story import generate
+
+    return pa.table(generate(generator, split))
+
+
+def _load_hub(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], str | None]:
+    """Return the tables of all splits and the commit they were made from (None in caches of old versions)."""
+    if offline:
+        from wlora.hub import go_offline
+
+        go_offline()
+    import datasets
+
+    if offline:
+        # It reads the environment when it is imported, which may have been earlier.
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        builder = datasets.load_dataset_builder(task.hub_id, task.subset, revision=task.revision)
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
+    except Exception as error:  # those of four libraries, without a common class
+        raise ConfigError(
+            f"task={task.name}: {task.hub_id} cannot be loaded: {files.line_of(error)}\n"
+            "ways out: task.path=DIR with local copies, a filled cache (HF_HOME), experiment=demo"
+        ) from error
+    commit = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
+    if _COMMIT.fullmatch(task.revision) and commit != task.revision:
+        # Off the network the library takes whatever commit its cache holds.
+        raise ConfigError(f"task.revision={task.revision}: the cache holds {commit or 'another one'}")
+    absent = [split for split in _split_names(task) if split not in loaded]
+    if absent:
+        there = ", ".join(loaded)
+        raise ConfigError(f"task={task.name}: {task.hub_id} has no split {absent[0]}; there is: {there}")
+    return {split: loaded[split].data.table for split in _split_names(task)}, commit
+
+
+def _limit(table: pa.Table, task: TaskConfig, split: str) -> pa.Table:
+    limit = task.max_train_rows if split == "train" else task.max_eval_rows
+    if limit is None or limit >= table.num_rows:
+        return table
+    if split != "train":
+        return table.slice(0, limit)
+    # RandomState, because of all of numpy's generators only it is promised to keep its sequence.
+    return table.take(np.random.RandomState(_SUBSET_SEED).permutation(table.num_rows)[:limit])
+
+
+def _wrap(table: pa.Table, identity: str) -> Dataset:
+    from datasets import Dataset
+
+    # Without a given fingerprint the library would hash the whole table.
+    return Dataset(table, fingerprint=_digest(identity))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,249 @@
+"""The training loop: accumulate, clip, step, let the method act, evaluate. It knows no method and no task by name."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from wlora.errors import RunFault
+from wlora.methods.base import Event, Method
+from wlora.tasks import Task
+from wlora.training.batching import group_for_steps, share, training_batches
+from wlora.training.evaluation import evaluate, move, pick
+from wlora.training.optimizers import Optimizers, ParameterGroup, linear_schedule
+from wlora.training.plan import Plan
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Points of the learning curve over a whole run.
+CURVE_POINTS = 200
+FP16_FIRST_SCALE = 2.0**14
+
+
+class Diverged(RunFault):
+    """The loss became infinite or not a number."""
+
+
+@dataclass
+class Data:
+    """Encoded rows: `train`, and every validation split by name."""
+
+    train: Dataset
+    validation: dict[str, Dataset]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop needs to know of the configuration.
+
+    Attributes:
+        lr: peak learning rate of adapters and head.
+        weight_decay: decoupled decay.
+        max_grad_norm: bound of the global gradient norm.
+        eval_batch_size: rows of an evaluation batch.
+        order_seed: seed of the data order.
+        dropout_seed: seed of everything drawn in the forward passes.
+        release: the release's AdamW, and its frozen head.
+        scale_loss: float16 loss scaling.
+        autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
+    """
+
+    lr: float
+    weight_decay: float
+    max_grad_norm: float
+    eval_batch_size: int
+    order_seed: int
+    dropout_seed: int
+    release: bool = False
+    scale_loss: bool = False
+    autocast: torch.dtype | None = None
+
+
+@dataclass
+class Result:
+    """What a training leaves behind, besides the trained model."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+
+
+class Trainer:
+    """Trains one model with one method on one task.
+
+    Args:
+        head: parameters of head and pooler that train; empty in the release.
+        log: called with each point of the learning curve.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        method: Method,
+        head: list[nn.Parameter],
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Data,
+        plan: Plan,
+        settings: Settings,
+        accelerator: Accelerator,
+        log: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.bare_model, self.method, self.head = model, method, head
+        self.task, self.tokenizer, self.data = task, tokenizer, data
+        self.plan, self.settings, self.accelerator, self.log = plan, settings, accelerator, log
+        self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=settings.release)
+        self.scaler = (
+            torch.amp.GradScaler(accelerator.device.type, init_scale=FP16_FIRST_SCALE) if settings.scale_loss else None
+        )
+        self.model = self._prepare()
+        self.result = Result()
+
+    def run(self) -> Result:
+        """Train to the end of the plan; the last evaluation's metrics are the result's.
+
+        Raises:
+            Diverged: a loss that is not finite.
+        """
+        torch.manual_seed(self.settings.dropout_seed)
+        losses: list[float] = []
+        log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
+        with self._progress() as bar:
+            for step, batches in enumerate(self._steps(), start=1):
+                begin = time.perf_counter()
+                losses.append(self._train_step(step, batches))
+                self.result.train_seconds += time.perf_counter() - begin
+                if step % log_every == 0 or step == self.plan.total_steps:
+                    self.log({"step": step, "loss": sum(losses) / len(losses)})
+                    losses.clear()
+                if step % self.plan.eval_every == 0 or step == self.plan.total_steps:
+                    self._evaluate(step)
+                self._show(bar, losses)
+        return self.result
+
+    def _steps(self) -> Iterator[list[list[int]]]:
+        """Yield the micro-batches of every optimiser step of the run."""
+        lengths = list(self.data.train["length"])
+        done, epoch = 0, 0
+        while done < self.plan.total_steps:
+            batches = training_batches(lengths, self.plan.batch_size, seed=self.settings.order_seed, epoch=epoch)
+            for group in group_for_steps(batches, self.plan.accumulation_steps)[: self.plan.total_steps - done]:
+                yield group
+                done += 1
+            epoch += 1
+
+    def _train_step(self, step: int, batches: list[list[int]]) -> float:
+        """Take one optimiser step; returns the mean loss over its rows."""
+        factor = linear_schedule(step - 1, warmup=self.plan.warmup, total=self.plan.total_steps)
+        self.optimizers.set_schedule(factor)
+        loss = float(self._accumulate(batches))
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {step} of {self.plan.total_steps}")
+        if step == 1:
+            self._check_trainable()
+        if self.scaler:
+            self.optimizers.unscale(self.scaler)
+        self.optimizers.clip(self.settings.max_grad_norm)
+        self._restructure(self.method.before_step(step))
+        self.optimizers.step(self.scaler)
+        if self.scaler:
+            self.scaler.update()
+        self._restructure(self.method.after_step(step))
+        self.optimizers.zero_grad()
+        return loss
+
+    def _accumulate(self, batches: list[list[int]]) -> Tensor:
+        """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all rows."""
+        rows = sum(len(batch) for batch in batches)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, batch in enumerate(batches):
+            mine = share(batch, rank, world)
+            inputs = self.task.collate(pick(self.data.train, mine or batch[:1]), self.tokenizer)
+            inputs = move(inputs, self.accelerator.device)
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
+                loss = self.model(**inputs).loss.float() * (len(mine) / rows)
+                # Data-parallel reduction averages over processes; the rows' mean is a sum of shares.
+                self._backward(loss * world)
+            total += loss.detach()
+            self.result.examples += len(batch)
+            self.result.tokens += int(inputs["attention_mask"].sum()) if mine else 0
+        return total if world == 1 else self.accelerator.reduce(total, "sum")  # type: ignore[return-value]
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(self.scaler.scale(loss) if self.scaler else loss)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = self.settings.autocast
+        return torch.autocast(self.accelerator.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+    def _restructure(self, events: list[Event]) -> None:
+        """Take over a structural change: new optimiser groups, and the model is prepared again."""
+        if events:
+            self.result.events += events
+            self.optimizers.rebuild(self._groups())
+            self.model = self._prepare()
+
+    def _groups(self) -> list[ParameterGroup]:
+        return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.lr)]
+
+    def _prepare(self) -> nn.Module:
+        """Wrap the model for several processes; with one there is nothing to wrap."""
+        return self.accelerator.prepare_model(self.bare_model) if self.accelerator.num_processes > 1 else self.bare_model
+
+    def _check_trainable(self) -> None:
+        """Assert that exactly the intended parameters have gradients and sit in an optimiser.
+
+        This is what would have shown the release's frozen head.
+        """
+        updated = {id(p) for p in self.optimizers.parameters()}
+        for name, parameter in self.bare_model.named_parameters():
+            state = (parameter.requires_grad, parameter.grad is not None, id(parameter) in updated)
+            if len(set(state)) > 1:
+                raise AssertionError(
+                    f"{name}: requires_grad={state[0]}, has a gradient={state[1]}, is in an optimiser={state[2]}"
+                )
+
+    def _evaluate(self, step: int) -> None:
+        begin = time.perf_counter()
+        with self._autocast():
+            metrics = evaluate(
+                self.model,
+                self.task,
+                self.data.validation,
+                self.tokenizer,
+                batch_size=self.settings.eval_batch_size,
+                accelerator=self.accelerator,
+            )
+        self.result.metrics = metrics
+        self.result.eval_seconds += time.perf_counter() - begin
+        self.log({"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics})
+
+    def _progress(self) -> tqdm[Any]:
+        silent = not self.accelerator.is_main_process or not sys.stderr.isatty()
+        return tqdm(total=self.plan.total_steps, unit="step", dynamic_ncols=True, disable=silent)
+
+    def _show(self, bar: tqdm[Any], losses: list[float]) -> None:
+        shown: dict[str, Any] = {"loss": f"{losses[-1]:.4f}"} if losses else {}
+        if self.result.metrics:
+            shown[self.task.primary_metric] = f"{self.result.metrics[self.task.primary_metric]:.4f}"
+        shown["adapters"] = len(self.method.adapters)
+        bar.set_postfix(shown, refresh=False)
+        bar.update()

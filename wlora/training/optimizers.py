@@ -1,0 +1,161 @@
+"""Optimiser groups of a run: AdamW for adapters and head, plain SGD for ω, rebuilt when the structure changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that are updated alike.
+
+    Attributes:
+        parameters: the tensors; those that do not require a gradient are left out.
+        lr: peak learning rate.
+        rule: `adamw`, or `sgd` without momentum or decay.
+        scheduled: whether the run's learning-rate schedule applies.
+        clipped: whether the gradients count in, and are scaled by, global-norm clipping.
+    """
+
+    parameters: list[nn.Parameter]
+    lr: float
+    rule: Literal["adamw", "sgd"] = "adamw"
+    scheduled: bool = True
+    clipped: bool = True
+
+
+class ReleaseAdamW(Optimizer):
+    """AdamW as the paper's release has it (methods note §1.1).
+
+    ε is added before the bias correction of v, and the decoupled decay follows the step instead of preceding it, so
+    torch's AdamW is not equal to it at 1e-8.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                size = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+                p.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-size)
+                p.add_(p, alpha=-group["lr"] * group["weight_decay"])
+        return loss
+
+
+class Optimizers:
+    """The optimisers of one run, seen as one.
+
+    Args:
+        groups: what to update; see `rebuild`.
+        weight_decay: decoupled decay of the AdamW groups.
+        release: use the release's AdamW (ε 1e-6) in place of torch's (ε 1e-8).
+    """
+
+    def __init__(self, groups: list[ParameterGroup], *, weight_decay: float, release: bool = False) -> None:
+        self._weight_decay = weight_decay
+        self._release = release
+        self._rules: dict[str, Optimizer] = {}
+        self.groups: list[ParameterGroup] = []
+        self.rebuild(groups)
+
+    def rebuild(self, groups: list[ParameterGroup]) -> None:
+        """Take over new groups after a structural change.
+
+        A parameter that was there before keeps its moments and step count; a new one starts from zero moments; the
+        state of one that is gone is dropped.
+        """
+        state = {p: s for optimizer in self._rules.values() for p, s in optimizer.state.items()}
+        for group in groups:
+            group.parameters = [p for p in group.parameters if p.requires_grad]
+        self.groups = [group for group in groups if group.parameters]
+        self._rules = {}
+        for rule in sorted({group.rule for group in self.groups}):
+            described = [_describe(group) for group in self.groups if group.rule == rule]
+            optimizer = self._make(rule, described)
+            for p in (p for group in described for p in group["params"] if p in state):
+                optimizer.state[p] = state[p]
+            self._rules[rule] = optimizer
+
+    def set_schedule(self, factor: float) -> None:
+        """Set the learning rate of every scheduled group to its peak times `factor`."""
+        for optimizer in self._rules.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * (factor if group["scheduled"] else 1.0)
+
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Update all parameters from their gradients, already unscaled and clipped.
+
+        With a scaler, a step with non-finite gradients is skipped by the scaler.
+        """
+        for optimizer in self._rules.values():
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+
+    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        """Divide all gradients by the scaler's factor."""
+        for optimizer in self._rules.values():
+            scaler.unscale_(optimizer)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the clipped groups' gradients to a global norm of at most `max_norm`; returns the norm before."""
+        parameters = [p for group in self.groups if group.clipped for p in group.parameters]
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def zero_grad(self) -> None:
+        """Free all gradients."""
+        for optimizer in self._rules.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return every parameter that is updated."""
+        return [p for group in self.groups for p in group.parameters]
+
+    def holds_state(self, parameter: nn.Parameter) -> bool:
+        """Tell whether some optimiser still keeps state for a parameter."""
+        return any(parameter in optimizer.state for optimizer in self._rules.values())
+
+    def _make(self, rule: str, described: list[dict[str, Any]]) -> Optimizer:
+        if rule == "sgd":
+            return SGD(described, lr=0.0)
+        if self._release:
+            return ReleaseAdamW(described, weight_decay=self._weight_decay)
+        fused = all(p.is_floating_point() for group in described for p in group["params"])
+        return AdamW(described, weight_decay=self._weight_decay, fused=fused)
+
+
+def _describe(group: ParameterGroup) -> dict[str, Any]:
+    return {"params": group.parameters, "lr": group.lr, "peak": group.lr, "scheduled": group.scheduled}
+
+
+def linear_schedule(step: int, *, warmup: int, total: int) -> float:
+    """Return the factor of the learning rate after `step` completed steps: linear warm-up, then linear decay to 0."""
+    if step < warmup:
+        return step / warmup
+    return max(0.0, (total - step) / max(1, total - warmup))

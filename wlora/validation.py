@@ -1,0 +1,142 @@
+"""Checks of a composed configuration, each answered in one or two lines before torch is imported.
+
+A rule is a short text that is also the message: `int >= 1`, `float >= 0, < 1`, `int >= 1 or null`,
+`at_cut | at_start`. The rules of the shared keys stand below; a method's stand in its own YAML under `allowed`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from wlora.config import Config
+from wlora.errors import ConfigError, wrong_value
+from wlora.models.targets import TARGET_SETS, count_targets, read_architecture
+
+RULES = {
+    "rank": "int >= 1",
+    "alpha": "float > 0",
+    "dropout": "float >= 0, < 1",
+    "lr": "float > 0",
+    "warmup": "int >= 0 or null",
+    "seed": "int >= 0",
+    "k": "int >= 1 or null",
+    "targets": " | ".join(TARGET_SETS),
+    "precision": "auto | fp32 | bf16 | fp16",
+    "compat": "paper | release",
+    "task.epochs": "float > 0",
+    "task.batch_size": "int >= 1",
+    "task.eval_batch_size": "int >= 1",
+    "task.max_length": "int >= 8",
+    "task.max_train_rows": "int >= 1 or null",
+    "task.max_eval_rows": "int >= 1 or null",
+    "train.max_steps": "int >= 1 or null",
+    "train.accumulation_steps": "int >= 1 or null",
+    "train.weight_decay": "float >= 0",
+    "train.max_grad_norm": "float > 0",
+    "train.eval_every": "int >= 1 or null",
+}
+
+_COMPARISONS = {
+    ">=": lambda value, bound: value >= bound,
+    ">": lambda value, bound: value > bound,
+    "<=": lambda value, bound: value <= bound,
+    "<": lambda value, bound: value < bound,
+}
+
+
+def satisfies(value: Any, rule: str) -> bool:
+    """Tell whether a value obeys a rule; raises ValueError for a rule that cannot be read."""
+    if " or null" in rule:
+        if value is None:
+            return True
+        rule = rule.replace(" or null", "")
+    if "|" in rule or not re.match(r"(int|float)\b", rule):
+        return str(value).lower() in [word.strip() for word in rule.split("|")]
+    kind, _, bounds = rule.partition(" ")
+    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
+        return False
+    if not math.isfinite(value):
+        return False
+    for bound in filter(None, re.split(r",\s*", bounds)):
+        match = re.fullmatch(r"(>=|>|<=|<) (\S+)", bound)
+        if match is None:
+            raise ValueError(f"unreadable rule: {rule}")
+        if not _COMPARISONS[match[1]](value, float(match[2])):
+            return False
+    return True
+
+
+def resolve(config: Config) -> Config:
+    """Check a composed configuration and fill in the defaults that depend on other keys.
+
+    Filled here: `k` from the number of adapters, `train.accumulation_steps` from model and task. What depends on
+    the number of rows (warm-up, selection steps) is planned once the data are loaded (`wlora.training.plan`).
+
+    Raises:
+        ConfigError: a value outside its rule, `k` above the number of adapters, an unusable results folder.
+    """
+    for key, rule in RULES.items():
+        _check(key, _lookup(config, key), rule)
+    _check_method(config)
+    _check_results_folder(config)
+    glue = config.task.benchmark == "glue"
+    if config.train.accumulation_steps is None:
+        config.train.accumulation_steps = (config.model.accumulation_steps if glue else None) or 1
+    if "targets" in config.method:
+        _resolve_k(config)
+    return config
+
+
+def _lookup(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check(key: str, value: Any, rule: str) -> None:
+    if not satisfies(value, rule):
+        raise wrong_value(key, "null" if value is None else value, rule)
+
+
+def _check_method(config: Config) -> None:
+    """Check the method's own keys against the rules of its YAML, which then leave the configuration."""
+    rules: dict[str, str] = config.method.pop("allowed", {})
+    config.method.pop("about", None)
+    for key, value in config.method.items():
+        if key in rules:
+            _check(f"method.{key}", value, rules[key])
+        elif key != "name" and key not in RULES:
+            raise ConfigError(
+                f"method.{key} is unknown to method={config.method.get('name')}: allowed is {', '.join(rules)}"
+            )
+
+
+def _check_results_folder(config: Config) -> None:
+    """Refuse a results folder that cannot be written, before hours are spent on a run."""
+    import os
+
+    folder = Path(config.results_dir).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"results_dir={config.results_dir}: allowed is a folder that can be written ({existing} cannot)")
+
+
+def _resolve_k(config: Config) -> None:
+    """Fill in `k` (5 for up to 48 adapters, 20 above, the model's own if it names one) and check it against n."""
+    architecture = read_architecture(config.model)
+    n = count_targets(architecture, config.targets)
+    if n == 0:
+        raise ConfigError(
+            f"targets={config.targets}: model={config.model.name} has no such modules (model_type "
+            f"{architecture.get('model_type')})"
+        )
+    if config.k is not None and config.k > n and "k" in config.method:
+        raise wrong_value("k", config.k, f"1 to {n}, the adapters of targets={config.targets} on {config.model.name}")
+    if config.k is None:
+        config.k = min(n, config.model.k or (5 if n <= 48 else 20))
+    if "k" in config.method and config.method["k"] is None:
+        config.method["k"] = config.k
