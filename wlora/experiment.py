@@ -193,7 +193,6 @@ def _open_record(config: Config, source: ModelSource, precision: Precision) -> R
 
 
 def _loop_settings(config: Config, method: Method, precision: Precision) -> Settings:
-    base_trains = any(p.requires_grad for p in getattr(method, "_parameters", ()))
     return Settings(
         lr=config.lr,
         weight_decay=config.train.weight_decay,
@@ -203,7 +202,7 @@ def _loop_settings(config: Config, method: Method, precision: Precision) -> Sett
         dropout_seed=stream_seed(config.seed, "dropout"),
         release=config.compat == "release",
         scale_loss=precision.name == "fp16",
-        autocast=precision.dtype if base_trains and precision.name != "fp32" else None,
+        autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
     )
 
 

@@ -145,7 +145,8 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) + adapter(x) in the base's output dtype, for x of shape [..., d_in]."""
         out: Tensor = self.base(x, *args, **kwargs)
-        return out + self.adapter(x).to(out.dtype)
+        summed: Tensor = out + self.adapter(x).to(out.dtype)
+        return summed
 
 
 def _positive_part(omega: Tensor) -> Tensor:

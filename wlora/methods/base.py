@@ -57,6 +57,8 @@ class Method:
 
     Attributes:
         release: reproduce the release's deviations (`compat=release`) instead of following the paper.
+        adapters: the adapters in the model.
+        base_parameters: parameters of the body that train; empty but for full fine-tuning.
     """
 
     release = False
@@ -67,10 +69,12 @@ class Method:
     def attach(self, model: nn.Module, setting: Setting) -> None:
         """Put the adapters into the model, whose parameters are all frozen when this is called."""
         self.adapters = AdapterSet(model)
+        self.base_parameters: list[nn.Parameter] = []
 
     def groups(self, lr: float) -> list[ParameterGroup]:
         """Return what to train besides the head, given the run's peak learning rate."""
-        return [ParameterGroup([p for a in self.adapters.values() for p in (a.A, a.B)], lr)]
+        matrices = [p for a in self.adapters.values() for p in (a.A, a.B)]
+        return [ParameterGroup([*self.base_parameters, *matrices], lr)]
 
     def before_step(self, step: int) -> list[Event]:
         """Act on gradients before the optimiser uses them."""

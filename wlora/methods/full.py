@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from wlora.methods.base import Method, Setting
-from wlora.training.optimizers import ParameterGroup
+from wlora.models.loading import head_parameters
 
 # The release applies its name filter to "full" fine-tuning too (methods note §1.3): 30.7 % of DeBERTaV3-base.
 _RELEASE_FILTER = ("attention.self", "output.dense", "intermediate.dence")
@@ -15,14 +15,10 @@ class FullFineTuning(Method):
     """Trains all parameters; in `compat=release` only those whose names pass the release's filter."""
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Let the base train."""
+        """Let the body train; the head is the runner's, as with every method."""
         super().attach(model, setting)
         self._parameters = [
             p for name, p in model.named_parameters() if not self.release or any(part in name for part in _RELEASE_FILTER)
         ]
         for p in self._parameters:
             p.requires_grad_(True)
-
-    def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return the base's parameters."""
-        return [ParameterGroup(list(self._parameters), lr)]
