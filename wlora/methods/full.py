@@ -17,8 +17,11 @@ class FullFineTuning(Method):
     def attach(self, model: nn.Module, setting: Setting) -> None:
         """Let the body train; the head is the runner's, as with every method."""
         super().attach(model, setting)
-        self._parameters = [
-            p for name, p in model.named_parameters() if not self.release or any(part in name for part in _RELEASE_FILTER)
+        head = head_parameters(model)
+        self.base_parameters = [
+            p
+            for name, p in model.named_parameters()
+            if name not in head and (not self.release or any(part in name for part in _RELEASE_FILTER))
         ]
-        for p in self._parameters:
+        for p in self.base_parameters:
             p.requires_grad_(True)
