@@ -82,6 +82,7 @@ def run(config: Config) -> Record:
             train=task.encode(splits.rows["train"], tokenizer),
             validation={name: task.encode(splits.rows[name], tokenizer) for name in config.task.validation},
         )
+        record.task["truncated_share"] = task.truncated_share
         trainer = Trainer(
             model=model,
             method=method,

@@ -18,10 +18,9 @@ class FullFineTuning(Method):
         """Let the body train; the head is the runner's, as with every method."""
         super().attach(model, setting)
         head = head_parameters(model)
-        self.base_parameters = [
-            p
-            for name, p in model.named_parameters()
-            if name not in head and (not self.release or any(part in name for part in _RELEASE_FILTER))
-        ]
+        body = {name: p for name, p in model.named_parameters() if name not in head}
+        named = [p for name, p in body.items() if any(part in name for part in _RELEASE_FILTER)]
+        # The filter's names are BERT's and DeBERTa's; the release's script for BART has none.
+        self.base_parameters = named if self.release and named else list(body.values())
         for p in self.base_parameters:
             p.requires_grad_(True)

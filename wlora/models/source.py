@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from wlora.config import ModelConfig
 from wlora.errors import ConfigError
+from wlora.fingerprint import hash_file, hash_files
 
 _CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt", ".gguf"}
 
@@ -44,15 +43,13 @@ def locate(model: ModelConfig) -> ModelSource:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise ConfigError(f"{key}: no weights there (model.safetensors or pytorch_model.bin)")
-    if model.sha256 is not None and _sha256(weights[0]) != model.sha256:
+    if model.sha256 is not None and hash_file(weights[0]) != model.sha256:
         raise ConfigError(
-            f"{key}: {weights[0].name} has sha256 {_sha256(weights[0])[:12]}…, model={model.name} is {model.sha256[:12]}…\n"
+            f"{key}: {weights[0].name} has sha256 {hash_file(weights[0])[:12]}…, model={model.name} is {model.sha256[:12]}…\n"
             "other weights of this architecture: add model.sha256=null"
         )
-    digest = hashlib.sha256()
-    for file in sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _CONTENT):
-        digest.update(f"{file.name}:{_sha256(file)}\n".encode())
-    return ModelSource(str(folder), digest.hexdigest()[:16])
+    content = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _CONTENT)
+    return ModelSource(str(folder), hash_files(content))
 
 
 def _package_folder(model: ModelConfig) -> Path:
@@ -62,18 +59,3 @@ def _package_folder(model: ModelConfig) -> Path:
         name = model.package.replace("_", "-")
         raise ConfigError(f"model={model.name}: the package {name} is not installed\nway out: pip install 'wlora[demo]'")
     return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def _sha256(file: Path) -> str:
-    stat = file.stat()
-    return _sha256_at(str(file), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256_at(file: str, size: int, modified: int) -> str:
-    """Hash a file once per process; size and time of change are part of the key."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -30,6 +30,7 @@ class Task(Protocol):
     head: str
     num_labels: int
     primary_metric: str
+    truncated_share: float
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Tokenise rows; the result has the model's inputs, `labels` and `length` (tokens)."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wlora.errors import ConfigError
+from wlora.fingerprint import hash_files
 from wlora.tasks import files
 from wlora.tasks.checks import check_rows, needed_columns
 
@@ -49,7 +50,11 @@ def fingerprint(task: TaskConfig) -> str | None:
         ConfigError: a local file is missing or empty.
     """
     if task.path is not None:
-        return files.hash_files([file for split in _split_names(task) for file in _local_files(task, split)])
+        found = [file for split in _split_names(task) for file in _local_files(task, split)]
+        try:
+            return hash_files(found)
+        except OSError as error:
+            raise ConfigError(f"task.path={task.path}: {error.filename} cannot be read ({error.strerror})") from error
     if task.generator is not None:
         from wlora.tasks.story import GENERATOR_VERSION
 

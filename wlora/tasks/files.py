@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -60,21 +59,6 @@ def find_files(folder: Path, split: str) -> list[Path]:
         if file.stat().st_size == 0:
             raise fault(file, "the file is empty; expected are rows")
     return whole or shards
-
-
-def hash_files(files: Sequence[Path]) -> str:
-    """Return 16 hex digits of SHA-256 over the names and bytes of `files`; their folder has no part in it."""
-    digest = hashlib.sha256()
-    for file in files:
-        content = hashlib.sha256()
-        try:
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    content.update(block)
-        except OSError as error:
-            raise fault(file, f"cannot be read: {line_of(error)}") from error
-        digest.update(f"{file.name}:{content.hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:

@@ -75,7 +75,7 @@ def _predict(
     total = float(torch.stack(losses).sum()) if losses else 0.0
     shards = gather_object([shard]) if accelerator.num_processes > 1 else [shard]
     totals = gather_object([total]) if accelerator.num_processes > 1 else [total]
-    predictions, references = merge_shards([s for s in shards if len(s[0])])
+    predictions, references = merge_shards(shards, rows=len(rows))
     return predictions, references, sum(totals) / len(predictions)
 
 

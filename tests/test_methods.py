@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wlora.adapters.layer import AdaptedLinear
+from wlora.errors import ConfigError
+from wlora.methods import build_method
+from wlora.methods.base import Event, Method, Setting, Steps
+from wlora.methods.selection import project, top_k
+from wlora.models.targets import Target
+from wlora.training.optimizers import Optimizers
+
+N, WIDTH, ROWS = 6, 16, 32
+COMMON: dict[str, Any] = {"rank": 2, "alpha": 4, "dropout": 0.0}
+SELECTION = {"k": 2, "lr_omega": 0.5, "select_steps": None, "project_every": 1}
+PLUS = {**SELECTION, "schedule": "halvings", "extension": "qr", "rescale": False}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "probe": {},
+    "lora": COMMON,
+    "wlora": {**COMMON, **SELECTION},
+    "wlora_plus": {**COMMON, **PLUS},
+    "rlora": {**COMMON, "k": 2, "select_steps": None, "draw": "at_cut"},
+}
+
+
+class Tanh(nn.Module):
+    """A toy body of N equal layers with a head, as the policies see a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(N))
+        self.classifier = nn.Linear(WIDTH, 1)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        out: torch.Tensor = self.classifier(x)
+        return out.squeeze(-1)
+
+
+class Rig:
+    """A method on the toy model with the loop's order of calls."""
+
+    def __init__(self, name: str, *, release: bool = False, seed: int = 0, steps: int = 40, **changed: Any) -> None:
+        torch.manual_seed(0)
+        self.model = Tanh()
+        self.x, self.y = torch.randn(ROWS, WIDTH), torch.randn(ROWS)
+        self.method: Method = build_method({"name": name, **SETTINGS[name], **changed}, release=release)
+        self.method.plan(Steps(total=steps, per_epoch=steps))
+        targets = [Target(f"layers.{index}", index, "linear") for index in range(N)]
+        self.method.attach(self.model, Setting(targets, targets, torch.Generator().manual_seed(seed)))
+        self.optimizers = Optimizers(self.method.groups(1e-2), weight_decay=0.01, release=release)
+        self.events: list[Event] = []
+        self.step = 0
+
+    def run(self, steps: int) -> Rig:
+        for _ in range(steps):
+            self.step += 1
+            ((self.model(self.x) - self.y) ** 2).mean().backward()
+            for event in self.method.before_step(self.step):
+                self._take(event)
+            self.optimizers.step()
+            for event in self.method.after_step(self.step):
+                self._take(event)
+            self.optimizers.zero_grad()
+        return self
+
+    def _take(self, event: Event) -> None:
+        self.events.append(event)
+        self.optimizers.rebuild(self.method.groups(1e-2))
+
+    @property
+    def omega(self) -> list[float]:
+        return [float(a.omega.detach()) for a in self.method.adapters.values() if a.omega is not None]
+
+
+def test_top_k_agrees_with_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for k in range(1, 7):
+        omega = torch.randn(6, generator=generator)
+        best = max(itertools.combinations(range(6), k), key=lambda chosen: float(omega[list(chosen)].sum()))
+        assert torch.nonzero(top_k(omega, k)).flatten().tolist() == sorted(best)
+
+
+def test_top_k_ranks_by_signed_value_and_breaks_ties_by_index() -> None:
+    assert top_k(torch.tensor([-5.0, 1.0, 0.5]), 1).tolist() == [False, True, False]
+    assert top_k(torch.tensor([1.0, 1.0, 1.0]), 2).tolist() == [True, True, False]
+
+
+def test_nothing_is_projected_before_omega_has_a_gradient() -> None:
+    rig = Rig("wlora").run(1)  # B = 0 at the first step, so every gradient of ω is exactly 0
+    assert rig.omega == [1.0] * N
+    project(rig.method.adapters.values(), 2)
+    assert rig.omega == [1.0] * N
+
+
+@pytest.mark.parametrize("name", ["lora", "wlora", "wlora_plus", "rlora"])
+def test_step_zero_is_the_base_model(name: str) -> None:
+    torch.manual_seed(0)
+    plain = Tanh()
+    rig = Rig(name)
+    assert torch.equal(rig.model(rig.x), plain(rig.x))
+    assert len(rig.method.adapters) == N
+
+
+def test_wlora_projects_every_step_and_cuts_at_T() -> None:
+    rig = Rig("wlora", select_steps=12).run(11)
+    assert sum(value > 0 for value in rig.omega) <= 2 and len(rig.method.adapters) == N
+    rig.run(1)
+    assert len(rig.method.adapters) <= 2
+    assert [event.kind for event in rig.events] == ["cut"] and rig.events[0].step == 12
+    plain = [layer for layer in rig.model.layers if not isinstance(layer, AdaptedLinear)]
+    assert len(plain) >= N - 2
+
+
+def test_after_the_cut_omega_is_fixed_and_nothing_of_the_others_is_left() -> None:
+    rig = Rig("wlora", select_steps=12).run(11)
+    gone_or_kept = {name: (a.A, a.B, a.omega) for name, a in rig.method.adapters.items()}
+    rig.run(1)
+    fixed = rig.omega
+    for name, tensors in gone_or_kept.items():
+        kept = name in rig.method.adapters
+        assert rig.optimizers.holds_state(tensors[0]) == kept
+        assert any(p is tensors[0] for p in rig.model.parameters()) == kept
+    rig.run(5)
+    assert rig.omega == fixed
+    assert all(not a.omega.requires_grad for a in rig.method.adapters.values() if a.omega is not None)
+
+
+def test_survivors_keep_their_adam_state_through_the_cut() -> None:
+    rig = Rig("wlora", select_steps=12).run(12)
+    for adapter in rig.method.adapters.values():
+        state = next(o.state[adapter.A] for o in rig.optimizers._rules.values() if adapter.A in o.state)
+        assert int(state["step"]) == 12
+
+
+def test_a_zeroed_omega_still_gets_its_gradient_and_may_return() -> None:
+    rig = Rig("wlora", select_steps=30).run(3)
+    names = list(rig.method.adapters)
+    closed = [name for name, value in zip(names, rig.omega, strict=True) if value == 0]
+    assert closed
+    ((rig.model(rig.x) - rig.y) ** 2).mean().backward()
+    adapter = rig.method.adapters[closed[0]]
+    assert adapter.omega is not None and adapter.omega.grad is not None and adapter.omega.grad.abs() > 0
+    # Let it want back strongly: the next projection takes it in, and its A and B learn again.
+    for other in rig.method.adapters.values():
+        assert other.omega is not None
+        other.omega.grad = torch.zeros(())
+    adapter.omega.grad = torch.tensor(-10.0)
+    rig.optimizers.step()
+    rig.method.after_step(rig.step + 1)
+    assert float(adapter.omega.detach()) > 0
+    rig.optimizers.zero_grad()
+    ((rig.model(rig.x) - rig.y) ** 2).mean().backward()
+    assert adapter.B.grad is not None and adapter.B.grad.abs().sum() > 0
+
+
+def test_fewer_than_k_survive_when_fewer_are_positive() -> None:
+    rig = Rig("wlora", k=3, select_steps=12).run(11)
+    for index, adapter in enumerate(rig.method.adapters.values()):
+        assert adapter.omega is not None
+        adapter.omega.data.fill_(1.0 if index == 4 else -1.0)
+    event = rig.method.cut(12, rig.method.choose(3))  # type: ignore[attr-defined]
+    assert event.details["kept"] == ["layers.4"]
+
+
+def test_omega_stays_out_of_clipping_and_schedule_in_paper_mode_only() -> None:
+    for release in (False, True):
+        rig = Rig("wlora", release=release)
+        (group,) = [group for group in rig.optimizers.groups if group.rule == "sgd"]
+        assert group.scheduled is release and group.clipped is release and group.lr == 0.5
+
+
+def test_release_never_cuts_never_fixes_and_ignores_dropout() -> None:
+    rig = Rig("wlora", release=True, select_steps=5, dropout=0.3).run(20)
+    assert rig.events == [] and len(rig.method.adapters) == N
+    assert all(a.dropout == 0.0 and not a.positive for a in rig.method.adapters.values())
+    assert all(a.omega is not None and a.omega.requires_grad for a in rig.method.adapters.values())
+    assert 1 <= len(rig.method.kept()) <= 2
+
+
+def test_release_starts_A_within_one_over_root_rank() -> None:
+    paper, release = Rig("wlora"), Rig("wlora", release=True)
+    bound = {False: 1 / WIDTH**0.5, True: 1 / 2**0.5}
+    for rig, mode in ((paper, False), (release, True)):
+        largest = max(float(a.A.detach().abs().max()) for a in rig.method.adapters.values())
+        assert 0.8 * bound[mode] < largest <= bound[mode]
+
+
+def test_rlora_cuts_at_T_to_a_random_set_that_omega_does_not_decide() -> None:
+    kept = {tuple(Rig("rlora", seed=seed, select_steps=12).run(12).method.adapters) for seed in range(6)}
+    assert len(kept) > 2 and all(len(names) == 2 for names in kept)
+    again = tuple(Rig("rlora", seed=3, select_steps=12).run(12).method.adapters)
+    assert again in kept
+    rig = Rig("rlora", select_steps=12).run(11)
+    assert rig.omega == [1.0] * N and len(rig.method.adapters) == N
+
+
+def test_rlora_at_start_has_k_adapters_before_the_first_step() -> None:
+    rig = Rig("rlora", draw="at_start")
+    assert len(rig.method.adapters) == 2
+    assert rig.run(20).events == []
+
+
+def test_rlora_of_the_release_loses_draws_that_hit_no_trainable_module() -> None:
+    method = build_method({"name": "rlora", **SETTINGS["rlora"], "k": 4}, release=True)
+    method.plan(Steps(total=40, per_epoch=40))
+    model = Tanh()
+    targets = [Target(f"layers.{index}", index, "linear") for index in range(4)]
+    universe = [t for target in targets for t in (target, Target(f"{target.name}.frozen", target.layer, "frozen"))]
+    method.attach(model, Setting(targets, universe, torch.Generator().manual_seed(0)))
+    # Four draws below n = 4, counted over the universe: two of its first four are frozen, layers 2 and 3 never drawn.
+    assert sorted(method.adapters) == ["layers.0", "layers.1"]
+
+
+def test_wlora_plus_halves_twice_and_keeps_the_number_of_parameters() -> None:
+    rig = Rig("wlora_plus", select_steps=12)
+    start = rig.method.adapters.count()
+    rig.run(6)
+    assert [len(rig.method.adapters), {a.rank for a in rig.method.adapters.values()}] == [3, {4}]
+    assert rig.method.adapters.count() == start
+    rig.run(6)
+    assert [len(rig.method.adapters), {a.rank for a in rig.method.adapters.values()}] == [1, {8}]
+    assert [event.kind for event in rig.events] == ["cut", "extend", "cut", "extend"]
+
+
+@pytest.mark.parametrize("extension", ["qr", "gaussian"])
+def test_wlora_plus_extension_leaves_the_outputs_unchanged(extension: str) -> None:
+    rig = Rig("wlora_plus", select_steps=12, extension=extension).run(6)
+    survivors = list(rig.method.adapters.values())
+    before = rig.model(rig.x).detach()
+    for adapter in survivors:
+        adapter.extend(8, how=extension, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    torch.testing.assert_close(rig.model(rig.x), before, atol=1e-5, rtol=0)
+
+
+def test_wlora_plus_single_cut_spends_the_budget_on_k_survivors() -> None:
+    rig = Rig("wlora_plus", schedule="single", k=2, select_steps=12)
+    start = rig.method.adapters.count()
+    rig.run(12)
+    kept = len(rig.method.adapters)
+    assert kept <= 2 and {a.rank for a in rig.method.adapters.values()} == {2 * N // kept}
+    assert rig.method.adapters.count() == start
+
+
+def test_wlora_plus_scale_stays_unless_rescaled() -> None:
+    for rescale, expected in ((False, 4 / 2), (True, 4 / 8)):
+        rig = Rig("wlora_plus", select_steps=12, rescale=rescale).run(12)
+        assert {a.scale for a in rig.method.adapters.values()} == {expected}
+
+
+def test_wlora_plus_of_the_release_extends_first_and_disconnects_nothing() -> None:
+    rig = Rig("wlora_plus", release=True, select_steps=12).run(12)
+    assert [event.kind for event in rig.events] == ["extend", "select", "extend", "select"]
+    assert len(rig.method.adapters) == N
+    assert sorted({a.rank for a in rig.method.adapters.values()}) == [4, 8]
+    trained = rig.optimizers.parameters()
+    chosen = rig.events[-1].details["kept"]
+    assert len(chosen) <= 1 and len(trained) == 2 * len(chosen)
+
+
+def test_neighbours_differ_on_the_same_seed() -> None:
+    def trained(name: str, **changed: Any) -> torch.Tensor:
+        rig = Rig(name, select_steps=12, **changed) if name in ("wlora", "wlora_plus", "rlora") else Rig(name, **changed)
+        return rig.run(30).model(rig.x).detach()
+
+    outputs = {name: trained(name) for name in ("lora", "wlora", "wlora_plus", "rlora")}
+    outputs["wlora_plus single"] = trained("wlora_plus", schedule="single")
+    for (first, a), (second, b) in itertools.combinations(outputs.items(), 2):
+        assert not torch.allclose(a, b, atol=1e-4), (first, second)
+
+
+@pytest.mark.parametrize(("total", "per_epoch", "expected"), [(1000, 50, 50), (1000, 400, 100), (60, 60, 10), (16, 4, 10)])
+def test_default_T_is_an_epoch_or_a_tenth_and_at_least_ten(total: int, per_epoch: int, expected: int) -> None:
+    method = build_method({"name": "wlora", **SETTINGS["wlora"]})
+    method.plan(Steps(total=total, per_epoch=per_epoch))
+    assert method.select_steps == expected  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["wlora", "wlora_plus", "rlora"])
+def test_an_explicit_T_that_does_not_fit_is_refused_with_the_numbers(name: str) -> None:
+    method = build_method({"name": name, **SETTINGS[name], "select_steps": 40})
+    with pytest.raises(ConfigError, match=r"select_steps=40.*1 to 39.*40 optimiser steps"):
+        method.plan(Steps(total=40, per_epoch=10))
+
+
+def test_a_rank_above_the_width_is_refused() -> None:
+    with pytest.raises(ConfigError, match=f"rank=17.*{WIDTH}"):
+        Rig("lora", rank=17)
+
+
+def test_full_trains_the_body_and_probe_nothing_of_it() -> None:
+    body = sum(p.numel() for layer in Tanh().layers for p in layer.parameters())
+    assert sum(p.numel() for p in Rig("full").optimizers.parameters()) == body
+    assert Rig("probe").optimizers.parameters() == []
