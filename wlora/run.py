@@ -59,6 +59,8 @@ def main() -> None:
 def _attempt(composed: DictConfig) -> Outcome:
     """Run one composed configuration; a failure is told in a line or two and does not stop a sweep."""
     from wlora.hub import go_offline, require_sources
+    from wlora.models.source import locate
+    from wlora.tasks.data import fingerprint
     from wlora.validation import resolve
 
     name = "?"
@@ -72,6 +74,8 @@ def _attempt(composed: DictConfig) -> Outcome:
             go_offline()
         if not config.dry_run:
             require_sources(config)
+        locate(config.model)
+        fingerprint(config.task)
 
         from wlora import experiment
 

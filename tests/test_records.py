@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wlora.config import run_id, scientific_fields, stream_seed
+from wlora.errors import RunFault
+from wlora.records import Record, RecordStore
+
+from .conftest import TINY, compose
+
+
+def identity(*overrides: str, precision: str = "fp32", data: str | None = "d") -> str:
+    config = compose(*TINY, *overrides)
+    return run_id(scientific_fields(config, task_data=data, model_data=None, precision=precision))
+
+
+def test_run_id_ignores_paths_and_logging_and_sees_the_science() -> None:
+    same = [
+        "results_dir=elsewhere",
+        "train.eval_every=5",
+        "task.eval_batch_size=7",
+        "offline=true",
+        "task.path=x",
+        "force=true",
+    ]
+    assert {identity(word) for word in same} == {identity()}
+    other = ["seed=1", "rank=4", "lr=2e-3", "method=lora", "compat=release", "task.max_train_rows=64", "warmup=3", "k=2"]
+    assert len({identity(word) for word in other} | {identity()}) == len(other) + 1
+    assert identity(precision="bf16") != identity() != identity(data="other")
+
+
+def test_run_id_sees_only_the_keys_its_method_reads() -> None:
+    assert identity("method=lora", "k=2") == identity("method=lora")
+    assert identity("method=probe", "rank=4", "targets=all") == identity("method=probe")
+
+
+def test_streams_of_a_seed_are_independent_and_stable() -> None:
+    seeds = {stream_seed(seed, name) for seed in range(3) for name in ("init", "order", "dropout", "choice", "adapters")}
+    assert len(seeds) == 15
+    assert stream_seed(0, "init") == stream_seed(0, "init") < 2**63
+
+
+def test_a_record_holds_the_keys_of_the_design(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    record = run_tiny("method=wlora")
+    content = json.loads((tmp_path / "records" / f"{record.run_id}.json").read_text())
+    assert content["status"] == "success" and content["primary_metric"] in content["metrics"]
+    assert set(content["parameters"]) >= {"adapter_initial", "adapter_final", "head", "total"}
+    assert set(content["seconds"]) == {"train", "eval", "total"}
+    assert content["resumed_at"] == [] and content["config"]["method"]["k"] == 5
+    assert [event["kind"] for event in content["events"]] == ["cut"]
+    for adapter in content["adapters"]:
+        assert set(adapter) == {"name", "omega", "rank"} and adapter["omega"] > 0 and adapter["rank"] == 8
+    assert content["parameters"]["adapter_final"] == len(content["adapters"]) * 8 * 64
+    assert content["environment"]["packages"]["torch"] and content["memory"]["process"] > 0
+
+
+def test_a_finished_run_is_not_repeated_unless_forced(
+    run_tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run_tiny("method=probe")
+    capsys.readouterr()
+    assert run_tiny("method=probe") == first
+    assert "is done" in capsys.readouterr().out
+    assert run_tiny("method=probe", "force=true").seconds != first.seconds
+
+
+def test_a_run_that_did_not_succeed_is_repeated(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    record = run_tiny("method=probe")
+    store = RecordStore(tmp_path)
+    record.status = "interrupted"
+    store.write(record)
+    assert run_tiny("method=probe").status == "success"
+
+
+def test_a_torn_or_foreign_record_counts_as_none(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    for text in ("", "{", "[]", '{"schema": 99}', '{"schema": 1, "bogus": 2}'):
+        store.folder.mkdir(exist_ok=True)
+        store.path("x").write_text(text)
+        assert store.read("x") is None
+    assert list(store) == []
+
+
+def test_a_full_disk_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RecordStore(tmp_path)
+    record = Record(run_id="x", status="running", config={})
+    store.write(record)
+    before = store.path("x").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    record.status = "success"
+    with pytest.raises(RunFault, match="No space left"):
+        store.write(record)
+    assert store.path("x").read_bytes() == before
+    assert [file.name for file in store.folder.iterdir()] == ["x.json"]
+
+
+def test_a_non_finite_number_never_reaches_a_record(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        RecordStore(tmp_path).write(Record(run_id="x", status="success", config={}, metrics={"loss": float("nan")}))
+    assert not RecordStore(tmp_path).path("x").exists()

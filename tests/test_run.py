@@ -1,0 +1,122 @@
+"""The command line in fresh processes: what a user types and reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, TINY, run_cli
+
+PROBE = (
+    "import sys, runpy\n"
+    "sys.argv = ['run'] + sys.argv[1:]\n"
+    "try:\n    runpy.run_module('wlora.run', run_name='__main__')\n"
+    "except SystemExit as end:\n    print('TORCH' if 'torch' in sys.modules else 'LIGHT', end.code or 0, file=sys.stderr)\n"
+)
+
+
+def probe(*words: str, **environment: str) -> tuple[str, str, list[str], int]:
+    """Run the entry point and tell whether torch was imported: (stdout, verdict, error lines, exit code)."""
+    import subprocess
+
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, env=env, cwd=ROOT, timeout=60
+    )
+    *errors, last = done.stderr.strip().splitlines()
+    verdict, code = last.split()
+    return done.stdout, verdict, errors, int(code)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"]])
+def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> None:
+    out, verdict, errors, code = probe(*words)
+    assert (verdict, code, errors) == ("LIGHT", 0, []) and "rank" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["task=rtee"], "did you mean task=rte?"),
+        (["method=wlorra"], "did you mean method=wlora?"),
+        (["model=minilmm"], "did you mean model=minilm?"),
+        (["rnak=4"], "did you mean rank?"),
+        (["method.lr_omga=1"], "did you mean method.lr_omega?"),
+        (["task.epoch=1"], "did you mean task.epochs?"),
+        (["rank=0"], "rank=0: allowed is int >= 1"),
+        (["rank=four"], "rank=four: allowed is int >= 1"),
+        (["k=0"], "k=0: allowed is int >= 1"),
+        (["k=37"], "k=37: allowed is 1 to 36"),
+        (["lr=-1e-3"], "lr=-0.001: allowed is float > 0"),
+        (["seed=-1"], "seed=-1: allowed is int >= 0"),
+        (["dropout=1"], "dropout=1.0: allowed is float >= 0, < 1"),
+        (["targets=qk"], "targets=qk: allowed is qkv | attention | all | release"),
+        (["precision=fp8"], "precision=fp8: allowed is auto"),
+        (["task.epochs=x"], "task.epochs=x: allowed is float > 0"),
+        (["method=rlora", "method.draw=never"], "method.draw=never: allowed is at_cut | at_start"),
+        (["method.lr_omega=abc"], "method.lr_omega=abc: allowed is float > 0"),
+        (["+foo=1"], "foo is unknown"),
+        (["rank=[1"], "error:"),
+        (["results_dir=/dev/null/x"], "results_dir=/dev/null/x: allowed is a folder that can be written"),
+        (["model.path=nowhere"], "model.path=nowhere: allowed is a folder with config.json"),
+        (["model=tiny_bert", "task.path=nowhere"], "task.path=nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_two_lines_with_exit_code_2(words: list[str], expected: str) -> None:
+    _, verdict, errors, code = probe(*words)
+    assert (verdict, code) == ("LIGHT", 2)
+    assert len(errors) <= 2 and errors[0].startswith("error: ") and expected in "\n".join(errors)
+
+
+def test_no_network_is_refused_at_once_with_the_ways_out() -> None:
+    _, verdict, errors, code = probe("task=rte", "method=wlora_plus", "rank=4")
+    text = "\n".join(errors)
+    assert (verdict, code, len(errors)) == ("LIGHT", 2, 2)
+    assert all(way in text for way in ("task.path", "cache", "experiment=demo"))
+
+
+@pytest.mark.parametrize(
+    ("words", "trainable"),
+    [
+        ([], "221,184 adapter parameters"),
+        (["targets=all"], "663,552"),
+        (["targets=release"], "479,232 adapter parameters (0.26%"),
+    ],
+)
+def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(words: list[str], trainable: str, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    done = run_cli("task=rte", "method=wlora_plus", "rank=4", "dry_run=true", f"results_dir={folder}", *words)
+    assert done.returncode == 0, done.stderr
+    assert trainable in done.stdout and "no record yet" in done.stdout and not folder.exists()
+
+
+def test_a_sweep_trains_every_cell_once_and_a_failing_cell_does_not_stop_it(tmp_path: Path) -> None:
+    words = ["-m", *TINY, "method=lora,probe", "seed=0,1", f"results_dir={tmp_path}"]
+    first = run_cli(*words)
+    assert first.returncode == 0, first.stderr
+    assert len(list((tmp_path / "records").glob("*.json"))) == 4 and first.stdout.count("success") == 4
+    again = run_cli(*words)
+    assert again.stdout.count("is done") == 4
+    broken = run_cli("-m", *TINY, "method=lora", "seed=-1,0", f"results_dir={tmp_path}")
+    assert broken.returncode == 2 and "ConfigError" in broken.stdout and "is done" in broken.stdout
+
+
+def test_a_bug_ends_with_a_traceback_and_a_record_that_says_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wlora import experiment
+
+    from .conftest import compose
+
+    def bug(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(experiment, "Trainer", bug)
+    with pytest.raises(ZeroDivisionError):
+        experiment.run(compose(*TINY, f"results_dir={tmp_path}"))
+    (file,) = (tmp_path / "records").glob("*.json")
+    content = json.loads(file.read_text())
+    assert content["status"] == "failed" and "planted" in content["error"]

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from wlora import experiment
+from wlora.errors import ConfigError
+from wlora.training import loop
+from wlora.training.batching import evaluation_batches, group_for_steps, share, training_batches
+from wlora.training.plan import make_plan
+
+from .conftest import TINY, compose
+
+LENGTHS = [(7 * row) % 41 + 3 for row in range(230)]
+
+
+def test_every_row_comes_once_per_epoch_in_batches_of_similar_length() -> None:
+    batches = training_batches(LENGTHS, 8, seed=1, epoch=3)
+    assert sorted(row for batch in batches for row in batch) == list(range(230))
+    assert [len(batch) for batch in batches].count(8) == 28
+    padded = sum(len(batch) * max(LENGTHS[row] for row in batch) for batch in batches)
+    assert padded < 1.1 * sum(LENGTHS)
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    first = training_batches(LENGTHS, 8, seed=1, epoch=0)
+    assert first == training_batches(LENGTHS, 8, seed=1, epoch=0)
+    assert first != training_batches(LENGTHS, 8, seed=1, epoch=1)
+    assert first != training_batches(LENGTHS, 8, seed=2, epoch=0)
+
+
+def test_the_longest_batch_comes_first_in_the_first_epoch() -> None:
+    batches = training_batches(LENGTHS, 8, seed=1, epoch=0)
+    assert max(LENGTHS[row] for row in batches[0]) == max(LENGTHS)
+
+
+def test_shares_of_processes_cover_a_batch_once() -> None:
+    batch = [5, 3, 8, 1, 9]
+    assert sorted(row for rank in range(3) for row in share(batch, rank, 3)) == sorted(batch)
+    assert share([4], 1, 2) == []
+
+
+def test_evaluation_covers_all_rows_and_steps_group_micro_batches() -> None:
+    assert sorted(row for batch in evaluation_batches(LENGTHS, 64) for row in batch) == list(range(230))
+    assert group_for_steps([[0], [1], [2], [3], [4]], 2) == [[[0], [1]], [[2], [3]], [[4]]]
+
+
+def planned(rows: int, *overrides: str) -> Any:
+    return make_plan(compose("task=rte", "model=tiny_bert", *overrides), rows)
+
+
+def test_plan_counts_optimiser_steps_and_shortens_the_default_warm_up() -> None:
+    plan = planned(2490, "train.accumulation_steps=6", "task.batch_size=32", "task.epochs=1")
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup) == (13, 13, 1)  # 13 steps of RTE, as the paper's B.1
+    assert "100 to 1" in plan.notice
+    long = planned(2490, "train.max_steps=2000")
+    assert (long.total_steps, long.warmup, long.notice) == (2000, 100, "")
+
+
+def test_accumulation_defaults_to_six_for_glue_on_deberta_only() -> None:
+    assert compose("task=rte").train.accumulation_steps == 6
+    assert compose("task=story_nli").train.accumulation_steps == 1
+    assert compose("task=rte", "model=minilm").train.accumulation_steps == 1
+
+
+@pytest.mark.parametrize("override", ["warmup=13", "train.eval_every=14"])
+def test_explicit_values_that_do_not_fit_are_refused_with_the_numbers(override: str) -> None:
+    with pytest.raises(ConfigError, match="13"):
+        planned(2490, "train.accumulation_steps=6", "task.batch_size=32", "task.epochs=1", override)
+
+
+def test_same_seed_gives_bit_equal_results_and_another_does_not(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    first = run_tiny("method=wlora", results=tmp_path / "a")
+    again = run_tiny("method=wlora", results=tmp_path / "b")
+    other = run_tiny("method=wlora", "seed=1", results=tmp_path / "a")
+    assert first.run_id == again.run_id != other.run_id
+    assert first.metrics == again.metrics and first.adapters == again.adapters and first.events == again.events
+    curves = [(tmp_path / folder / "records" / f"{first.run_id}.jsonl").read_bytes() for folder in ("a", "b")]
+    assert curves[0] == curves[1] and len(curves[0].splitlines()) > 10
+    assert other.metrics["loss"] != first.metrics["loss"]
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two micro-batches of 4 train like one of 8 where dropout is off and rows are the same."""
+    monkeypatch.setattr(loop, "training_batches", _plain_batches)
+
+    def losses(*overrides: str) -> list[float]:
+        architecture = ["+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0"]
+        config = compose(*TINY, *architecture, "dropout=0", "method=lora", f"results_dir={tmp_path}", *overrides)
+        record = experiment.run(config)
+        lines = (tmp_path / "records" / f"{record.run_id}.jsonl").read_text().splitlines()
+        return [point["loss"] for point in map(json.loads, lines) if "loss" in point]
+
+    whole = losses("task.batch_size=8", "train.accumulation_steps=1")
+    parts = losses("task.batch_size=4", "train.accumulation_steps=2")
+    assert whole == pytest.approx(parts, rel=1e-4) and len(set(whole)) > 10
+
+
+def _plain_batches(lengths: list[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    return [list(range(start, min(start + batch_size, len(lengths)))) for start in range(0, len(lengths), batch_size)]
+
+
+def test_the_first_step_asserts_the_trainable_set(run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.Trainer._groups
+    monkeypatch.setattr(loop.Trainer, "_groups", lambda self: original(self)[:1])  # a head that no optimiser updates
+    with pytest.raises(AssertionError, match="is in an optimiser=False"):
+        run_tiny("method=lora")
+
+
+def test_head_and_pooler_train_in_paper_mode_and_stay_as_drawn_in_the_release(run_tiny: Callable[..., Any]) -> None:
+    for compat, expected in (("paper", 32 * 32 + 32 + 3 * 32 + 3), ("release", 0)):
+        assert run_tiny("method=lora", f"compat={compat}").parameters["head"] == expected
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(loop.Diverged, match="at step"):
+        run_tiny("method=full", "lr=1e30", "warmup=0")
+    (record,) = experiment.RecordStore(tmp_path)
+    assert record.status == "diverged" and record.error is not None and "loss is" in record.error
+
+
+def test_evaluation_every_n_steps_does_not_change_the_training(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    sparse = run_tiny("method=lora", results=tmp_path / "a")
+    dense = run_tiny("method=lora", "train.eval_every=3", results=tmp_path / "b")
+    assert sparse.run_id == dense.run_id and sparse.metrics == dense.metrics
+    points = (tmp_path / "b" / "records" / f"{dense.run_id}.jsonl").read_text()
+    assert points.count('"metrics"') == 32 // 3 + 1
+
+
+def test_precision_of_the_adapters_is_float32_over_a_low_base(run_tiny: Callable[..., Any]) -> None:
+    for precision in ("bf16", "fp16"):
+        record = run_tiny("method=wlora", f"precision={precision}")
+        assert record.status == "success" and record.environment["precision"] == precision
+
+
+def test_loss_scaling_changes_no_update_and_skips_overflown_steps() -> None:
+    from torch import nn
+
+    from wlora.training.optimizers import Optimizers, ParameterGroup
+
+    p, omega = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    groups = [ParameterGroup([p], 0.1), ParameterGroup([omega], 1.0, rule="sgd")]
+    optimizers, scaler = Optimizers(groups, weight_decay=0.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((2 * p + 3 * omega).sum()).backward()
+    optimizers.unscale(scaler)
+    assert p.grad is not None and float(p.grad) == 2.0 and float(omega.grad or 0) == 3.0
+    optimizers.step(scaler)
+    scaler.update()
+    assert float(omega.detach()) == -2.0
+    before = float(p.detach())
+    p.grad, omega.grad = torch.tensor([float("inf")]), torch.tensor([1.0])
+    scaler.scale(torch.ones(1, requires_grad=True)).backward()
+    optimizers.unscale(scaler)
+    optimizers.step(scaler)
+    scaler.update()
+    assert float(p.detach()) == before and scaler.get_scale() == 512.0
