@@ -16,17 +16,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from wlora.config import Config, run_id, scientific_fields, stream_seed
+from wlora.console import announce, say, summarize
+from wlora.errors import RunFault
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
-from wlora.models.loading import build_on_meta, head_parameters, load_model, load_tokenizer
+from wlora.models.loading import head_parameters, load_model, load_tokenizer
 from wlora.models.source import ModelSource, locate
-from wlora.models.targets import list_targets, read_architecture
+from wlora.models.targets import list_targets
 from wlora.precision import Precision, choose_precision, lower_base
 from wlora.records import Record, RecordStore, describe_environment, peak_memory
 from wlora.tasks import build_task
 from wlora.tasks.data import fingerprint, load_splits
 from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
-from wlora.training.plan import Plan, make_plan
+from wlora.training.plan import make_plan
 
 
 def run(config: Config) -> Record:
@@ -40,13 +42,12 @@ def run(config: Config) -> Record:
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     precision = choose_precision(config.precision, accelerator.device)
     source = locate(config.model)
-    record = _open_record(config, source, precision)
+    record = open_record(config, source, precision)
     store = RecordStore(config.results_dir)
     done = store.read(record.run_id)
     if done is not None and done.status == "success" and not config.force:
-        say(
-            f"{record.run_id} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(record.run_id)})"
-        )
+        score = done.metrics[done.primary_metric]
+        say(f"{record.run_id} is done: {done.primary_metric} {score:.4f} ({store.path(record.run_id)})")
         return done
 
     task = build_task(config.task)
@@ -54,7 +55,7 @@ def run(config: Config) -> Record:
     plan = make_plan(config, len(splits.rows["train"]))
     method = build_method(config.method, release=config.compat == "release")
     method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
-    _announce(config, record.run_id, plan, precision)
+    announce(config, record.run_id, plan, precision)
 
     tokenizer = load_tokenizer(config.model, source)
     model = load_model(
@@ -69,12 +70,13 @@ def run(config: Config) -> Record:
     lower_base(model, precision)
     model.to(accelerator.device)
     record.parameters = count_parameters(model, method, head)
+    record.model["revision"] = getattr(model.config, "_commit_hash", None)
     record.task.update(version=splits.revision, data=splits.fingerprint, train_rows=plan.rows)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
     record.environment = describe_environment(str(accelerator.device), precision.name, accelerator.num_processes)
 
-    curve = store.curve(record.run_id)
     main = accelerator.is_main_process
+    log = store.curve(record.run_id) if main else _ignore
     if main:
         store.write(record)
     try:
@@ -93,7 +95,7 @@ def run(config: Config) -> Record:
             plan=plan,
             settings=_loop_settings(config, method, precision),
             accelerator=accelerator,
-            log=curve if main else _ignore,
+            log=log,
         )
         result = trainer.run()
     except BaseException as error:
@@ -101,10 +103,15 @@ def run(config: Config) -> Record:
         record.seconds = {"total": time.perf_counter() - begin}
         if main:
             store.write(record)
+        if record.status == "oom":
+            raise RunFault(
+                f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, "
+                "which keeps the effective batch"
+            ) from error
         raise
     _complete(record, result, method, begin)
     if main:
-        say(_summary(record, method, str(store.write(record))))
+        say(summarize(record, method, str(store.write(record))))
     return record
 
 
@@ -139,47 +146,7 @@ def count_parameters(model: nn.Module, method: Method, head: dict[str, nn.Parame
     }
 
 
-def describe(config: Config) -> str:
-    """Say what a run would do (`dry_run`): adapters, parameters, steps, whether it is done. Needs no weights."""
-    source = locate(config.model)
-    precision = choose_precision(config.precision, Accelerator(cpu=not torch.cuda.is_available()).device)
-    record = _open_record(config, source, precision)
-    task = build_task(config.task)
-    method = build_method(config.method, release=config.compat == "release")
-    rows = _known_rows(config)
-    if rows is not None:
-        plan = make_plan(config, rows)
-        method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
-    model = build_on_meta(config.model, _countable(config, source), head=task.head, num_labels=task.num_labels)
-    head = attach(model, method, config)
-    counts = count_parameters(model, method, head)
-    trainable = counts["adapter_initial"] + counts["base"]
-    done = RecordStore(config.results_dir).read(record.run_id)
-    lines = [
-        f"run        {record.run_id} ({'record exists: ' + done.status if done else 'no record yet'})",
-        f"model      {config.model.name}, {counts['total']:,} parameters, precision {precision.name} ({precision.reason})",
-        f"adapters   {len(method.adapters)} of method={config.method['name']}",
-        f"trainable  {trainable:,} adapter parameters ({trainable / counts['total']:.2%} of the model)"
-        if not counts["base"]
-        else f"trainable  {trainable:,} base parameters ({trainable / counts['total']:.2%} of the model)",
-        f"head       {counts['head']:,} trainable parameters of head and pooler",
-        "steps      unknown until the data are there"
-        if rows is None
-        else f"steps      {plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
-        f"{plan.accumulation_steps}), warm-up {plan.warmup}",
-    ]
-    return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    """Print for the user, on the main process only."""
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
-        print(text, flush=True)
-
-
-def _open_record(config: Config, source: ModelSource, precision: Precision) -> Record:
+def open_record(config: Config, source: ModelSource, precision: Precision) -> Record:
     fields = scientific_fields(
         config, task_data=fingerprint(config.task), model_data=source.fingerprint, precision=precision.name
     )
@@ -201,7 +168,6 @@ def _loop_settings(config: Config, method: Method, precision: Precision) -> Sett
         eval_batch_size=config.task.eval_batch_size,
         order_seed=stream_seed(config.seed, "order"),
         dropout_seed=stream_seed(config.seed, "dropout"),
-        release=config.compat == "release",
         scale_loss=precision.name == "fp16",
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
     )
@@ -240,53 +206,6 @@ def _classify(error: BaseException) -> tuple[str, str]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", text
     return "failed", text
-
-
-def _summary(record: Record, method: Method, path: str) -> str:
-    """Format the end of a run: metric, parameters, kept adapters, seconds, where the record is."""
-    counts = record.parameters
-    first, last = (counts["base"] + counts[key] for key in ("adapter_initial", "adapter_final"))
-    kept = [f"{a['name']} (ω {a['omega']:.3f}, rank {a['rank']})" for a in record.adapters if a["omega"] is not None]
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
-    lines = [
-        f"metric     {metrics} (dev set)",
-        f"trainable  {first:,} -> {last:,} ({last / counts['total']:.3%} of {counts['total']:,}), head {counts['head']:,}",
-        f"kept       {len(record.adapters)} adapters"
-        + (f", lowest in layer {method.adapters.lowest_layer}" if kept else ""),
-        *(f"           {line}" for line in kept[:20]),
-        f"seconds    {record.seconds['train']:.1f} training, {record.seconds['eval']:.1f} evaluation, "
-        f"{record.seconds['total']:.1f} in all ({record.throughput['examples_per_second']:.0f} examples/s)",
-        f"record     {path}",
-    ]
-    return "\n".join(lines)
-
-
-def _announce(config: Config, identity: str, plan: Plan, precision: Precision) -> None:
-    say(
-        f"{identity}: task={config.task.name} model={config.model.name} method={config.method['name']} seed={config.seed}, "
-        f"{plan.total_steps} steps of {plan.batch_size}×{plan.accumulation_steps} rows, "
-        f"{precision.name} ({precision.reason})"
-    )
-    if plan.notice:
-        say(f"notice: {plan.notice}")
-
-
-def _known_rows(config: Config) -> int | None:
-    """Return the number of training rows without touching the network, or None."""
-    rows = config.task.train_rows
-    if config.task.path is not None or config.task.generator is not None:
-        return len(load_splits(config.task, offline=True).rows["train"])
-    if rows is None:
-        return None
-    return min(rows, config.task.max_train_rows or rows)
-
-
-def _countable(config: Config, source: ModelSource) -> dict[str, Any]:
-    """Return an architecture complete enough to be built; random models take the vocabulary of their tokenizer."""
-    architecture = read_architecture(config.model)
-    if "vocab_size" not in architecture:
-        architecture["vocab_size"] = len(load_tokenizer(config.model, source))
-    return architecture
 
 
 def _ignore(point: dict[str, Any]) -> None:

@@ -48,6 +48,9 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         _fail(ConfigError(explain(error)))
         sys.exit(2)
+    except KeyboardInterrupt:
+        _fail(RunFault("interrupted"))
+        sys.exit(130)
     except OSError as error:
         _fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
         sys.exit(2)
@@ -77,12 +80,14 @@ def _attempt(composed: DictConfig) -> Outcome:
         locate(config.model)
         fingerprint(config.task)
 
-        from wlora import experiment
-
         if config.dry_run:
-            experiment.say(experiment.describe(config))
+            from wlora.dry_run import describe
+
+            print(describe(config))
             return Outcome(name, "described", None, 0)
-        record = experiment.run(config)
+        from wlora.experiment import run
+
+        record = run(config)
         return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0)
     except (ConfigError, RunFault) as error:
         _fail(error)

@@ -63,6 +63,11 @@ class Method:
 
     release = False
 
+    @property
+    def release_adamw(self) -> bool:
+        """Whether to train with the release's own AdamW (ε 1e-6) in place of torch's."""
+        return False
+
     def plan(self, steps: Steps) -> None:
         """Fix the policy's schedule; raises ConfigError if an explicit value does not fit the run."""
 

@@ -37,6 +37,11 @@ class RLoRA(WLoRA):
         )
         self.draw = draw
 
+    @property
+    def release_adamw(self) -> bool:
+        """The release trains RLoRA with torch's AdamW."""
+        return False
+
     def plan(self, steps: Steps) -> None:
         """Fix T, which only a draw at the cut needs."""
         if self.draw == "at_cut" and not self.release:

@@ -47,6 +47,11 @@ class WLoRA(AdapterMethod):
         self.k, self.lr_omega, self.project_every = k, lr_omega, project_every
         self.select_steps = select_steps
 
+    @property
+    def release_adamw(self) -> bool:
+        """The release trains WeightLoRA, and only it, with its own AdamW."""
+        return self.release
+
     def plan(self, steps: Steps) -> None:
         """Fix T."""
         if self.select_steps is None:

@@ -45,7 +45,7 @@ def locate(model: ModelConfig) -> ModelSource:
         raise ConfigError(f"{key}: no weights there (model.safetensors or pytorch_model.bin)")
     if model.sha256 is not None and hash_file(weights[0]) != model.sha256:
         raise ConfigError(
-            f"{key}: {weights[0].name} has sha256 {hash_file(weights[0])[:12]}…, model={model.name} is {model.sha256[:12]}…\n"
+            f"{key}: {weights[0].name} has sha256 {hash_file(weights[0])[:12]}…, not {model.name}'s {model.sha256[:12]}…\n"
             "other weights of this architecture: add model.sha256=null"
         )
     content = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _CONTENT)

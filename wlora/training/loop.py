@@ -55,7 +55,6 @@ class Settings:
         eval_batch_size: rows of an evaluation batch.
         order_seed: seed of the data order.
         dropout_seed: seed of everything drawn in the forward passes.
-        release: the release's AdamW, and its frozen head.
         scale_loss: float16 loss scaling.
         autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
     """
@@ -66,7 +65,6 @@ class Settings:
     eval_batch_size: int
     order_seed: int
     dropout_seed: int
-    release: bool = False
     scale_loss: bool = False
     autocast: torch.dtype | None = None
 
@@ -108,7 +106,7 @@ class Trainer:
         self.bare_model, self.method, self.head = model, method, head
         self.task, self.tokenizer, self.data = task, tokenizer, data
         self.plan, self.settings, self.accelerator, self.log = plan, settings, accelerator, log
-        self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=settings.release)
+        self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=method.release_adamw)
         self.scaler = (
             torch.amp.GradScaler(accelerator.device.type, init_scale=FP16_FIRST_SCALE) if settings.scale_loss else None
         )

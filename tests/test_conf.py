@@ -1,0 +1,96 @@
+"""Every YAML file composes and resolves, and says of a method exactly what its class takes."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from wlora.config import config_folder
+from wlora.methods import build_method
+from wlora.validation import RULES, satisfies
+
+from .conftest import compose
+
+METHODS = sorted(file.stem for file in (config_folder() / "method").glob("*.yaml"))
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
+
+
+def read_method(name: str) -> dict[str, Any]:
+    """Return the keys of a method's YAML as they stand there, interpolations and rules included."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "method" / f"{name}.yaml"))
+    return dict(content.get("method", content))
+
+
+@pytest.mark.parametrize("name", options("task"))
+def test_every_task_composes(name: str) -> None:
+    task = compose(f"task={name}").task
+    assert task.name == name and task.columns and task.validation and task.primary_metric in task.metrics
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_model_composes(name: str) -> None:
+    config = compose(f"model={name}")
+    assert config.model.name == name and "model_type" in config.model.architecture and 1 <= config.k
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_composes(name: str) -> None:
+    config = compose(f"method={name}")
+    assert config.method["name"] == name and "allowed" not in config.method and "about" not in config.method
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes(name: str) -> None:
+    compose(f"experiment={name}")
+
+
+def test_every_file_is_in_a_group_that_is_tested() -> None:
+    tested = {"task", "model", "method", "experiment", "train"}
+    found = {file.relative_to(config_folder()).parts[0] for file in config_folder().rglob("*.yaml")}
+    assert found == tested | {"config.yaml"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_keys_are_the_arguments_of_its_class(name: str) -> None:
+    keys = set(compose(f"method={name}").method) - {"name", "targets"}
+    policy = type(build_method(compose(f"method={name}").method))
+    taken = {} if policy.__init__ is object.__init__ else inspect.signature(policy).parameters
+    assert keys == set(taken)
+    assert Path(inspect.getfile(policy)).stem == name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_keys_are_shared_ones_or_have_a_rule(name: str) -> None:
+    content = read_method(name)
+    rules = content.get("allowed", {})
+    assert content["about"].endswith(".")
+    own = set(content) - {"about", "name", "allowed"}
+    assert set(rules) <= own
+    for key in own:
+        if key in RULES:
+            assert content[key] == f"${{{key}}}"
+        else:
+            assert satisfies(content[key], rules[key])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_rules_can_be_read(name: str) -> None:
+    for rule in read_method(name).get("allowed", {}).values():
+        for value in (None, True, "word", -1, 0, 1, 0.5, float("nan")):
+            assert satisfies(value, rule) in (True, False)
+        assert not satisfies("no such value", rule)
+
+
+def test_the_rules_of_the_shared_keys_can_be_read() -> None:
+    for rule in RULES.values():
+        for value in (None, "word", -1, 1, 0.5):
+            satisfies(value, rule)
+    with pytest.raises(ValueError, match="unreadable rule"):
+        satisfies(1, "int above 0")

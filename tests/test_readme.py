@@ -1,0 +1,265 @@
+"""The README says what is true: its commands run (small and local), and its tree is the real one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wlora import run
+from wlora.config import ModelConfig, config_folder
+from wlora.models.source import locate
+from wlora.records import Record, RecordStore
+
+from .conftest import ROOT, compose
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+SETUP = [line for line in LINES if line.startswith("pip install")]
+RUNS = [line for line in LINES if line.startswith("python -m wlora.run ")]
+SCRIPTS = [line for line in LINES if line.startswith("python scripts/")]
+COMPLETION = [line for line in LINES if line.startswith("eval ")]
+
+TRAIN_ROWS, EVAL_ROWS = 64, 8
+# Enough steps for every explicit number of steps in the README; enough layers for every explicit k.
+SMALL = ["task.batch_size=4", "train.accumulation_steps=1", "train.max_steps=64", "seed=0"]
+TINY_MODEL = ["model=tiny_deberta", "model.architecture.num_hidden_layers=4"]
+LOOKS = ("--help", "--cfg", "-sc")
+
+Enter = Callable[..., int]
+
+
+def rows_of(task: Any, number: int) -> dict[str, list[Any]]:
+    """Write rows in a task's schema."""
+    subjects = ("Anna", "Ben", "Clara", "David")
+    endings = ("is in the garden.", "left the kitchen.", "has the book.")
+    texts = [f"{subjects[i % 4]} {endings[i % 3]}" for i in range(number)]
+    labels: list[Any] = (
+        [i % len(task.labels) for i in range(number)] if task.labels else [i % 6 - 0.5 for i in range(number)]
+    )
+    return {**{column: texts for column in task.columns}, "label": labels}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of every benchmark, in its own schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("data")
+    for file in (config_folder() / "task").glob("*.yaml"):
+        task = compose(f"task={file.stem}").task
+        (folder / task.name).mkdir()
+        for split in ("train", *task.validation):
+            rows = rows_of(task, TRAIN_ROWS if split == "train" else EVAL_ROWS)
+            pq.write_table(pa.table(rows), folder / task.name / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def enter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Enter]:
+    """Return a function that calls the entry point in this process, away from the hub, and returns the exit code."""
+    import huggingface_hub.constants as hub
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", hub.HF_HUB_OFFLINE)  # offline=true sets these; the test restores them
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        with pytest.raises(SystemExit) as end:
+            run.main()
+        return int(end.value.code or 0)
+
+    return call
+
+
+def minilm() -> str:
+    config = compose("model=minilm").model
+    return str(locate(ModelConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})).location)
+
+
+def shrink(line: str, data: Path, results: Path) -> list[str]:
+    """Return the arguments of a README command, with overrides appended that make it small and local."""
+    words = shlex.split(line.replace("DATA", str(data)))[3:]
+    if any(word in LOOKS for word in words):
+        return words
+    words.append(f"results_dir={results}")
+    if "dry_run=true" in words:
+        return words
+    if "model.path=MODEL" in words:
+        words[words.index("model.path=MODEL")] = f"model.path={minilm()}"
+    else:
+        words += TINY_MODEL
+    return [*words, *SMALL, f"task.path={data}/${{task.name}}"]
+
+
+def records_in(results: Path) -> list[Record]:
+    return list(RecordStore(results))
+
+
+def test_every_line_is_a_command_that_is_checked_here() -> None:
+    assert len(SETUP) == 2 and RUNS and SCRIPTS and COMPLETION
+    assert sorted(LINES) == sorted(SETUP + RUNS + SCRIPTS + COMPLETION)
+
+
+def test_setup_installs_extras_that_exist() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for line in SETUP:
+        match = re.fullmatch(r"pip install -e '\.\[(\w+)\]' && python -m (wlora\.run experiment=(\w+)|pytest)", line)
+        assert match, line
+        assert re.search(rf"^{match[1]} = \[", project, re.MULTILINE)
+        assert match[3] is None or (config_folder() / "experiment" / f"{match[3]}.yaml").is_file()
+
+
+@pytest.mark.parametrize("line", RUNS)
+def test_command_runs(line: str, enter: Enter, data: Path, tmp_path: Path) -> None:
+    words = shrink(line, data, tmp_path / "results")
+    assert enter(*words) == 0
+    records = records_in(tmp_path / "results")
+    assert bool(records) != any(word in (*LOOKS, "dry_run=true") for word in words)
+    assert all(record.status == "success" for record in records)
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("rank=4", "rnk=4"), ("task=rte", "task=rtee"), ("method=", "metod=")])
+def test_a_mistyped_command_would_fail(right: str, wrong: str, enter: Enter, data: Path, tmp_path: Path) -> None:
+    line = next(line for line in RUNS if right in line)
+    assert enter(*shrink(line.replace(right, wrong), data, tmp_path)) == 2
+    assert not records_in(tmp_path)
+
+
+def test_completion_can_be_installed(enter: Enter, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in COMPLETION:
+        match = re.fullmatch(r'eval "\$\(wlora (.*)\)"', line)
+        assert match, line
+        assert enter(*match[1].split()) == 0
+        script = capsys.readouterr().out
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0 and "complete" in script
+
+
+def in_this_process(enter: Enter, *overrides: str) -> Callable[..., Any]:
+    """Stand in for `subprocess.run` of `python -m wlora.run`: no start of a process per run, smaller runs."""
+    start = subprocess.run
+
+    def stand_in(words: list[str], **options: Any) -> Any:
+        if words[1:3] != ["-m", "wlora.run"]:
+            return start(words, **options)
+        if enter(*words[3:], *overrides) != 0:
+            raise subprocess.CalledProcessError(1, words)
+        return None
+
+    return stand_in
+
+
+def run_script(line: str, data: Path, *options: str) -> str:
+    """Run a script of the README as `python` would; returns what it prints."""
+    words = shlex.split(line.replace("DATA", str(data)))[1:]
+    sys.argv = [str(ROOT / words[0]), *words[1:], *options]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return out.getvalue()
+
+
+def test_the_first_study_runs(
+    enter: Enter, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line,) = (line for line in SCRIPTS if "first_runs" in line)
+    spec = importlib.util.spec_from_file_location("first_runs", ROOT / shlex.split(line)[1])
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, value in {"METHODS": ("full", "wlora"), "RATES": {"full": ("1e-4",)}, "ADAPTER_RATES": ("1e-3",)}.items():
+        assert hasattr(script, name)
+        monkeypatch.setattr(script, name, value)
+    small = in_this_process(enter, "model=tiny_bert", "task.batch_size=4", "task.epochs=2")
+    monkeypatch.setattr(script.subprocess, "run", small)
+    monkeypatch.setenv("JOBS", "1")
+    monkeypatch.setattr(sys, "argv", shlex.split(line.replace("DATA", str(data)))[1:])
+    script.main()
+    records = records_in(tmp_path / "results" / "first_runs")
+    assert len(records) == 2 * 2 * 3 and all(record.status == "success" for record in records)
+    assert "first_runs/records" in README
+    assert "| mrpc | wlora |" in capsys.readouterr().out
+
+
+def test_the_comparison_with_peft_runs(enter: Enter, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = (line for line in SCRIPTS if "compare_with_peft" in line)
+    monkeypatch.setattr(subprocess, "run", in_this_process(enter))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    # Its warm-up of 20 steps needs 11 epochs of so few rows.
+    printed = run_script(line, data, "--epochs", "11", "--seeds", "0")
+    assert "median ratio of training time" in printed and "trainable parameters" in printed
+
+
+def test_every_script_of_the_readme_is_run_here() -> None:
+    assert {shlex.split(line)[1] for line in SCRIPTS} == {"scripts/first_runs.py", "scripts/compare_with_peft.py"}
+
+
+def tree() -> set[str]:
+    """Return the paths in the README's tree; a folder ends in `/`."""
+    section = README.split("## The tree", 1)[1]
+    (block, *_) = re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    found, parents = set(), [""]
+    for line in block.splitlines():
+        match = re.fullmatch(r"( *)(\S+) +(\S.*)", line)
+        assert match, f"a path and what it is: {line}"
+        depth = len(match[1]) // 2
+        path = parents[depth] + match[2]
+        parents[depth + 1 :] = [path]
+        found.add(path)
+    return found
+
+
+def files_of_the_project() -> list[str]:
+    """List the files of the checkout, or of an unpacked sdist those of its main folders."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        return [name for name in listed if (ROOT / name).is_file()]
+    folders = ("conf", "scripts", "tests", "wlora")
+    return [file.relative_to(ROOT).as_posix() for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
+
+
+def test_the_tree_is_complete() -> None:
+    listed = tree()
+    for name in files_of_the_project():
+        folder, _, rest = name.partition("/")
+        if rest:
+            assert any(entry.startswith(f"{folder}/") for entry in listed), f"{folder}/ is not in the README's tree"
+        if re.fullmatch(r"(wlora|scripts)/.*\.py", name) and not name.endswith("__init__.py"):
+            assert name in listed, f"{name} is not in the README's tree"
+        if re.fullmatch(r"conf/\w+/.*", name):
+            assert name.rpartition("/")[0] + "/" in listed
+
+
+def test_the_tree_lists_nothing_that_is_not_there() -> None:
+    made_later = {"results/"}
+    missing = [path for path in tree() - made_later if not (ROOT / path).exists()]
+    # An sdist has no continuous integration.
+    assert [path for path in missing if not path.startswith(".")] == []
+
+
+def test_methods_and_record_keys_of_the_readme_are_the_real_ones() -> None:
+    methods = {file.stem for file in (config_folder() / "method").glob("*.yaml")}
+    assert set(re.findall(r"^\| `(\w+)` \| [A-Z]", README, re.MULTILINE)) == methods
+    section = README.split("## Records", 1)[1].split("\n## ", 1)[0]
+    cells = re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE)
+    keys = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    assert keys == {f.name for f in dataclasses.fields(Record)}

@@ -1,0 +1,47 @@
+"""What a user reads: what is about to run, and how it ended."""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+
+from wlora.config import Config
+from wlora.methods.base import Method
+from wlora.precision import Precision
+from wlora.records import Record
+from wlora.training.plan import Plan
+
+
+def say(text: str) -> None:
+    """Print for the user, on the main process only."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def announce(config: Config, identity: str, plan: Plan, precision: Precision) -> None:
+    """Say what is about to run, and which default was changed."""
+    say(
+        f"{identity}: task={config.task.name} model={config.model.name} method={config.method['name']} seed={config.seed}, "
+        f"{plan.total_steps} steps of {plan.batch_size}×{plan.accumulation_steps} rows, "
+        f"{precision.name} ({precision.reason})"
+    )
+    if plan.notice:
+        say(f"notice: {plan.notice}")
+
+
+def summarize(record: Record, method: Method, path: str) -> str:
+    """Format the end of a run: metric, parameters, kept adapters, seconds, where the record is."""
+    counts = record.parameters
+    first, last = (counts["base"] + counts[key] for key in ("adapter_initial", "adapter_final"))
+    kept = [f"{a['name']} (ω {a['omega']:.3f}, rank {a['rank']})" for a in record.adapters if a["omega"] is not None]
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+    lines = [
+        f"metric     {metrics} (dev set)",
+        f"trainable  {first:,} -> {last:,} ({last / counts['total']:.3%} of {counts['total']:,}), head {counts['head']:,}",
+        f"kept       {len(record.adapters)} adapters"
+        + (f", lowest in layer {method.adapters.lowest_layer}" if kept else ""),
+        *(f"           {line}" for line in kept[:20]),
+        f"seconds    {record.seconds['train']:.1f} training, {record.seconds['eval']:.1f} evaluation, "
+        f"{record.seconds['total']:.1f} in all ({record.throughput['examples_per_second']:.0f} examples/s)",
+        f"record     {path}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""What a run would do, told without weights and without network (`dry_run=true`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from wlora.config import Config
+from wlora.experiment import attach, count_parameters, open_record
+from wlora.methods import build_method
+from wlora.methods.base import Steps
+from wlora.models.loading import build_on_meta, load_tokenizer
+from wlora.models.source import ModelSource, locate
+from wlora.models.targets import read_architecture
+from wlora.precision import choose_precision
+from wlora.records import RecordStore
+from wlora.tasks import build_task
+from wlora.tasks.data import load_splits
+from wlora.training.plan import make_plan
+
+
+def describe(config: Config) -> str:
+    """Say what a run would do (`dry_run`): adapters, parameters, steps, whether it is done. Needs no weights."""
+    source = locate(config.model)
+    precision = choose_precision(config.precision, Accelerator(cpu=not torch.cuda.is_available()).device)
+    record = open_record(config, source, precision)
+    task = build_task(config.task)
+    method = build_method(config.method, release=config.compat == "release")
+    rows = _known_rows(config)
+    if rows is not None:
+        plan = make_plan(config, rows)
+        method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
+    model = build_on_meta(config.model, _countable(config, source), head=task.head, num_labels=task.num_labels)
+    head = attach(model, method, config)
+    counts = count_parameters(model, method, head)
+    trainable = counts["adapter_initial"] + counts["base"]
+    what = "base" if counts["base"] else "adapter"
+    steps = "unknown until the data are there"
+    if rows is not None:
+        steps = (
+            f"{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
+            f"{plan.accumulation_steps}), warm-up {plan.warmup}"
+        )
+    done = RecordStore(config.results_dir).read(record.run_id)
+    lines = [
+        f"run        {record.run_id} ({'record exists: ' + done.status if done else 'no record yet'})",
+        f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",
+        f"adapters   {len(method.adapters)} of method={config.method['name']}",
+        f"trainable  {trainable:,} {what} parameters ({trainable / counts['total']:.2%} of the model)",
+        f"head       {counts['head']:,} trainable parameters of head and pooler",
+        f"steps      {steps}",
+    ]
+    return "\n".join(lines)
+
+
+def _known_rows(config: Config) -> int | None:
+    """Return the number of training rows without touching the network, or None."""
+    rows = config.task.train_rows
+    if config.task.path is not None or config.task.generator is not None:
+        return len(load_splits(config.task, offline=True).rows["train"])
+    if rows is None:
+        return None
+    return min(rows, config.task.max_train_rows or rows)
+
+
+def _countable(config: Config, source: ModelSource) -> dict[str, Any]:
+    """Return an architecture complete enough to be built; random models take the vocabulary of their tokenizer."""
+    architecture = read_architecture(config.model)
+    if "vocab_size" not in architecture:
+        architecture["vocab_size"] = len(load_tokenizer(config.model, source))
+    return architecture
