@@ -51,6 +51,9 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail(RunFault("interrupted"))
         sys.exit(130)
+    except BrokenPipeError:
+        # The reader has seen enough (`--help | head`); keep Python from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
         sys.exit(2)
@@ -151,7 +154,8 @@ def _sibling_keys(key: str) -> list[str]:
     parent, _, _ = key.rpartition(".")
     if parent == "method":
         found: set[str] = set()
-        for file in (config_folder() / "method").glob("*.yaml"):
+        chosen = [word.partition("=")[2] for word in sys.argv if word.startswith("method=")]
+        for file in (config_folder() / "method").glob(f"{chosen[-1] if chosen else '*'}.yaml"):
             content: Any = OmegaConf.to_container(OmegaConf.load(file))
             found |= {f"method.{name}" for name in content.get("method", content)}
         return sorted(found - {key, "method.about", "method.allowed"})

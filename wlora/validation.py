@@ -82,6 +82,8 @@ def resolve(config: Config) -> Config:
         _check(key, _lookup(config, key), rule)
     _check_method(config)
     _check_results_folder(config)
+    if config.compat == "release" and config.method["name"] == "probe":
+        raise ConfigError("method=probe compat=release: the release's head is frozen, so nothing would train")
     glue = config.task.benchmark == "glue"
     if config.train.accumulation_steps is None:
         config.train.accumulation_steps = (config.model.accumulation_steps if glue else None) or 1

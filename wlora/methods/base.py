@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wlora.adapters.attach import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
@@ -80,6 +80,10 @@ class Method:
         """Return what to train besides the head, given the run's peak learning rate."""
         matrices = [p for a in self.adapters.values() for p in (a.A, a.B)]
         return [ParameterGroup([*self.base_parameters, *matrices], lr)]
+
+    def extra_loss(self) -> Tensor | None:
+        """Return a scalar that is added once per optimiser step to the mean loss over its rows."""
+        return None
 
     def before_step(self, step: int) -> list[Event]:
         """Act on gradients before the optimiser uses them."""

@@ -60,7 +60,7 @@ class WLoRAPlus(WLoRA):
     def plan(self, steps: Steps) -> None:
         """Fix T, and with it the steps of the cuts."""
         if self.release and self.select_steps is None:
-            self.select_steps = RELEASE_SELECT_STEPS
+            self.select_steps = min(RELEASE_SELECT_STEPS, steps.total // 2)
         super().plan(steps)
         assert self.select_steps is not None
         rounds = HALVINGS if self.schedule == "halvings" else 1

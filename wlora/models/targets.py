@@ -110,6 +110,12 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
         raise ConfigError(f"model.path={model.path}: config.json cannot be read or has no model_type ({error})") from None
     if family not in FAMILIES:
         raise unknown_name(f"model.path={model.path}: model_type {family}", str(family), FAMILIES)
+    expected = model.architecture.get("model_type", family)
+    if family != expected:
+        raise ConfigError(
+            f"model.path={model.path}: holds a {family} model, model={model.name} is {expected}: "
+            "allowed is a folder of that family, or another model=NAME beside model.path"
+        )
     return dict(architecture)
 
 

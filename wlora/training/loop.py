@@ -178,8 +178,9 @@ class Trainer:
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
                 loss = self.model(**inputs).loss.float() * (len(mine) / rows)
+                extra = self.method.extra_loss() if last else None
                 # Data-parallel reduction averages over processes; the rows' mean is a sum of shares.
-                self._backward(loss * world)
+                self._backward(loss * world if extra is None else loss * world + extra)
             total += loss.detach()
             self.result.examples += len(batch)
             self.result.tokens += int(inputs["attention_mask"].sum()) if mine else 0
