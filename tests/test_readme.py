@@ -103,6 +103,7 @@ def shrink(line: str, data: Path, results: Path) -> list[str]:
         return words
     if "model.path=MODEL" in words:
         words[words.index("model.path=MODEL")] = f"model.path={minilm()}"
+        words.append("model=minilm")
     else:
         words += [f"model={'tiny_bert' if '-m' in words else 'tiny_deberta'}", LAYERS]  # a sweep with the faster one
     return [*words, *SMALL, f"task.path={data}/${{task.name}}"]

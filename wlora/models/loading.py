@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,9 +38,14 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
 
         return build_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(source.location, revision=model.revision)  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{_origin(model)}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, revision=model.revision)
+    except Exception as error:  # those of three libraries, one of them a bare Exception
+        raise ConfigError(f"{_origin(model)}: the tokenizer cannot be loaded ({_reason(error)})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Without vocabulary files transformers builds a tokenizer all the same, to which every word is unknown.
+        raise ConfigError(f"{_origin(model)}: there is no tokenizer (tokenizer.json, spm.model or vocab.txt)")
+    return tokenizer
 
 
 def load_model(
@@ -60,13 +69,17 @@ def load_model(
         seed: seed of the head's initialisation.
 
     Raises:
-        ConfigError: files that cannot be read, or a checkpoint that lacks parts of the body.
+        ConfigError: files that cannot be read or are more than tensors, a checkpoint that lacks parts of the body or
+            has them in other shapes, a tokenizer with more tokens than the model knows.
     """
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if source.location is None:
         loaded = _build_random(model, tokenizer, head, num_labels, seed)
     else:
         loaded = _load_pretrained(model, source, head, num_labels, seed)
+    known = loaded.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > known:
+        raise ConfigError(f"{_origin(model)}: the tokenizer has {len(tokenizer)} tokens, the model {known}")
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
     for parameter in loaded.parameters():
@@ -118,28 +131,31 @@ def _build_random(
 
 
 def _load_pretrained(model: ModelConfig, source: ModelSource, head: str, num_labels: int, seed: int) -> PreTrainedModel:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
     try:
-        loaded, report = _AUTO[head].from_pretrained(
-            source.location,
-            revision=model.revision,
-            num_labels=num_labels,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=False,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{_origin(model)}: the weights cannot be loaded ({_first_line(error)})") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    absent = sorted(set(report["missing_keys"]) - set(head_parameters(loaded)))
+        with _quiet():
+            loaded, report = _AUTO[head].from_pretrained(
+                source.location,
+                revision=model.revision,
+                num_labels=num_labels,
+                dtype=torch.float32,
+                output_loading_info=True,
+                # A head for another number of labels is replaced; other shapes in the body are refused below.
+                ignore_mismatched_sizes=True,
+            )
+    except MemoryError:
+        raise
+    except Exception as error:  # those of four libraries, without a common class
+        raise ConfigError(f"{_origin(model)}: the weights cannot be loaded ({_reason(error)})") from error
+    head_names = set(head_parameters(loaded))
+    absent = sorted(set(report["missing_keys"]) - head_names)
     if absent:
-        raise ConfigError(
-            f"{_origin(model)}: the checkpoint lacks {len(absent)} tensors of the body, among them {absent[0]}"
-        )
+        number = f"{len(absent)} tensors of the body, among them " if len(absent) > 1 else ""
+        raise ConfigError(f"{_origin(model)}: the checkpoint lacks {number}{absent[0]}")
+    for name, given, expected in report["mismatched_keys"]:
+        if name not in head_names:
+            shapes = f"{list(given)} in the checkpoint, {list(expected)} by config.json"
+            raise ConfigError(f"{_origin(model)}: {name} is {shapes}")
     assert isinstance(loaded, PreTrainedModel)
     return loaded
 
@@ -149,12 +165,31 @@ def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: i
     try:
         return AutoConfig.for_model(architecture["model_type"], **settings, num_labels=num_labels)
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_first_line(error)})") from error
+        raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers and torch while they load: what matters of their reports is said by an error."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _origin(model: ModelConfig) -> str:
     return f"model.path={model.path}" if model.path else f"model={model.name}"
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own text explains how to run the file all the same.
+        return "the file is damaged or holds more than tensors; nothing in it was run"
+    if isinstance(error, EOFError):
+        return "the file ends too early"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -108,7 +108,7 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
         family = architecture["model_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"model.path={model.path}: config.json cannot be read or has no model_type ({error})") from None
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise unknown_name(f"model.path={model.path}: model_type {family}", str(family), FAMILIES)
     expected = model.architecture.get("model_type", family)
     if family != expected:
@@ -116,6 +116,10 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
             f"model.path={model.path}: holds a {family} model, model={model.name} is {expected}: "
             "allowed is a folder of that family, or another model=NAME beside model.path"
         )
+    for stack in FAMILIES[family]:
+        depth = architecture.get(stack.depth_key)
+        if not isinstance(depth, int) or depth < 1:
+            raise ConfigError(f"model.path={model.path}: {stack.depth_key} in config.json is {depth}; allowed is int >= 1")
     return dict(architecture)
 
 
