@@ -89,7 +89,7 @@ def to_safetensors(folder: Path, *, shards: int = 1) -> Path:
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         part = names[number::shards]
         save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
-        index["weight_map"] |= {name: file for name in part}
+        index["weight_map"] |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import warnings
@@ -42,7 +43,7 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, revision=model.revision)
     except Exception as error:  # those of three libraries, one of them a bare Exception
         raise ConfigError(f"{_origin(model)}: the tokenizer cannot be loaded ({_reason(error)})") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # Without vocabulary files transformers builds a tokenizer all the same, to which every word is unknown.
         raise ConfigError(f"{_origin(model)}: there is no tokenizer (tokenizer.json, spm.model or vocab.txt)")
     return tokenizer
@@ -190,6 +191,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         # torch's own text explains how to run the file all the same.
         return "the file is damaged or holds more than tensors; nothing in it was run"
-    if isinstance(error, EOFError):
-        return "the file ends too early"
+    if isinstance(error, EOFError) or "zip archive" in str(error) or getattr(error, "errno", None) == errno.EINVAL:
+        # What torch says of a file cut short depends on where it ends.
+        return "the file is incomplete or damaged"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

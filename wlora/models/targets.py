@@ -22,23 +22,28 @@ TARGET_SETS = ("qkv", "attention", "all", "release")
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of identical layers: where it stands in the model and which linears each layer offers."""
+    """A stack of identical layers: where it stands in the model and which linears each layer offers.
+
+    `linears` are all of them in the order of `named_modules`, in which the release numbers its adapters too: equal ω
+    are told apart by it. The other tuples name members of target sets, in any order.
+    """
 
     prefix: str
     depth_key: str
+    linears: tuple[str, ...]
     qkv: tuple[str, ...]
     output: tuple[str, ...]
-    feed_forward: tuple[str, ...]
     release: tuple[str, ...]
 
     def suffixes(self, targets: str) -> tuple[str, ...]:
         """Return the module names of one layer that a target set adapts, in the model's own order."""
-        return {
+        chosen = {
             "qkv": self.qkv,
             "attention": self.qkv + self.output,
-            "all": self.qkv + self.output + self.feed_forward,
+            "all": self.linears,
             "release": self.release,
         }[targets]
+        return tuple(name for name in self.linears if name in chosen)
 
 
 @dataclass(frozen=True)
@@ -56,32 +61,31 @@ def _encoder(prefix: str, query: str, key: str, value: str) -> Stack:
     return Stack(
         prefix=prefix,
         depth_key="num_hidden_layers",
+        linears=(*qkv, *output, "intermediate.dense", "output.dense"),
         qkv=qkv,
         output=output,
-        feed_forward=("intermediate.dense", "output.dense"),
-        release=qkv + output + ("output.dense",),
+        release=(*qkv, *output, "output.dense"),
     )
 
 
 def _bart(part: str, attentions: tuple[str, ...]) -> Stack:
-    qkv = tuple(f"{attention}.{name}" for attention in attentions for name in ("q_proj", "k_proj", "v_proj"))
-    output = tuple(f"{attention}.out_proj" for attention in attentions)
-    feed_forward = ("fc1", "fc2")
+    inner = [f"{attention}.{name}" for attention in attentions for name in ("k_proj", "v_proj", "q_proj", "out_proj")]
+    linears = (*inner, "fc1", "fc2")
     return Stack(
         prefix=f"model.{part}.layers",
         depth_key=f"{part}_layers",
-        qkv=qkv,
-        output=output,
-        feed_forward=feed_forward,
-        release=qkv + output + feed_forward,
+        linears=linears,
+        qkv=tuple(name for name in inner if not name.endswith("out_proj")),
+        output=tuple(name for name in inner if name.endswith("out_proj")),
+        release=linears,
     )
 
 
 def _llama() -> Stack:
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     output = ("self_attn.o_proj",)
-    feed_forward = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    return Stack("model.layers", "num_hidden_layers", qkv, output, feed_forward, release=qkv + output + feed_forward)
+    linears = (*qkv, *output, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    return Stack("model.layers", "num_hidden_layers", linears, qkv, output, release=linears)
 
 
 FAMILIES: dict[str, tuple[Stack, ...]] = {
