@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -12,7 +13,6 @@ from wlora.config import Config
 from wlora.errors import ConfigError
 
 PROBE_SECONDS = 3.0
-_CONFIG_FILE = {"model": "config.json", "dataset": "README.md"}
 
 
 def require_sources(config: Config) -> None:
@@ -25,11 +25,13 @@ def require_sources(config: Config) -> None:
         ConfigError: something is missing and the network is off (`offline`, `HF_HUB_OFFLINE`) or down.
     """
     wanted = _wanted(config)
-    offline = config.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    offline = config.offline or _told_to_stay_offline()
     if not wanted or (not offline and _reachable()):
         return
     missing = [
-        f"{key} ({repo})" for key, kind, repo, subset, revision in wanted if not _cached(kind, repo, subset, revision)
+        f"{key} ({repo})"
+        for key, kind, repo, subset, revision in wanted
+        if not (_model_is_cached(repo, revision) if kind == "model" else _dataset_is_cached(repo, subset))
     ]
     if missing:
         reason = "offline" if offline else "no network"
@@ -47,6 +49,10 @@ def go_offline() -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[name] = "1"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets = sys.modules.get("datasets")
+    if datasets is not None:
+        # It has read the environment already: an earlier run of the sweep had the network.
+        datasets.config.HF_HUB_OFFLINE = True
 
 
 def _wanted(config: Config) -> list[tuple[str, str, str, str | None, str]]:
@@ -60,15 +66,28 @@ def _wanted(config: Config) -> list[tuple[str, str, str, str | None, str]]:
     return found
 
 
-def _cached(kind: str, repo: str, subset: str | None, revision: str) -> bool:
-    from huggingface_hub import constants, try_to_load_from_cache
+def _told_to_stay_offline() -> bool:
+    """Tell whether the user's environment says so, in the words the hub's library takes."""
+    named = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return named.lower() in ("1", "true", "yes", "on")
 
-    if isinstance(try_to_load_from_cache(repo, _CONFIG_FILE[kind], repo_type=kind, revision=revision), str):
-        return True
-    if kind == "model":
-        return False
-    home = os.environ.get("HF_DATASETS_CACHE") or os.path.join(constants.HF_HOME, "datasets")
-    return (Path(home) / repo.replace("/", "___") / (subset or "default")).is_dir()
+
+def _model_is_cached(repo: str, revision: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str)
+
+
+def _dataset_is_cached(repo: str, subset: str | None) -> bool:
+    """Tell whether the datasets library has prepared the subset: off the network it reads nothing else.
+
+    What the hub's own cache holds (the card, or another subset's files) does not help it.
+    """
+    from huggingface_hub import constants
+
+    home = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(constants.HF_HOME, "datasets")).expanduser()
+    folder = home / repo.replace("/", "___") / (subset or "default")
+    return any(path.is_dir() for path in folder.glob("*/*"))  # version / commit
 
 
 def _reachable() -> bool:
@@ -81,7 +100,7 @@ def _reachable() -> bool:
             urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS)
         except urllib.error.HTTPError:
             pass
-        except (OSError, ValueError):
+        except Exception:  # besides OSError those of http.client, which have no class in common with it
             return
         answered.set()
 

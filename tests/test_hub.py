@@ -1,0 +1,203 @@
+"""No network: refused within seconds and before torch, with the ways out; a filled cache is used as it is."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from wlora import hub
+from wlora.errors import ConfigError
+
+from .conftest import ROOT, compose
+
+# `python -c` in place of `-m`, so that something is left to look at sys.modules once main has ended.
+WRAPPER = """
+import sys
+from wlora.run import main
+sys.argv = ["wlora", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    code = end.code
+print(f"{code} torch={'torch' in sys.modules}")
+"""
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PAPER = ("task=rte", "method=wlora_plus", "rank=4")
+
+
+def wrapped(home: Path, *words: str, **environment: str) -> tuple[str, list[str], float]:
+    """Run the entry point with an empty cache and a hub that refuses connections: (verdict, error lines, seconds)."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    env = clean | {"PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", WRAPPER, *words], capture_output=True, text=True, env=env, cwd=home, timeout=60
+    )
+    return done.stdout.strip(), done.stderr.strip().splitlines(), time.perf_counter() - begin
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "reason"),
+    [
+        ((), {}, "no network"),
+        ((), {"HF_HUB_OFFLINE": "1"}, "offline"),
+        ((), {"TRANSFORMERS_OFFLINE": "1"}, "offline"),
+        (("offline=true",), {}, "offline"),
+    ],
+)
+def test_nothing_reachable_and_nothing_cached_is_refused_at_once(
+    words: tuple[str, ...], environment: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    verdict, errors, seconds = wrapped(tmp_path, *PAPER, *words, **environment)
+    assert verdict == "2 torch=False" and seconds < 5
+    assert len(errors) == 2 and errors[0].startswith(f"error: {reason}, and not in the local cache: ")
+    assert "microsoft/deberta-v3-base" in errors[0] and "nyu-mll/glue" in errors[0]
+    assert all(way in errors[1] for way in ("task.path=DIR", "cache (HF_HOME)", "experiment=demo"))
+    assert not list(tmp_path.rglob("*.json")), "nothing was recorded"
+
+
+def test_only_what_is_missing_is_named(tmp_path: Path) -> None:
+    verdict, errors, _ = wrapped(tmp_path, *PAPER, "model=tiny_bert")
+    assert verdict == "2 torch=False"
+    assert "task=rte" in errors[0] and "deberta" not in errors[0]
+
+
+# In this process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Point the hub's libraries at an empty cache, and put back whatever going offline changes."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, "")  # set first, so that monkeypatch restores what go_offline writes
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    yield tmp_path
+
+
+def cache_model(home: Path, revision: str = "main") -> None:
+    """Lay out what the hub's library leaves behind after a download of the model."""
+    repository = home / "hub" / "models--microsoft--deberta-v3-base"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / revision).write_text(COMMIT)
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+
+
+def cache_dataset(home: Path, subset: str = "rte") -> None:
+    """Lay out what the datasets library leaves behind once it has prepared a subset."""
+    (home / "datasets" / "nyu-mll___glue" / subset / "0.0.0" / COMMIT).mkdir(parents=True)
+
+
+def test_a_filled_cache_passes_without_network_and_keeps_the_libraries_off_it(cache: Path) -> None:
+    cache_model(cache)
+    cache_dataset(cache)
+    hub.require_sources(compose(*PAPER))
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
+    assert constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_filled_cache_passes_with_offline_and_the_hub_is_not_asked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_reachable", lambda: pytest.fail("the network was touched"))
+    cache_model(cache)
+    cache_dataset(cache)
+    hub.require_sources(compose(*PAPER, "offline=true"))
+    assert constants.is_offline_mode()
+
+
+def test_the_datasets_cache_may_be_elsewhere(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_model(cache)
+    cache_dataset(cache / "elsewhere")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "elsewhere" / "datasets"))
+    hub.require_sources(compose(*PAPER))
+
+
+def missing(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        hub.require_sources(compose(*PAPER, *overrides))
+    return str(caught.value).splitlines()[0]
+
+
+def test_half_a_cache_is_not_enough_and_the_other_half_is_named(cache: Path) -> None:
+    cache_model(cache)
+    assert "task=rte (nyu-mll/glue)" in missing() and "deberta" not in missing()
+    assert not constants.is_offline_mode()
+
+
+def test_another_revision_or_subset_does_not_count(cache: Path) -> None:
+    cache_model(cache)
+    cache_dataset(cache, "mrpc")
+    card = cache / "hub" / "datasets--nyu-mll--glue"
+    (card / "refs").mkdir(parents=True)
+    (card / "refs" / "main").write_text(COMMIT)
+    (card / "snapshots" / COMMIT).mkdir(parents=True)
+    (card / "snapshots" / COMMIT / "README.md").write_text("The card came with mrpc; rte's rows did not.")
+    assert "task=rte" in missing()
+    assert "model=deberta_v3_base" in missing("model.revision=v2")
+
+
+def test_local_and_generated_sources_ask_for_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_reachable", lambda: pytest.fail("the network was touched"))
+    hub.require_sources(compose("task=story_nli", "model=tiny_bert"))
+    hub.require_sources(compose("experiment=demo"))
+    hub.require_sources(compose("task=rte", f"task.path={tmp_path}", "model=tiny_bert"))
+    assert not constants.is_offline_mode()
+
+
+def test_a_look_up_that_hangs_counts_as_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The timeout of a connection does not cover the look-up of its name.
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: time.sleep(60))
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.3)
+    begin = time.perf_counter()
+    assert "no network" in missing()
+    assert 0.3 <= time.perf_counter() - begin < 1.5
+
+
+def test_the_wait_for_an_answer_leaves_room_within_five_seconds() -> None:
+    assert hub.PROBE_SECONDS <= 3.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "reachable"),
+    [
+        (None, True),
+        (urllib.error.HTTPError("http://hub", 403, "Forbidden", http.client.HTTPMessage(), None), True),
+        (urllib.error.URLError("no route"), False),
+        (TimeoutError(), False),
+        (http.client.BadStatusLine("what"), False),
+        (ValueError("unknown url type"), False),
+    ],
+)
+def test_any_answer_of_the_hub_counts_and_no_failure_is_loud(
+    answer: Exception | None, reachable: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def urlopen(*_: Any, **__: Any) -> None:
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    assert hub._reachable() is reachable
+    assert capfd.readouterr().err == ""
+
+
+def test_with_the_hub_in_reach_nothing_is_changed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_reachable", lambda: True)
+    hub.require_sources(compose(*PAPER))
+    assert not constants.is_offline_mode() and "HF_HUB_OFFLINE" not in os.environ

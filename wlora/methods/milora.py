@@ -1,0 +1,41 @@
+"""MiLoRA (Wang et al., 2024, arXiv 2406.09044): LoRA that starts from the base's smallest singular components."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from wlora.adapters.layer import LowRankAdapter
+from wlora.errors import ConfigError
+from wlora.methods.base import AdapterMethod, Setting
+
+
+class MiLoRA(AdapterMethod):
+    """With W = U S Vᵀ and its r smallest triplets: B = U√(S/s), A = √(S/s)Vᵀ, and the frozen base becomes W − s·B A.
+
+    The start is exact up to rounding (float32). The base module is changed for good: disconnecting such an adapter
+    does not bring the pretrained weight back.
+    """
+
+    def attach(self, model: nn.Module, setting: Setting) -> None:
+        """Attach an adapter to every target and take its part out of the base.
+
+        Raises:
+            ConfigError: a base weight that is not a plain floating-point matrix (a quantised base).
+        """
+        super().attach(model, setting)
+        for name, adapter in self.adapters.items():
+            _split(name, model.get_submodule(name).get_submodule("base"), adapter)
+
+
+@torch.no_grad()
+def _split(name: str, base: nn.Module, adapter: LowRankAdapter) -> None:
+    """Move the smallest singular components of a base weight into its adapter."""
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ConfigError(f"method=milora: {name} has no plain weight to decompose: allowed is a base without quantisation")
+    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = (S[-adapter.rank :] / adapter.scale).sqrt()
+    adapter.A.copy_(root[:, None] * Vh[-adapter.rank :])
+    adapter.B.copy_(U[:, -adapter.rank :] * root)
+    weight.sub_(adapter.delta_weight().to(weight.dtype))
