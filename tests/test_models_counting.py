@@ -154,7 +154,7 @@ def test_wlora_plus_keeps_its_budget_through_both_halvings(width: int, expected:
 
 FAMILIES = ["tiny_deberta", "tiny_bert", "tiny_bart", "tiny_llama"]
 # The release's typo loses the first feed-forward linear of a layer where it is called `intermediate.dense`.
-LINEARS_PER_LAYER = {
+LINEARS_PER_LAYER: dict[str, dict[str, float]] = {
     "tiny_deberta": {"qkv": 3, "attention": 4, "all": 6, "release": 5},
     "tiny_bert": {"qkv": 3, "attention": 4, "all": 6, "release": 5},
     "tiny_bart": {"qkv": 4.5, "attention": 6, "all": 8, "release": 8},  # mean of encoder and decoder

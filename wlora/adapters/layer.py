@@ -8,6 +8,7 @@ Policies (`wlora.methods`) decide what the gates do; this module only knows how.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -87,11 +88,14 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def prune(self, keep: Tensor) -> None:
-        """Keep only the components whose indices (or boolean mask) are given; parameters are new objects."""
-        self.A = nn.Parameter(self.A[keep], self.A.requires_grad)
-        self.B = nn.Parameter(self.B[:, keep], self.B.requires_grad)
+        """Keep only the components whose indices (or boolean mask) are given.
+
+        Parameters are new objects; `origin` on them tells the optimiser how to cut their moments likewise.
+        """
+        self.A = _cut(self.A, lambda tensor: tensor[keep])
+        self.B = _cut(self.B, lambda tensor: tensor[:, keep])
         if self.gates is not None:
-            self.gates = nn.Parameter(self.gates[keep], self.gates.requires_grad)
+            self.gates = _cut(self.gates, lambda tensor: tensor[keep])
 
     @torch.no_grad()
     def extend(self, rank: int, *, how: Extension, generator: torch.Generator) -> None:
@@ -186,6 +190,13 @@ class AdaptedLinear(nn.Module):
         out: Tensor = self.base(x, *args, **kwargs)
         summed: Tensor = out + self.adapter(x).to(out.dtype)
         return summed
+
+
+def _cut(parameter: nn.Parameter, select: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """Return the selected part of a parameter as a new one that remembers where it came from."""
+    part = nn.Parameter(select(parameter.detach()).clone(), parameter.requires_grad)
+    part.origin = (parameter, select)  # type: ignore[attr-defined]
+    return part
 
 
 def _positive_part(omega: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from wlora.adapters.attach import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import ConfigError
 from wlora.models.targets import Target
+from wlora.training.bench import Bench, Phase
 from wlora.training.optimizers import ParameterGroup
 
 
@@ -50,7 +51,7 @@ class Event:
 class Method:
     """A policy over the adapters of one run.
 
-    The loop calls, in this order: `plan` (before any weights are loaded), `attach`, `groups`, then per optimiser
+    The loop calls, in this order: `plan` (before any weights are loaded), `attach`, `groups`, `phases`, then per optimiser
     step `before_step` (gradients are there, already clipped; parameters not yet updated) and `after_step`
     (updated; gradients still there). A list of events returned by a hook means that the structure changed and makes
     the loop rebuild its optimiser groups. Steps are counted from 1.
@@ -74,7 +75,12 @@ class Method:
     def attach(self, model: nn.Module, setting: Setting) -> None:
         """Put the adapters into the model, whose parameters are all frozen when this is called."""
         self.adapters = AdapterSet(model)
+        self.generator = setting.generator
         self.base_parameters: list[nn.Parameter] = []
+
+    def phases(self, bench: Bench, steps: int) -> list[Phase]:
+        """Say from which training rows the run's steps are drawn; also the place to keep the bench for later."""
+        return [Phase(range(bench.rows), steps)]
 
     def groups(self, lr: float) -> list[ParameterGroup]:
         """Return what to train besides the head, given the run's peak learning rate."""

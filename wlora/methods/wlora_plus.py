@@ -74,7 +74,6 @@ class WLoRAPlus(WLoRA):
         self._n = len(self.adapters)
         self._budget = self.adapters.count()
         self._chosen = list(self.adapters)
-        self._generator = setting.generator
 
     def groups(self, lr: float) -> list[ParameterGroup]:
         """Return what still trains: in the release the unchosen stay in the model but leave the optimiser."""
@@ -117,7 +116,7 @@ class WLoRAPlus(WLoRA):
             adapter.extend(
                 max(adapter.rank, min(rank, *_widths(adapter))),
                 how="uniform" if self.release else self.extension,
-                generator=self._generator,
+                generator=self.generator,
             )
             if self.rescale:
                 adapter.scale = self.alpha / adapter.rank

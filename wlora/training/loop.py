@@ -20,6 +20,7 @@ from wlora.errors import RunFault
 from wlora.methods.base import Event, Method
 from wlora.tasks import Task
 from wlora.training.batching import group_for_steps, share, training_batches
+from wlora.training.bench import Bench
 from wlora.training.evaluation import evaluate, move, pick
 from wlora.training.optimizers import Optimizers, ParameterGroup, linear_schedule
 from wlora.training.plan import Plan
@@ -138,13 +139,30 @@ class Trainer:
     def _steps(self) -> Iterator[list[list[int]]]:
         """Yield the micro-batches of every optimiser step of the run."""
         lengths = list(self.data.train["length"])
-        done, epoch = 0, 0
-        while done < self.plan.total_steps:
-            batches = training_batches(lengths, self.plan.batch_size, seed=self.settings.order_seed, epoch=epoch)
-            for group in group_for_steps(batches, self.plan.accumulation_steps)[: self.plan.total_steps - done]:
-                yield group
-                done += 1
-            epoch += 1
+        epoch = 0
+        for phase in self.method.phases(self._bench(), self.plan.total_steps):
+            done = 0
+            while done < phase.steps:
+                batches = training_batches(
+                    [lengths[row] for row in phase.rows], self.plan.batch_size, seed=self.settings.order_seed, epoch=epoch
+                )
+                for group in group_for_steps(batches, self.plan.accumulation_steps)[: phase.steps - done]:
+                    yield [[phase.rows[index] for index in batch] for batch in group]
+                    done += 1
+                epoch += 1
+
+    def _bench(self) -> Bench:
+        """Offer the method batches of training rows."""
+        features = self.data.train.column_names
+        labels = list(self.data.train["labels"]) if "labels" in features else None
+        return Bench(
+            self.bare_model,
+            rows=len(self.data.train),
+            labels=labels,
+            collate=lambda rows: move(
+                self.task.collate(pick(self.data.train, list(rows)), self.tokenizer), self.accelerator.device
+            ),
+        )
 
     def _train_step(self, step: int, batches: list[list[int]]) -> float:
         """Take one optimiser step; returns the mean loss over its rows."""

@@ -86,12 +86,15 @@ class Optimizers:
     def rebuild(self, groups: list[ParameterGroup]) -> None:
         """Take over new groups after a structural change.
 
-        A parameter that was there before keeps its moments and step count; a new one starts from zero moments; the
-        state of one that is gone is dropped.
+        A parameter that was there before keeps its moments and step count, and so does what is left of a pruned one; a
+        new one starts from zero moments; the state of one that is gone is dropped.
         """
         state = {p: s for optimizer in self._rules.values() for p, s in optimizer.state.items()}
+        for p in (p for group in groups for p in group.parameters if hasattr(p, "origin")):
+            _inherit(state, p)
         for group in groups:
-            group.parameters = [p for p in group.parameters if p.requires_grad]
+            # An adapter that several modules share comes once per module.
+            group.parameters = [p for p in dict.fromkeys(group.parameters) if p.requires_grad]
         self.groups = [group for group in groups if group.parameters]
         self._rules = {}
         for rule in sorted({group.rule for group in self.groups}):
@@ -148,6 +151,16 @@ class Optimizers:
             return ReleaseAdamW(described, weight_decay=self._weight_decay)
         fused = all(p.is_floating_point() for group in described for p in group["params"])
         return AdamW(described, weight_decay=self._weight_decay, fused=fused)
+
+
+def _inherit(state: dict[Any, dict[str, Any]], part: nn.Parameter) -> None:
+    """Give what is left of a pruned parameter its share of the old moments."""
+    parent, select = part.origin  # type: ignore[attr-defined]
+    del part.origin  # type: ignore[attr-defined]
+    if parent in state:
+        moments = state[parent].items()
+        same = [key for key, value in moments if isinstance(value, Tensor) and value.shape == parent.shape]
+        state[part] = {key: select(value).clone() if key in same else value for key, value in moments}
 
 
 def _describe(group: ParameterGroup) -> dict[str, Any]:

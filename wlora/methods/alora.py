@@ -1,0 +1,137 @@
+"""ALoRA (Liu et al., 2024, arXiv 2403.16187): move components from adapters that do not need them to those that do.
+
+"Allocating LoRA"; PEFT's aLoRA is "Activated LoRA", another method.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from wlora.adapters.layer import LowRankAdapter
+from wlora.errors import ConfigError, wrong_value
+from wlora.methods.base import AdapterMethod, Event, Steps
+from wlora.training.bench import Batch, Bench, Phase
+
+
+class ALoRA(AdapterMethod):
+    """A constant budget of components; every round the least useful n leave, others get as many new ones.
+
+    A component's importance is its ablation score on one fixed batch held out of the training rows (never the dev set):
+    IS(j) = S(M) − S(M without j) + S(M with j alone), S = −cross-entropy, M with all components. Adapters that lost none
+    share the new components as evenly as possible, the remainder going to the highest mean IS; if every adapter lost one,
+    nothing is added. New components have random A and B = 0, so the function stays (the paper says random). Moved per
+    round: n_A = number of adapters. The paper's K₁ = 1 epoch and K₂ = 0.25 epoch are fractions of the run here.
+
+    Args:
+        rounds: N_A, rounds of allocation.
+        first_share: K₁, share of the run before the first round.
+        between_share: K₂, share of the run between rounds.
+        held_out: rows of the scoring batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        rounds: int,
+        first_share: float,
+        between_share: float,
+        held_out: int,
+    ) -> None:
+        super().__init__(rank=rank, alpha=alpha, dropout=dropout)
+        self.rounds, self.first_share, self.between_share, self.held_out = rounds, first_share, between_share, held_out
+        if first_share + (rounds - 1) * between_share >= 1:
+            raise wrong_value(
+                "method.rounds",
+                rounds,
+                f"rounds that fit the run: {first_share} + {rounds - 1}·{between_share} is not below 1",
+            )
+
+    def plan(self, steps: Steps) -> None:
+        """Fix the steps of the rounds."""
+        shares = [self.first_share + index * self.between_share for index in range(self.rounds)]
+        self.round_steps = sorted({max(1, int(steps.total * share)) for share in shares})
+
+    def phases(self, bench: Bench, steps: int) -> list[Phase]:
+        """Hold a batch out of the training rows."""
+        if self.held_out >= bench.rows:
+            raise ConfigError(f"method.held_out={self.held_out}: allowed is 1 to {bench.rows - 1}, of {bench.rows} rows")
+        self._bench = bench
+        held_out = bench.sample(self.held_out, self.generator)
+        (self._batch,) = bench.batches(held_out, self.held_out)
+        excluded = set(held_out)
+        return [Phase([row for row in range(bench.rows) if row not in excluded], steps)]
+
+    def after_step(self, step: int) -> list[Event]:
+        """Allocate at the rounds' steps."""
+        if step not in self.round_steps:
+            return []
+        return [self.allocate(step, self.ablation_scores(self._bench, self._batch))]
+
+    def allocate(self, step: int, scores: dict[str, list[float]]) -> Event:
+        """Prune the lowest scores, one per adapter on average, and hand as many components to adapters that lost none."""
+        moved = len(self.adapters)
+        ranked = sorted((score, name, j) for name, row in scores.items() for j, score in enumerate(row))
+        losers: dict[str, set[int]] = {}
+        for _, name, j in ranked[:moved]:
+            losers.setdefault(name, set()).add(j)
+        receivers = [name for name in scores if name not in losers]
+        receivers.sort(key=lambda name: -sum(scores[name]) / max(1, len(scores[name])))
+        for name, gone in losers.items():
+            kept = [j for j in range(self.adapters[name].rank) if j not in gone]
+            if kept:
+                self.adapters[name].prune(torch.tensor(kept))
+            else:
+                self.adapters.disconnect(name)
+        added = _spread(moved, receivers, {name: _room(self.adapters[name]) for name in receivers})
+        for name, count in added.items():
+            adapter = self.adapters[name]
+            adapter.extend(adapter.rank + count, how="gaussian", generator=self.generator)
+        ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
+        return Event(step, "allocate", {"pruned": {n: len(g) for n, g in losers.items()}, "added": added, "ranks": ranks})
+
+    @torch.no_grad()
+    def ablation_scores(self, bench: Bench, batch: Batch) -> dict[str, list[float]]:
+        """Return IS of every component; takes 1 + 2·(number of components) forward passes of one batch."""
+        everything = -bench.loss(batch)
+        for adapter in self.adapters.values():
+            adapter.gates = nn.Parameter(torch.ones(adapter.rank, device=adapter.A.device), requires_grad=False)
+        scores: dict[str, list[float]] = {}
+        for name, adapter in self.adapters.items():
+            assert adapter.gates is not None
+            scores[name] = []
+            for j in range(adapter.rank):
+                adapter.gates.data[j] = 0
+                without = -bench.loss(batch)
+                self._set_gates(0.0)
+                adapter.gates.data[j] = 1
+                alone = -bench.loss(batch)
+                self._set_gates(1.0)
+                scores[name].append(everything - without + alone)
+        for adapter in self.adapters.values():
+            adapter.gates = None
+        return scores
+
+    def _set_gates(self, value: float) -> None:
+        for adapter in self.adapters.values():
+            if adapter.gates is not None:
+                adapter.gates.data.fill_(value)
+
+
+def _room(adapter: LowRankAdapter) -> int:
+    """Return how many components an adapter can still take."""
+    return min(adapter.A.shape[1], adapter.B.shape[0]) - adapter.rank
+
+
+def _spread(count: int, receivers: list[str], room: dict[str, int]) -> dict[str, int]:
+    """Hand out components one by one in turn, best receiver first, to those that have room."""
+    added = dict.fromkeys(receivers, 0)
+    while count and any(added[name] < room[name] for name in receivers):
+        for name in receivers:
+            if count and added[name] < room[name]:
+                added[name] += 1
+                count -= 1
+    return {name: number for name, number in added.items() if number}

@@ -1,0 +1,140 @@
+"""LoRA-drop (Zhou et al., 2024, arXiv 2402.07721): rank adapters by the size of their output on a sample, drop the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wlora.adapters.layer import LowRankAdapter
+from wlora.errors import wrong_value
+from wlora.methods.base import AdapterMethod, Event, Steps
+from wlora.training.bench import Bench, Phase
+
+MIN_STAGE_STEPS = 50
+SCORE_BATCH = 32
+
+
+class LoRADrop(AdapterMethod):
+    """Stage one trains all adapters on a stratified sample D_s; then I_i ∝ Σ_{x∈D_s} ‖ΔW_i x_i‖² ranks them.
+
+    The best keep their own adapters and weights; the others are disconnected or (`share`) get one fresh common set per
+    kind of module. Stage two trains on all rows. Where the paper is silent: ranking is per adapter, over tokens that the
+    attention mask keeps; stage one is one pass over D_s, at least 50 steps, at most a quarter of the run, and counts as
+    part of the run. WeightLoRA's 221K is `keep=0.5 share=false`.
+
+    Args:
+        keep: share of adapters that keep their own, in (0, 1]; not read with `threshold`.
+        threshold: keep the smallest set whose summed importance reaches this share (the authors' T = 0.9), or None.
+        share: give the others a common set instead of dropping them.
+        sample: share of the training rows in D_s.
+        stage_steps: optimiser steps of stage one, or None for the default above.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        keep: float,
+        threshold: float | None,
+        share: bool,
+        sample: float,
+        stage_steps: int | None,
+    ) -> None:
+        super().__init__(rank=rank, alpha=alpha, dropout=dropout)
+        self.keep, self.threshold, self.share, self.sample = keep, threshold, share, sample
+        self.stage_steps = stage_steps
+
+    def plan(self, steps: Steps) -> None:
+        """Fix the length of stage one."""
+        if self.stage_steps is None:
+            one_pass = max(1, round(steps.per_epoch * self.sample))
+            self.stage_steps = max(1, min(max(one_pass, MIN_STAGE_STEPS), steps.total // 4))
+        if self.stage_steps >= steps.total:
+            raise wrong_value(
+                "method.stage_steps",
+                self.stage_steps,
+                f"1 to {steps.total - 1}, as the run has {steps.total} optimiser steps",
+            )
+
+    def phases(self, bench: Bench, steps: int) -> list[Phase]:
+        """Train on D_s first, then on all rows."""
+        assert self.stage_steps is not None
+        self._bench = bench
+        self._sample = bench.sample(max(1, round(bench.rows * self.sample)), self.generator)
+        return [Phase(self._sample, self.stage_steps), Phase(range(bench.rows), steps - self.stage_steps)]
+
+    def after_step(self, step: int) -> list[Event]:
+        """Select once, at the end of stage one."""
+        if step != self.stage_steps:
+            return []
+        importance = self.importance()
+        kept = choose(importance, keep=self.keep, threshold=self.threshold)
+        dropped = [name for name in self.adapters if name not in kept]
+        targets = {name: self.adapters.target(name) for name in dropped}
+        for name in dropped:
+            self.adapters.disconnect(name)
+        if self.share:
+            self._attach_shared(targets)
+        return [Event(step, "share" if self.share else "cut", {"kept": kept, "importance": importance})]
+
+    def _attach_shared(self, targets: dict[str, Any]) -> None:
+        """Give all modules of one kind and shape a common adapter."""
+        common: dict[tuple[str, int, int], LowRankAdapter] = {}
+
+        for target in targets.values():
+
+            def make(d_in: int, d_out: int, device: torch.device, kind: str = target.kind) -> LowRankAdapter:
+                key = (kind, d_in, d_out)
+                if key not in common:
+                    common[key] = self.make_adapter(d_in, d_out, device)
+                return common[key]
+
+            self.adapters.attach(target, make)
+
+    @torch.no_grad()
+    def importance(self) -> dict[str, float]:
+        """Return I_i, summing to 1: each adapter's share of the squared output over the tokens of D_s."""
+        model = self._bench.model
+        sums = dict.fromkeys(self.adapters, 0.0)
+        mask: Tensor | None = None
+
+        def observe(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                # DeBERTa sends its relative positions through the same projections: those are not tokens.
+                if mask is None or output.shape[:-1] == mask.shape:
+                    squared = output.double().square().sum(-1)
+                    sums[name] += float(squared.sum() if mask is None else (squared * mask).sum())
+
+            return hook
+
+        handles = [adapter.register_forward_hook(observe(name)) for name, adapter in self.adapters.items()]
+        training = model.training
+        model.eval()
+        try:
+            for batch in self._bench.batches(self._sample, SCORE_BATCH):
+                mask = batch.get("attention_mask")
+                model(**batch)
+        finally:
+            model.train(training)
+            for handle in handles:
+                handle.remove()
+        total = sum(sums.values()) or 1.0
+        return {name: value / total for name, value in sums.items()}
+
+
+def choose(importance: dict[str, float], *, keep: float, threshold: float | None) -> Sequence[str]:
+    """Return the names to keep: the best share of all, or the fewest whose importance sums to the threshold."""
+    ranked = sorted(importance, key=lambda name: -importance[name])
+    if threshold is None:
+        return ranked[: max(1, round(keep * len(ranked)))]
+    reached = 0.0
+    for count, name in enumerate(ranked, start=1):
+        reached += importance[name]
+        if reached >= threshold - 1e-12:
+            return ranked[:count]
+    return ranked

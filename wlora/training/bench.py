@@ -1,0 +1,66 @@
+"""What the loop offers a policy beyond the hooks: training rows on demand, and in which order they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run that draws its batches from some of the training rows.
+
+    Attributes:
+        rows: indices of training rows.
+        steps: optimiser steps.
+    """
+
+    rows: Sequence[int]
+    steps: int
+
+
+class Bench:
+    """The model under training, and batches of any training rows.
+
+    Args:
+        model: the model, as it is trained.
+        labels: the label of every training row, or None where a row has no single one.
+        rows: number of training rows.
+        collate: turns row indices into a batch on the model's device.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, rows: int, labels: list[float] | None, collate: Callable[[Sequence[int]], Batch]
+    ) -> None:
+        self.model, self.rows, self.labels, self._collate = model, rows, labels, collate
+
+    def batches(self, rows: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        """Yield batches of the given rows, in their order."""
+        for start in range(0, len(rows), batch_size):
+            yield self._collate(rows[start : start + batch_size])
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> float:
+        """Return the mean loss of a batch in evaluation mode; the mode and the random streams stay as they were."""
+        training = self.model.training
+        self.model.eval()
+        loss = float(self.model(**batch).loss)
+        self.model.train(training)
+        return loss
+
+    def sample(self, count: int, generator: torch.Generator) -> list[int]:
+        """Draw row indices without replacement, with about the labels' proportions where rows have labels."""
+        order = torch.randperm(self.rows, generator=generator).tolist()
+        if self.labels is None:
+            return order[:count]
+        by_label: dict[float, list[int]] = {}
+        for row in order:
+            by_label.setdefault(self.labels[row], []).append(row)
+        # The k-th row of each label stands at (k + ½) / size: sorting by that interleaves labels in proportion.
+        placed = [((k + 0.5) / len(group), row) for group in by_label.values() for k, row in enumerate(group)]
+        return [row for _, row in sorted(placed, key=lambda pair: pair[0])[:count]]
