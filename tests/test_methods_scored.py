@@ -1,4 +1,4 @@
-"""Policies that look at training rows: LoRA-drop and ALoRA."""
+"""Policies that look at training rows: LoRA-drop, ALoRA, Flexora and FlexLoRA."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from wlora.errors import ConfigError
+from wlora.methods.flexlora import decompose
 from wlora.methods.lora_drop import choose
 from wlora.training.bench import Batch, Bench
 
@@ -17,6 +18,8 @@ from .test_methods import COMMON, ROWS, SETTINGS, WIDTH, N, Rig
 
 SETTINGS.update(
     lora_drop={**COMMON, "keep": 0.5, "threshold": None, "share": False, "sample": 0.5, "stage_steps": None},
+    flexlora={**COMMON, "clients": 4, "rounds": None, "ranks": None},
+    flexora={**COMMON, "stage_share": 0.25, "lr_alpha": 0.05, "held_out": 8},
     alora={**COMMON, "rank": 3, "rounds": 3, "first_share": 0.25, "between_share": 0.125, "held_out": 8},
 )
 
@@ -155,6 +158,98 @@ def test_alora_scores_on_rows_it_never_trains_on() -> None:
     assert len(phase.rows) == ROWS - 8 and not trained & {tuple(row.tolist()) for row in batch["x"]}
 
 
+def test_flexora_gamma_averages_one_and_acts_once() -> None:
+    rig = scored("flexora").run(6)
+    method: Any = rig.method
+    gamma = method.gamma().detach()
+    assert float(gamma.mean()) == pytest.approx(1.0) and float(gamma.std()) > 1e-3
+    torch.testing.assert_close(torch.tensor(rig.omega), gamma)
+
+
+def test_flexora_raises_alpha_where_it_lowers_the_held_out_loss() -> None:
+    rig = scored("flexora").run(4)
+    method: Any = rig.method
+    omegas = [a.omega for a in rig.method.adapters.values()]
+    gradient = torch.stack(method._bench.gradients(method._batch, omegas))
+    before = method._alpha.detach().clone()
+    method._adam = torch.optim.SGD([method._alpha], lr=0.1)
+    method._step_alpha()
+    moved = method._alpha.detach() - before
+    centred = gradient - (gradient * torch.softmax(before, 0)).sum()  # the softmax's Jacobian, up to a positive factor
+    assert torch.equal(moved > 0, centred < 0)
+    assert all(omega is not None and not omega.requires_grad and omega.grad is None for omega in omegas)
+
+
+def test_flexora_keeps_positive_alphas_and_starts_them_afresh() -> None:
+    rig = scored("flexora").run(9)
+    alpha = dict(zip(rig.method.adapters, rig.method._alpha.tolist(), strict=True))  # type: ignore[attr-defined]
+    rig.run(1)
+    assert rig.events[0].kind == "cut" and rig.events[0].step == 10
+    assert set(rig.method.adapters) == {n for n, value in rig.events[0].details["alpha"].items() if value > 0}
+    assert 0 < len(rig.method.adapters) < N and len(alpha) == N
+    assert all(a.omega is None and a.B.abs().sum() == 0 for a in rig.method.adapters.values())
+    rig.run(2)
+    assert all(a.B.abs().sum() > 0 for a in rig.method.adapters.values())
+
+
+def test_flexlora_server_svd_is_the_weighted_mean_update() -> None:
+    generator = torch.Generator().manual_seed(0)
+    updates = [(torch.randn(9, r, generator=generator), torch.randn(r, 7, generator=generator)) for r in (1, 2, 3)]
+    weights = [0.5, 0.2, 0.3]
+    left, right = decompose(updates, weights)
+    mean = sum(w * L @ R for w, (L, R) in zip(weights, updates, strict=True))
+    torch.testing.assert_close(left @ right, mean)
+    torch.testing.assert_close(right @ right.T, torch.eye(len(right)), atol=1e-5, rtol=0)
+    U, S, Vh = torch.linalg.svd(mean)  # type: ignore[arg-type]
+    torch.testing.assert_close(left[:, :2] @ right[:2], U[:, :2] * S[:2] @ Vh[:2], atol=1e-5, rtol=0)
+
+
+def test_flexlora_clients_take_turns_on_shards_that_cover_the_rows_once() -> None:
+    rig = scored("flexlora")
+    turns = rig.phases  # type: ignore[attr-defined]
+    assert len(turns) == 8 * 4 and sum(turn.steps for turn in turns) == 40 and min(turn.steps for turn in turns) == 1
+    assert sorted(row for turn in turns[:4] for row in turn.rows) == list(range(ROWS))
+    assert [list(turn.rows) for turn in turns[4:8]] == [list(turn.rows) for turn in turns[:4]]
+
+
+def test_flexlora_round_gives_every_client_the_mean_of_updates_and_heads() -> None:
+    rig = scored("flexlora", rounds=1)
+    rig.model.classifier.requires_grad_(True)
+    seen, heads, method = [], [], rig.method
+    for turn in range(4):
+        for _ in range(10):
+            ((rig.model(rig.x) - rig.y - turn) ** 2).mean().backward()
+            rig.optimizers.step()
+            with torch.no_grad():
+                rig.model.classifier.weight -= 0.01 * rig.model.classifier.weight.grad
+            rig.model.zero_grad()
+        seen.append(method.adapters["layers.1"].delta_weight())
+        heads.append(rig.model.classifier.weight.detach().clone())
+        (event,) = method.after_step(10 * (turn + 1))
+        assert event.reset
+        rig.optimizers.forget()
+        rig.optimizers.rebuild(method.groups(1e-2))
+        if turn < 3:
+            assert method.adapters["layers.1"].delta_weight().abs().sum() == 0, (
+                "the next client starts from the global state"
+            )
+    mean = torch.stack(seen).mean(0)
+    U, S, Vh = torch.linalg.svd(mean)
+    expected = U[:, :2] * S[:2] @ Vh[:2]
+    torch.testing.assert_close(method.adapters["layers.1"].delta_weight(), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(rig.model.classifier.weight.detach(), torch.stack(heads).mean(0))
+
+
+def test_flexlora_gives_each_client_its_rank_and_ends_at_the_common_one() -> None:
+    rig = scored("flexlora", ranks=[1, 2, 3, 4], rounds=2)
+    ranks = [rig.method.adapters["layers.0"].rank]
+    for step in (5, 10, 15, 20, 25, 30, 35, 40):
+        rig.method.after_step(step)
+        ranks.append(rig.method.adapters["layers.0"].rank)
+    assert ranks == [1, 2, 3, 4, 1, 2, 3, 4, 2]
+    assert rig.method.adapters.count() == N * 2 * 2 * WIDTH
+
+
 def test_what_is_left_of_a_pruned_adapter_keeps_its_moments() -> None:
     rig = Rig("lora", rank=3).run(4)
     adapter = rig.method.adapters["layers.0"]
@@ -170,6 +265,10 @@ def test_what_is_left_of_a_pruned_adapter_keeps_its_moments() -> None:
     [
         ("lora_drop", {"stage_steps": 40}),
         ("alora", {"held_out": ROWS}),
+        ("flexora", {"held_out": ROWS}),
+        ("flexlora", {"clients": ROWS + 1}),
+        ("flexlora", {"rounds": 11}),
+        ("flexlora", {"ranks": [2, 3]}),
         ("alora", {"rounds": 9}),
         ("alora", {"first_share": 0.9}),
     ],
@@ -180,6 +279,8 @@ def test_impossible_settings_are_refused_with_the_numbers(name: str, changed: di
 
 
 def test_neighbours_differ() -> None:
-    outputs = [scored(name).run(30).model(torch.ones(2, WIDTH)).detach() for name in ("lora_drop", "alora")]
+    outputs = [
+        scored(name).run(30).model(torch.ones(2, WIDTH)).detach() for name in ("lora_drop", "alora", "flexora", "flexlora")
+    ]
     outputs.append(Rig("lora").run(30).model(torch.ones(2, WIDTH)).detach())
     assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(outputs) for b in outputs[:i])

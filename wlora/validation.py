@@ -53,6 +53,8 @@ def satisfies(value: Any, rule: str) -> bool:
         if value is None:
             return True
         rule = rule.replace(" or null", "")
+    if rule.startswith("list of "):
+        return isinstance(value, list) and len(value) > 0 and all(satisfies(v, rule.removeprefix("list of ")) for v in value)
     if "|" in rule or not re.match(r"(int|float)\b", rule):
         return str(value).lower() in [word.strip() for word in rule.split("|")]
     kind, _, bounds = rule.partition(" ")

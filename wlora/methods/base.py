@@ -41,11 +41,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Event:
-    """A structural change of the adapters: the timeline of these stands in the record."""
+    """A structural change of the adapters: the timeline of these stands in the record.
+
+    `reset` also drops all optimiser state.
+    """
 
     step: int
     kind: str
     details: dict[str, Any] = field(default_factory=dict)
+    reset: bool = False
 
 
 class Method:

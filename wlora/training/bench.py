@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,12 +47,30 @@ class Bench:
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
-        """Return the mean loss of a batch in evaluation mode; the mode and the random streams stay as they were."""
+        """Return the mean loss of a batch in evaluation mode."""
+        with self._evaluation_mode():
+            return float(self.model(**batch).loss)
+
+    def gradients(self, batch: Batch, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Return the gradients of a batch's mean loss in evaluation mode; `grad` of no parameter is touched."""
+        with self._evaluation_mode():
+            trained = [p.requires_grad for p in parameters]
+            for p in parameters:
+                p.requires_grad_(True)
+            found = torch.autograd.grad(self.model(**batch).loss, parameters)
+            for p, before in zip(parameters, trained, strict=True):
+                p.requires_grad_(before)
+        return list(found)
+
+    @contextlib.contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """Switch dropout off for a while: the mode after it is that before, and no random number is drawn."""
         training = self.model.training
         self.model.eval()
-        loss = float(self.model(**batch).loss)
-        self.model.train(training)
-        return loss
+        try:
+            yield
+        finally:
+            self.model.train(training)
 
     def sample(self, count: int, generator: torch.Generator) -> list[int]:
         """Draw row indices without replacement, with about the labels' proportions where rows have labels."""

@@ -215,6 +215,8 @@ class Trainer:
         """Take over a structural change: new optimiser groups, and the model is prepared again."""
         if events:
             self.result.events += events
+            if any(event.reset for event in events):
+                self.optimizers.forget()
             self.optimizers.rebuild(self._groups())
             self.model = self._prepare()
 

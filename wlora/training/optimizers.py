@@ -104,6 +104,11 @@ class Optimizers:
                 optimizer.state[p] = state[p]
             self._rules[rule] = optimizer
 
+    def forget(self) -> None:
+        """Drop all moments and step counts."""
+        for optimizer in self._rules.values():
+            optimizer.state.clear()
+
     def set_schedule(self, factor: float) -> None:
         """Set the learning rate of every scheduled group to its peak times `factor`."""
         for optimizer in self._rules.values():

@@ -1,0 +1,102 @@
+"""Flexora (Wei et al., 2024, arXiv 2408.10774): choose adapters by hyper-parameters trained on held-out loss.
+
+The paper's Table 1 cites Wei et al. for its row "FlexLoRA", but describes the federated FlexLoRA of Bai et al. (2024,
+2402.11505); its 442K parameters fit the latter, which keeps all adapters. This is the former.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wlora.adapters.layer import LowRankAdapter
+from wlora.errors import ConfigError, wrong_value
+from wlora.methods.base import AdapterMethod, Event, Steps
+from wlora.training.bench import Bench, Phase
+from wlora.training.optimizers import ParameterGroup
+
+
+class Flexora(AdapterMethod):
+    """h = W x + s·γ_i·B A x with γ = n·softmax(α), so that γ averages one; α_i > 0 at the end of stage one is kept.
+
+    Stage one alternates a step on A and B with γ fixed and one Adam step on α from the held-out loss in evaluation mode.
+    Stage two trains the kept adapters from scratch as LoRA. As in the authors' code the held-out loss is differentiated
+    directly through γ, without unrolling; unlike there (γ multiplies dropout, A and B, so γ³ acts) γ acts once. One α per
+    adapter, not per layer, which compares with WLoRA. Held-out rows come out of the training rows.
+
+    Args:
+        stage_share: share of the run in stage one.
+        lr_alpha: Adam's learning rate for α.
+        held_out: rows of the held-out batch (8 batches of 8 in the authors' code).
+    """
+
+    omega = 1.0
+
+    def __init__(
+        self, *, rank: int, alpha: float, dropout: float, stage_share: float, lr_alpha: float, held_out: int
+    ) -> None:
+        super().__init__(rank=rank, alpha=alpha, dropout=dropout)
+        self.stage_share, self.lr_alpha, self.held_out = stage_share, lr_alpha, held_out
+
+    def plan(self, steps: Steps) -> None:
+        """Fix the end of stage one."""
+        self.stage_steps = max(1, int(steps.total * self.stage_share))
+        if self.stage_steps >= steps.total:
+            raise wrong_value(
+                "method.stage_share", self.stage_share, f"a share that leaves steps of the run's {steps.total}"
+            )
+
+    def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
+        """Build an adapter whose ω is γ = 1."""
+        adapter = super().make_adapter(d_in, d_out, device)
+        adapter.fix_omega()
+        return adapter
+
+    def groups(self, lr: float) -> list[ParameterGroup]:
+        """Return A and B; α has its own optimiser."""
+        return super().groups(lr)[:1]
+
+    def phases(self, bench: Bench, steps: int) -> list[Phase]:
+        """Hold a batch out of the training rows."""
+        if self.held_out >= bench.rows:
+            raise ConfigError(f"method.held_out={self.held_out}: allowed is 1 to {bench.rows - 1}, of {bench.rows} rows")
+        self._bench = bench
+        rows = bench.sample(self.held_out, self.generator)
+        (self._batch,) = bench.batches(rows, self.held_out)
+        self._alpha = nn.Parameter(torch.zeros(len(self.adapters), device=next(iter(self.adapters.values())).A.device))
+        self._adam = torch.optim.Adam([self._alpha], lr=self.lr_alpha)
+        excluded = set(rows)
+        return [Phase([row for row in range(bench.rows) if row not in excluded], steps)]
+
+    def gamma(self) -> Tensor:
+        """Return γ = n·softmax(α), shape [n]."""
+        return len(self._alpha) * torch.softmax(self._alpha, dim=0)
+
+    def after_step(self, step: int) -> list[Event]:
+        """Step on α in stage one; select at its end."""
+        if step > self.stage_steps:
+            return []
+        self._step_alpha()
+        return [self._select(step)] if step == self.stage_steps else []
+
+    def _step_alpha(self) -> None:
+        """Take one Adam step on α from the gradient of the held-out loss with respect to γ."""
+        omegas = [a.omega for a in self.adapters.values() if a.omega is not None]
+        gradient = torch.stack(self._bench.gradients(self._batch, omegas))
+        self._alpha.grad = None
+        self.gamma().backward(gradient)  # type: ignore[no-untyped-call]
+        self._adam.step()
+        for omega, value in zip(omegas, self.gamma().detach(), strict=True):
+            omega.data.copy_(value)
+
+    @torch.no_grad()
+    def _select(self, step: int) -> Event:
+        """Disconnect adapters with α ≤ 0 and start the others afresh, without γ."""
+        alpha = dict(zip(self.adapters, self._alpha.tolist(), strict=True))
+        for name, value in alpha.items():
+            if value <= 0:
+                self.adapters.disconnect(name)
+        for adapter in self.adapters.values():
+            fresh = self.make_adapter(adapter.A.shape[1], adapter.B.shape[0], adapter.A.device)
+            adapter.A, adapter.B, adapter.omega = fresh.A, fresh.B, None
+        return Event(step, "cut", {"kept": list(self.adapters), "alpha": alpha})
