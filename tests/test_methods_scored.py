@@ -49,6 +49,7 @@ def scored(name: str, **changed: Any) -> Rig:
 
     bench = Bench(Called(rig), rows=ROWS, labels=[float(row % 4 == 0) for row in range(ROWS)], collate=collate)
     rig.phases = rig.method.phases(bench, 40)  # type: ignore[attr-defined]
+    rig.optimizers.rebuild(rig.method.groups(1e-2))
     return rig
 
 

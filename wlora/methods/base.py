@@ -55,7 +55,7 @@ class Event:
 class Method:
     """A policy over the adapters of one run.
 
-    The loop calls, in this order: `plan` (before any weights are loaded), `attach`, `groups`, `phases`, then per optimiser
+    The loop calls, in this order: `plan` (before any weights are loaded), `attach`, `phases`, `groups`, then per optimiser
     step `before_step` (gradients are there, already clipped; parameters not yet updated) and `after_step`
     (updated; gradients still there). A list of events returned by a hook means that the structure changed and makes
     the loop rebuild its optimiser groups. Steps are counted from 1.

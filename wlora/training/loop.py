@@ -107,6 +107,7 @@ class Trainer:
         self.bare_model, self.method, self.head = model, method, head
         self.task, self.tokenizer, self.data = task, tokenizer, data
         self.plan, self.settings, self.accelerator, self.log = plan, settings, accelerator, log
+        self.phases = method.phases(self._bench(), plan.total_steps)
         self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=method.release_adamw)
         self.scaler = (
             torch.amp.GradScaler(accelerator.device.type, init_scale=FP16_FIRST_SCALE) if settings.scale_loss else None
@@ -140,7 +141,7 @@ class Trainer:
         """Yield the micro-batches of every optimiser step of the run."""
         lengths = list(self.data.train["length"])
         epoch = 0
-        for phase in self.method.phases(self._bench(), self.plan.total_steps):
+        for phase in self.phases:
             done = 0
             while done < phase.steps:
                 batches = training_batches(
