@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from wlora.adapters.layer import BlockDiagonalAdapter
+from wlora.adapters.variants import BlockDiagonalAdapter, FramedAdapter
 from wlora.errors import ConfigError
 
 from .test_methods import COMMON, SETTINGS, WIDTH, N, Rig, Tanh
 
-SETTINGS.update(melora={**COMMON, "rank": 8, "minis": 4}, milora={**COMMON, "alpha": 2.0})
+SETTINGS.update(
+    melora={**COMMON, "rank": 8, "minis": 4},
+    milora={**COMMON, "alpha": 2.0},
+    nora={**COMMON, "outer_rank": 8},
+    tied_lora=COMMON,
+)
 
 
 def test_melora_update_is_block_diagonal_and_is_what_the_forward_adds() -> None:
@@ -81,3 +86,60 @@ def test_milora_refuses_a_base_without_a_plain_weight() -> None:
     model[0].weight = nn.Parameter(torch.zeros(WIDTH, WIDTH, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ConfigError, match="without quantisation"):
         method.attach(model, Setting([Target("0", 0, "packed")]))
+
+
+def test_nora_trains_inside_a_frozen_frame_of_the_largest_triplets() -> None:
+    rig = Rig("nora").run(10)
+    base = rig.model.layers[0].get_submodule("base").weight  # type: ignore[union-attr]
+    U, S, Vh = torch.linalg.svd(base)  # type: ignore[arg-type]
+    adapter = rig.method.adapters["layers.0"]
+    assert isinstance(adapter, FramedAdapter)
+    torch.testing.assert_close((adapter.outer_B @ adapter.outer_A), U[:, :8] * S[:8] @ Vh[:8], atol=1e-5, rtol=0)
+    delta = adapter.delta_weight()
+    assert torch.linalg.matrix_rank(delta) <= 2 < 8 and delta.abs().sum() > 0
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(adapter(x), x @ delta.T)
+    assert rig.method.adapters.count() == N * 2 * 8 * 2  # 2·R·r per matrix; R=64, r=8: 1,024
+
+
+def test_tied_lora_shares_matrices_and_scales_per_module() -> None:
+    rig = Rig("tied_lora")
+    adapters = list(rig.method.adapters.values())
+    assert len({a.A for a in adapters}) == 1 and len({a.B for a in adapters}) == 1  # one kind of module in the toy
+    assert len({a.gates for a in adapters}) == N
+    assert rig.method.adapters.count() == 2 * 2 * WIDTH + N * (2 + WIDTH)
+    rig.run(10)
+    deltas = [a.delta_weight() for a in adapters]
+    assert not torch.allclose(deltas[0], deltas[1], atol=1e-4)
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(adapters[0](x), x @ deltas[0].T)
+
+
+def test_tied_lora_counts_on_deberta_as_on_a_fused_qkv() -> None:
+    """4dr + L(r + 3d) at r = 8, d = 768, L = 12: 24,576 + 27,744 = 52,320."""
+    from wlora.experiment import attach
+    from wlora.methods import build_method
+    from wlora.models.loading import build_on_meta
+
+    from .conftest import compose
+
+    config = compose("task=rte", "method=tied_lora")
+    model = build_on_meta(config.model, config.model.architecture, head="sequence_classification", num_labels=2)
+    method = build_method(config.method)
+    attach(model, method, config)
+    assert method.adapters.count() == 52_320
+
+
+@pytest.mark.parametrize("name", ["nora", "tied_lora"])
+def test_starts_as_the_base_model_and_differs_from_lora(name: str) -> None:
+    torch.manual_seed(0)
+    plain = Tanh()
+    rig = Rig(name)
+    assert torch.equal(rig.model(rig.x), plain(rig.x))
+    assert not torch.allclose(rig.run(20).model(rig.x), Rig("lora").run(20).model(rig.x), atol=1e-4)
+
+
+@pytest.mark.parametrize("outer_rank", [1, WIDTH + 1])
+def test_nora_refuses_a_frame_that_does_not_fit(outer_rank: int) -> None:
+    with pytest.raises(ConfigError, match=f"outer_rank={outer_rank}"):
+        Rig("nora", outer_rank=outer_rank)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from wlora.adapters.attach import count_elements
 from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.console import announce, say, summarize
 from wlora.errors import RunFault
@@ -178,7 +179,7 @@ def _complete(record: Record, result: Result, method: Method, begin: float) -> N
     kept = method.kept()
     record.status = "success"
     record.metrics = {key: float(value) for key, value in result.metrics.items()}
-    record.parameters["adapter_final"] = sum(adapter.count() for adapter in kept.values())
+    record.parameters["adapter_final"] = count_elements(kept.values())
     record.adapters = [
         {"name": name, "omega": None if a.omega is None else float(a.omega.detach()), "rank": a.rank}
         for name, a in kept.items()

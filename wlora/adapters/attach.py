@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -64,9 +64,8 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
         return min((target.layer for target in self._targets.values()), default=None)
 
     def count(self) -> int:
-        """Return the number of elements of A and B over all connected adapters, shared ones once."""
-        tensors = {id(p): p.numel() for adapter in self.values() for p in (adapter.A, adapter.B)}
-        return sum(tensors.values())
+        """Return the number of counted elements over all connected adapters, shared ones once."""
+        return count_elements(self.values())
 
     def __getitem__(self, name: str) -> LowRankAdapter:
         if name not in self._targets:
@@ -87,3 +86,8 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self._model.get_submodule(parent), child, module)
+
+
+def count_elements(adapters: Iterable[LowRankAdapter]) -> int:
+    """Return the number of counted elements over adapters; what several share counts once."""
+    return sum(p.numel() for p in {p for adapter in adapters for p in adapter.counted()})

@@ -133,48 +133,13 @@ class LowRankAdapter(nn.Module):
             self.omega.requires_grad_(False)
             self.omega.grad = None
 
+    def counted(self) -> list[nn.Parameter]:
+        """Return the parameters that count as the adapter's: A and B; ω and g do not, as in the paper's tables."""
+        return [self.A, self.B]
+
     def count(self) -> int:
-        """Return the number of elements of A and B (ω and g are not counted, as in the paper's tables)."""
-        return self.A.numel() + self.B.numel()
-
-
-class BlockDiagonalAdapter(LowRankAdapter):
-    """Mini adapters side by side: block k of the output sees block k of the input only (MELoRA, Ren et al., 2024).
-
-    The equivalent ΔW is block-diagonal of rank at most blocks·rank. Each mini is drawn as LoRA is, with fan-in
-    d_in/blocks. Stored without the zeros: A is (blocks·rank)×(d_in/blocks), B is (d_out/blocks)×(blocks·rank), so
-    the count is that of one adapter of rank `rank` for any number of blocks.
-
-    Args:
-        blocks: number of minis; it divides both widths.
-        rank: components of each mini.
-    """
-
-    def __init__(self, d_in: int, d_out: int, *, blocks: int, rank: int, **settings: Any) -> None:
-        super().__init__(d_in // blocks, d_out // blocks, rank=blocks * rank, **settings)
-        self.blocks = blocks
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the minis' outputs side by side, for x of shape [..., d_in]."""
-        dropped = F.dropout(x, self.dropout, self.training).to(self.A.dtype)
-        parts = dropped.reshape(*x.shape[:-1], self.blocks, -1)
-        A, B = self._minis()
-        components = torch.einsum("...kd,krd->...kr", parts, A) * self._weighting()
-        return torch.einsum("...kr,okr->...ko", components, B).flatten(-2)
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the block-diagonal ΔW as a d_out×d_in matrix."""
-        A, B = self._minis()
-        d_out, d_in = self.blocks * B.shape[0], self.blocks * A.shape[2]
-        delta = A.new_zeros(self.blocks, B.shape[0], self.blocks, A.shape[2])
-        for k in range(self.blocks):
-            delta[k, :, k] = self._weighting() * (B[:, k] @ A[k])
-        return delta.reshape(d_out, d_in)
-
-    def _minis(self) -> tuple[Tensor, Tensor]:
-        """Return A as [blocks, rank, d_in/blocks] and B as [d_out/blocks, blocks, rank]."""
-        return self.A.view(self.blocks, -1, self.A.shape[1]), self.B.view(self.B.shape[0], self.blocks, -1)
+        """Return the number of counted elements."""
+        return sum(p.numel() for p in self.counted())
 
 
 class AdaptedLinear(nn.Module):

@@ -134,8 +134,7 @@ class AdapterMethod(Method):
         Raises:
             ConfigError: the rank exceeds the smaller width, so that the adapter would not be low-rank.
         """
-        if self.rank > min(d_in, d_out):
-            raise ConfigError(f"rank={self.rank}: allowed is 1 to {min(d_in, d_out)}, the width of the adapted linear")
+        self.check_rank(d_in, d_out)
         return LowRankAdapter(
             d_in,
             d_out,
@@ -145,3 +144,8 @@ class AdapterMethod(Method):
             omega=self.omega,
             device=device,
         )
+
+    def check_rank(self, d_in: int, d_out: int) -> None:
+        """Refuse a rank that exceeds the smaller width, so that the adapter would not be low-rank."""
+        if self.rank > min(d_in, d_out):
+            raise ConfigError(f"rank={self.rank}: allowed is 1 to {min(d_in, d_out)}, the width of the adapted linear")

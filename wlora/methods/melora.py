@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from wlora.adapters.layer import BlockDiagonalAdapter, LowRankAdapter
+from wlora.adapters.layer import LowRankAdapter
+from wlora.adapters.variants import BlockDiagonalAdapter
 from wlora.errors import ConfigError
 from wlora.methods.base import AdapterMethod
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import ConfigError
@@ -31,11 +31,24 @@ class MiLoRA(AdapterMethod):
 @torch.no_grad()
 def _split(name: str, base: nn.Module, adapter: LowRankAdapter) -> None:
     """Move the smallest singular components of a base weight into its adapter."""
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-        raise ConfigError(f"method=milora: {name} has no plain weight to decompose: allowed is a base without quantisation")
-    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    U, S, Vh = decompose_base(name, base, method="milora")
     root = (S[-adapter.rank :] / adapter.scale).sqrt()
     adapter.A.copy_(root[:, None] * Vh[-adapter.rank :])
     adapter.B.copy_(U[:, -adapter.rank :] * root)
-    weight.sub_(adapter.delta_weight().to(weight.dtype))
+    base.weight.sub_(adapter.delta_weight().to(base.weight.dtype))  # type: ignore[operator, union-attr, arg-type]
+
+
+@torch.no_grad()
+def decompose_base(name: str, base: nn.Module, *, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S, Vᵀ of a base weight in float32, by decreasing singular value.
+
+    Raises:
+        ConfigError: a base without a plain floating-point matrix.
+    """
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ConfigError(
+            f"method={method}: {name} has no plain weight to decompose: allowed is a base without quantisation"
+        )
+    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    return U, S, Vh
