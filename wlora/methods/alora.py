@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from wlora.adapters.layer import LowRankAdapter
-from wlora.errors import ConfigError, wrong_value
+from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
 from wlora.training.bench import Batch, Bench, Phase
 
@@ -57,13 +57,9 @@ class ALoRA(AdapterMethod):
 
     def phases(self, bench: Bench, steps: int) -> list[Phase]:
         """Hold a batch out of the training rows."""
-        if self.held_out >= bench.rows:
-            raise ConfigError(f"method.held_out={self.held_out}: allowed is 1 to {bench.rows - 1}, of {bench.rows} rows")
         self._bench = bench
-        held_out = bench.sample(self.held_out, self.generator)
-        (self._batch,) = bench.batches(held_out, self.held_out)
-        excluded = set(held_out)
-        return [Phase([row for row in range(bench.rows) if row not in excluded], steps)]
+        self._batch, rows = bench.hold_out(self.held_out, self.generator)
+        return [Phase(rows, steps)]
 
     def after_step(self, step: int) -> list[Event]:
         """Allocate at the rounds' steps."""

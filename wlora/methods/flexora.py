@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wlora.adapters.layer import LowRankAdapter
-from wlora.errors import ConfigError, wrong_value
+from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
 from wlora.training.bench import Bench, Phase
 from wlora.training.optimizers import ParameterGroup
@@ -58,15 +58,11 @@ class Flexora(AdapterMethod):
 
     def phases(self, bench: Bench, steps: int) -> list[Phase]:
         """Hold a batch out of the training rows."""
-        if self.held_out >= bench.rows:
-            raise ConfigError(f"method.held_out={self.held_out}: allowed is 1 to {bench.rows - 1}, of {bench.rows} rows")
         self._bench = bench
-        rows = bench.sample(self.held_out, self.generator)
-        (self._batch,) = bench.batches(rows, self.held_out)
+        self._batch, rows = bench.hold_out(self.held_out, self.generator)
         self._alpha = nn.Parameter(torch.zeros(len(self.adapters), device=next(iter(self.adapters.values())).A.device))
         self._adam = torch.optim.Adam([self._alpha], lr=self.lr_alpha)
-        excluded = set(rows)
-        return [Phase([row for row in range(bench.rows) if row not in excluded], steps)]
+        return [Phase(rows, steps)]
 
     def gamma(self) -> Tensor:
         """Return γ = n·softmax(α), shape [n]."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wlora.errors import ConfigError
+
 Batch = dict[str, Tensor]
 
 
@@ -83,3 +85,14 @@ class Bench:
         # The k-th row of each label stands at (k + ½) / size: sorting by that interleaves labels in proportion.
         placed = [((k + 0.5) / len(group), row) for group in by_label.values() for k, row in enumerate(group)]
         return [row for _, row in sorted(placed, key=lambda pair: pair[0])[:count]]
+
+    def hold_out(self, count: int, generator: torch.Generator) -> tuple[Batch, list[int]]:
+        """Split a batch of `count` rows off the training rows; returns it and the rows that are left to train on.
+
+        Raises:
+            ConfigError: nothing would be left.
+        """
+        if count >= self.rows:
+            raise ConfigError(f"method.held_out={count}: allowed is 1 to {self.rows - 1}, of {self.rows} training rows")
+        held_out = set(rows := self.sample(count, generator))
+        return self._collate(rows), [row for row in range(self.rows) if row not in held_out]
