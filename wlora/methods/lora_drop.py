@@ -113,14 +113,12 @@ class LoRADrop(AdapterMethod):
             return hook
 
         handles = [adapter.register_forward_hook(observe(name)) for name, adapter in self.adapters.items()]
-        training = model.training
-        model.eval()
         try:
-            for batch in self._bench.batches(self._sample, SCORE_BATCH):
-                mask = batch.get("attention_mask")
-                model(**batch)
+            with self._bench.evaluation_mode():
+                for batch in self._bench.batches(self._sample, SCORE_BATCH):
+                    mask = batch.get("attention_mask")
+                    model(**batch)
         finally:
-            model.train(training)
             for handle in handles:
                 handle.remove()
         total = sum(sums.values()) or 1.0

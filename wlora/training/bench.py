@@ -50,12 +50,12 @@ class Bench:
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
         """Return the mean loss of a batch in evaluation mode."""
-        with self._evaluation_mode():
+        with self.evaluation_mode():
             return float(self.model(**batch).loss)
 
     def gradients(self, batch: Batch, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Return the gradients of a batch's mean loss in evaluation mode; `grad` of no parameter is touched."""
-        with self._evaluation_mode():
+        with self.evaluation_mode():
             trained = [p.requires_grad for p in parameters]
             for p in parameters:
                 p.requires_grad_(True)
@@ -65,7 +65,7 @@ class Bench:
         return list(found)
 
     @contextlib.contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
+    def evaluation_mode(self) -> Iterator[None]:
         """Switch dropout off for a while: the mode after it is that before, and no random number is drawn."""
         training = self.model.training
         self.model.eval()
