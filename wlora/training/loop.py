@@ -14,14 +14,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.errors import RunFault
 from wlora.methods.base import Event, Method
 from wlora.tasks import Task
 from wlora.training.batching import group_for_steps, share, training_batches
 from wlora.training.bench import Bench
-from wlora.training.evaluation import evaluate, move, pick
+from wlora.training.evaluation import Split, evaluate, move, pick
 from wlora.training.optimizers import Optimizers, ParameterGroup, linear_schedule
 from wlora.training.plan import Plan
 
@@ -39,10 +39,10 @@ class Diverged(RunFault):
 
 @dataclass
 class Data:
-    """Encoded rows: `train`, and every validation split by name."""
+    """Training features, and every validation split by name."""
 
     train: Dataset
-    validation: dict[str, Dataset]
+    validation: dict[str, Split]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: PreTrainedModel,
         method: Method,
         head: list[nn.Parameter],
         task: Task,
@@ -154,8 +154,8 @@ class Trainer:
 
     def _bench(self) -> Bench:
         """Offer the method batches of training rows."""
-        features = self.data.train.column_names
-        labels = list(self.data.train["labels"]) if "labels" in features else None
+        # Spans and texts are no classes that a sample could be stratified by.
+        labels = list(self.data.train["labels"]) if self.task.head == "sequence_classification" else None
         return Bench(
             self.bare_model,
             rows=len(self.data.train),
@@ -226,7 +226,10 @@ class Trainer:
 
     def _prepare(self) -> nn.Module:
         """Wrap the model for several processes; with one there is nothing to wrap."""
-        return self.accelerator.prepare_model(self.bare_model) if self.accelerator.num_processes > 1 else self.bare_model
+        if self.accelerator.num_processes == 1:
+            return self.bare_model
+        wrapped: nn.Module = self.accelerator.prepare_model(self.bare_model)
+        return wrapped
 
     def _check_trainable(self) -> None:
         """Assert that exactly the intended parameters have gradients and sit in an optimiser.
@@ -245,7 +248,7 @@ class Trainer:
         begin = time.perf_counter()
         with self._autocast():
             metrics = evaluate(
-                self.model,
+                self.bare_model,
                 self.task,
                 self.data.validation,
                 self.tokenizer,
