@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config import TaskConfig
 from wlora.errors import wrong_value
 from wlora.metrics import check_names, compute
 from wlora.tasks.checks import LABEL
-from wlora.tasks.features import ROWS_AT_ONCE, input_columns, join, pad
+from wlora.tasks.features import ROWS_AT_ONCE, find_truncated, input_columns, join, pad
 
 
 class SequenceClassification:
@@ -58,7 +58,7 @@ class SequenceClassification:
                 truncation=True,
                 max_length=self.config.max_length,
             )
-            truncated += _count_truncated(encoded, self.config.max_length)
+            truncated += sum(find_truncated(encoded, self.config.max_length))
             labels = pa.array(texts[LABEL], pa.float32() if self.regression else pa.int64())
             pieces.append(pa.table({**input_columns(encoded), "labels": labels}))
         self.truncated_share = truncated / len(rows)
@@ -88,10 +88,3 @@ class SequenceClassification:
             return found
         suffix = split.removeprefix("validation_")
         return {f"{name}_{suffix}": value for name, value in found.items()}
-
-
-def _count_truncated(encoded: BatchEncoding, max_length: int) -> int:
-    """Count the rows that were cut; a tokenizer written in Python does not say, so full rows count there."""
-    if encoded.encodings is not None:
-        return sum(bool(row.overflowing) for row in encoded.encodings)
-    return sum(len(ids) == max_length for ids in encoded["input_ids"])

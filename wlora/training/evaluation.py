@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.metrics import merge_shards
 from wlora.tasks import Task
+from wlora.tasks.features import loss_weights
 from wlora.training.batching import evaluation_batches, share
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def _predict(
     indices: list[int] = []
     found: list[torch.Tensor | Sequence[Any]] = []
     losses: list[torch.Tensor] = []
+    weights = loss_weights(features)
     for batch in evaluation_batches(list(features["length"]), batch_size):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
         if not mine:
@@ -75,14 +77,14 @@ def _predict(
         indices += mine
         found.append(task.predict(model, picked, inputs, outputs))
         if outputs.get("loss") is not None:
-            losses.append(outputs.loss.double() * len(mine))
+            losses.append(outputs.loss.double() * sum(weights[index] for index in mine))
     # Tensors stay on the device until here, so that no batch waits for the one before.
     predictions = [item for part in found for item in (part.cpu().numpy() if isinstance(part, torch.Tensor) else part)]
     total = float(torch.stack(losses).sum()) if losses else None
     several = accelerator.num_processes > 1
     shards = gather_object([(indices, predictions)]) if several else [(indices, predictions)]
     totals = [part for part in (gather_object([total]) if several else [total]) if part is not None]
-    return merge_shards(shards, count=len(features)), sum(totals) / len(features) if totals else None
+    return merge_shards(shards, count=len(features)), sum(totals) / sum(weights) if totals else None
 
 
 def pick(features: Dataset, indices: list[int]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wlora.errors import RunFault
 from wlora.methods.base import Event, Method
 from wlora.tasks import Task
+from wlora.tasks.features import loss_weights
 from wlora.training.batching import group_for_steps, share, training_batches
 from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
@@ -107,6 +108,7 @@ class Trainer:
         self.bare_model, self.method, self.head = model, method, head
         self.task, self.tokenizer, self.data = task, tokenizer, data
         self.plan, self.settings, self.accelerator, self.log = plan, settings, accelerator, log
+        self.loss_weights = loss_weights(data.train)
         self.phases = method.phases(self._bench(), plan.total_steps)
         self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=method.release_adamw)
         self.scaler = (
@@ -186,8 +188,8 @@ class Trainer:
         return loss
 
     def _accumulate(self, batches: list[list[int]]) -> Tensor:
-        """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all rows."""
-        rows = sum(len(batch) for batch in batches)
+        """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all of them."""
+        whole = sum(self.loss_weights[row] for batch in batches for row in batch)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
@@ -196,9 +198,10 @@ class Trainer:
             inputs = move(inputs, self.accelerator.device)
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
-                loss = self.model(**inputs).loss.float() * (len(mine) / rows)
+                part = sum(self.loss_weights[row] for row in mine) / whole
+                loss = self.model(**inputs).loss.float() * part
                 extra = self.method.extra_loss() if last else None
-                # Data-parallel reduction averages over processes; the rows' mean is a sum of shares.
+                # Data-parallel reduction averages over processes; the mean over all is a sum of shares.
                 self._backward(loss * world if extra is None else loss * world + extra)
             total += loss.detach()
             self.result.examples += len(batch)
