@@ -129,6 +129,9 @@ def _build_random(
     config = _make_config(model, architecture, num_labels)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    if config.is_encoder_decoder:
+        # As in BART, the end of a text starts the decoder, and a text that is cut short is ended.
+        config.decoder_start_token_id = config.forced_eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(_RANDOM_BASE_SEED)
     built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
     torch.manual_seed(seed)

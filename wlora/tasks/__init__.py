@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wlora.errors import unknown_name
 
@@ -16,7 +16,19 @@ if TYPE_CHECKING:
 
     from wlora.config import TaskConfig
 
-_KINDS = {"classification": ("wlora.tasks.classification", "SequenceClassification")}
+
+class Kind(NamedTuple):
+    """A kind of task: its class, and the head a model needs for it (`Task.head`, known without torch)."""
+
+    module: str
+    name: str
+    head: str
+
+
+_KINDS = {
+    "classification": Kind("wlora.tasks.classification", "SequenceClassification", "sequence_classification"),
+    "summarization": Kind("wlora.tasks.summarization", "Summarization", "seq2seq"),
+}
 
 
 class Task(Protocol):
@@ -44,7 +56,8 @@ class Task(Protocol):
         Returns:
             Columns of the model's inputs (not padded) and `length` (tokens). Training features have what the loss
             needs besides: `labels`, or `start_positions` and `end_positions`. Those of validation have it where a
-            validation loss is defined, and further columns that `predict` and `score` read.
+            validation loss is defined, and further columns that `predict` and `score` read. Where the loss is a mean
+            over tokens, `loss_tokens` is their number.
         """
         ...
 
@@ -81,14 +94,23 @@ class Task(Protocol):
         ...
 
 
+def find_kind(name: str) -> Kind:
+    """Return the kind of task of this name.
+
+    Raises:
+        ConfigError: an unknown `task.kind`.
+    """
+    if name not in _KINDS:
+        raise unknown_name(f"task.kind={name}", name, _KINDS)
+    return _KINDS[name]
+
+
 def build_task(config: TaskConfig) -> Task:
     """Build the task of a configuration; only now is the module of its kind, and with it torch, imported.
 
     Raises:
         ConfigError: an unknown `task.kind`, or a `task.primary_metric` that is not computed.
     """
-    if config.kind not in _KINDS:
-        raise unknown_name(f"task.kind={config.kind}", config.kind, _KINDS)
-    module, name = _KINDS[config.kind]
-    task: Task = getattr(importlib.import_module(module), name)(config)
+    kind = find_kind(config.kind)
+    task: Task = getattr(importlib.import_module(kind.module), kind.name)(config)
     return task

@@ -21,7 +21,7 @@ _SHOWN = 40
 
 def needed_columns(task: TaskConfig) -> list[str] | None:
     """Return the columns a task reads and keeps, None for all."""
-    return [*task.columns, LABEL] if task.kind == "classification" else None
+    return {"classification": [*task.columns, LABEL], "summarization": [*task.columns]}.get(task.kind)
 
 
 def check_rows(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
