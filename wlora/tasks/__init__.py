@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     from wlora.config import TaskConfig
 
-_KINDS = {"classification": ("wlora.tasks.classification", "SequenceClassification")}
+_KINDS = {
+    "classification": ("wlora.tasks.classification", "SequenceClassification"),
+    "question_answering": ("wlora.tasks.question_answering", "QuestionAnswering"),
+}
 
 
 class Task(Protocol):
