@@ -17,7 +17,7 @@ from omegaconf import MISSING
 
 RUN_ID_VERSION = 1
 # Keys that came after the first records: at their default (as before) they are left out, so that those keep their run_id.
-_LATER_TASK_KEYS = ("max_target_length", "generation")
+_LATER_TASK_KEYS = ("unanswerable", "stride", "n_best", "max_answer_length", "max_target_length", "generation")
 
 
 @dataclass
@@ -51,6 +51,10 @@ class TaskConfig:
     max_length: int = 128
     max_target_length: int | None = None
     generation: GenerationOverrides = field(default_factory=GenerationOverrides)
+    unanswerable: bool = False
+    stride: int | None = None
+    n_best: int | None = None
+    max_answer_length: int | None = None
     train_rows: int | None = None
     max_train_rows: int | None = None
     max_eval_rows: int | None = None

@@ -115,14 +115,14 @@ def run(config: Config) -> Record:
 
 
 def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Tokenise all splits."""
-    train = task.encode(splits.rows["train"], tokenizer, training=True)
-    validation = {
-        name: Split(rows, task.encode(rows, tokenizer, training=False))
-        for name, rows in splits.rows.items()
-        if name != "train"
-    }
-    return Data(train=train, validation=validation)
+    """Tokenise all splits, and say so where something did not fit."""
+    features = {}
+    for name, rows in splits.rows.items():
+        features[name] = task.encode(rows, tokenizer, training=name == "train")
+        if task.truncated_share:
+            say(f"notice: {task.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
+    train = features.pop("train")
+    return Data(train=train, validation={name: Split(splits.rows[name], encoded) for name, encoded in features.items()})
 
 
 def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, nn.Parameter]:

@@ -27,6 +27,7 @@ class Kind(NamedTuple):
 
 _KINDS = {
     "classification": Kind("wlora.tasks.classification", "SequenceClassification", "sequence_classification"),
+    "question_answering": Kind("wlora.tasks.question_answering", "QuestionAnswering", "question_answering"),
     "summarization": Kind("wlora.tasks.summarization", "Summarization", "seq2seq"),
 }
 

@@ -44,7 +44,13 @@ def join(pieces: Sequence[pa.Table]) -> Dataset:
     return Dataset(pa.concat_tables(pieces), fingerprint=uuid.uuid4().hex[:16])
 
 
-def pad(features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Return the model's inputs of a batch, padded to the longest, each of shape [features, tokens]."""
+def pad(
+    features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, side: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the model's inputs of a batch, padded to the longest, each of shape [features, tokens].
+
+    Args:
+        side: `right` where positions matter; None for the tokenizer's own.
+    """
     inputs = [{key: feature[key] for key in INPUT_TYPES if key in feature} for feature in features]
-    return dict(tokenizer.pad(inputs, return_tensors="pt"))
+    return dict(tokenizer.pad(inputs, padding_side=side, return_tensors="pt"))

@@ -173,7 +173,7 @@ def render(part: Event | Claim, split: str, rng: random.Random) -> str:
 
 
 def generate(name: str, split: str) -> dict[str, list[Any]]:
-    """Return the columns of one split of a task, those that its YAML names (and `label`).
+    """Return the columns of one split of a task, those that its YAML names and its labels or answers.
 
     Raises:
         ConfigError: an unknown name or split.
@@ -188,9 +188,11 @@ def generate(name: str, split: str) -> dict[str, list[Any]]:
 
 def vocabulary() -> list[str]:
     """Return every lower-case word and punctuation mark that a generated text can contain, sorted."""
+    from wlora.tasks.story_qa import QUESTION_TEMPLATES
     from wlora.tasks.story_summary import SUMMARY
 
-    templates = [text for texts in EVENT_TEMPLATES.values() for text in texts] + [*CLAIM_TEMPLATES, SUMMARY]
+    kinds = [*EVENT_TEMPLATES.values(), CLAIM_TEMPLATES, *QUESTION_TEMPLATES.values(), (SUMMARY,)]
+    templates = [text for texts in kinds for text in texts]
     texts = [re.sub(r"\{\w+\}", "", text) for text in templates]
     words = re.findall(r"\w+|[^\w\s]", " ".join([*texts, *PEOPLE, *PLACES, *THINGS]).lower())
     return sorted(set(words))
@@ -199,8 +201,8 @@ def vocabulary() -> list[str]:
 def sample_texts() -> Iterator[str]:
     """Yield all training texts, as a corpus for a tokenizer."""
     for name in _generators():
-        for column in generate(name, "train").values():
-            yield from (value for value in column if isinstance(value, str))
+        for column, values in generate(name, "train").items():
+            yield from (value for value in values if isinstance(value, str) and column not in ("id", "title"))
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
@@ -215,16 +217,17 @@ def pick_two(rng: random.Random, options: Sequence[str], first: str = "") -> tup
     return first, pick(rng, [option for option in options if option != first])
 
 
-def _random_world(rng: random.Random, claim: Claim) -> World:
-    """Let a few random events happen in a small cast around the person and the place of `claim`."""
-    people = pick_two(rng, PEOPLE, claim.person)
-    places, things = pick_two(rng, PLACES, claim.place), pick_two(rng, THINGS)
+def random_world(
+    rng: random.Random, events: int, kinds: Sequence[str], *, person: str = "", place: str = "", thing: str = ""
+) -> World:
+    """Let random events of these kinds happen among two people, places and things, of which one each may be given."""
+    people, places, things = pick_two(rng, PEOPLE, person), pick_two(rng, PLACES, place), pick_two(rng, THINGS, thing)
     items = {"go": places, "take": things, "give": things, "mention": places + things}
     world = World()
-    while len(world.history) < NLI_EVENTS:
-        kind = pick(rng, NLI_KINDS)
-        person, other = pick_two(rng, people)
-        event = Event(kind, person, pick(rng, items[kind]), other if kind == "give" else "")
+    while len(world.history) < events:
+        kind = pick(rng, kinds)
+        actor, other = pick_two(rng, people)
+        event = Event(kind, actor, pick(rng, items[kind]), other if kind == "give" else "")
         if world.allows(event):
             world.apply(event)
     return world
@@ -237,7 +240,7 @@ def _nli_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
         hypothesis = render(claim, split, rng)
         labelled: dict[int, str] = {}
         while len(labelled) < 3:
-            world = _random_world(rng, claim)
+            world = random_world(rng, NLI_EVENTS, NLI_KINDS, person=claim.person, place=claim.place)
             label = world.judge(claim)
             if label not in labelled and world.mentions(claim.person) and world.mentions(claim.place):
                 premise = " ".join(render(event, split, rng) for event in world.history)
@@ -254,6 +257,7 @@ def _nli_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
 
 def _generators() -> dict[str, Callable[[str, random.Random], dict[str, list[Any]]]]:
     # Imported late: the modules of the other tasks build on this one.
+    from wlora.tasks.story_qa import qa_columns
     from wlora.tasks.story_summary import summary_columns
 
-    return {"story_nli": _nli_columns, "story_summary": summary_columns}
+    return {"story_nli": _nli_columns, "story_qa": qa_columns, "story_summary": summary_columns}

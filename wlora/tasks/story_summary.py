@@ -1,11 +1,11 @@
 """`story_summary`: where the two people of a small story end up, in one sentence.
 
-A document tells of two people who walk about, take, give and talk of things and places, in another order each time;
-its summary names the last place of both, the first to go anywhere first. At least one of them goes to two places, and
-places are talked about, so that naming any place of the document is not enough.
+A document tells what two people do; the summary names the last place of both, the first to go anywhere first. At least
+one of them goes somewhere twice, so the places alone, or the first ones, are not the answer; other sentences are about
+things, or only mention a place.
 
-The summary has one wording, for only what it says is to be learnt. Like every sentence of the documents, a summary
-(its people and places together) belongs to one split.
+The summary has one wording, for only what it says is to be learnt. Like the sentences of the documents, a summary
+(its people and places together) belongs to one split: see `story`.
 """
 
 from __future__ import annotations
@@ -13,50 +13,27 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from wlora.tasks.story import PEOPLE, PLACES, THINGS, Event, World, pick, pick_two, render, split_of
+from wlora.tasks.story import World, random_world, render, split_of
 
 SUMMARY = "{person} is in the {place} and {other} is in the {where}."
 
-ROWS = {"train": 3000, "validation": 200}
-EVENTS = 4
-_KINDS = ("go", "go", "go", "take", "give", "mention")
+SUMMARY_ROWS = {"train": 3000, "validation": 200}
+SUMMARY_EVENTS = 4
+SUMMARY_KINDS = ("go", "go", "go", "take", "give", "mention")
 
 
 def summary_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
-    """Return the columns `document` and `summary` of one split; no document comes twice."""
+    """Return the columns of one split: document, summary. No document comes twice."""
     rows: dict[str, str] = {}
-    while len(rows) < ROWS[split]:
-        world = _random_world(rng)
-        summary = _summarize(world)
-        if summary is not None and split_of(0, *_facts(world)) == split:
-            rows[" ".join(render(event, split, rng) for event in world.history)] = summary
+    while len(rows) < SUMMARY_ROWS[split]:
+        world = random_world(rng, SUMMARY_EVENTS, SUMMARY_KINDS)
+        facts = [name for person_and_place in world.place_of.items() for name in person_and_place]
+        if _tells_enough(world) and split_of(0, *facts) == split:
+            document = " ".join(render(event, split, rng) for event in world.history)
+            rows[document] = SUMMARY.format(**dict(zip(("person", "place", "other", "where"), facts, strict=True)))
     return {"document": list(rows), "summary": list(rows.values())}
 
 
-def _random_world(rng: random.Random) -> World:
-    """Let a few random events happen to two people."""
-    people, things = pick_two(rng, PEOPLE), pick_two(rng, THINGS)
-    places = (*pick_two(rng, PLACES), pick(rng, PLACES))
-    items = {"go": places, "take": things, "give": things, "mention": places + things}
-    world = World()
-    while len(world.history) < EVENTS:
-        kind = pick(rng, _KINDS)
-        person, other = pick_two(rng, people)
-        event = Event(kind, person, pick(rng, items[kind]), other if kind == "give" else "")
-        if world.allows(event):
-            world.apply(event)
-    return world
-
-
-def _facts(world: World) -> list[str]:
-    """Return person, place, person, place, in the order in which they first went anywhere."""
-    return [name for fact in world.place_of.items() for name in fact]
-
-
-def _summarize(world: World) -> str | None:
-    """Say where both people are; None where that is unknown, or each went to one place only."""
-    moves = sum(event.kind == "go" for event in world.history)
-    if len(world.place_of) < 2 or moves < 3:
-        return None
-    person, place, other, where = _facts(world)
-    return SUMMARY.format(person=person, place=place, other=other, where=where)
+def _tells_enough(world: World) -> bool:
+    """Tell whether both places are known, and someone has changed theirs."""
+    return len(world.place_of) == 2 and sum(event.kind == "go" for event in world.history) > 2

@@ -229,10 +229,8 @@ class Trainer:
 
     def _prepare(self) -> nn.Module:
         """Wrap the model for several processes; with one there is nothing to wrap."""
-        if self.accelerator.num_processes == 1:
-            return self.bare_model
-        wrapped: nn.Module = self.accelerator.prepare_model(self.bare_model)
-        return wrapped
+        model: nn.Module = self.bare_model
+        return self.accelerator.prepare_model(model) if self.accelerator.num_processes > 1 else model
 
     def _check_trainable(self) -> None:
         """Assert that exactly the intended parameters have gradients and sit in an optimiser.
