@@ -39,8 +39,10 @@ def describe(config: Config) -> str:
     what = "base" if counts["base"] else "adapter"
     steps = "unknown until the data are there"
     if rows is not None:
+        # Long texts are cut into windows, whose number only the tokenizer knows.
+        least = "at least " if task.head == "question_answering" else ""
         steps = (
-            f"{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
+            f"{least}{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
             f"{plan.accumulation_steps}), warm-up {plan.warmup}"
         )
     done = RecordStore(config.results_dir).read(record.run_id)
