@@ -97,35 +97,23 @@ def test_metrics_write_nothing(tmp_path: Path) -> None:
 
 
 def test_shards_of_any_size_and_order_are_merged() -> None:
-    shards: list[Shard] = [
-        (np.array([4, 0]), np.array([40, 0]), np.array([4, 0])),
-        (np.array([2]), np.array([20]), np.array([2])),
-        (np.array([]), np.array([]), np.array([])),
-        (np.array([3, 1]), np.array([30, 10]), np.array([3, 1])),
-    ]
-    predictions, references = merge_shards(shards)
-    assert predictions.tolist() == [0, 10, 20, 30, 40]
-    assert references.tolist() == [0, 1, 2, 3, 4]
-    assert predictions.dtype == np.int64
+    shards: list[Shard] = [([4, 0], ["e", "a"]), ([2], ["c"]), ([], []), ([3, 1], ["d", "b"])]
+    assert merge_shards(shards, count=5) == ["a", "b", "c", "d", "e"]
 
 
-def test_rows_that_padding_doubled_count_once() -> None:
-    shards: list[Shard] = [
-        (np.array([0, 2]), np.array([5, 7]), np.array([5, 7])),
-        (np.array([1, 0]), np.array([6, 5]), np.array([6, 5])),
-    ]
-    assert merge_shards(shards, rows=3)[0].tolist() == [5, 6, 7]
+def test_features_that_padding_doubled_count_once() -> None:
+    assert merge_shards([([0, 2], np.array([5, 7])), ([1, 0], np.array([6, 5]))], count=3) == [5, 6, 7]
 
 
-@pytest.mark.parametrize(("rows", "missing"), [(None, 2), (6, 3)])
-def test_missing_rows_are_counted(rows: int | None, missing: int) -> None:
-    with pytest.raises(RunFault, match=f"^{missing} evaluation rows"):
-        merge_shards([(np.array([0, 2, 4]), np.zeros(3), np.zeros(3))], rows=rows)
+@pytest.mark.parametrize(("count", "missing"), [(5, 2), (6, 3)])
+def test_missing_features_are_counted(count: int, missing: int) -> None:
+    with pytest.raises(RunFault, match=f"^{missing} of {count} evaluation features"):
+        merge_shards([([0, 2, 4], np.zeros(3))], count=count)
 
 
-def test_no_rows_at_all_are_a_fault() -> None:
+def test_nothing_predicted_at_all_is_a_fault() -> None:
     with pytest.raises(RunFault):
-        merge_shards([(np.array([]), np.array([]), np.array([]))])
+        merge_shards([([], [])], count=1)
 
 
 def _rows() -> tuple[np.ndarray, np.ndarray]:
@@ -139,9 +127,9 @@ def _score_on_a_share(rank: int, folder: str) -> None:
     predictions, references = _rows()
     mine = np.arange(0, 16) if rank == 0 else np.array([*range(16, 23), 0])
     gathered: list[Shard | None] = [None, None]
-    dist.all_gather_object(gathered, (mine, predictions[mine], references[mine]))
-    merged = merge_shards([shard for shard in gathered if shard is not None], rows=23)
-    found = compute(["f1", "matthews"], *merged)
+    dist.all_gather_object(gathered, (mine.tolist(), predictions[mine]))
+    merged = merge_shards([shard for shard in gathered if shard is not None], count=23)
+    found = compute(["f1", "matthews"], np.asarray(merged), references)
     Path(folder, f"{rank}.txt").write_text(repr(found))
     dist.destroy_process_group()
 

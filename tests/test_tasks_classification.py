@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -58,6 +57,16 @@ def _task(**fields: Any) -> SequenceClassification:
     return task
 
 
+def _predict(task: SequenceClassification, logits: torch.Tensor) -> torch.Tensor:
+    model: Any = None
+    return task.predict(model, [], {}, SimpleNamespace(logits=logits))
+
+
+def _score(task: SequenceClassification, split: str, predictions: list[Any], labels: list[Any]) -> dict[str, float]:
+    features = Dataset.from_dict({"labels": labels})
+    return task.score(split, predictions, features, rows=features)
+
+
 SENTENCES = Dataset.from_dict({"sentence": ["the film was very good", "bad"], "label": [1, 0]})
 PAIRS = Dataset.from_dict({"premise": ["very good", "bad"], "hypothesis": ["good", "the film was bad"], "label": [0, 2]})
 VALUES = Dataset.from_dict({"sentence1": ["good"], "sentence2": ["very good"], "label": [3.75]})
@@ -65,7 +74,7 @@ VALUES = Dataset.from_dict({"sentence1": ["good"], "sentence2": ["very good"], "
 
 def test_single_sentences(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task()
-    encoded = task.encode(SENTENCES, tokenizer)
+    encoded = task.encode(SENTENCES, tokenizer, training=True)
     assert (task.head, task.num_labels, task.primary_metric) == ("sequence_classification", 2, "accuracy")
     assert encoded[:]["input_ids"] == [[CLS, THE, FILM, WAS, VERY, GOOD, SEP], [CLS, BAD, SEP]]
     assert encoded[:]["length"] == [7, 3]
@@ -78,7 +87,7 @@ def test_single_sentences(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task(columns=["premise", "hypothesis"], labels=["entailment", "neutral", "contradiction"])
-    encoded = task.encode(PAIRS, tokenizer)
+    encoded = task.encode(PAIRS, tokenizer, training=True)
     assert task.num_labels == 3
     assert encoded[0]["input_ids"] == [CLS, VERY, GOOD, SEP, GOOD, SEP]
     assert encoded[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
@@ -91,29 +100,29 @@ def test_regression(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task(
         columns=["sentence1", "sentence2"], labels=[], metrics=["pearson", "spearman", "corr"], primary_metric="corr"
     )
-    encoded = task.encode(VALUES, tokenizer)
+    encoded = task.encode(VALUES, tokenizer, training=True)
     batch = task.collate([encoded[0]], tokenizer)
     assert task.num_labels == 1
     assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [3.75]
-    predictions = task.predict(SimpleNamespace(logits=torch.tensor([[0.5], [2.0]], dtype=torch.bfloat16)))
+    predictions = _predict(task, torch.tensor([[0.5], [2.0]], dtype=torch.bfloat16))
     assert predictions.dtype == torch.float32 and predictions.tolist() == [0.5, 2.0]
-    found = task.score("validation", np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+    found = _score(task, "validation", [1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     assert found == pytest.approx({"pearson": 1.0, "spearman": 1.0, "corr": 1.0})
 
 
 def test_a_batch_is_as_long_as_its_longest_row(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task()
-    encoded = task.encode(SENTENCES, tokenizer)
+    encoded = task.encode(SENTENCES, tokenizer, training=True)
     assert task.collate([encoded[1]], tokenizer)["input_ids"].shape == (1, 3)
     assert task.collate([encoded[1], encoded[0]], tokenizer)["input_ids"].shape == (2, 7)
 
 
 def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task(max_length=7)
-    task.encode(SENTENCES, tokenizer)
+    task.encode(SENTENCES, tokenizer, training=True)
     assert task.truncated_share == 0.0  # the longer row has exactly 7 tokens
     task = _task(max_length=6)
-    encoded = task.encode(SENTENCES, tokenizer)
+    encoded = task.encode(SENTENCES, tokenizer, training=True)
     assert task.truncated_share == 0.5
     assert encoded[:]["length"] == [6, 3]
 
@@ -121,13 +130,13 @@ def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_many_rows_stay_in_order(tokenizer: PreTrainedTokenizerFast) -> None:
     labels = [row % 2 for row in range(5000)]
     rows = Dataset.from_dict({"sentence": [WORDS[GOOD + label] for label in labels], "label": labels})
-    encoded = _task().encode(rows, tokenizer)
+    encoded = _task().encode(rows, tokenizer, training=True)
     assert encoded[:]["labels"] == labels
     assert [ids[1] - GOOD for ids in encoded[:]["input_ids"]] == labels
 
 
 def test_classes_are_predicted_by_the_highest_logit() -> None:
-    predictions = _task().predict(SimpleNamespace(logits=torch.tensor([[0.1, 0.2], [3.0, -1.0]])))
+    predictions = _predict(_task(), torch.tensor([[0.1, 0.2], [3.0, -1.0]]))
     assert predictions.dtype == torch.int64 and predictions.tolist() == [1, 0]
 
 
@@ -135,9 +144,9 @@ def test_further_splits_have_keys_of_their_own() -> None:
     mnli = _task(
         labels=["entailment", "neutral", "contradiction"], validation=["validation_matched", "validation_mismatched"]
     )
-    hit, half = np.array([0, 1]), np.array([0, 2])
-    assert mnli.score("validation_matched", hit, hit) == {"accuracy": 1.0}
-    assert mnli.score("validation_mismatched", half, hit) == {"accuracy_mismatched": 0.5}
+    hit, half = [0, 1], [0, 2]
+    assert _score(mnli, "validation_matched", hit, hit) == {"accuracy": 1.0}
+    assert _score(mnli, "validation_mismatched", half, hit) == {"accuracy_mismatched": 0.5}
 
 
 @pytest.mark.parametrize(

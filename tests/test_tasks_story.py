@@ -194,7 +194,8 @@ def test_vocabulary_covers_every_text(splits: dict[str, Columns]) -> None:
 
 
 def test_sample_texts_are_the_training_texts(splits: dict[str, Columns]) -> None:
-    assert list(story.sample_texts()) == splits["train"]["premise"] + splits["train"]["hypothesis"]
+    own = splits["train"]["premise"] + splits["train"]["hypothesis"]
+    assert list(story.sample_texts())[: len(own)] == own
 
 
 def test_wrong_names_are_config_errors() -> None:

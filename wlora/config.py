@@ -16,6 +16,18 @@ from typing import Any
 from omegaconf import MISSING
 
 RUN_ID_VERSION = 1
+# Keys that came after the first records: at their default (as before) they are left out, so that those keep their run_id.
+_LATER_TASK_KEYS = ("unanswerable", "stride", "n_best", "max_answer_length", "max_target_length", "generation")
+
+
+@dataclass
+class GenerationOverrides:
+    """What differs from the model's own `generation_config` when it writes summaries; null keeps the model's."""
+
+    num_beams: int | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    length_penalty: float | None = None
 
 
 @dataclass
@@ -37,6 +49,12 @@ class TaskConfig:
     batch_size: int = MISSING
     eval_batch_size: int = 64
     max_length: int = 128
+    max_target_length: int | None = None
+    generation: GenerationOverrides = field(default_factory=GenerationOverrides)
+    unanswerable: bool = False
+    stride: int | None = None
+    n_best: int | None = None
+    max_answer_length: int | None = None
     train_rows: int | None = None
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
@@ -138,6 +156,10 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         ("hub_id", "subset", "revision") if task_data else ()
     ):
         del task[key]
+    before = dataclasses.asdict(TaskConfig())
+    for key in _LATER_TASK_KEYS:
+        if task[key] == before[key]:
+            del task[key]
     for key in ("path", "package", "sha256", "accumulation_steps", "k"):
         del model[key]
     if model_data:

@@ -33,7 +33,7 @@ def summarize(record: Record, method: Method, path: str) -> str:
     counts = record.parameters
     first, last = (counts["base"] + counts[key] for key in ("adapter_initial", "adapter_final"))
     kept = [f"{a['name']} (ω {a['omega']:.3f}, rank {a['rank']})" for a in record.adapters if a["omega"] is not None]
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+    metrics = ", ".join(_show(name, record.metrics) for name in record.metrics if not name.endswith(("_low", "_high")))
     lines = [
         f"metric     {metrics} (dev set)",
         f"trainable  {first:,} -> {last:,} ({last / counts['total']:.3%} of {counts['total']:,}), head {counts['head']:,}",
@@ -45,3 +45,10 @@ def summarize(record: Record, method: Method, path: str) -> str:
         f"record     {path}",
     ]
     return "\n".join(lines)
+
+
+def _show(name: str, metrics: dict[str, float]) -> str:
+    """Format one metric, with its interval where it has one."""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    interval = "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
+    return f"{name} {metrics[name]:.4f}{interval}"

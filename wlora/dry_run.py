@@ -39,15 +39,17 @@ def describe(config: Config) -> str:
     what = "base" if counts["base"] else "adapter"
     steps = "unknown until the data are there"
     if rows is not None:
+        # Long texts are cut into windows, whose number only the tokenizer knows.
+        least = "at least " if task.head == "question_answering" else ""
         steps = (
-            f"{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
+            f"{least}{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
             f"{plan.accumulation_steps}), warm-up {plan.warmup}"
         )
     done = RecordStore(config.results_dir).read(record.run_id)
     lines = [
         f"run        {record.run_id} ({'record exists: ' + done.status if done else 'no record yet'})",
         f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",
-        f"adapters   {len(method.adapters)} of method={config.method['name']}",
+        f"adapters   {len(method.attached())} of method={config.method['name']}",
         f"trainable  {trainable:,} {what} parameters ({trainable / counts['total']:.2%} of the model)",
         f"head       {counts['head']:,} trainable parameters of head and pooler",
         f"steps      {steps}",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.adapters.attach import count_elements
 from wlora.config import Config, run_id, scientific_fields, stream_seed
@@ -26,8 +26,9 @@ from wlora.models.source import ModelSource, locate
 from wlora.models.targets import list_targets
 from wlora.precision import Precision, choose_precision, lower_base
 from wlora.records import Record, RecordStore, describe_environment, peak_memory
-from wlora.tasks import build_task
-from wlora.tasks.data import fingerprint, load_splits
+from wlora.tasks import Task, build_task
+from wlora.tasks.data import Splits, fingerprint, load_splits
+from wlora.training.evaluation import Split
 from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
 
@@ -53,12 +54,13 @@ def run(config: Config) -> Record:
 
     task = build_task(config.task)
     splits = load_splits(config.task, offline=config.offline)
-    plan = make_plan(config, len(splits.rows["train"]))
+    tokenizer = load_tokenizer(config.model, source)
+    data = encode(task, splits, tokenizer)
+    plan = make_plan(config, len(data.train))
     method = build_method(config.method, release=config.compat == "release")
     method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
     announce(config, record.run_id, plan, precision)
 
-    tokenizer = load_tokenizer(config.model, source)
     model = load_model(
         config.model,
         source,
@@ -72,7 +74,8 @@ def run(config: Config) -> Record:
     model.to(accelerator.device)
     record.parameters = count_parameters(model, method, head)
     record.model["revision"] = getattr(model.config, "_commit_hash", None)
-    record.task.update(version=splits.revision, data=splits.fingerprint, train_rows=plan.rows)
+    record.task.update(version=splits.revision, data=splits.fingerprint)
+    record.task.update(train_rows=len(splits.rows["train"]), truncated_share=task.truncated_share)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
     record.environment = describe_environment(str(accelerator.device), precision.name, accelerator.num_processes)
 
@@ -81,11 +84,6 @@ def run(config: Config) -> Record:
     if main:
         store.write(record)
     try:
-        data = Data(
-            train=task.encode(splits.rows["train"], tokenizer),
-            validation={name: task.encode(splits.rows[name], tokenizer) for name in config.task.validation},
-        )
-        record.task["truncated_share"] = task.truncated_share
         trainer = Trainer(
             model=model,
             method=method,
@@ -116,6 +114,17 @@ def run(config: Config) -> Record:
     return record
 
 
+def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Tokenise all splits, and say so where something did not fit."""
+    features = {}
+    for name, rows in splits.rows.items():
+        features[name] = task.encode(rows, tokenizer, training=name == "train")
+        if task.truncated_share:
+            say(f"notice: {task.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
+    train = features.pop("train")
+    return Data(train=train, validation={name: Split(splits.rows[name], encoded) for name, encoded in features.items()})
+
+
 def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, nn.Parameter]:
     """Attach the method's adapters to a frozen model and let the head train; returns the head's trainable parameters.
 
@@ -135,12 +144,13 @@ def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, 
 def count_parameters(model: nn.Module, method: Method, head: dict[str, nn.Parameter]) -> dict[str, int]:
     """Count elements: adapters at the start (for full fine-tuning the base), trainable head, and the bare model."""
     in_head = {id(p) for p in head.values()}
-    adapter_elements = {id(p): p.numel() for a in method.adapters.values() for p in a.parameters()}
+    adapters = method.attached().values()
+    adapter_elements = {id(p) for a in adapters for p in a.parameters()}
     base = [p for p in model.parameters() if id(p) not in adapter_elements]
     trainable_base = sum(p.numel() for p in base if p.requires_grad and id(p) not in in_head)
     return {
-        "adapter_initial": method.adapters.count(),
-        "adapter_final": method.adapters.count(),
+        "adapter_initial": count_elements(adapters),
+        "adapter_final": count_elements(adapters),
         "base": trainable_base,
         "head": sum(p.numel() for p in head.values()),
         "total": sum(p.numel() for p in base),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import datasets
 import evaluate
@@ -17,8 +18,8 @@ from wlora.errors import RunFault, unknown_name
 Score = Callable[[np.ndarray, np.ndarray], float]
 """Takes (references, predictions), both of shape [rows]."""
 
-Shard = tuple[Sequence[int] | np.ndarray, np.ndarray, np.ndarray]
-"""(row numbers, predictions, references) of the rows that one process has seen."""
+Shard = tuple[Sequence[int], Sequence[Any] | np.ndarray]
+"""(numbers, predictions) of the features that one process has seen."""
 
 
 class ScoreMetric(evaluate.Metric):  # type: ignore[misc]  # the library has no types
@@ -115,27 +116,26 @@ def _compute_one(name: str, predictions: np.ndarray, references: np.ndarray) -> 
     return float(found[name])
 
 
-def merge_shards(shards: Sequence[Shard], *, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def merge_shards(shards: Sequence[Shard], *, count: int) -> list[Any]:
     """Put the shards of all processes together, so that metrics are computed once, on the whole.
 
     A mean of the shards' metrics would be wrong: shards differ in size, and F1 does not average.
 
     Args:
-        shards: one per process, of any sizes; a row that comes more than once (padding) counts once.
-        rows: how many rows there are; None for one more than the highest row number.
+        shards: one per process, of any sizes; a feature that comes more than once (padding) counts once.
+        count: how many features there are.
 
     Returns:
-        Predictions and references in row order, shape [rows, ...].
+        A prediction per feature, in their order.
 
     Raises:
-        RunFault: rows are in no shard.
+        RunFault: features are in no shard.
     """
-    filled = [shard for shard in shards if len(shard[0])]
-    if not filled:
-        raise RunFault("no evaluation row was predicted by any process")
-    numbers, predictions, references = (np.concatenate(parts) for parts in zip(*filled, strict=True))
-    found, first = np.unique(numbers, return_index=True)
-    missing = (int(found[-1]) + 1 if rows is None else rows) - len(found)
+    found: dict[int, Any] = {}
+    for numbers, predictions in shards:
+        for number, prediction in zip(numbers, predictions, strict=True):
+            found.setdefault(int(number), prediction)
+    missing = sum(number not in found for number in range(count))
     if missing:
-        raise RunFault(f"{missing} evaluation rows are missing: predicted by no process")
-    return predictions[first], references[first]
+        raise RunFault(f"{missing} of {count} evaluation features are missing: predicted by no process")
+    return [found[number] for number in range(count)]

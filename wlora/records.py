@@ -179,7 +179,7 @@ def _git_state() -> tuple[str | None, bool | None]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent.resolve():
             return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "wlora", "conf"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ":/wlora", ":/conf"))
     except (OSError, subprocess.SubprocessError):
         return None, None
 

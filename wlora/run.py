@@ -113,12 +113,17 @@ def _attempt(composed: DictConfig) -> Outcome:
 def _refuse_added_keys(composed: DictConfig) -> None:
     """Refuse what Hydra's `+key=value` added beside the schema: nothing would read it."""
     schema = OmegaConf.structured(Config)
-    for parent in ("", "task", "model", "train"):
-        allowed = list((schema[parent] if parent else schema).keys())  # keys(): a missing value is still a key
-        for name in composed[parent] if parent else composed:
+    for parent in ("", "task", "task.generation", "model", "train"):
+        allowed = list(_node(schema, parent).keys())  # keys(): a missing value is still a key
+        for name in _node(composed, parent):
             if name not in allowed:
                 key = f"{parent}.{name!s}".lstrip(".")
                 raise unknown_name(key, key, _sibling_keys(key))
+
+
+def _node(config: DictConfig, parent: str) -> DictConfig:
+    node: DictConfig = OmegaConf.select(config, parent) if parent else config
+    return node
 
 
 def explain(error: Exception) -> str:

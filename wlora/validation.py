@@ -14,7 +14,8 @@ from typing import Any
 
 from wlora.config import Config
 from wlora.errors import ConfigError, wrong_value
-from wlora.models.targets import TARGET_SETS, count_targets, read_architecture
+from wlora.models.targets import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, read_architecture
+from wlora.tasks import find_kind
 
 RULES = {
     "rank": "int >= 1",
@@ -31,6 +32,14 @@ RULES = {
     "task.batch_size": "int >= 1",
     "task.eval_batch_size": "int >= 1",
     "task.max_length": "int >= 8",
+    "task.max_target_length": "int >= 4 or null",
+    "task.generation.num_beams": "int >= 1 or null",
+    "task.generation.max_new_tokens": "int >= 1 or null",
+    "task.generation.min_new_tokens": "int >= 0 or null",
+    "task.generation.length_penalty": "float or null",
+    "task.stride": "int >= 0 or null",
+    "task.n_best": "int >= 1 or null",
+    "task.max_answer_length": "int >= 1 or null",
     "task.max_train_rows": "int >= 1 or null",
     "task.max_eval_rows": "int >= 1 or null",
     "train.max_steps": "int >= 1 or null",
@@ -88,6 +97,8 @@ def resolve(config: Config) -> Config:
     _check_results_folder(config)
     if config.compat == "release" and config.method["name"] == "probe":
         raise ConfigError("method=probe compat=release: the release's head is frozen, so nothing would train")
+    _check_head(config)
+    _check_lengths(config)
     glue = config.task.benchmark == "glue"
     if config.train.accumulation_steps is None:
         config.train.accumulation_steps = (config.model.accumulation_steps if glue else None) or 1
@@ -119,6 +130,36 @@ def _check_method(config: Config) -> None:
             raise ConfigError(
                 f"method.{key} is unknown to method={config.method.get('name')}: allowed is {', '.join(rules)}"
             )
+
+
+def _check_head(config: Config) -> None:
+    """Refuse a task whose head the model's family does not have, or has nothing to train in."""
+    head = find_kind(config.task.kind).head
+    family = read_architecture(config.model)["model_type"]
+    if head not in HEADS[family]:
+        able = ", ".join(name for name, heads in HEADS.items() if head in heads)
+        raise ConfigError(
+            f"task={config.task.name} model={config.model.name}: a {family} model has no {head} head\n"
+            f"allowed is a model of the family {able}"
+        )
+    if head == "seq2seq" and config.method["name"] == "probe":
+        raise ConfigError(f"method=probe task={config.task.name}: the model has no head of its own, so nothing would train")
+
+
+def _check_lengths(config: Config) -> None:
+    """Refuse lengths that the model's positions, or each other, do not allow."""
+    generation = config.task.generation
+    shortest, longest = generation.min_new_tokens, generation.max_new_tokens
+    if shortest is not None and longest is not None and shortest > longest:
+        raise wrong_value("task.generation.min_new_tokens", shortest, f"0 to {longest}, task.generation.max_new_tokens")
+    architecture = read_architecture(config.model)
+    positions = architecture.get("max_position_embeddings")
+    if architecture["model_type"] not in LEARNT_POSITIONS or positions is None:
+        return
+    for key in ("max_length", "max_target_length", "generation.max_new_tokens"):
+        length = _lookup(config, f"task.{key}")
+        if length is not None and length > positions:
+            raise wrong_value(f"task.{key}", length, f"at most {positions}, the positions of model={config.model.name}")
 
 
 def _check_results_folder(config: Config) -> None:

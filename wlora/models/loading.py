@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -28,7 +30,11 @@ from wlora.models.source import ModelSource
 
 # Random base weights stand for pretrained ones, so they are the same for every seed of a run.
 _RANDOM_BASE_SEED = 0
-_AUTO = {"sequence_classification": AutoModelForSequenceClassification}
+_AUTO = {
+    "sequence_classification": AutoModelForSequenceClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
 _HEAD_MODULES = ("pooler", "classifier", "classification_head", "score", "qa_outputs")
 
 
@@ -65,8 +71,8 @@ def load_model(
     missing.
 
     Args:
-        head: the kind of head, `sequence_classification`.
-        num_labels: outputs of the head; 1 for regression.
+        head: the kind of head, a key of `_AUTO`.
+        num_labels: outputs of the head; 1 for regression, 2 (start, end) for question answering.
         seed: seed of the head's initialisation.
 
     Raises:
@@ -123,6 +129,9 @@ def _build_random(
     config = _make_config(model, architecture, num_labels)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    if config.is_encoder_decoder:
+        # As in BART, the end of a text starts the decoder, and a text that is cut short is ended.
+        config.decoder_start_token_id = config.forced_eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(_RANDOM_BASE_SEED)
     built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
     torch.manual_seed(seed)

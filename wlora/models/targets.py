@@ -96,6 +96,19 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
 }
 
 
+_ENCODER_HEADS = ("sequence_classification", "question_answering")
+HEADS: dict[str, tuple[str, ...]] = {
+    "deberta-v2": _ENCODER_HEADS,
+    "bert": _ENCODER_HEADS,
+    "bart": (*_ENCODER_HEADS, "seq2seq"),
+    "llama": ("sequence_classification",),
+}
+"""The heads (`Task.head`) that each family of `FAMILIES` can carry."""
+
+LEARNT_POSITIONS = ("bert", "bart")
+"""The families that cannot read past their `max_position_embeddings`; the others count positions relatively."""
+
+
 def read_architecture(model: ModelConfig) -> dict[str, Any]:
     """Return the model's architecture as in its `config.json`: from `model.path` where set, else from the YAML.
 

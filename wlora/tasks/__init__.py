@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wlora.errors import unknown_name
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Sequence
+
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from wlora.config import TaskConfig
 
-_KINDS = {"classification": ("wlora.tasks.classification", "SequenceClassification")}
+
+class Kind(NamedTuple):
+    """A kind of task: its class, and the head a model needs for it (`Task.head`, known without torch)."""
+
+    module: str
+    name: str
+    head: str
+
+
+_KINDS = {
+    "classification": Kind("wlora.tasks.classification", "SequenceClassification", "sequence_classification"),
+    "question_answering": Kind("wlora.tasks.question_answering", "QuestionAnswering", "question_answering"),
+    "summarization": Kind("wlora.tasks.summarization", "Summarization", "seq2seq"),
+}
 
 
 class Task(Protocol):
     """What a run needs to know of a benchmark.
 
+    Its *rows* are those of `data`, checked and otherwise as published. Its *features* are what the model reads: one
+    or more per row (a long text is cut into windows).
+
     Attributes:
-        head: the kind of head on the model.
-        num_labels: its outputs.
+        head: the kind of head on the model, a key of `wlora.models.loading`: `sequence_classification`,
+            `question_answering` or `seq2seq`.
+        num_labels: the head's outputs.
         primary_metric: the key, among those of `score` for the first validation split, that is reported.
+        truncated_share: share of the rows encoded last of which something was cut off.
     """
 
     head: str
@@ -32,21 +51,59 @@ class Task(Protocol):
     primary_metric: str
     truncated_share: float
 
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Tokenise rows; the result has the model's inputs, `labels` and `length` (tokens)."""
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
+        """Tokenise rows into features.
+
+        Returns:
+            Columns of the model's inputs (not padded) and `length` (tokens). Training features have what the loss
+            needs besides: `labels`, or `start_positions` and `end_positions`. Those of validation have it where a
+            validation loss is defined, and further columns that `predict` and `score` read. Where the loss is a mean
+            over tokens, `loss_tokens` is their number.
+        """
         ...
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-        """Pad encoded rows to the longest of them."""
+        """Pad features to the longest of them; the batch has what the model's forward pass takes and nothing else."""
         ...
 
-    def predict(self, outputs: Any) -> torch.Tensor:
-        """Turn the model's outputs into predictions, one per row."""
+    def predict(
+        self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
+    ) -> torch.Tensor | Sequence[Any]:
+        """Predict a batch in evaluation mode, without gradients.
+
+        Args:
+            model: the bare model, never wrapped for several processes, for those who generate.
+            features: the batch's features, with all their columns.
+            inputs: the same as `collate` returns it, on the model's device.
+            outputs: of `model(**inputs)`.
+
+        Returns:
+            A tensor with a row per feature (any device; not waited for), or a sequence with an object per feature.
+            All of a split are kept until it is scored, and are sent between processes: small, never whole logits.
+        """
         ...
 
-    def score(self, split: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        """Return the metrics of one whole validation split."""
+    def score(self, split: str, predictions: Sequence[Any], features: Dataset, rows: Dataset) -> dict[str, float]:
+        """Return the metrics of one whole validation split.
+
+        Args:
+            split: its name.
+            predictions: one per feature, in the features' order; rows of a tensor come as numpy arrays or numbers.
+            features: the split as `encode` returned it.
+            rows: the split as it was encoded from.
+        """
         ...
+
+
+def find_kind(name: str) -> Kind:
+    """Return the kind of task of this name.
+
+    Raises:
+        ConfigError: an unknown `task.kind`.
+    """
+    if name not in _KINDS:
+        raise unknown_name(f"task.kind={name}", name, _KINDS)
+    return _KINDS[name]
 
 
 def build_task(config: TaskConfig) -> Task:
@@ -55,8 +112,6 @@ def build_task(config: TaskConfig) -> Task:
     Raises:
         ConfigError: an unknown `task.kind`, or a `task.primary_metric` that is not computed.
     """
-    if config.kind not in _KINDS:
-        raise unknown_name(f"task.kind={config.kind}", config.kind, _KINDS)
-    module, name = _KINDS[config.kind]
-    task: Task = getattr(importlib.import_module(module), name)(config)
+    kind = find_kind(config.kind)
+    task: Task = getattr(importlib.import_module(kind.module), kind.name)(config)
     return task

@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from wlora.config import TaskConfig
 
 LABEL = "label"
+ANSWERS = "answers"
 _SHOWN = 40
+_TYPE_SHOWN = 80
 
 
 def needed_columns(task: TaskConfig) -> list[str] | None:
     """Return the columns a task reads and keeps, None for all."""
-    return [*task.columns, LABEL] if task.kind == "classification" else None
+    further = {"classification": [LABEL], "question_answering": [ANSWERS], "summarization": []}
+    return [*task.columns, *further[task.kind]] if task.kind in further else None
 
 
 def check_rows(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
-    """Return the needed columns, text as strings and labels as int64 class numbers or float64 values.
+    """Return the needed columns, text as strings, labels as int64 class numbers or float64 values, answers as SQuAD's.
 
     Args:
         table: the rows as loaded.
@@ -53,6 +56,9 @@ def check_rows(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
         is_regression = not task.labels
         numbers = _values(labels, at) if is_regression else _classes(labels, task.labels, table.schema, at)
         columns[LABEL] = pa.chunked_array([pa.array(numbers)])
+    elif task.kind == "question_answering":
+        at = f"{where}: column {ANSWERS}"
+        columns[ANSWERS] = _check_answers(columns[ANSWERS], columns[task.columns[1]], at, required=not task.unanswerable)
     return pa.table(columns)
 
 
@@ -64,6 +70,51 @@ def _check_text(column: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
     if not _is_text(column):
         raise ConfigError(f"{at} holds {column.type}; expected is text in every row")
     return column.cast(pa.string())
+
+
+def _check_answers(column: pa.ChunkedArray, contexts: pa.ChunkedArray, at: str, *, required: bool) -> pa.ChunkedArray:
+    """Return answers as `{text: [strings], answer_start: [int64]}`, each of which stands in its row's context.
+
+    Args:
+        column: the answers.
+        contexts: the texts that they are spans of.
+        at: for messages.
+        required: whether every row must have an answer.
+    """
+    import pyarrow as pa
+
+    _refuse_nulls(column, at)
+    try:
+        column = column.cast(pa.struct({"text": pa.list_(pa.string()), "answer_start": pa.list_(pa.int64())}))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, ValueError) as error:
+        raise ConfigError(
+            f"{at} holds {_type_of(column)}; expected is {{text: [strings], answer_start: [integers]}} in every row, "
+            "which parquet, json and jsonl can hold"
+        ) from error
+    for row, (answers, context) in enumerate(zip(column.to_pylist(), contexts.to_pylist(), strict=True)):
+        fault = _find_fault(answers["text"], answers["answer_start"], context)
+        if fault is None and required and not answers["text"]:
+            fault = "has no answer; allowed where task.unanswerable=true, as in SQuAD v2"
+        if fault is not None:
+            raise ConfigError(f"{at}: row {row} {fault}")
+    return column
+
+
+def _find_fault(texts: list[str] | None, starts: list[int] | None, context: str) -> str | None:
+    """Say what is wrong with the answers of one row."""
+    if texts is None or starts is None or None in texts or None in starts:
+        return "is empty (null); expected are text and answer_start, both [] where there is no answer"
+    if len(texts) != len(starts):
+        return f"has {len(texts)} texts and {len(starts)} values of answer_start; expected is one for each"
+    for text, start in zip(texts, starts, strict=True):
+        there = context[max(start, 0) : max(start, 0) + len(text)]
+        if not text.strip():
+            return "has an answer without text"
+        if not 0 <= start < len(context):
+            return f"has answer_start {start}; allowed is 0 to {len(context) - 1}, the characters of its context"
+        if there != text:
+            return f"has the answer {_quote(text)} at {start}, where the context has {_quote(there)}"
+    return None
 
 
 def _classes(labels: pa.ChunkedArray, names: Sequence[str], schema: pa.Schema, at: str) -> np.ndarray:
@@ -154,4 +205,13 @@ def _stored_names(schema: pa.Schema) -> list[str] | None:
 
 
 def _show(cell: Any) -> str:
-    return repr(cell.as_py())[:_SHOWN]
+    return _quote(cell.as_py())
+
+
+def _quote(value: Any) -> str:
+    return repr(value)[:_SHOWN]
+
+
+def _type_of(column: pa.ChunkedArray) -> str:
+    text = str(column.type)
+    return text if len(text) <= _TYPE_SHOWN else text[:_TYPE_SHOWN] + "…"

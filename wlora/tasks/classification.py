@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config import TaskConfig
 from wlora.errors import wrong_value
 from wlora.metrics import check_names, compute
 from wlora.tasks.checks import LABEL
-
-# Small integers: the tokens of the whole training set stay in memory.
-_INPUT_TYPES = {"input_ids": pa.int32(), "token_type_ids": pa.int8(), "attention_mask": pa.int8()}
-_ROWS_AT_ONCE = 2048
+from wlora.tasks.features import ROWS_AT_ONCE, find_truncated, input_columns, join, pad
 
 
 class SequenceClassification:
@@ -46,7 +43,7 @@ class SequenceClassification:
         self.primary_metric = config.primary_metric
         self.truncated_share = 0.0
 
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
         """Tokenise rows, cut to `task.max_length` tokens and not padded.
 
         Returns:
@@ -54,50 +51,40 @@ class SequenceClassification:
             of `length` integers), `labels` (int64, or float32 for regression) and `length` (tokens, int32).
         """
         pieces, truncated = [], 0
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            texts = rows[start : start + _ROWS_AT_ONCE]
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            texts = rows[start : start + ROWS_AT_ONCE]
             encoded = tokenizer(
                 *(texts[column] for column in self.config.columns),
                 truncation=True,
                 max_length=self.config.max_length,
             )
-            truncated += _count_truncated(encoded, self.config.max_length)
-            given = [key for key in _INPUT_TYPES if key in encoded]
-            inputs = {key: pa.array(encoded[key], pa.list_(_INPUT_TYPES[key])) for key in given}
-            inputs["labels"] = pa.array(texts[LABEL], pa.float32() if self.regression else pa.int64())
-            inputs["length"] = inputs["input_ids"].value_lengths()
-            pieces.append(pa.table(inputs))
+            truncated += sum(find_truncated(encoded, self.config.max_length))
+            labels = pa.array(texts[LABEL], pa.float32() if self.regression else pa.int64())
+            pieces.append(pa.table({**input_columns(encoded), "labels": labels}))
         self.truncated_share = truncated / len(rows)
-        # Nothing is cached under this fingerprint; without one the library would hash the whole table.
-        return Dataset(pa.concat_tables(pieces), fingerprint=uuid.uuid4().hex[:16])
+        return join(pieces)
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Pad features to the longest of them; labels have shape [rows], int64 or float32 for regression."""
-        inputs = [{key: feature[key] for key in _INPUT_TYPES if key in feature} for feature in features]
-        batch = dict(tokenizer.pad(inputs, return_tensors="pt"))
+        batch = pad(features, tokenizer)
         dtype = torch.float32 if self.regression else torch.int64
         batch["labels"] = torch.tensor([feature["labels"] for feature in features], dtype=dtype)
         return batch
 
-    def predict(self, outputs: Any) -> torch.Tensor:
+    def predict(
+        self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
+    ) -> torch.Tensor:
         """Return class numbers (int64) or values (float32) [rows] from logits [rows, num_labels]."""
         logits: torch.Tensor = outputs.logits.float()
         return logits.squeeze(-1) if self.regression else logits.argmax(dim=-1)
 
-    def score(self, split: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    def score(self, split: str, predictions: Sequence[Any], features: Dataset, rows: Dataset) -> dict[str, float]:
         """Return `task.metrics` of a split; keys of any but the first split end in its name.
 
         So MNLI has `accuracy` (matched) and `accuracy_mismatched`.
         """
-        found = compute(self.config.metrics, predictions, references)
+        found = compute(self.config.metrics, np.asarray(predictions), features.with_format("numpy")["labels"][:])
         if split == self.config.validation[0]:
             return found
         suffix = split.removeprefix("validation_")
         return {f"{name}_{suffix}": value for name, value in found.items()}
-
-
-def _count_truncated(encoded: BatchEncoding, max_length: int) -> int:
-    """Count the rows that were cut; a tokenizer written in Python does not say, so full rows count there."""
-    if encoded.encodings is not None:
-        return sum(bool(row.overflowing) for row in encoded.encodings)
-    return sum(len(ids) == max_length for ids in encoded["input_ids"])

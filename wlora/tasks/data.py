@@ -17,11 +17,12 @@ from wlora.tasks.checks import check_rows, needed_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
+    from datasets import Dataset, DatasetBuilder
 
     from wlora.config import TaskConfig
 
 _SUBSET_SEED = 0
+_PARQUET_COPY = "refs/convert/parquet"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -139,7 +140,7 @@ def _load_hub(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], 
         # It reads the environment when it is imported, which may have been earlier.
         datasets.config.HF_HUB_OFFLINE = True
     try:
-        builder = datasets.load_dataset_builder(task.hub_id, task.subset, revision=task.revision)
+        builder = _find_builder(task)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
     except Exception as error:  # those of four libraries, without a common class
@@ -156,6 +157,21 @@ def _load_hub(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], 
         there = ", ".join(loaded)
         raise ConfigError(f"task={task.name}: {task.hub_id} has no split {absent[0]}; there is: {there}")
     return {split: loaded[split].data.table for split in _split_names(task)}, commit
+
+
+def _find_builder(task: TaskConfig) -> DatasetBuilder:
+    """Return what builds the data: from the files of the revision, or from the hub's own Parquet copy of them.
+
+    Repositories that come with a loading script, which the library has ceased to run, have such a copy of `main`.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset_builder(task.hub_id, task.subset, revision=task.revision)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error) or task.revision != "main":
+            raise
+        return datasets.load_dataset_builder(task.hub_id, task.subset, revision=_PARQUET_COPY)
 
 
 def _limit(table: pa.Table, task: TaskConfig, split: str) -> pa.Table:

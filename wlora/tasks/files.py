@@ -65,9 +65,9 @@ def read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:
     """Read one file into memory.
 
     Args:
-        file: parquet, JSON (an array of objects, or one object a line), CSV (quoted as in RFC 4180) or TSV
-            (not quoted: those of GLUE have unbalanced quotes). All columns of CSV and TSV are read as text,
-            so that text made of digits stays text.
+        file: parquet, JSON (an array of objects, one object a line, or SQuAD's own nested form on one line), CSV
+            (quoted as in RFC 4180) or TSV (not quoted: those of GLUE have unbalanced quotes). All columns of CSV
+            and TSV are read as text, so that text made of digits stays text.
         columns: the columns to read, None for all.
 
     Raises:
@@ -118,6 +118,7 @@ def _read_json(file: Path, columns: Sequence[str] | None) -> pa.Table:
         stream.seek(0)
         lines = ((number, text) for number, text in enumerate(stream, start=1) if text.strip())
         rows = json.load(stream) if is_array else [_parse_line(number, text) for number, text in lines]
+    rows = _unnest(rows)
     wrong = next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)
     if wrong is not None:
         raise fault(file, f"row {wrong} is not an object; expected is one object per row with named columns")
@@ -125,6 +126,27 @@ def _read_json(file: Path, columns: Sequence[str] | None) -> pa.Table:
         raise fault(file, "there are no rows")
     chosen = _choose(list(rows[0]), columns, file)
     return pa.table({name: _to_array(name, [row.get(name) for row in rows], file) for name in chosen})
+
+
+def _unnest(rows: list[Any]) -> list[Any]:
+    """Turn SQuAD's own distribution, one object with articles of paragraphs of questions, into rows as on the hub."""
+    if len(rows) != 1 or not isinstance(rows[0], dict) or not isinstance(rows[0].get("data"), list):
+        return rows
+    try:
+        return [
+            {
+                "id": question["id"],
+                "title": article.get("title"),
+                "context": paragraph["context"],
+                "question": question["question"],
+                "answers": {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")},
+            }
+            for article in rows[0]["data"]
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not nested as SQuAD is (data, paragraphs, qas, answers): {line_of(error)}") from None
 
 
 def _parse_line(number: int, text: str) -> Any:

@@ -4,7 +4,7 @@ Three layers, so that another task of the family only adds to the last one:
 
 1. `World` replays `Event`s and knows who is where and who holds what.
 2. `render` turns events and claims into sentences, using only those that belong to the wanted split.
-3. `generate` builds the rows of one named task.
+3. `generate` builds the rows of one named task: `story_nli` here, others in modules of their own.
 
 **Splits.** A *combination* is a template with the entities that fill it: one sentence. `split_of` gives each
 to exactly one split, so train and validation share every word but no sentence, in premises or in hypotheses.
@@ -169,53 +169,65 @@ def render(part: Event | Claim, split: str, rng: random.Random) -> str:
     else:
         templates, person, item, other = CLAIM_TEMPLATES, part.person, part.place, ""
     allowed = [text for i, text in enumerate(templates) if split_of(i, person, item, other) == split]
-    return _pick(rng, allowed).format(person=person, item=item, other=other)
+    return pick(rng, allowed).format(person=person, item=item, other=other)
 
 
 def generate(name: str, split: str) -> dict[str, list[Any]]:
-    """Return the columns of one split of a task: `story_nli` has premise, hypothesis and label."""
-    if name not in _GENERATORS:
-        raise unknown_name("generator", name, _GENERATORS)
+    """Return the columns of one split of a task, those that its YAML names and its labels or answers.
+
+    Raises:
+        ConfigError: an unknown name or split.
+    """
+    generators = _generators()
+    if name not in generators:
+        raise unknown_name("generator", name, generators)
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
-    return _GENERATORS[name](split, random.Random(f"{name} {split} {GENERATOR_VERSION}"))
+    return generators[name](split, random.Random(f"{name} {split} {GENERATOR_VERSION}"))
 
 
 def vocabulary() -> list[str]:
     """Return every lower-case word and punctuation mark that a generated text can contain, sorted."""
-    templates = [text for texts in EVENT_TEMPLATES.values() for text in texts] + list(CLAIM_TEMPLATES)
-    texts = [text.format(person="", item="", other="") for text in templates]
+    from wlora.tasks.story_qa import QUESTION_TEMPLATES
+    from wlora.tasks.story_summary import SUMMARY
+
+    kinds = [*EVENT_TEMPLATES.values(), CLAIM_TEMPLATES, *QUESTION_TEMPLATES.values(), (SUMMARY,)]
+    templates = [text for texts in kinds for text in texts]
+    texts = [re.sub(r"\{\w+\}", "", text) for text in templates]
     words = re.findall(r"\w+|[^\w\s]", " ".join([*texts, *PEOPLE, *PLACES, *THINGS]).lower())
     return sorted(set(words))
 
 
 def sample_texts() -> Iterator[str]:
     """Yield all training texts, as a corpus for a tokenizer."""
-    for name in _GENERATORS:
-        for column in generate(name, "train").values():
-            yield from (value for value in column if isinstance(value, str))
+    for name in _generators():
+        for column, values in generate(name, "train").items():
+            yield from (value for value in values if isinstance(value, str) and column not in ("id", "title"))
 
 
-def _pick(rng: random.Random, options: Sequence[T]) -> T:
+def pick(rng: random.Random, options: Sequence[T]) -> T:
+    """Return a random option."""
     # Of all of Random, only random() is promised to give the same sequence in every Python version.
     return options[int(rng.random() * len(options))]
 
 
-def _two(rng: random.Random, options: Sequence[str], first: str = "") -> tuple[str, str]:
-    first = first or _pick(rng, options)
-    return first, _pick(rng, [option for option in options if option != first])
+def pick_two(rng: random.Random, options: Sequence[str], first: str = "") -> tuple[str, str]:
+    """Return two different options, the first of them given or random."""
+    first = first or pick(rng, options)
+    return first, pick(rng, [option for option in options if option != first])
 
 
-def _random_world(rng: random.Random, claim: Claim) -> World:
-    """Let a few random events happen in a small cast around the person and the place of `claim`."""
-    people = _two(rng, PEOPLE, claim.person)
-    places, things = _two(rng, PLACES, claim.place), _two(rng, THINGS)
+def random_world(
+    rng: random.Random, events: int, kinds: Sequence[str], *, person: str = "", place: str = "", thing: str = ""
+) -> World:
+    """Let random events of these kinds happen among two people, places and things, of which one each may be given."""
+    people, places, things = pick_two(rng, PEOPLE, person), pick_two(rng, PLACES, place), pick_two(rng, THINGS, thing)
     items = {"go": places, "take": things, "give": things, "mention": places + things}
     world = World()
-    while len(world.history) < NLI_EVENTS:
-        kind = _pick(rng, NLI_KINDS)
-        person, other = _two(rng, people)
-        event = Event(kind, person, _pick(rng, items[kind]), other if kind == "give" else "")
+    while len(world.history) < events:
+        kind = pick(rng, kinds)
+        actor, other = pick_two(rng, people)
+        event = Event(kind, actor, pick(rng, items[kind]), other if kind == "give" else "")
         if world.allows(event):
             world.apply(event)
     return world
@@ -224,11 +236,11 @@ def _random_world(rng: random.Random, claim: Claim) -> World:
 def _nli_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
     rows: dict[tuple[str, str], int] = {}
     while len(rows) < 3 * NLI_TRIPLES[split]:
-        claim = Claim(_pick(rng, PEOPLE), _pick(rng, PLACES))
+        claim = Claim(pick(rng, PEOPLE), pick(rng, PLACES))
         hypothesis = render(claim, split, rng)
         labelled: dict[int, str] = {}
         while len(labelled) < 3:
-            world = _random_world(rng, claim)
+            world = random_world(rng, NLI_EVENTS, NLI_KINDS, person=claim.person, place=claim.place)
             label = world.judge(claim)
             if label not in labelled and world.mentions(claim.person) and world.mentions(claim.place):
                 premise = " ".join(render(event, split, rng) for event in world.history)
@@ -243,4 +255,9 @@ def _nli_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
     }
 
 
-_GENERATORS: dict[str, Callable[[str, random.Random], dict[str, list[Any]]]] = {"story_nli": _nli_columns}
+def _generators() -> dict[str, Callable[[str, random.Random], dict[str, list[Any]]]]:
+    # Imported late: the modules of the other tasks build on this one.
+    from wlora.tasks.story_qa import qa_columns
+    from wlora.tasks.story_summary import summary_columns
+
+    return {"story_nli": _nli_columns, "story_qa": qa_columns, "story_summary": summary_columns}

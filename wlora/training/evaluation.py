@@ -1,87 +1,95 @@
-"""Scoring a model on the rows of a validation split, exact however the rows are spread over processes."""
+"""Scoring a model on a validation split, exact however its features are spread over processes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.metrics import merge_shards
 from wlora.tasks import Task
+from wlora.tasks.features import loss_weights
 from wlora.training.batching import evaluation_batches, share
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
+@dataclass(frozen=True)
+class Split:
+    """A validation split: its checked rows, and the features they were encoded into."""
+
+    rows: Dataset
+    features: Dataset
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: PreTrainedModel,
     task: Task,
-    splits: dict[str, Dataset],
+    splits: dict[str, Split],
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Return all metrics of all validation splits, and the mean loss of the first as `loss`.
+    """Return all metrics of all validation splits, and the mean loss of the first as `loss` where it has labels.
 
-    Every process sees its share of each batch; predictions are gathered and scored once on the whole.
+    Every process sees its share of each batch; predictions are gathered and scored once on the whole. The model is
+    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait.
     """
     model.eval()
     metrics: dict[str, float] = {}
-    for index, (split, rows) in enumerate(splits.items()):
-        predictions, references, loss = _predict(model, task, rows, tokenizer, batch_size, accelerator)
-        metrics.update(task.score(split, predictions, references))
-        if index == 0:
+    for index, (name, split) in enumerate(splits.items()):
+        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator)
+        metrics.update(task.score(name, predictions, split.features, split.rows))
+        if index == 0 and loss is not None:
             metrics["loss"] = loss
     model.train()
     return metrics
 
 
 def _predict(
-    model: nn.Module,
+    model: PreTrainedModel,
     task: Task,
-    rows: Dataset,
+    features: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return predictions and references in row order, and the mean loss over rows."""
+) -> tuple[list[Any], float | None]:
+    """Return a prediction per feature, and the mean loss over features, None without labels."""
     indices: list[int] = []
-    found: list[torch.Tensor] = []
-    labels: list[torch.Tensor] = []
+    found: list[torch.Tensor | Sequence[Any]] = []
     losses: list[torch.Tensor] = []
-    for batch in evaluation_batches(list(rows["length"]), batch_size):
+    weights = loss_weights(features)
+    for batch in evaluation_batches(list(features["length"]), batch_size):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
         if not mine:
             continue
-        inputs = move(task.collate(pick(rows, mine), tokenizer), accelerator.device)
+        picked = pick(features, mine)
+        inputs = move(task.collate(picked, tokenizer), accelerator.device)
         outputs = model(**inputs)
         indices += mine
-        found.append(task.predict(outputs))
-        labels.append(inputs["labels"])
-        losses.append(outputs.loss.detach().double() * len(mine))
-    shard = (
-        np.asarray(indices, dtype=np.int64),
-        torch.cat(found).cpu().numpy() if found else np.empty(0),
-        torch.cat(labels).cpu().numpy() if labels else np.empty(0),
-    )
-    total = float(torch.stack(losses).sum()) if losses else 0.0
-    shards = gather_object([shard]) if accelerator.num_processes > 1 else [shard]
-    totals = gather_object([total]) if accelerator.num_processes > 1 else [total]
-    predictions, references = merge_shards(shards, rows=len(rows))
-    return predictions, references, sum(totals) / len(predictions)
+        found.append(task.predict(model, picked, inputs, outputs))
+        if outputs.get("loss") is not None:
+            losses.append(outputs.loss.double() * sum(weights[index] for index in mine))
+    # Tensors stay on the device until here, so that no batch waits for the one before.
+    predictions = [item for part in found for item in (part.cpu().numpy() if isinstance(part, torch.Tensor) else part)]
+    total = float(torch.stack(losses).sum()) if losses else None
+    several = accelerator.num_processes > 1
+    shards = gather_object([(indices, predictions)]) if several else [(indices, predictions)]
+    totals = [part for part in (gather_object([total]) if several else [total]) if part is not None]
+    return merge_shards(shards, count=len(features)), sum(totals) / sum(weights) if totals else None
 
 
-def pick(rows: Dataset, indices: list[int]) -> list[dict[str, Any]]:
-    """Return rows by index as a list of features."""
-    return rows.__getitems__(indices)  # type: ignore[no-any-return]
+def pick(features: Dataset, indices: list[int]) -> list[dict[str, Any]]:
+    """Return features by index."""
+    return features.__getitems__(indices)  # type: ignore[no-any-return]
 
 
 def move(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -14,15 +14,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.errors import RunFault
 from wlora.methods.base import Event, Method
 from wlora.tasks import Task
+from wlora.tasks.features import loss_weights
 from wlora.training.batching import group_for_steps, share, training_batches
 from wlora.training.bench import Bench
-from wlora.training.evaluation import evaluate, move, pick
-from wlora.training.optimizers import Optimizers, ParameterGroup, linear_schedule
+from wlora.training.evaluation import Split, evaluate, move, pick
+from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class Diverged(RunFault):
 
 @dataclass
 class Data:
-    """Encoded rows: `train`, and every validation split by name."""
+    """Training features, and every validation split by name."""
 
     train: Dataset
-    validation: dict[str, Dataset]
+    validation: dict[str, Split]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: PreTrainedModel,
         method: Method,
         head: list[nn.Parameter],
         task: Task,
@@ -107,6 +108,7 @@ class Trainer:
         self.bare_model, self.method, self.head = model, method, head
         self.task, self.tokenizer, self.data = task, tokenizer, data
         self.plan, self.settings, self.accelerator, self.log = plan, settings, accelerator, log
+        self.loss_weights = loss_weights(data.train)
         self.phases = method.phases(self._bench(), plan.total_steps)
         self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=method.release_adamw)
         self.scaler = (
@@ -154,8 +156,8 @@ class Trainer:
 
     def _bench(self) -> Bench:
         """Offer the method batches of training rows."""
-        features = self.data.train.column_names
-        labels = list(self.data.train["labels"]) if "labels" in features else None
+        # Spans and texts are no classes that a sample could be stratified by.
+        labels = list(self.data.train["labels"]) if self.task.head == "sequence_classification" else None
         return Bench(
             self.bare_model,
             rows=len(self.data.train),
@@ -167,8 +169,7 @@ class Trainer:
 
     def _train_step(self, step: int, batches: list[list[int]]) -> float:
         """Take one optimiser step; returns the mean loss over its rows."""
-        factor = linear_schedule(step - 1, warmup=self.plan.warmup, total=self.plan.total_steps)
-        self.optimizers.set_schedule(factor)
+        self.optimizers.set_schedule(step - 1, warmup=self.plan.warmup, total=self.plan.total_steps)
         loss = float(self._accumulate(batches))
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {step} of {self.plan.total_steps}")
@@ -186,8 +187,8 @@ class Trainer:
         return loss
 
     def _accumulate(self, batches: list[list[int]]) -> Tensor:
-        """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all rows."""
-        rows = sum(len(batch) for batch in batches)
+        """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all of them."""
+        whole = sum(self.loss_weights[row] for batch in batches for row in batch)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
@@ -196,9 +197,10 @@ class Trainer:
             inputs = move(inputs, self.accelerator.device)
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
-                loss = self.model(**inputs).loss.float() * (len(mine) / rows)
+                part = sum(self.loss_weights[row] for row in mine) / whole
+                loss = self.model(**inputs).loss.float() * part
                 extra = self.method.extra_loss() if last else None
-                # Data-parallel reduction averages over processes; the rows' mean is a sum of shares.
+                # Data-parallel reduction averages over processes; the mean over all is a sum of shares.
                 self._backward(loss * world if extra is None else loss * world + extra)
             total += loss.detach()
             self.result.examples += len(batch)
@@ -226,7 +228,8 @@ class Trainer:
 
     def _prepare(self) -> nn.Module:
         """Wrap the model for several processes; with one there is nothing to wrap."""
-        return self.accelerator.prepare_model(self.bare_model) if self.accelerator.num_processes > 1 else self.bare_model
+        model: nn.Module = self.bare_model
+        return self.accelerator.prepare_model(model) if self.accelerator.num_processes > 1 else model
 
     def _check_trainable(self) -> None:
         """Assert that exactly the intended parameters have gradients and sit in an optimiser.
@@ -245,7 +248,7 @@ class Trainer:
         begin = time.perf_counter()
         with self._autocast():
             metrics = evaluate(
-                self.model,
+                self.bare_model,
                 self.task,
                 self.data.validation,
                 self.tokenizer,
@@ -264,6 +267,6 @@ class Trainer:
         shown: dict[str, Any] = {"loss": f"{losses[-1]:.4f}"} if losses else {}
         if self.result.metrics:
             shown[self.task.primary_metric] = f"{self.result.metrics[self.task.primary_metric]:.4f}"
-        shown["adapters"] = len(self.method.adapters)
+        shown["adapters"] = len(self.method.attached())
         bar.set_postfix(shown, refresh=False)
         bar.update()

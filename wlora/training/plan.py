@@ -16,10 +16,10 @@ class Plan:
     """The length of a run.
 
     Attributes:
-        rows: training rows.
-        batch_size: rows of a micro-batch, over all processes.
+        rows: training features; as many as rows, but for windows of long texts.
+        batch_size: features of a micro-batch, over all processes.
         accumulation_steps: micro-batches of an optimiser step.
-        steps_per_epoch: optimiser steps of one pass over the rows.
+        steps_per_epoch: optimiser steps of one pass over the features.
         total_steps: optimiser steps of the run.
         warmup: optimiser steps of the learning rate's linear warm-up.
         eval_every: optimiser steps between evaluations.
@@ -37,7 +37,7 @@ class Plan:
 
 
 def make_plan(config: Config, rows: int) -> Plan:
-    """Plan a run over `rows` training rows.
+    """Plan a run over `rows` training features.
 
     Raises:
         ConfigError: an explicit warm-up that does not fit the run.

@@ -1,0 +1,208 @@
+"""Extractive question answering: SQuAD v1.1 and v2.0, and their synthetic twin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wlora.config import TaskConfig
+from wlora.errors import ConfigError, unknown_name, wrong_value
+from wlora.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS, score_answers, score_answers_or_none
+from wlora.tasks.checks import ANSWERS
+from wlora.tasks.features import ROWS_AT_ONCE, input_columns, join, pad
+from wlora.tasks.spans import Windows, choose_answers, find_best_spans
+
+_MIN_QUESTION = 4
+"""Tokens of a question that must fit beside the stride and the special tokens."""
+
+_MAX_SPECIAL = 4
+
+
+class QuestionAnswering:
+    """A question and a context in, a span of the context out, or (`task.unanswerable`) that there is no answer.
+
+    A context that is too long for `task.max_length` tokens with its question is cut into windows, of which two
+    neighbours share `task.stride` tokens. Each window is a feature.
+
+    Attributes:
+        head: the kind of head on the model.
+        num_labels: its outputs: the logits of start and end.
+        primary_metric: the reported one of `task.metrics`.
+        truncated_share: share of the rows encoded last whose question was cut.
+
+    Raises:
+        ConfigError: a missing or unusable key of this kind of task, or a metric that it does not have.
+    """
+
+    head = "question_answering"
+    num_labels = 2
+
+    def __init__(self, config: TaskConfig) -> None:
+        known = UNANSWERABLE_METRICS if config.unanswerable else ANSWERABLE_METRICS
+        for name in config.metrics:
+            if name not in known:
+                raise unknown_name(f"task.metrics={name}", name, known)
+        if config.primary_metric not in config.metrics or config.primary_metric.startswith(("HasAns", "NoAns")):
+            allowed = ", ".join(name for name in config.metrics if not name.startswith(("HasAns", "NoAns")))
+            raise wrong_value("task.primary_metric", config.primary_metric, allowed)
+        widest = config.max_length - _MIN_QUESTION - _MAX_SPECIAL - 1
+        if config.stride is None or config.stride > widest:
+            raise wrong_value("task.stride", config.stride, f"0 to {widest}, with task.max_length={config.max_length}")
+        for key in ("n_best", "max_answer_length"):
+            if getattr(config, key) is None:
+                raise wrong_value(f"task.{key}", None, "int >= 1")
+        self.config = config
+        self.question, self.context = config.columns
+        self.stride: int = config.stride
+        self.primary_metric = config.primary_metric
+        self.truncated_share = 0.0
+
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
+        """Cut rows into windows and tokenise them.
+
+        A question that would leave no room for a context of more than `task.stride` tokens is cut.
+
+        Returns:
+            The model's inputs and `length`; for training `start_positions` and `end_positions` (int32): the first and
+            last token of the first answer, or 0 and 0 where the window does not hold all of it; else `row` (int32),
+            `context` (the first token of the context, int32), `starts` and `ends` (the characters of every token of
+            the context, lists of int32).
+
+        Raises:
+            ConfigError: a tokenizer that does not tell where its tokens stand, or has no token before the question.
+        """
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"task={self.config.name}: {type(tokenizer).__name__} does not tell where tokens stand in the text\n"
+                "allowed is a model whose tokenizer has a fast version (tokenizer.json)"
+            )
+        pieces, cut = [], 0
+        for first_row in range(0, len(rows), ROWS_AT_ONCE):
+            texts = rows[first_row : first_row + ROWS_AT_ONCE]
+            questions = [self._shorten(question.strip(), tokenizer) for question in texts[self.question]]
+            cut += sum(len(new) < len(old.strip()) for new, old in zip(questions, texts[self.question], strict=True))
+            encoded = tokenizer(
+                questions,
+                texts[self.context],
+                truncation="only_second",
+                max_length=self.config.max_length,
+                stride=self.stride,
+                return_overflowing_tokens=True,
+            )
+            assert encoded.encodings is not None
+            if encoded.encodings[0].sequence_ids[0] is not None:
+                raise ConfigError(
+                    f"task={self.config.name}: {type(tokenizer).__name__} puts no token before the question; "
+                    "there a window without the answer has to point"
+                )
+            row_of = encoded["overflow_to_sample_mapping"]
+            columns = input_columns(encoded)
+            if training:
+                columns |= _answer_positions(encoded.encodings, row_of, texts[ANSWERS])
+            else:
+                columns |= _token_places(encoded.encodings)
+                columns["row"] = pa.array(np.asarray(row_of) + first_row, pa.int32())
+            pieces.append(pa.table(columns))
+        self.truncated_share = cut / len(rows)
+        return join(pieces)
+
+    def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+        """Pad features to the longest of them; positions, where there are any, have shape [features], int64."""
+        batch = pad(features, tokenizer, side="right")
+        for key in ("start_positions", "end_positions"):
+            if key in features[0]:
+                batch[key] = torch.tensor([feature[key] for feature in features])
+        return batch
+
+    def predict(
+        self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
+    ) -> torch.Tensor:
+        """Return the best spans of each window, `find_best_spans`: shape [features, n_best + 1, 3]."""
+        bounds = [(feature["context"], feature["context"] + len(feature["starts"])) for feature in features]
+        assert self.config.n_best is not None and self.config.max_answer_length is not None
+        return find_best_spans(
+            outputs.start_logits,
+            outputs.end_logits,
+            torch.tensor(bounds, device=outputs.start_logits.device),
+            n_best=self.config.n_best,
+            max_answer_length=self.config.max_answer_length,
+        )
+
+    def score(self, split: str, predictions: Sequence[Any], features: Dataset, rows: Dataset) -> dict[str, float]:
+        """Return `task.metrics` of a split; keys of any but the first split end in its name."""
+        texts, no_answer = choose_answers(np.stack(predictions), _windows(features), rows[self.context][:])
+        answers = [answer["text"] for answer in rows[ANSWERS][:]]
+        scores = (
+            score_answers_or_none(texts, no_answer, answers) if self.config.unanswerable else score_answers(texts, answers)
+        )
+        suffix = "" if split == self.config.validation[0] else "_" + split.removeprefix("validation_")
+        return {f"{name}{suffix}": scores[name] for name in self.config.metrics if name in scores}
+
+    def _shorten(self, question: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Cut a question to the tokens that leave room for more context than the stride, after a word if it can be."""
+        most = self.config.max_length - self.stride - tokenizer.num_special_tokens_to_add(pair=True) - 1
+        while len(question.encode()) >= most:  # a token is a byte at least, and a first one may stand for a space
+            encoding = tokenizer(question, add_special_tokens=False).encodings[0]  # type: ignore[index]
+            if len(encoding) <= most:
+                break
+            # The first token that is too much, or the first of its word, unless nothing is left then.
+            inside = next(i for i in range(most, -1, -1) if i == 0 or encoding.word_ids[i] != encoding.word_ids[i - 1])
+            end = encoding.offsets[inside or most][0]
+            question = question[: min(end, len(question) - 1)].rstrip()
+        return question
+
+
+def _answer_positions(encodings: Sequence[Any], row_of: Sequence[int], answers: Sequence[Any]) -> dict[str, pa.Array]:
+    """Return the first and last token of each row's first answer in each of its windows, 0 and 0 where it is not."""
+    positions = np.zeros((2, len(encodings)), dtype=np.int32)
+    windows: dict[int, list[int]] = {}
+    for index, row in enumerate(row_of):
+        windows.setdefault(row, []).append(index)
+    for row, indices in windows.items():
+        if not answers[row]["text"]:
+            continue
+        text, begin = answers[row]["text"][0], answers[row]["answer_start"][0]
+        span = range(begin, begin + len(text))
+        first, last = (_find_tokens(encodings, indices, characters) for characters in (span, reversed(span)))
+        for index in first.keys() & last.keys():
+            positions[:, index] = first[index], last[index]
+    return {"start_positions": pa.array(positions[0]), "end_positions": pa.array(positions[1])}
+
+
+def _find_tokens(encodings: Sequence[Any], windows: Sequence[int], characters: Iterable[int]) -> dict[int, int]:
+    """Return the tokens of the first of the characters that has any (white space has none), by window."""
+    for character in characters:
+        tokens = {index: encodings[index].char_to_token(character, 1) for index in windows}
+        if any(token is not None for token in tokens.values()):
+            return {index: token for index, token in tokens.items() if token is not None}
+    return {}
+
+
+def _token_places(encodings: Sequence[Any]) -> dict[str, pa.Array]:
+    """Return where the context begins among the tokens of each window, and the characters of its tokens."""
+    context, starts, ends = [], [], []
+    for encoding in encodings:
+        inside = [index for index, sequence in enumerate(encoding.sequence_ids) if sequence == 1]
+        places = encoding.offsets[inside[0] : inside[-1] + 1] if inside else []
+        context.append(inside[0] if inside else 0)
+        starts.append([start for start, _ in places])
+        ends.append([end for _, end in places])
+    kind = pa.list_(pa.int32())
+    return {"context": pa.array(context, pa.int32()), "starts": pa.array(starts, kind), "ends": pa.array(ends, kind)}
+
+
+def _windows(features: Dataset) -> Windows:
+    columns = {name: features.data.column(name).combine_chunks() for name in ("row", "context", "starts", "ends")}
+    return Windows(
+        row=columns["row"].to_numpy(),
+        context=columns["context"].to_numpy(),
+        lengths=columns["starts"].value_lengths().to_numpy(),
+        starts=columns["starts"].flatten().to_numpy(),
+        ends=columns["ends"].flatten().to_numpy(),
+    )

@@ -1,0 +1,119 @@
+"""Summarisation with encoder-decoder models: XSum, CNN/DailyMail and their synthetic twin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+from wlora.config import TaskConfig
+from wlora.errors import ConfigError, wrong_value
+from wlora.rouge import check_rouge_names, compute_rouge
+from wlora.tasks.features import ROWS_AT_ONCE, find_truncated, input_columns, join, pad
+
+IGNORED = -100
+"""The label of a padded position: torch's cross-entropy leaves it out, and the model shifts it in as padding."""
+
+
+class Summarization:
+    """A document in, a summary out: `task.columns` names the two, in this order.
+
+    Attributes:
+        head: the kind of head on the model; it is the pretrained one, and nothing in it is new.
+        num_labels: unused by this head.
+        primary_metric: the reported one of `task.metrics`.
+        truncated_share: share of the rows encoded last whose document or summary was cut.
+
+    Raises:
+        ConfigError: not two columns, an unknown name in `task.metrics`, or a `task.primary_metric` not among them.
+    """
+
+    head = "seq2seq"
+    num_labels = 1
+
+    def __init__(self, config: TaskConfig) -> None:
+        if len(config.columns) != 2:
+            raise ConfigError(f"task.columns={config.columns}: allowed are two, the document's and the summary's")
+        check_rouge_names(config.metrics)
+        if config.primary_metric not in config.metrics:
+            raise wrong_value("task.primary_metric", config.primary_metric, ", ".join(config.metrics))
+        self.config = config
+        self.primary_metric = config.primary_metric
+        self.truncated_share = 0.0
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
+        """Tokenise rows, cut to `task.max_length` and `task.max_target_length` tokens and not padded.
+
+        Empty documents and summaries, of which the benchmarks have a few, are encoded as such.
+
+        Returns:
+            Columns `input_ids`, `attention_mask` (lists of `length` integers), `labels` (list of the summary's
+            tokens), `length` (of the document, int32) and `loss_tokens` (of the summary, int32).
+        """
+        self._tokenizer = tokenizer
+        document, summary = self.config.columns
+        limits = self.config.max_length, self.config.max_target_length
+        pieces, truncated = [], 0
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            texts = rows[start : start + ROWS_AT_ONCE]
+            source = tokenizer(texts[document], truncation=True, max_length=limits[0])
+            target = tokenizer(text_target=texts[summary], truncation=True, max_length=limits[1])
+            cut = (find_truncated(encoded, limit) for encoded, limit in zip((source, target), limits, strict=True))
+            truncated += sum(any(both) for both in zip(*cut, strict=True))
+            # Not the tokenizer's token_type_ids: encoder-decoder models have none.
+            inputs = {key: source[key] for key in ("input_ids", "attention_mask")}
+            labels = pa.array(target["input_ids"], pa.list_(pa.int32()))
+            pieces.append(pa.table({**input_columns(inputs), "labels": labels, "loss_tokens": labels.value_lengths()}))
+        self.truncated_share = truncated / len(rows)
+        return join(pieces)
+
+    def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+        """Pad documents and summaries to the longest of each; padded labels are ignored by the loss.
+
+        There are no decoder inputs: the model makes them, the labels shifted right.
+        """
+        batch = pad(features, tokenizer)
+        longest = max(len(feature["labels"]) for feature in features)
+        labels = torch.full((len(features), longest), IGNORED)
+        for row, feature in enumerate(features):
+            labels[row, : len(feature["labels"])] = torch.tensor(feature["labels"])
+        batch["labels"] = labels
+        return batch
+
+    def predict(
+        self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
+    ) -> list[str]:
+        """Generate a summary per document, from the encoder's output that the loss has computed already."""
+        assert self._tokenizer is not None
+        self._set_generation(model)
+        encoded = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
+        tokens = model.generate(encoder_outputs=encoded, attention_mask=inputs["attention_mask"])
+        return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
+
+    def score(self, split: str, predictions: Sequence[Any], features: Dataset, rows: Dataset) -> dict[str, float]:
+        """Return `task.metrics` with their intervals, against the whole summaries as published."""
+        return compute_rouge(self.config.metrics, predictions, rows[self.config.columns[1]])
+
+    def _set_generation(self, model: PreTrainedModel) -> None:
+        """Put the configured overrides into the model's own `generation_config`, the only place that counts.
+
+        Generation never samples, so the same model writes the same summaries. A limit in new tokens takes the place
+        of the model's own in all tokens, which would otherwise be complained of in every batch.
+        """
+        overrides = self.config.generation
+        changes: dict[str, Any] = {"do_sample": False}
+        if overrides.num_beams is not None:
+            changes["num_beams"] = overrides.num_beams
+        if overrides.length_penalty is not None:
+            changes["length_penalty"] = overrides.length_penalty
+        if overrides.max_new_tokens is not None:
+            changes |= {"max_new_tokens": overrides.max_new_tokens, "max_length": None}
+        if overrides.min_new_tokens is not None:
+            changes |= {"min_new_tokens": overrides.min_new_tokens, "min_length": None}
+        model.generation_config.update(**changes)
