@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
+import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from wlora import run
 from wlora.config import ModelConfig, config_folder
 from wlora.models.source import locate
 from wlora.records import Record, RecordStore
+from wlora.tables import __main__ as tables
 
 from .conftest import ROOT, compose
 
@@ -30,6 +32,8 @@ LINES = [line for block in BLOCKS for line in block.splitlines()]
 SETUP = [line for line in LINES if line.startswith("pip install")]
 RUNS = [line for line in LINES if line.startswith("python -m wlora.run ")]
 SCRIPTS = [line for line in LINES if line.startswith("python scripts/")]
+STUDIES = [line for line in LINES if re.search(r"(^| )scripts/\w+\.sh$", line)]
+TABLES = [line for line in LINES if line.startswith("python -m wlora.tables ")]
 COMPLETION = [line for line in LINES if line.startswith("eval ")]
 
 TRAIN_ROWS, EVAL_ROWS = 8, 6
@@ -114,8 +118,8 @@ def records_in(results: Path) -> list[Record]:
 
 
 def test_every_line_is_a_command_that_is_checked_here() -> None:
-    assert len(SETUP) == 2 and RUNS and SCRIPTS and COMPLETION
-    assert sorted(LINES) == sorted(SETUP + RUNS + SCRIPTS + COMPLETION)
+    assert len(SETUP) == 2 and RUNS and SCRIPTS and STUDIES and TABLES and COMPLETION
+    assert sorted(LINES) == sorted(SETUP + RUNS + SCRIPTS + STUDIES + TABLES + COMPLETION)
 
 
 def test_setup_installs_extras_that_exist() -> None:
@@ -176,26 +180,40 @@ def run_script(line: str, data: Path, *options: str) -> str:
     return out.getvalue()
 
 
-def test_the_first_study_runs(
-    enter: Enter, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (line,) = (line for line in SCRIPTS if "first_runs" in line)
-    spec = importlib.util.spec_from_file_location("first_runs", ROOT / shlex.split(line)[1])
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    for name, value in {"METHODS": ("wlora",), "ADAPTER_RATES": ("1e-3",)}.items():
-        assert hasattr(script, name)
-        monkeypatch.setattr(script, name, value)
-    small = in_this_process(enter, "model=tiny_bert", "task.batch_size=4", "task.epochs=8")
-    monkeypatch.setattr(script.subprocess, "run", small)
-    monkeypatch.setenv("JOBS", "1")
-    monkeypatch.setattr(sys, "argv", shlex.split(line.replace("DATA", str(data)))[1:])
-    script.main()
-    records = records_in(tmp_path / "results" / "first_runs")
-    assert len(records) == 2 * 3 and all(record.status == "success" for record in records)
-    assert "first_runs/records" in README
-    assert "| mrpc | wlora |" in capsys.readouterr().out
+@pytest.mark.parametrize("line", TABLES)
+def test_tables_are_made_and_committed_ones_are_those(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line)[3:]
+    (folder,) = [word.partition("=")[2] for word in words if word.startswith("results_dir=")] or ["results"]
+    committed = ROOT / folder
+    (tmp_path / folder).mkdir(parents=True)
+    if committed.is_dir() and folder != "results":
+        shutil.copytree(committed, tmp_path / folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tables"))
+    monkeypatch.chdir(tmp_path)
+    tables.main(words)
+    made = tmp_path / folder / "tables"
+    assert list(made.glob("table*.md"))
+    if (committed / "tables").is_dir() and folder != "results/paper":
+        names = {file.name for file in made.iterdir()}
+        assert names == {file.name for file in (committed / "tables").iterdir()}
+        assert all((made / name).read_bytes() == (committed / "tables" / name).read_bytes() for name in names)
+
+
+def test_the_first_study_is_the_one_that_is_shown() -> None:
+    section = README.split("## First study", 1)[1].split("\n## ", 1)[0]
+    shown = [line for line in section.splitlines() if line.startswith("| ")]
+    assert "\n".join(shown) in (ROOT / "results" / "first_runs" / "tables" / "table1.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", STUDIES)
+def test_table_scripts_are_there_and_list_their_cells(line: str, tmp_path: Path) -> None:
+    *settings, script = shlex.split(line)
+    assert os.access(ROOT / script, os.X_OK)
+    env = {**os.environ, **dict(word.split("=", 1) for word in settings), "DRY": "1", "TASKS": "rte sst2"}
+    env |= {"RESULTS": str(tmp_path), "METHODS": "wlora", "PYTHONPATH": str(ROOT)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env.pop("DATA", None)
+    done = subprocess.run(["bash", str(ROOT / script)], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0 and " runs done; " in done.stdout, done.stderr
 
 
 def test_the_comparison_with_peft_runs(enter: Enter, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +226,7 @@ def test_the_comparison_with_peft_runs(enter: Enter, data: Path, monkeypatch: py
 
 
 def test_every_script_of_the_readme_is_run_here() -> None:
-    assert {shlex.split(line)[1] for line in SCRIPTS} == {"scripts/first_runs.py", "scripts/compare_with_peft.py"}
+    assert {shlex.split(line)[1] for line in SCRIPTS} == {"scripts/compare_with_peft.py"}
 
 
 def tree() -> set[str]:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from wlora.tables.layouts import LAYOUTS, Row
 from wlora.tables.paper import paper_folder, paper_table, read_printed, unexplained_averages
 from wlora.tables.writing import escape, runs_csv, to_csv, to_latex, to_markdown
 
-from .conftest import ROOT
 from .synthetic import make_record
 
 WLORA, RLORA, LORA = Row("wlora", 8, 5), Row("rlora", 8, 5), Row("lora", 8)
@@ -425,13 +423,3 @@ def test_mistakes_are_told_in_a_line_or_two(
     error = capsys.readouterr().err
     assert end.value.code == 2 and said in error and len(lines(error)) <= 2
     assert not (tmp_path / "tables").exists()
-
-
-def test_committed_tables_match_their_records(tmp_path: Path) -> None:
-    """A study's tables are those of its records."""
-    for folder in sorted((ROOT / "results").glob("*/tables")):
-        shown = (folder / "table1.md").read_text(encoding="utf-8")
-        model = re.search(r"^.*?\. (\w+) \(", shown, re.MULTILINE)
-        assert model
-        table = fill(LAYOUTS["1"], read_runs(folder.parent), model=model[1])
-        assert to_markdown(draw(table)) in shown, folder

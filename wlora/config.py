@@ -117,14 +117,17 @@ class Config:
 
 def restore_config(content: dict[str, Any]) -> Config:
     """Return the configuration that a record holds: keys added since take their defaults, others are left out."""
-    parts = {"task": TaskConfig, "model": ModelConfig, "train": TrainConfig}
-    filled = {key: kind(**_known(kind, content[key])) for key, kind in parts.items()}
-    return Config(**{**_known(Config, content), **filled})
+    config: Config = _restore(Config, content)
+    return config
 
 
-def _known(kind: type, content: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {key: value for key, value in content.items() if key in names}
+def _restore(kind: Any, content: dict[str, Any]) -> Any:
+    values = {}
+    for part in dataclasses.fields(kind):
+        if part.name in content:
+            value, inner = content[part.name], part.default_factory
+            values[part.name] = _restore(inner, value) if dataclasses.is_dataclass(inner) else value
+    return kind(**values)
 
 
 def register_schema() -> None:

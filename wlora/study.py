@@ -68,8 +68,9 @@ class Run:
 
     @property
     def rank(self) -> int | None:
-        """The rank asked for, None for a method without one."""
-        rank = self.record.config["method"].get("rank")
+        """The rank at whose budget the method is compared, None for a method without adapters."""
+        # VeRA's own rank is that of its shared matrices.
+        rank = self.record.config["rank"] if self.method == "vera" else self.record.config["method"].get("rank")
         return None if rank is None else int(rank)
 
     @property
@@ -167,11 +168,38 @@ def choose_point(runs: Iterable[Run]) -> Choice | None:
     return Choice(best.point, seed, len(points[seed]))
 
 
-def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
-    """Replace `tuned` in `lr` and `warmup` by the best recorded values of the same setting, on any precision.
+def same_setting(
+    config: Config, runs: Iterable[Run], *, task_data: str | None, model_data: str | None, task: str | None = None
+) -> list[Run]:
+    """Return the runs that differ from a configuration in learning rate, warm-up, seed, precision or version alone.
 
-    With `tune_on=TASK` the records of that task decide, whatever their rows and steps. Returns what was chosen, None
-    where nothing was to be tuned.
+    Args:
+        config: a resolved configuration; `lr` and `warmup` may be `tuned`.
+        runs: a study's.
+        task_data: content fingerprint of local or generated data, None for the hub.
+        model_data: content fingerprint of local weights, None for the hub.
+        task: another task, whose rows and steps may then be any; None for the configuration's own.
+    """
+    task = task or config.task.name
+    parts = ("",) if task == config.task.name else ("method.", "model.", "compat")
+    fields = scientific_fields(config, task_data=task_data, model_data=model_data, precision="")
+    own = _shared(_without_point(fields), parts)
+    return [run for run in runs if run.task == task and _shared(run.setting, parts) == own]
+
+
+def choose_tuned(config: Config, runs: Iterable[Run], *, task_data: str | None, model_data: str | None) -> Choice | None:
+    """Choose what `tuned` stands for: the best recorded point of the same setting, or of it on the task `tune_on`.
+
+    Raises:
+        ConfigError: on `tune_on` there are runs of several settings.
+    """
+    same = same_setting(config, runs, task_data=task_data, model_data=model_data, task=config.tune_on)
+    require_one_setting(same, f"tune_on={config.tune_on}", ignore=_ENVIRONMENT)
+    return choose_point(same)
+
+
+def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
+    """Replace `tuned` in `lr` and `warmup` by recorded values (`choose_tuned`); None where nothing was to be tuned.
 
     Raises:
         ConfigError: no record to choose from, or records of `tune_on` in more than one setting.
@@ -181,15 +209,10 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
         if config.tune_on is not None:
             raise ConfigError(f"tune_on={config.tune_on}: allowed is null, as neither lr nor warmup is tuned")
         return None
-    task = config.tune_on or config.task.name
-    parts = ("",) if task == config.task.name else ("method.", "model.", "compat")
-    fields = scientific_fields(config, task_data=task_data, model_data=model_data, precision="")
-    own = _shared(_without_point(fields), parts)
     runs = read_runs(config.results_dir) if Path(config.results_dir).is_dir() else []
-    same = [run for run in runs if run.task == task and _shared(run.setting, parts) == own]
-    require_one_setting(same, f"tune_on={task}", ignore=_ENVIRONMENT)
-    choice = choose_point(same)
+    choice = choose_tuned(config, runs, task_data=task_data, model_data=model_data)
     if choice is None:
+        task = config.tune_on or config.task.name
         raise ConfigError(
             f"{wanted[0]}=tuned: {config.results_dir} has no finished run of method={config.method['name']} in this "
             f"setting on task={task}\nway out: run a grid first, as in -m task={task} lr=5e-5,5e-4,5e-3"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from wlora.config import config_folder
@@ -28,8 +29,9 @@ figures and the differences), tableN_comparisons.* (WLoRA against RLoRA and LoRA
   model=NAME              whose runs; default: the paper's model of each table
   seeds=N                 runs expected per cell; default: the paper's 5, on another model as many as the fullest cell has
   bootstrap_seed=0        seed of the intervals
+  task=..  method=..      the columns and rows to keep, as in task=sst2,mrpc
   key=value,value         any other key of a run's configuration keeps the runs that have one of the values:
-                          task=sst2,mrpc  method=lora,wlora  compat=paper  train.max_steps=512"""
+                          compat=paper  train.max_steps=512"""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -61,7 +63,7 @@ def _write(words: Sequence[str]) -> None:
     everything = read_runs(results)
     _check_model(options["model"], everything)
     runs = select(everything, filters)
-    for layout in layouts:
+    for layout in _restrict(layouts, filters):
         model = options["model"] or layout.model
         table = fill(layout, runs, model=model, seeds=seeds, bootstrap_seed=bootstrap_seed or 0)
         _write_table(table, results / "tables", bootstrap_seed or 0, shown=len(layouts) == 1)
@@ -76,6 +78,24 @@ def _layouts(names: Sequence[str]) -> list[Layout]:
     if names[0] not in LAYOUTS:
         raise unknown_name(f"table {names[0]}", names[0], [*LAYOUTS, "all"])
     return [LAYOUTS[names[0]]]
+
+
+def _restrict(layouts: Sequence[Layout], filters: dict[str, str]) -> list[Layout]:
+    """Leave the columns of `task=...` and the rows of `method=...`, and the tables that have any of them."""
+    tasks, methods = (filters[key].split(",") if key in filters else None for key in ("task", "method"))
+    found = []
+    for layout in layouts:
+        columns = tuple(column for column in layout.columns if tasks is None or column.task in tasks)
+        rows = tuple(row for row in layout.rows if methods is None or row.method in methods)
+        if columns:
+            found.append(replace(layout, columns=columns, rows=rows))
+    if not found:
+        raise wrong_value("task", filters["task"], f"a task of table {layouts[0].name}: {_tasks(layouts)}")
+    return found
+
+
+def _tasks(layouts: Sequence[Layout]) -> str:
+    return ", ".join(dict.fromkeys(column.task for layout in layouts for column in layout.columns))
 
 
 def _integer(key: str, text: str | None, least: int) -> int | None:

@@ -18,7 +18,7 @@ def caption(table: Table) -> str:
     if any(cell.mark for cell in (*table.cells.values(), *table.averages.values())):
         within = {"rank": " at each rank", "k": " at each K", None: ""}[table.layout.group]
         parts.append(f"The best{within} is bold, the second underlined; equal printed figures share a mark.")
-    if table.averages and not table.complete:
+    if table.averages and len(table.averaged) < len(table.layout.columns):
         parts.append(f"ALL is over {_join(_titles(table, table.averaged))}.")
     return " ".join(parts)
 

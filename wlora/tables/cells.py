@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from wlora.statistics import Summary, generator, summarize, summarize_strata
 from wlora.study import ENDED, Choice, Run, choose_point, require_distinct_seeds, require_one_setting
-from wlora.tables.layouts import Column, Layout, Row
+from wlora.tables.layouts import LAYOUTS, Column, Layout, Row
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Table:
     @property
     def complete(self) -> bool:
         """Whether ALL is over all tasks, so that it may be held against the paper's."""
-        return len(self.averaged) == len(self.layout.columns)
+        return len(self.averaged) == len(LAYOUTS[self.layout.name].columns)
 
     def runs(self) -> list[Run]:
         """Return the successful runs that stand in the table."""

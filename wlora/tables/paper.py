@@ -42,11 +42,14 @@ def read_printed(layout: Layout, folder: Path | None = None) -> dict[Row, Printe
         return {}
     names = [column_name(column, metric) for column in layout.columns for metric in column.metrics]
     printed = {}
+    shown = set(layout.rows)
     with file.open(newline="", encoding="utf-8") as stream:
         for line in csv.DictReader(stream):
             row = Row(line["method"], _integer(line["rank"]), _integer(line["k"]))
             mean = float(line["all"]) if line.get("all") else None
             values = {name: float(line[name]) for name in names}
+            if row not in shown:
+                continue
             printed[row] = PrintedRow(line.get("params", ""), values, mean, line["note"])
     return printed
 

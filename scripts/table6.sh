@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Table 6 (the paper, 4.4): WLoRA against the same with random survivors, as in Table 1; K = 1, 5, 10.
+# Its WLoRA runs are those of scripts/table1.sh, which are not repeated. Settings: scripts/study.sh, PROTOCOL as in table1.sh.
+. "$(dirname "$0")/study.sh"
+
+case $SCALE in
+paper)
+    case ${PROTOCOL:-steps} in
+    steps) protocol="train.max_steps=512" ;;
+    printed) protocol="train.max_steps=null task.epochs=1 warmup=null" ;;
+    *) echo "error: PROTOCOL=$PROTOCOL: allowed is steps | printed" >&2; exit 2 ;;
+    esac
+    for rate in "seed=0" "lr=tuned seed=range(5)"; do
+        for task in mnli sst2 cola qqp qnli rte mrpc; do
+            for method in wlora rlora; do sweep $task $method experiment=table6 k=1,5,10 $protocol $rate; done
+        done
+        stage
+    done
+    finish 6 model=deberta_v3_base ${protocol%% *}
+    ;;
+cpu)
+    setting="model=minilm precision=fp32 task.batch_size=32 train.accumulation_steps=1"
+    sst2="task.max_train_rows=4000 task.epochs=1" mrpc="task.epochs=2" qnli="task.max_train_rows=4000 task.epochs=1"
+    tuned="lr=tuned tune_on=sst2 seed=range(3)"
+    for method in wlora rlora; do sweep sst2 $method $setting $sst2 k=1,3,5 seed=0 lr=3e-4,1e-3,3e-3; done
+    stage
+    for method in wlora rlora; do
+        sweep sst2 $method $setting $sst2 k=1,3,5 $tuned
+        sweep mrpc $method $setting $mrpc k=1,3,5 $tuned
+        sweep qnli $method $setting $qnli k=5 $tuned
+    done
+    stage
+    finish 6 model=minilm
+    ;;
+esac

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from wlora import sweep
+from wlora.errors import ConfigError
+from wlora.sweep import duration, survey
+
+from .synthetic import make_record
+
+SETTING = ["model=minilm", "task=sst2", "method=lora,wlora", "k=5", "task.epochs=1"]
+
+
+@pytest.fixture(autouse=True)
+def _contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give data and weights the fingerprints of the synthetic records; read the records afresh."""
+    monkeypatch.setattr(sweep, "fingerprint", lambda task: "d" if task.path else None)
+    monkeypatch.setattr(sweep, "locate", lambda model: type("Source", (), {"fingerprint": "m"}))
+    sweep._read.cache_clear()
+
+
+def words(results: Path, *more: str) -> list[str]:
+    return [*SETTING, f"results_dir={results}", "task.path=data", *more]
+
+
+def counts(results: Path, *sweeps: list[str]) -> list[tuple[int, int]]:
+    sweep._read.cache_clear()
+    return [(len(cell.done), len(cell.wanted)) for cell in survey(sweeps)]
+
+
+def test_a_grid_and_its_tuned_runs_are_one_cell_per_method(tmp_path: Path) -> None:
+    grid, tuned = words(tmp_path, "lr=1e-4,1e-3,1e-2", "seed=0"), words(tmp_path, "lr=tuned", "seed=range(5)")
+    # Three of the grid and four more seeds: the best of the grid is the fifth.
+    assert counts(tmp_path, grid, tuned) == [(0, 7), (0, 7)]
+    for lr in ("1e-4", "1e-3"):
+        make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=1", f"lr={lr}", metrics=0.5)
+    make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=1", "lr=1e-2", status="diverged")
+    make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=1", "lr=1e-4", "seed=3")
+    make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=2", "lr=1e-2")
+    assert counts(tmp_path, grid, tuned) == [(3, 7), (0, 7)]
+
+
+def test_rate_and_warm_up_in_turn(tmp_path: Path) -> None:
+    stages = [
+        words(tmp_path, "warmup=3", "seed=0", "lr=1e-4,1e-3"),
+        words(tmp_path, "lr=tuned", "seed=0", "warmup=0,3,5"),
+        words(tmp_path, "lr=tuned", "warmup=tuned", "seed=range(3)"),
+    ]
+    # 2 rates; then 2 warm-ups (3 is there already); then 2 seeds.
+    assert counts(tmp_path, *stages) == [(0, 6), (0, 6)]
+
+
+def test_an_experiment_brings_its_grid(tmp_path: Path) -> None:
+    line = ["experiment=table1", "task=rte", "method=lora", f"results_dir={tmp_path}"]
+    assert counts(tmp_path, line) == [(0, 3)]
+    assert counts(tmp_path, [*line, "lr=1e-3"]) == [(0, 1)]
+    (cell,) = survey([line])
+    assert cell.config.train.max_steps == 512 and cell.config.task.batch_size == 32 and cell.seconds is None
+
+
+def test_the_time_left_comes_from_the_nearest_runs(tmp_path: Path) -> None:
+    # 10 s over 50 steps of 32 rows; the sweep's runs take 5 steps: 1 s. MRPC's rows are as fast as any of the model's.
+    make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=9", "train.accumulation_steps=1")
+    more = ["lr=1e-3", "seed=range(2)", "task.max_train_rows=160", "train.accumulation_steps=1", "task.batch_size=32"]
+    assert [cell.seconds for cell in survey([words(tmp_path, *more)])] == pytest.approx([1.0, 1.0])
+    slow = {"train": 80.0, "eval": 10.0, "total": 100.0}
+    make_record(tmp_path, "task=sst2", "method=wlora", "k=3", "task.epochs=9", "train.accumulation_steps=1", seconds=slow)
+    sweep._read.cache_clear()
+    assert [cell.seconds for cell in survey([words(tmp_path, *more)])] == pytest.approx([1.0, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("lr=-1", "lr=-1"), ("rank=0", "rank=0"), ("metod=lora", "did you mean"), ("warmup=9999", "warmup=9999")],
+)
+def test_what_a_run_would_refuse_is_refused(tmp_path: Path, word: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        survey([words(tmp_path, "task.max_train_rows=64", word)])
+
+
+def test_the_entry_point_prints_cells_and_the_total(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = " ".join(words(tmp_path, "lr=1e-4,1e-3"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{lines}\n\n{lines}\n"))
+    sweep.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "task=sst2 model=minilm method=lora rank=8 targets=qkv: 0 of 2 runs done, length unknown"
+    assert printed[1].startswith("task=sst2 model=minilm method=wlora rank=8 k=5 targets=qkv: 0 of 2")
+    assert printed[2] == "0 of 4 runs done; 0 s left on one process, and 4 runs of unknown length"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{lines} rank=x\n"))
+    with pytest.raises(SystemExit) as end:
+        sweep.main()
+    assert end.value.code == 2
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0, 59, 60, 3599, 3600, 12_000)] == [
+        "0 s", "59 s", "1 min", "1 h 0 min", "1 h 0 min", "3 h 20 min"
+    ]  # fmt: skip

@@ -1,0 +1,239 @@
+"""Entry point: `python -m wlora.sweep < FILE`, what sweeps hold, what of it is done, how long the rest takes.
+
+Every line of the input is what would follow `python -m wlora.run -m`. Nothing is run; torch is not imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wlora.config import Config, config_folder, register_schema
+from wlora.errors import ConfigError, wrong_value
+from wlora.models.source import locate
+from wlora.run import explain
+from wlora.study import Run, choose_tuned, read_runs, read_value, same_setting
+from wlora.tasks.data import fingerprint
+from wlora.training.plan import make_plan
+from wlora.validation import RULES, resolve, satisfies
+
+# Overrides that tell the runs of one cell apart; everything else is composed once per cell.
+_POINT = ("lr", "warmup", "seed", "tune_on")
+
+
+class Cell:
+    """The runs of one setting: those asked for, as (lr, warm-up, seed), and those recorded.
+
+    Attributes:
+        config: the resolved configuration of any of them.
+        wanted: the runs asked for; a `tuned` in them is what the records do not yet decide.
+        done: those of them with a successful record.
+        seconds: expected length of one run on one process, None if no run of the model is recorded.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.wanted: set[tuple[Any, Any, int]] = set()
+        folder = Path(config.results_dir)
+        self._runs = _read(folder) if folder.is_dir() else []
+        self._data = {"task_data": fingerprint(config.task), "model_data": locate(config.model).fingerprint}
+        self._same = same_setting(config, self._runs, **self._data)
+        self.seconds = expected_seconds(config, self._runs)
+
+    @property
+    def done(self) -> set[tuple[Any, Any, int]]:
+        """The runs asked for that have a successful record."""
+        return {(*run.point, run.seed) for run in self._same if run.status == "success"} & self.wanted
+
+    @property
+    def left(self) -> int:
+        """How many runs are still to do."""
+        return len(self.wanted) - len(self.done)
+
+    def add(self, points: Iterable[dict[str, str]]) -> None:
+        """Ask for more runs.
+
+        Raises:
+            ConfigError: a point that would be refused.
+        """
+        for words in points:
+            values: dict[str, Any] = {
+                key: read_value(words[key]) if key in words else getattr(self.config, key) for key in _POINT
+            }
+            config = dataclasses.replace(self.config, **values)
+            choice = None
+            if "tuned" in (config.lr, config.warmup):
+                choice = choose_tuned(config, self._runs, **self._data)
+                own = config.tune_on in (None, config.task.name)
+                if choice is None and own and self._covers(config):
+                    continue  # the best of the grid, whichever it will be
+            if choice is not None:
+                chosen: dict[str, Any] = dict(zip(("lr", "warmup"), choice.point, strict=True))
+                config = dataclasses.replace(config, **{key: chosen[key] for key in chosen if values[key] == "tuned"})
+            _check(config)
+            self.wanted.add((config.lr, config.warmup, config.seed))
+
+    def _covers(self, config: Config) -> bool:
+        """Tell whether a run that is asked for may turn out to be this one."""
+        asked = (run for run in self.wanted if run[2] == config.seed)
+        return any(config.lr in ("tuned", lr) and config.warmup in ("tuned", warmup) for lr, warmup, _ in asked)
+
+
+def _check(config: Config) -> None:
+    """Refuse what the run would refuse: values outside their rule, a warm-up that does not fit."""
+    for key in ("lr", "warmup", "seed"):
+        if not satisfies(getattr(config, key), RULES[key]):
+            raise wrong_value(key, getattr(config, key), RULES[key])
+    rows = _rows(config)
+    if rows is not None and config.warmup != "tuned":
+        make_plan(config, rows)
+
+
+@functools.lru_cache
+def _read(folder: Path) -> list[Run]:
+    return read_runs(folder)
+
+
+def expected_seconds(config: Config, runs: Iterable[Run]) -> float | None:
+    """Estimate a run's length from recorded ones: seconds per training example, of the nearest kind there is.
+
+    The nearest is the same model, task and method, then the same model and task, then the same model.
+    """
+    examples = _examples(config)
+    kinds: list[list[float]] = [[], [], []]
+    for run in runs:
+        if run.status != "success" or run.model != config.model.name or not run.record.steps.get("total"):
+            continue
+        same_task, same_method = run.task == config.task.name, run.method == config.method["name"]
+        batch = run.record.config["task"]["batch_size"] * run.record.config["train"]["accumulation_steps"]
+        pace = run.record.seconds["total"] / (run.record.steps["total"] * batch)
+        kinds[0 if same_task and same_method else 1 if same_task else 2].append(pace)
+    paces = next((kind for kind in kinds if kind), None)
+    return None if paces is None or examples is None else examples * statistics.median(paces)
+
+
+def _examples(config: Config) -> int | None:
+    rows = _rows(config)
+    if rows is None:
+        return None
+    plan = make_plan(dataclasses.replace(config, warmup=None), rows)
+    return plan.total_steps * plan.batch_size * plan.accumulation_steps
+
+
+def _rows(config: Config) -> int | None:
+    """Return the number of training rows as far as the configuration tells."""
+    rows, limit = config.task.train_rows, config.task.max_train_rows
+    return limit if rows is None else min(rows, limit or rows)
+
+
+def main() -> None:
+    """Print a line per cell and the total; exits with 0, or 2 after a mistake in a sweep."""
+    lines = [shlex.split(line) for line in sys.stdin if line.strip()]
+    try:
+        cells = survey(lines)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    for cell in cells:
+        print(_line(cell))
+    left, total = sum(cell.left for cell in cells), sum(len(cell.wanted) for cell in cells)
+    known = [cell.seconds * cell.left for cell in cells if cell.seconds is not None]
+    unknown = sum(cell.left for cell in cells if cell.seconds is None)
+    print(f"{total - left} of {total} runs done; {duration(sum(known))} left on one process", end="")
+    print(f", and {unknown} runs of unknown length" if unknown else "")
+
+
+def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
+    """Expand sweeps into cells and compare them with the records of their results folders.
+
+    Raises:
+        ConfigError: a sweep that would be refused.
+    """
+    cells: dict[tuple[str, ...], Cell] = {}
+    for words in sweeps:
+        for overrides, points in expand(words):
+            key = tuple(sorted(overrides))
+            if key not in cells:
+                cells[key] = Cell(compose(overrides))
+            cells[key].add(points)
+    return list(cells.values())
+
+
+def expand(words: Sequence[str]) -> Iterator[tuple[list[str], list[dict[str, str]]]]:
+    """Yield the overrides of every cell of a sweep, and the values of lr, warm-up and seed that it runs each over."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    ours = [word for word in words if not word.startswith("hydra")]
+    # Of a key given twice the last counts, as in Hydra.
+    parsed = OverridesParser.create().parse_overrides([*_brought_along(words), *ours])
+    last = {override.key_or_group: override for override in parsed}
+    point = [override for key, override in last.items() if key in _POINT]
+    rest = [override for key, override in last.items() if key not in _POINT]
+    points = [dict(word.split("=", 1) for word in job) for job in BasicSweeper.split_arguments(point, None)[0]]
+    for overrides in BasicSweeper.split_arguments(rest, None)[0]:
+        yield list(overrides), points
+
+
+def _brought_along(words: Sequence[str]) -> list[str]:
+    """Return the sweep that an experiment brings along (`hydra.sweeper.params`)."""
+    return [found for word in words if word.startswith("experiment=") for found in _params_of(word)]
+
+
+@functools.lru_cache
+def _params_of(experiment: str) -> list[str]:
+    params = _compose([experiment], return_hydra_config=True).hydra.sweeper.params
+    return [f"{key}={value}" for key, value in params.items()] if params else []
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """Compose and resolve a configuration as the entry point does.
+
+    Raises:
+        ConfigError: it would be refused.
+    """
+    config = OmegaConf.to_object(_compose(overrides))
+    assert isinstance(config, Config)
+    return resolve(config)
+
+
+def _compose(overrides: Sequence[str], **options: bool) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    register_schema()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            composed: DictConfig = compose("config", overrides=list(overrides), **options)
+            return composed
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def duration(seconds: float) -> str:
+    """Write a duration: `3 h 20 min`, `2 min`, `40 s`."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _line(cell: Cell) -> str:
+    config, method = cell.config, cell.config.method
+    names = [f"{key}={method[key]}" for key in ("rank", "k", "targets") if key in method]
+    where = " ".join([f"task={config.task.name}", f"model={config.model.name}", f"method={method['name']}", *names])
+    rest = "" if not cell.left else ", length unknown" if cell.seconds is None else f", {duration(cell.seconds * cell.left)}"
+    return f"{where}: {len(cell.wanted) - cell.left} of {len(cell.wanted)} runs done{rest}"
+
+
+if __name__ == "__main__":
+    main()
