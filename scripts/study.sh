@@ -1,11 +1,11 @@
-# What the table scripts share; they source it. A script queues sweeps (`sweep`), runs what is queued (`stage`), and ends
-# with `finish`. Every sweep is one `python -m wlora.run -m`: what is recorded is skipped, so a script started again fills
-# the gaps. Words after a script's name go to every sweep: scripts/table1.sh precision=fp16 hydra/launcher=...
+# What the scripts of tables and figures share; they source it. A script queues sweeps (`sweep`), runs what is queued
+# (`stage`), and ends with `finish`. Every sweep is one `python -m wlora.run -m`: what is recorded is skipped, so a script
+# started again fills the gaps. Words after a script's name go to every sweep: scripts/table1.sh precision=fp16
 #
 #   SCALE=paper|cpu   the paper's study, or a small one with MiniLM on two cores
 #   RESULTS=DIR       the study's folder                        [results/${SCALE}_study]
 #   DATA=DIR          local copies, one folder per task         [the hub]
-#   TASKS="rte mrpc"  METHODS="lora wlora"                      [all of the table]
+#   TASKS="rte mrpc"  METHODS="lora wlora"                      [all of the script]
 #   JOBS=N            sweeps at once; with GPUS=N each takes one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
 
@@ -42,11 +42,11 @@ stage() {
     queue=()
 }
 
-# finish TABLE KEY=VALUE...
+# finish MODULE NAME KEY=VALUE...: make the table or figure
 finish() {
     if [ -n "${DRY:-}" ]; then
         printf '%s\n' "${planned[@]}" | python -m wlora.sweep
     else
-        python -m wlora.tables "$@" "results_dir=$RESULTS"
+        python -m "$@" "results_dir=$RESULTS"
     fi
 }

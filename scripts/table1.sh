@@ -22,7 +22,7 @@ paper)
         done
         stage
     done
-    finish 1 model=deberta_v3_base ${protocol%% *}
+    finish wlora.tables 1 model=deberta_v3_base ${protocol%% *}
     ;;
 cpu)
     # MiniLM has 18 adapters: K = 1, 3, 5. Rates are tuned on SST-2 alone.
@@ -44,6 +44,6 @@ cpu)
     sweep mrpc wlora $setting $mrpc k=1,3,5 $tuned
     for method in lora wlora wlora_plus; do sweep qnli $method $setting $qnli $tuned; done
     stage
-    finish 1 model=minilm
+    finish wlora.tables 1 model=minilm
     ;;
 esac

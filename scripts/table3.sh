@@ -14,4 +14,4 @@ for point in "warmup=25 seed=0" "lr=tuned seed=0" "lr=tuned warmup=tuned seed=ra
     done
     stage
 done
-finish 3 model=llama3_8b
+finish wlora.tables 3 model=llama3_8b

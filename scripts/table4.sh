@@ -15,4 +15,4 @@ for point in "warmup=100 seed=0" "lr=tuned seed=0" "lr=tuned warmup=tuned seed=r
     done
     stage
 done
-finish 4 model=deberta_v3_base targets=$targets
+finish wlora.tables 4 model=deberta_v3_base targets=$targets

@@ -13,4 +13,4 @@ for point in "warmup=100 seed=0" "lr=tuned seed=0" "lr=tuned warmup=tuned seed=r
     done
     stage
 done
-finish 5 model=bart_large
+finish wlora.tables 5 model=bart_large

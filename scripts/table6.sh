@@ -16,7 +16,7 @@ paper)
         done
         stage
     done
-    finish 6 model=deberta_v3_base ${protocol%% *}
+    finish wlora.tables 6 model=deberta_v3_base ${protocol%% *}
     ;;
 cpu)
     setting="model=minilm precision=fp32 task.batch_size=32 train.accumulation_steps=1"
@@ -30,6 +30,6 @@ cpu)
         sweep qnli $method $setting $qnli k=5 $tuned
     done
     stage
-    finish 6 model=minilm
+    finish wlora.tables 6 model=minilm
     ;;
 esac

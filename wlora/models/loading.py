@@ -96,8 +96,15 @@ def load_model(
 
 def build_on_meta(model: ModelConfig, architecture: dict[str, Any], *, head: str, num_labels: int) -> PreTrainedModel:
     """Build an architecture without memory or weights, for counting."""
+    return build_unloaded(model, architecture, head=head, num_labels=num_labels, device="meta")
+
+
+def build_unloaded(
+    model: ModelConfig, architecture: dict[str, Any], *, head: str, num_labels: int, device: str
+) -> PreTrainedModel:
+    """Build an architecture with random weights on a device, all parameters frozen."""
     config = _make_config(model, architecture, num_labels)
-    with torch.device("meta"):
+    with torch.device(device):
         built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
     for parameter in built.parameters():
         parameter.requires_grad_(False)

@@ -9,6 +9,9 @@ from wlora.statistics import Summary, generator, summarize, summarize_strata
 from wlora.study import ENDED, Choice, Run, choose_point, require_distinct_seeds, require_one_setting
 from wlora.tables.layouts import LAYOUTS, Column, Layout, Row
 
+# One adapter alone measures that adapter: it is no method of fine-tuning.
+NOT_COMPARED = ("single",)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -117,6 +120,8 @@ def fill(layout: Layout, runs: Iterable[Run], *, model: str, seeds: int | None =
 
 
 def _belongs(run: Run, layout: Layout) -> bool:
+    if run.method in NOT_COMPARED:
+        return False
     targets = run.record.config["method"].get("targets")
     fits_rank = run.rank is None or layout.ranks is None or run.rank in layout.ranks
     has_group = layout.group is None or getattr(run, layout.group) is not None

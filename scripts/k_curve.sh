@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Score against K and T (the paper, 3.3: a tenth of the adapters suffices, and T may be small), with LoRA as a line.
+# Settings: scripts/study.sh. RESULTS is a folder of its own by default, as a table would refuse several T in one study.
+RESULTS=${RESULTS:-results/k_curve_${SCALE:-paper}}
+. "$(dirname "$0")/study.sh"
+
+case $SCALE in
+paper)
+    tasks="rte mrpc sst2"
+    setting="experiment=table1 lr=8e-4 seed=range(5)"
+    ks=1,2,5,10,20,36 ts=10,25,50,100,200
+    ;;
+cpu)
+    tasks=sst2
+    setting="model=minilm precision=fp32 task.batch_size=32 train.accumulation_steps=1 task.max_train_rows=4000 task.epochs=1"
+    setting+=" lr=3e-3 seed=range(3)"
+    ks=1,2,3,5,9,18 ts=10,25,50
+    ;;
+esac
+for task in $tasks; do
+    sweep $task lora $setting
+    sweep $task wlora $setting k=$ks
+    sweep $task rlora $setting k=$ks
+    sweep $task wlora $setting k=5 method.select_steps=$ts
+done
+stage
+finish wlora.figures selection

@@ -1,0 +1,251 @@
+"""Figures of scores: against cost (`pareto`), over training (`curves`), against K, T and ω (`selection`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from wlora.figures.canvas import (
+    COLUMN,
+    PAGE,
+    TITLES,
+    chosen_runs,
+    count_axis,
+    new_figure,
+    nothing,
+    style_of,
+    tasks_of,
+)
+from wlora.statistics import Summary, generator, summarize
+from wlora.study import Run
+from wlora.tables.layouts import LABELS, Row
+
+# Kinds of events that a learning curve marks.
+MARKED = ("cut", "select", "extend", "grow", "prune", "share", "allocate")
+
+
+def pareto(runs: Sequence[Run]) -> Figure:
+    """Draw score against trained parameters and against training seconds, one point per method, with 95 % intervals."""
+    chosen = chosen_runs(runs)
+    if not chosen:
+        raise nothing("pareto", "no successful run")
+    tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
+    styles = style_of(labels)
+    figure, axes = new_figure(2, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.9)
+    for column, task in enumerate(tasks):
+        upper, lower = axes[0][column], axes[1][column]
+        for label in labels:
+            group = chosen.get((label, task))
+            if not group:
+                continue
+            score = _summary(group, f"{label} {task}")
+            seconds = summarize([run.record.seconds["train"] for run in group], generator(0, f"{label} {task} seconds"))
+            parameters = float(np.mean([_trained(run) for run in group]))
+            style: dict[str, Any] = {
+                "color": styles[label]["color"],
+                "fmt": styles[label]["marker"],
+                "elinewidth": 0.6,
+                "label": label,
+            }
+            upper.errorbar(parameters, score.mean, yerr=_bars(score), **style)
+            lower.errorbar(seconds.mean, score.mean, xerr=_bars(seconds), yerr=_bars(score), **style)
+        _count_scale(upper, max(_trained(run) for group in chosen.values() for run in group))
+        upper.set_title(TITLES.get(task, task))
+        upper.set_xlabel("trained parameters without the head")
+        lower.set_xlabel("training seconds")
+        for axis in (upper, lower):
+            axis.set_ylabel(_metric(chosen, task))
+    _legend(figure, axes[0])
+    return figure
+
+
+def _count_scale(axis: Axes, largest: int) -> None:
+    """Make an axis of parameter counts logarithmic, with a place for 0: training the head alone."""
+    axis.set_xscale("symlog", linthresh=1000)
+    axis.set_xticks([0, *(10**power for power in range(4, len(str(largest)) + 1))])
+    axis.minorticks_off()
+
+
+def _trained(run: Run) -> int:
+    counts = run.record.parameters
+    return counts["adapter_final"] + (counts["base"] + counts["head"] if counts["base"] else 0)
+
+
+def _metric(chosen: dict[tuple[str, str], list[Run]], task: str) -> str:
+    """Return the name of a task's primary metric."""
+    name = next(group[0].record.primary_metric for (_, where), group in chosen.items() if where == task)
+    return name.replace("_", "/")
+
+
+def curves(runs: Sequence[Run], records: Path) -> Figure:
+    """Draw loss (smoothed) and primary metric over the steps, mean and range over seeds; dotted: cuts and growths."""
+    chosen = chosen_runs(runs)
+    points = {key: [_read_curve(records / f"{run.record.run_id}.jsonl") for run in group] for key, group in chosen.items()}
+    if not any(curve for group in points.values() for curve in group):
+        raise nothing("curves", f"no learning curve of a successful run in {records}")
+    tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
+    styles = style_of(labels)
+    figure, axes = new_figure(2, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.8)
+    for column, task in enumerate(tasks):
+        upper, lower = axes[0][column], axes[1][column]
+        for label in labels:
+            if (label, task) not in chosen:
+                continue
+            group, curve_points = chosen[label, task], points[label, task]
+            metric = group[0].record.primary_metric
+            losses = [_smooth([(p["step"], p["loss"]) for p in curve if "loss" in p]) for curve in curve_points]
+            scores = [
+                [(p["step"], p["metrics"][metric]) for p in curve if metric in p.get("metrics", {})]
+                for curve in curve_points
+            ]
+            style = {key: styles[label][key] for key in ("color", "linestyle")}
+            _draw_curve(upper, losses, label, style)
+            _draw_curve(lower, scores, label, style, marker=styles[label]["marker"])
+            moments = sorted({event["step"] for run in group for event in run.record.events if event["kind"] in MARKED})
+            for moment in moments if len(moments) <= 4 else (moments[0], moments[-1]):
+                for axis in (upper, lower):
+                    axis.axvline(moment, color=style["color"], linewidth=0.5, linestyle=":")
+        upper.set_title(TITLES.get(task, task))
+        upper.set_ylabel("training loss, smoothed")
+        lower.set_ylabel(_metric(chosen, task))
+        for axis in (upper, lower):
+            axis.set_xlim(left=0)
+        lower.set_xlabel("optimiser step")
+    changes = Line2D([], [], color="0.3", linewidth=0.5, linestyle=":")
+    _legend(figure, axes[0], {"adapters cut or grown": changes})
+    return figure
+
+
+def _smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Average each point with those around it, a tenth of the curve in all."""
+    half = len(curve) // 20
+    values = [value for _, value in curve]
+    return [(step, float(np.mean(values[max(0, index - half) : index + half + 1]))) for index, (step, _) in enumerate(curve)]
+
+
+def _read_curve(file: Path) -> list[dict[str, Any]]:
+    """Read a learning curve; what a crash left of its last line is skipped."""
+    points = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            points.append(json.loads(line))
+        except ValueError:
+            continue
+    return points
+
+
+def _draw_curve(
+    axis: Axes, series: Sequence[Sequence[tuple[int, float]]], label: str, style: dict[str, Any], marker: str | None = None
+) -> None:
+    """Draw the mean of several curves at the steps that all have, and their range."""
+    by_step: dict[int, list[float]] = {}
+    for curve in series:
+        for step, value in curve:
+            by_step.setdefault(step, []).append(value)
+    whole = sorted(step for step, values in by_step.items() if len(values) == len(series))
+    if not whole:
+        return
+    means = [float(np.mean(by_step[step])) for step in whole]
+    axis.plot(whole, means, label=label, marker=marker if len(whole) < 30 else None, **style)
+    if len(series) > 1:
+        low, high = ([edge(by_step[step]) for step in whole] for edge in (min, max))
+        axis.fill_between(whole, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def selection(runs: Sequence[Run]) -> Figure:
+    """Draw score against K (at the default T) and against T, with LoRA as a line, and the histogram of ω at the cut."""
+    chosen = chosen_runs(runs)
+    selecting = [run for group in chosen.values() for run in group if run.k is not None]
+    if not selecting:
+        raise nothing("selection", "no successful run of a method that reads k; scripts/k_curve.sh makes them")
+    tasks = tasks_of(selecting)
+    figure, axes = new_figure(3, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.6)
+    styles = style_of(list(dict.fromkeys(name for run in selecting for name in (LABELS[run.method], _row(run)))))
+    for column, task in enumerate(tasks):
+        mine = [group for (_, where), group in chosen.items() if where == task]
+        by_k, by_steps, histogram = (axes[row][column] for row in range(3))
+        default_steps = [group for group in mine if group[0].setting.get("method.select_steps") is None]
+        _draw_against(by_k, default_steps or mine, lambda run: run.k, lambda run: LABELS[run.method], styles)
+        _draw_against(by_steps, [group for group in mine if group[0].method == "wlora"], _cut_step, _row, styles)
+        for group in mine:
+            if group[0].method == "lora":
+                mean = _summary(group, f"lora {task}").mean
+                for axis in (by_k, by_steps):
+                    axis.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=LABELS["lora"])
+        histogram.hist([w for group in mine for run in group for w in _omegas(run)], bins=40, color="0.4")
+        by_k.set_title(TITLES.get(task, task))
+        by_k.set_xlabel("K, adapters kept")
+        by_steps.set_xlabel("T, steps of selection")
+        histogram.set_xlabel("ω at WLoRA's cut, all adapters")
+        histogram.set_ylabel("adapters")
+        for axis in (by_k, by_steps):
+            axis.set_ylabel(_metric(chosen, task))
+            count_axis(axis)
+    _legend(figure, [axes[0][0], axes[1][0]])
+    return figure
+
+
+def _row(run: Run) -> str:
+    return Row(run.method, run.rank, run.k).label
+
+
+def _draw_against(
+    axis: Axes,
+    groups: Sequence[Sequence[Run]],
+    quantity: Callable[[Run], int | None],
+    label: Callable[[Run], str],
+    styles: dict[str, dict[str, Any]],
+) -> None:
+    """Draw scores, with intervals, against a number that the runs of a group share: a line per label."""
+    lines: dict[str, list[tuple[int, Summary]]] = {}
+    for group in groups:
+        value = quantity(group[0])
+        if value is not None:
+            name = label(group[0])
+            lines.setdefault(name, []).append((value, _summary(group, f"{name} {value}")))
+    for name, points in lines.items():
+        points.sort(key=lambda point: point[0])
+        bars = [bar for _, score in points if (bar := _bars(score)) is not None]
+        ends = np.hstack(bars) if len(bars) == len(points) else None
+        style = {key: styles[name][key] for key in ("color", "marker")}
+        axis.errorbar([x for x, _ in points], [s.mean for _, s in points], yerr=ends, elinewidth=0.6, label=name, **style)
+
+
+def _cut_step(run: Run) -> int | None:
+    return max((event["step"] for event in run.record.events if event["kind"] == "cut"), default=None)
+
+
+def _omegas(run: Run) -> list[float]:
+    """Return ω of every adapter at the cut of a `wlora` run, the disconnected ones included."""
+    if run.method != "wlora":
+        return []
+    cuts = [event["omega"] for event in run.record.events if event["kind"] in ("cut", "select") and "omega" in event]
+    return list(cuts[-1].values()) if cuts else []
+
+
+def _summary(group: Sequence[Run], name: str) -> Summary:
+    return summarize([run.score for run in group], generator(0, name))
+
+
+def _bars(summary: Summary) -> np.ndarray | None:
+    """Return the lengths of the error bars, [2, 1]; None without an interval."""
+    if summary.low is None or summary.high is None:
+        return None
+    return np.array([[max(0.0, summary.mean - summary.low)], [max(0.0, summary.high - summary.mean)]])
+
+
+def _legend(figure: Figure, axes: Sequence[Axes], more: dict[str, Any] | None = None) -> None:
+    """Put one legend for all panels below them."""
+    once: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            once.setdefault(label, handle)
+    once |= more or {}
+    figure.legend(list(once.values()), list(once), loc="outside lower center", ncols=min(len(once), 4) or 1)
