@@ -102,6 +102,29 @@ def test_the_other_methods_start_at_loras_count_and_omega_is_not_in_it(method: s
     assert attach_on_meta(f"method={method}")[2]["adapter_initial"] == 36 * SQUARE * 8 == 442_368
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("adalora", 36 * 12 * SQUARE),  # 663,552: it starts at rank 12 = 1.5·8 and ends at 442,368
+        ("dynamic_lora", 36 * 12 * SQUARE),  # likewise; Table 1 prints 626K, see test_methods_pruning
+        ("increlora", 36 * (1 + 4) * SQUARE),  # 276,480: rank 1 and a reserve of 4 train; see test_methods_increlora
+        ("lora_drop", 36 * 8 * SQUARE),  # ends at half, 221,184, Table 1's 221K
+        ("alora", 36 * 8 * SQUARE),  # 442,368 throughout; Table 1's 664K counts pruned components, or starts at rank 12
+        ("flexlora", 36 * 8 * SQUARE),  # Table 1's 442K
+        ("flexora", 36 * 8 * SQUARE),
+        ("milora", 36 * 8 * SQUARE),
+        ("melora", 36 * 2 * SQUARE),  # 110,592: mini rank 2; Table 1's 110K
+        ("nora", 36 * 2 * 64 * 8),  # 2·r·r' per matrix: 1,024
+        ("tied_lora", 4 * D * 8 + 12 * (8 + 3 * D)),  # 52,320, as on a fused qkv
+        ("vera", 36 * (D + 1024)),  # 64,512
+        ("vb_lora method.rank=4", 90 * 256 + 36 * (2 * 4 * 3) * 90),  # 100,800: bank and logits, of which few are stored
+        ("dora", 36 * 8 * SQUARE + 36 * D),  # 470,016: LoRA's and a magnitude per output row
+    ],
+)
+def test_every_method_starts_at_the_count_of_the_methods_note(method: str, expected: int) -> None:
+    assert attach_on_meta(*f"method={method}".split())[2]["adapter_initial"] == expected
+
+
 @pytest.mark.parametrize(("k", "expected"), [(1, 12_288), (5, 61_440), (10, 122_880)])
 def test_wlora_keeps_k_times_12_288_parameters(k: int, expected: int) -> None:
     model, method, _, _ = attach_on_meta("method=wlora", f"k={k}")

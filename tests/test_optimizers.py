@@ -24,13 +24,24 @@ def test_schedule_and_clipping_spare_the_groups_that_opt_out() -> None:
     a, omega = parameter(), parameter()
     groups = [ParameterGroup([a], 1e-3), ParameterGroup([omega], 2.0, rule="sgd", scheduled=False, clipped=False)]
     optimizers = Optimizers(groups, weight_decay=0.0)
-    optimizers.set_schedule(0.5)
+    optimizers.set_schedule(1, warmup=2, total=6)
     a.grad, omega.grad = torch.tensor([30.0], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)
     optimizers.clip(1.0)
     assert float(a.grad) == pytest.approx(1.0, abs=1e-5) and float(omega.grad) == 3.0
     optimizers.step()
     assert float(omega.detach()) == 1.0 - 2.0 * 3.0
     assert float(a.detach()) == pytest.approx(1.0 - 0.5e-3, abs=1e-6)
+
+
+def test_a_group_that_starts_later_warms_up_on_its_own() -> None:
+    early, late = parameter(), parameter()
+    optimizers = Optimizers([ParameterGroup([early], 1.0), ParameterGroup([late], 1.0, start=4)], weight_decay=0.0)
+    rates = []
+    for step in range(4, 8):
+        optimizers.set_schedule(step, warmup=2, total=8)
+        (rule,) = optimizers._rules.values()
+        rates.append(tuple(group["lr"] for group in rule.param_groups))
+    assert rates == [(4 / 6, 0.0), (3 / 6, 0.5), (2 / 6, 1.0), (1 / 6, 0.5)]
 
 
 def test_rebuild_keeps_survivors_starts_newcomers_and_drops_the_rest() -> None:

@@ -100,8 +100,9 @@ class Config:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.05
-    lr: float = 5e-4
-    warmup: int | None = None
+    lr: Any = 5e-4  # a float, or "tuned" until `wlora.study.fill_tuned`
+    warmup: Any = None  # an int or None, or "tuned"
+    tune_on: str | None = None
     seed: int = 0
     k: int | None = None
     targets: str = "qkv"
@@ -112,6 +113,18 @@ class Config:
     dry_run: bool = False
     force: bool = False
     experiment: str | None = None
+
+
+def restore_config(content: dict[str, Any]) -> Config:
+    """Return the configuration that a record holds: keys added since take their defaults, others are left out."""
+    parts = {"task": TaskConfig, "model": ModelConfig, "train": TrainConfig}
+    filled = {key: kind(**_known(kind, content[key])) for key, kind in parts.items()}
+    return Config(**{**_known(Config, content), **filled})
+
+
+def _known(kind: type, content: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {key: value for key, value in content.items() if key in names}
 
 
 def register_schema() -> None:

@@ -49,7 +49,7 @@ def describe(config: Config) -> str:
     lines = [
         f"run        {record.run_id} ({'record exists: ' + done.status if done else 'no record yet'})",
         f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",
-        f"adapters   {len(method.adapters)} of method={config.method['name']}",
+        f"adapters   {len(method.attached())} of method={config.method['name']}",
         f"trainable  {trainable:,} {what} parameters ({trainable / counts['total']:.2%} of the model)",
         f"head       {counts['head']:,} trainable parameters of head and pooler",
         f"steps      {steps}",

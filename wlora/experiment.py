@@ -144,12 +144,13 @@ def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, 
 def count_parameters(model: nn.Module, method: Method, head: dict[str, nn.Parameter]) -> dict[str, int]:
     """Count elements: adapters at the start (for full fine-tuning the base), trainable head, and the bare model."""
     in_head = {id(p) for p in head.values()}
-    adapter_elements = {id(p): p.numel() for a in method.adapters.values() for p in a.parameters()}
+    adapters = method.attached().values()
+    adapter_elements = {id(p) for a in adapters for p in a.parameters()}
     base = [p for p in model.parameters() if id(p) not in adapter_elements]
     trainable_base = sum(p.numel() for p in base if p.requires_grad and id(p) not in in_head)
     return {
-        "adapter_initial": method.adapters.count(),
-        "adapter_final": method.adapters.count(),
+        "adapter_initial": count_elements(adapters),
+        "adapter_final": count_elements(adapters),
         "base": trainable_base,
         "head": sum(p.numel() for p in head.values()),
         "total": sum(p.numel() for p in base),

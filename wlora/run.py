@@ -66,6 +66,7 @@ def _attempt(composed: DictConfig) -> Outcome:
     """Run one composed configuration; a failure is told in a line or two and does not stop a sweep."""
     from wlora.hub import go_offline, require_sources
     from wlora.models.source import locate
+    from wlora.study import fill_tuned
     from wlora.tasks.data import fingerprint
     from wlora.validation import resolve
 
@@ -80,8 +81,11 @@ def _attempt(composed: DictConfig) -> Outcome:
             go_offline()
         if not config.dry_run:
             require_sources(config)
-        locate(config.model)
-        fingerprint(config.task)
+        source, data = locate(config.model), fingerprint(config.task)
+        choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
+        if choice is not None:
+            where = config.tune_on or config.task.name
+            print(f"tuned: lr={config.lr:g} warmup={config.warmup}, best of {choice.compared} on {where} seed={choice.seed}")
 
         if config.dry_run:
             from wlora.dry_run import describe

@@ -1,7 +1,8 @@
 """Checks of a composed configuration, each answered in one or two lines before torch is imported.
 
 A rule is a short text that is also the message: `int >= 1`, `float >= 0, < 1`, `int >= 1 or null`,
-`at_cut | at_start`. The rules of the shared keys stand below; a method's stand in its own YAML under `allowed`.
+`float > 0 or tuned`, `at_cut | at_start`. The rules of the shared keys stand below; a method's stand in its own
+YAML under `allowed`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ RULES = {
     "rank": "int >= 1",
     "alpha": "float > 0",
     "dropout": "float >= 0, < 1",
-    "lr": "float > 0",
-    "warmup": "int >= 0 or null",
+    "lr": "float > 0 or tuned",
+    "warmup": "int >= 0 or null or tuned",
     "seed": "int >= 0",
     "k": "int >= 1 or null",
     "targets": " | ".join(TARGET_SETS),
@@ -58,10 +59,9 @@ _COMPARISONS = {
 
 def satisfies(value: Any, rule: str) -> bool:
     """Tell whether a value obeys a rule; raises ValueError for a rule that cannot be read."""
-    if " or null" in rule:
-        if value is None:
-            return True
-        rule = rule.replace(" or null", "")
+    rule, *words = rule.split(" or ")
+    if ("null" if value is None else value) in words:
+        return True
     if rule.startswith("list of "):
         return isinstance(value, list) and len(value) > 0 and all(satisfies(v, rule.removeprefix("list of ")) for v in value)
     if "|" in rule or not re.match(r"(int|float)\b", rule):
@@ -91,6 +91,8 @@ def resolve(config: Config) -> Config:
     """
     for key, rule in RULES.items():
         _check(key, _lookup(config, key), rule)
+    if config.lr != "tuned":
+        config.lr = float(config.lr)
     _check_method(config)
     _check_results_folder(config)
     if config.compat == "release" and config.method["name"] == "probe":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from wlora.adapters.layer import AdaptedLinear, LowRankAdapter
+from wlora.adapters.layer import AdaptedLinear, Adapter, LowRankAdapter
 from wlora.models.targets import Target
 
 MakeAdapter = Callable[[int, int, torch.device], LowRankAdapter]
@@ -88,6 +88,6 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
         setattr(self._model.get_submodule(parent), child, module)
 
 
-def count_elements(adapters: Iterable[LowRankAdapter]) -> int:
+def count_elements(adapters: Iterable[Adapter]) -> int:
     """Return the number of counted elements over adapters; what several share counts once."""
     return sum(p.numel() for p in {p for adapter in adapters for p in adapter.counted()})

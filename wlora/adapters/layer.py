@@ -8,14 +8,36 @@ Policies (`wlora.methods`) decide what the gates do; this module only knows how.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Extension = Literal["qr", "gaussian", "uniform"]
+
+
+class Adapter(Protocol):
+    """What counts, records and the console read of an adapter, whoever made it."""
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        ...
+
+    @property
+    def omega(self) -> Tensor | None:
+        """The adapter's gate, None without one."""
+        ...
+
+    def counted(self) -> list[nn.Parameter]:
+        """Return the parameters that count as the adapter's."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return all its parameters."""
+        ...
 
 
 class LowRankAdapter(nn.Module):

@@ -1,4 +1,4 @@
-"""Adapters of the same interface whose update has another structure: blocks, a frozen frame, shared matrices."""
+"""Adapters of the same interface whose update has another structure: blocks, a frozen frame, shared or growing matrices."""
 
 from __future__ import annotations
 
@@ -103,3 +103,95 @@ class TiedAdapter(LowRankAdapter):
         """Return A, B, u and v."""
         assert self.gates is not None
         return [self.A, self.B, self.gates, self.output_scale]
+
+
+class GrowingAdapter(LowRankAdapter):
+    """Parts of components side by side that come one after the other: ΔW = s · Σ_p B_p diag(λ_p) A_p (IncreLoRA).
+
+    Every part has parameters, and so optimiser state and schedule, of its own; the first is this module's A, B and
+    gates. A part whose gates do not train is a reserve: its A and B train behind gates of almost nothing.
+
+    Attributes:
+        weight_gradient: while `watching`, ∂L/∂ΔW (d_out×d_in) summed over the backward passes since it was last None.
+    """
+
+    weight_gradient: Tensor | None = None
+    watching = False
+
+    def __init__(self, d_in: int, d_out: int, *, std: float, **settings: Any) -> None:
+        super().__init__(d_in, d_out, **settings)
+        self.std = std
+        self.gates = nn.Parameter(torch.zeros_like(self.A[:, 0]))
+        self.grown = nn.ModuleList()
+        nn.init.normal_(self.A, std=std)
+        nn.init.normal_(self.B, std=std)
+
+    @property
+    def parts(self) -> list[LowRankAdapter]:
+        """All parts, the oldest first."""
+        return [self, *(part for part in self.grown if isinstance(part, LowRankAdapter))]
+
+    @property
+    def reserve(self) -> LowRankAdapter | None:
+        """The part that does not act yet, if there is one."""
+        last = self.parts[-1]
+        return None if last.gates is None or last.gates.requires_grad else last
+
+    @property
+    def rank(self) -> int:
+        """Number of components that act."""
+        reserve = self.reserve
+        return sum(int(part.A.shape[0]) for part in self.parts if part is not reserve)
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A [r, d_in], B [d_out, r] and the gates [r] of all parts."""
+        if not self.grown:
+            assert self.gates is not None
+            return self.A, self.B, self.gates
+        gates: list[Tensor] = [part.gates for part in self.parts if part.gates is not None]
+        return torch.cat([p.A for p in self.parts]), torch.cat([p.B for p in self.parts], dim=1), torch.cat(gates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return s·Σ B diag(λ) A x for x of shape [..., d_in]."""
+        A, B, gates = self.joined()
+        dropped = F.dropout(x, self.dropout, self.training).to(A.dtype)
+        out = F.linear(F.linear(dropped, A) * (self.scale * gates), B)
+        if self.watching and out.requires_grad:
+            inputs = dropped.detach().flatten(0, -2)
+            out.register_hook(lambda gradient: self._watch(gradient.flatten(0, -2).T @ inputs))  # type: ignore[no-untyped-call]
+        return out
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """Return ΔW as a d_out×d_in matrix."""
+        A, B, gates = self.joined()
+        return (B * (self.scale * gates)) @ A
+
+    def counted(self) -> list[nn.Parameter]:
+        """Return A and B of all parts: those of a reserve train, too."""
+        return [p for part in self.parts for p in (part.A, part.B)]
+
+    @torch.no_grad()
+    def add_reserve(self, rank: int, *, gate: float, generator: torch.Generator) -> None:
+        """Append a part of N(0, std²) components behind constant gates."""
+        part = LowRankAdapter(self.A.shape[1], self.B.shape[0], rank=rank, scale=1.0, device=self.A.device)
+        for matrix in (part.A, part.B):
+            matrix.copy_(torch.randn(matrix.shape, generator=generator) * self.std)
+        part.gates = nn.Parameter(torch.full_like(part.A[:, 0], gate), requires_grad=False)
+        self.grown.append(part)
+
+    def activate(self, count: int) -> None:
+        """Let the gates of the reserve train; of more than `count` components only the first stay."""
+        reserve = self.reserve
+        assert reserve is not None and reserve.gates is not None
+        if count < reserve.rank:
+            reserve.prune(torch.arange(count, device=reserve.A.device))
+        reserve.gates.requires_grad_(True)
+
+    def drop_reserve(self) -> None:
+        """Take the reserve out."""
+        if self.reserve is not None:
+            del self.grown[len(self.grown) - 1]
+
+    def _watch(self, gradient: Tensor) -> None:
+        self.weight_gradient = gradient if self.weight_gradient is None else self.weight_gradient + gradient

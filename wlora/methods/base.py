@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wlora.adapters.attach import AdapterSet
-from wlora.adapters.layer import LowRankAdapter
+from wlora.adapters.layer import Adapter, LowRankAdapter
 from wlora.errors import ConfigError
 from wlora.models.targets import Target
 from wlora.training.bench import Bench, Phase
@@ -103,9 +104,13 @@ class Method:
         """Act after the optimiser's step."""
         return []
 
-    def kept(self) -> dict[str, LowRankAdapter]:
+    def attached(self) -> Mapping[str, Adapter]:
+        """Return every adapter in the model, by module name."""
+        return self.adapters
+
+    def kept(self) -> dict[str, Adapter]:
         """Return the adapters that take part in the forward pass, by module name."""
-        return dict(self.adapters)
+        return dict(self.attached())
 
 
 class AdapterMethod(Method):

@@ -22,6 +22,8 @@ class Importance:
     @torch.no_grad()
     def update(self, key: str, value: Tensor) -> None:
         """Take in one step's |θ·∂L/∂θ| of a tensor of any shape."""
+        # A step that loss scaling skips has infinite gradients; one of them in an average would stay for ever.
+        value = value.nan_to_num(0.0, 0.0, 0.0)
         if key not in self.sensitivity:
             self.sensitivity[key], self.uncertainty[key] = torch.zeros_like(value), torch.zeros_like(value)
         average = self.sensitivity[key].mul_(self.beta1).add_(value, alpha=1 - self.beta1)

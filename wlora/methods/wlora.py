@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from wlora.adapters.layer import LowRankAdapter
+from wlora.adapters.layer import Adapter, LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
 from wlora.methods.selection import project
@@ -112,7 +112,7 @@ class WLoRA(AdapterMethod):
         """Return ω of every connected adapter."""
         return {name: float(a.omega.detach()) for name, a in self.adapters.items() if a.omega is not None}
 
-    def kept(self) -> dict[str, LowRankAdapter]:
+    def kept(self) -> dict[str, Adapter]:
         """Return the adapters that act: all connected ones, or in the release those with ω ≠ 0."""
         return {name: a for name, a in self.adapters.items() if a.omega is None or float(a.omega.detach()) != 0}
 

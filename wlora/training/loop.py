@@ -23,7 +23,7 @@ from wlora.tasks.features import loss_weights
 from wlora.training.batching import group_for_steps, share, training_batches
 from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
-from wlora.training.optimizers import Optimizers, ParameterGroup, linear_schedule
+from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ class Trainer:
 
     def _train_step(self, step: int, batches: list[list[int]]) -> float:
         """Take one optimiser step; returns the mean loss over its rows."""
-        factor = linear_schedule(step - 1, warmup=self.plan.warmup, total=self.plan.total_steps)
-        self.optimizers.set_schedule(factor)
+        self.optimizers.set_schedule(step - 1, warmup=self.plan.warmup, total=self.plan.total_steps)
         loss = float(self._accumulate(batches))
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {step} of {self.plan.total_steps}")
@@ -268,6 +267,6 @@ class Trainer:
         shown: dict[str, Any] = {"loss": f"{losses[-1]:.4f}"} if losses else {}
         if self.result.metrics:
             shown[self.task.primary_metric] = f"{self.result.metrics[self.task.primary_metric]:.4f}"
-        shown["adapters"] = len(self.method.adapters)
+        shown["adapters"] = len(self.method.attached())
         bar.set_postfix(shown, refresh=False)
         bar.update()

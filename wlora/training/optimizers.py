@@ -20,6 +20,7 @@ class ParameterGroup:
         lr: peak learning rate.
         rule: `adamw`, or `sgd` without momentum or decay.
         scheduled: whether the run's learning-rate schedule applies.
+        start: optimiser steps before the group's schedule begins, with a warm-up of its own.
         clipped: whether the gradients count in, and are scaled by, global-norm clipping.
     """
 
@@ -28,6 +29,7 @@ class ParameterGroup:
     rule: Literal["adamw", "sgd"] = "adamw"
     scheduled: bool = True
     clipped: bool = True
+    start: int = 0
 
 
 class ReleaseAdamW(Optimizer):
@@ -109,11 +111,13 @@ class Optimizers:
         for optimizer in self._rules.values():
             optimizer.state.clear()
 
-    def set_schedule(self, factor: float) -> None:
-        """Set the learning rate of every scheduled group to its peak times `factor`."""
+    def set_schedule(self, step: int, *, warmup: int, total: int) -> None:
+        """Set the learning rate of every scheduled group for the step after `step` completed ones of `total`."""
         for optimizer in self._rules.values():
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * (factor if group["scheduled"] else 1.0)
+                start = group["start"]
+                factor = linear_schedule(step - start, warmup=warmup, total=total - start) if group["scheduled"] else 1.0
+                group["lr"] = group["peak"] * factor
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Update all parameters from their gradients, already unscaled and clipped.
@@ -169,7 +173,8 @@ def _inherit(state: dict[Any, dict[str, Any]], part: nn.Parameter) -> None:
 
 
 def _describe(group: ParameterGroup) -> dict[str, Any]:
-    return {"params": group.parameters, "lr": group.lr, "peak": group.lr, "scheduled": group.scheduled}
+    schedule = {"peak": group.lr, "scheduled": group.scheduled, "start": group.start}
+    return {"params": group.parameters, "lr": group.lr, **schedule}
 
 
 def linear_schedule(step: int, *, warmup: int, total: int) -> float:

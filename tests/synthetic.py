@@ -1,0 +1,56 @@
+"""Records without training, for the tests of everything that reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from wlora.records import Record, RecordStore
+
+from .conftest import compose
+
+TOTAL = 1_000_000
+
+
+@functools.lru_cache(maxsize=256)
+def _config(words: tuple[str, ...]) -> str:
+    return json.dumps(dataclasses.asdict(compose(*words)))
+
+
+def make_record(
+    results: Path,
+    *words: str,
+    metrics: dict[str, float] | float = 0.5,
+    status: str = "success",
+    precision: str = "fp32",
+    data: str = "d",
+    version: str = "0.1.0",
+    name: str | None = None,
+    **fields: Any,
+) -> Record:
+    """Write the record of one run: its configuration is the real one, composed from `words`; its result is given."""
+    config = json.loads(_config(("model=minilm", "task.path=data", *words)))
+    primary = config["task"]["primary_metric"]
+    if not isinstance(metrics, dict):
+        metrics = dict.fromkeys(config["task"]["metrics"], metrics)
+    record = Record(
+        run_id=name or hashlib.sha256(repr((words, precision, data, version)).encode()).hexdigest()[:16],
+        status=status,
+        config=config,
+        task={"name": config["task"]["name"], "data": data, "train_rows": 100},
+        model={"name": config["model"]["name"], "fingerprint": "m"},
+        metrics=metrics if status == "success" else {},
+        primary_metric=primary,
+        parameters={"adapter_initial": 2000, "adapter_final": 1000, "base": 0, "head": 10, "total": TOTAL},
+        steps={"total": 50, "per_epoch": 10, "warmup": 5},
+        seconds={"train": 8.0, "eval": 1.0, "total": 10.0},
+        environment={"precision": precision, "wlora": version, "git_commit": "abc1234", "git_dirty": False},
+    )
+    for key, value in fields.items():
+        setattr(record, key, value)
+    RecordStore(results).write(record)
+    return record

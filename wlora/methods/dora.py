@@ -1,0 +1,33 @@
+"""DoRA of Liu et al. (2024, arXiv 2402.09353), from PEFT. DoRA of Mao et al. is `method=dynamic_lora`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wlora.methods.base import Setting
+from wlora.methods.peft_backed import PeftMethod
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class DoRA(PeftMethod):
+    """W′ = m ∘ (W + s·B A) / ‖W + s·B A‖: direction and magnitude of every output row train apart.
+
+    The norm per output row counts as a constant in the backward pass; m starts as ‖W‖, A and B as in LoRA. Slower than
+    LoRA: the norm takes ΔW as a matrix in every step, and with dropout the base is computed twice.
+
+    Args:
+        rank: components per adapter.
+        alpha: numerator of the scale s = alpha / rank.
+        dropout: probability of dropping an input element of an adapter.
+    """
+
+    def __init__(self, *, rank: int, alpha: float, dropout: float) -> None:
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+
+    def peft_config(self, setting: Setting, widths: list[int]) -> PeftConfig:
+        """Return LoRA's configuration with `use_dora`."""
+        from peft import LoraConfig
+
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_dora=True)  # type: ignore[arg-type]

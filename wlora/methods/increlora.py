@@ -1,0 +1,185 @@
+"""IncreLoRA (Zhang et al., 2023, arXiv 2308.12043): every adapter starts at rank 1, the important ones grow."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from wlora.adapters.layer import LowRankAdapter
+from wlora.adapters.variants import GrowingAdapter
+from wlora.errors import ConfigError, wrong_value
+from wlora.methods.base import AdapterMethod, Event, Setting, Steps
+from wlora.methods.importance import Importance, orthogonality
+from wlora.training.optimizers import ParameterGroup
+
+INIT_STD = 0.02
+RESERVE_GATE = 1e-5
+# Without `top_h`, as many adapters grow per event as it takes to be done at this share of the run.
+GROWN_BY = 0.65
+
+
+class IncreLoRA(AdapterMethod):
+    """h = W x + s_i · B diag(λ) A x; every ν steps the h adapters with the highest scores gain components.
+
+    An adapter's score is the sensitivity times the uncertainty of Σ|M ∘ ∂L/∂M| / √(elements of M), M = ΔW, which takes
+    one product d_out×rows×d_in per adapter and step while the growth lasts. Each adapter has a reserve behind gates of
+    1e-5, whose A and B train ahead ("advance learning"); growth lets its gates train and draws a new reserve. What comes
+    later has a learning-rate schedule of its own with a warm-up of the run's length ("multi_lr"). s_i = alpha / rank of
+    adapter i, so it falls as the adapter grows: a small jump of the function, in the authors' code, too.
+
+    The total ends at n·`rank` exactly (the authors' equality test misses it when it is jumped over): the last adapter to
+    grow takes only what is left. Then the reserves leave the model, which is what their gates of zero amount to.
+
+    Args:
+        rank: mean rank per adapter at the end.
+        start_steps: steps before the first growth may happen; None means `every`.
+        every: ν; None means 0.03 of the run, at least 1.
+        top_h: h; None means as many as it takes to be done at 0.65 of the run.
+        add_rank: components per growth; None means half of `rank`, the authors' choice.
+        beta1: decay of the sensitivity.
+        beta2: decay of the uncertainty.
+        orthogonal: weight of the orthogonality of A and B in the loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        start_steps: int | None,
+        every: int | None,
+        top_h: int | None,
+        add_rank: int | None,
+        beta1: float,
+        beta2: float,
+        orthogonal: float,
+    ) -> None:
+        super().__init__(rank=1, alpha=alpha, dropout=dropout)
+        self.target_rank = rank
+        self.start_steps, self.every, self.top_h = start_steps, every, top_h
+        self.add_rank = max(1, rank // 2) if add_rank is None else add_rank
+        self.orthogonal = orthogonal
+        self.importance = Importance(beta1, beta2)
+
+    def plan(self, steps: Steps) -> None:
+        """Fix the steps at which adapters grow: multiples of ν above `start_steps`."""
+        self.interval = max(1, round(0.03 * steps.total)) if self.every is None else self.every
+        start = self.interval if self.start_steps is None else self.start_steps
+        self.growth_steps = [step for step in range(self.interval, steps.total, self.interval) if step > start]
+        self.total_steps = steps.total
+
+    def attach(self, model: nn.Module, setting: Setting) -> None:
+        """Attach adapters of rank 1 with their first reserves.
+
+        Raises:
+            ConfigError: the run is too short to grow n·`rank` components.
+        """
+        super().attach(model, setting)
+        self.components = {name: a for name, a in self.adapters.items() if isinstance(a, GrowingAdapter)}
+        # When each part came, and when its gates began to train: the starts of their schedules.
+        self._came: dict[nn.Module, int] = {}
+        self._acts: dict[nn.Module, int] = {}
+        for adapter in self.components.values():
+            self._came[adapter] = self._acts[adapter] = 0
+        self.target = len(self.components) * self.target_rank
+        self.heads = self._adapters_per_growth()
+        if self.total_rank() < self.target:
+            for adapter in self.components.values():
+                self._draw_reserve(adapter, step=0)
+
+    def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
+        """Build an adapter of rank 1 that watches the gradient of its ΔW."""
+        if self.target_rank > min(d_in, d_out):
+            raise wrong_value("rank", self.target_rank, f"1 to {min(d_in, d_out)}, the width of the adapted linear")
+        adapter = GrowingAdapter(
+            d_in, d_out, rank=1, std=INIT_STD, scale=self.alpha / (1 + 1e-5), dropout=self.dropout, device=device
+        )
+        adapter.watching = self.target_rank > 1
+        return adapter
+
+    def groups(self, lr: float) -> list[ParameterGroup]:
+        """Return A, B and the gates that train, by the step at which their schedule begins."""
+        starts: defaultdict[int, list[nn.Parameter]] = defaultdict(list)
+        for adapter in self.components.values():
+            for part in adapter.parts:
+                starts[self._came[part]] += [part.A, part.B]
+                if part.gates is not None and part.gates.requires_grad:
+                    starts[self._acts[part]].append(part.gates)
+        return [ParameterGroup(parameters, lr, start=start) for start, parameters in sorted(starts.items())]
+
+    def extra_loss(self) -> Tensor | None:
+        """Return the weighted mean departure of A's rows and B's columns from orthonormal ones, over whole adapters."""
+        joined = [adapter.joined() for adapter in self.components.values()]
+        return self.orthogonal * orthogonality([m for A, B, _ in joined for m in (A, B.T)])
+
+    def total_rank(self) -> int:
+        """Return the number of components that act, over all adapters."""
+        return sum(adapter.rank for adapter in self.components.values())
+
+    def before_step(self, step: int) -> list[Event]:
+        """Score the adapters, and grow the best at the growth's steps."""
+        if self.total_rank() >= self.target:
+            return []
+        self.update_scores()
+        return [self.grow(step)] if step in self.growth_steps else []
+
+    @torch.no_grad()
+    def update_scores(self) -> None:
+        """Take in Σ|M ∘ ∂L/∂M| / √(elements of M) of every adapter's ΔW = M."""
+        for name, adapter in self.components.items():
+            gradient, adapter.weight_gradient = adapter.weight_gradient, None
+            if gradient is not None:
+                if torch.distributed.is_initialized():
+                    # Unlike gradients of parameters this one is of this process's rows only.
+                    torch.distributed.all_reduce(gradient)
+                value = (adapter.delta_weight() * gradient).abs().sum() / math.sqrt(gradient.numel())
+                self.importance.update(name, value)
+
+    def grow(self, step: int) -> Event:
+        """Let the reserves of the h best adapters act, and draw new ones; at the target all reserves leave."""
+        able = [name for name, adapter in self.components.items() if adapter.reserve is not None]
+        best = sorted(able, key=lambda name: -float(self.importance.score(name)))[: self.heads]
+        for name in best:
+            adapter, left = self.components[name], self.target - self.total_rank()
+            reserve = adapter.reserve
+            if left > 0 and reserve is not None:
+                adapter.activate(min(left, reserve.rank))
+                self._acts[reserve] = step
+                adapter.scale = self.alpha / (adapter.rank + 1e-5)
+                self._draw_reserve(adapter, step=step)
+        if self.total_rank() >= self.target:
+            for adapter in self.components.values():
+                adapter.drop_reserve()
+                adapter.watching = False
+        return Event(step, "grow", {"ranks": {name: adapter.rank for name, adapter in self.components.items()}})
+
+    def _draw_reserve(self, adapter: GrowingAdapter, *, step: int) -> None:
+        """Give an adapter a reserve, unless it is as wide as its linear."""
+        room = min(adapter.A.shape[1], adapter.B.shape[0]) - adapter.rank
+        if room:
+            adapter.add_reserve(min(self.add_rank, room), gate=RESERVE_GATE, generator=self.generator)
+            self._came[adapter.parts[-1]] = step
+
+    def _adapters_per_growth(self) -> int:
+        """Return h, and make sure that the growth can end within the run."""
+        missing = math.ceil((self.target - self.total_rank()) / self.add_rank)
+        if self.top_h is not None:
+            needed = math.ceil(missing / self.top_h)
+            if needed > len(self.growth_steps):
+                raise ConfigError(
+                    f"method.top_h={self.top_h}: {missing} growths take {needed} events, {len(self.growth_steps)} fit "
+                    f"the run's {self.total_steps} optimiser steps (every {self.interval})"
+                )
+            return self.top_h
+        events = sum(step <= GROWN_BY * self.total_steps for step in self.growth_steps)
+        if missing > events * len(self.components):
+            raise ConfigError(
+                f"rank={self.target_rank}: {missing} growths do not fit {events} events of {len(self.components)} adapters "
+                f"within 0.65 of the run's {self.total_steps} optimiser steps; allowed is a longer run or a larger "
+                "method.add_rank"
+            )
+        return math.ceil(missing / max(1, events))
