@@ -47,7 +47,8 @@ def rows_of(task: Any, number: int) -> dict[str, list[Any]]:
     endings = ("is in the garden.", "left the kitchen.", "has the book.")
     texts = [f"{subjects[i % 4]} {endings[i % 3]}" for i in range(number)]
     labels: list[Any] = [i % len(task.labels) if task.labels else i % 6 - 0.5 for i in range(number)]
-    return {**dict.fromkeys(task.columns, texts), "label": labels}
+    answers = [{"text": [text.split()[0]], "answer_start": [0]} for text in texts]
+    return {**dict.fromkeys(task.columns, texts), "label": labels, "answers": answers}
 
 
 @pytest.fixture(scope="module")

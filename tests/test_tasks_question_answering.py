@@ -16,12 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from wlora.config import TaskConfig
 from wlora.errors import ConfigError
 from wlora.metrics import Shard, merge_shards
+from wlora.models.loading import load_tokenizer
+from wlora.models.source import locate
 from wlora.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS
 from wlora.tasks import build_task
 from wlora.tasks.data import load_splits
 from wlora.tasks.question_answering import QuestionAnswering
 
 from .conftest import TINY, compose
+from .hub_folder import build_folder
 
 Answers = dict[str, list[Any]]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "who", "is", "w", *(f"##{n}" for n in range(10)), "x", "."]
@@ -157,6 +160,25 @@ def test_a_question_without_room_for_more_than_the_stride_is_cut_after_a_word(to
         assert set(features[:]["context"]) == {kept + 2}
         assert features[:]["starts"][0][0] == 0 and features[:]["ends"][-1][-1] == len(CONTEXT)
         assert max(features[:]["length"]) == 16
+
+
+def test_positions_of_a_tokenizer_of_pieces_lead_back_to_the_answers(tmp_path: Path) -> None:
+    """DeBERTa's own tokenizer: its tokens include the space before a word, some are nothing but that space."""
+    config = compose(
+        "task=story_qa", f"model.path={build_folder(tmp_path / 'deberta')}", "task.max_length=32", "task.stride=8"
+    )
+    tokenizer = load_tokenizer(config.model, locate(config.model))
+    rows = load_splits(config.task, offline=True).rows["validation"]
+    task = build_task(config.task)
+    train, places = (task.encode(rows, tokenizer, training=training)[:] for training in (True, False))
+    found = set()
+    for index, row in enumerate(places["row"]):
+        if start := train["start_positions"][index]:
+            first, last = start - places["context"][index], train["end_positions"][index] - places["context"][index]
+            span = rows[row]["context"][places["starts"][index][first] : places["ends"][index][last]]
+            assert span.strip() == rows[row]["answers"]["text"][0]
+            found.add(row)
+    assert found == {row for row, answers in enumerate(rows["answers"]) if answers["text"]}
 
 
 def test_rows_of_many_calls_keep_their_numbers(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
