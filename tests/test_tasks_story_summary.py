@@ -33,9 +33,8 @@ def test_summaries_say_where_both_ended_up(splits: dict[str, list[tuple[str, str
         for document, summary in rows:
             moves = MOVED.findall(document)
             where = dict(moves)  # the last place of each, in the order of their first
-            assert list(where.items()) == [
-                (m[0], m[1]) for m in (SUMMARY.findall(summary)[0][:2], SUMMARY.findall(summary)[0][2:])
-            ]
+            (told,) = SUMMARY.findall(summary)
+            assert list(where.items()) == [told[:2], told[2:]]
             assert len(moves) > 2 and document.count(".") == SUMMARY_EVENTS
 
 
