@@ -16,6 +16,8 @@ from typing import Any
 from omegaconf import MISSING
 
 RUN_ID_VERSION = 1
+# What a method's YAML says about itself; it leaves the configuration before the run_id is taken.
+METHOD_NOTES = ("about", "paper", "allowed", "preset", "presets", "ambiguous")
 # Keys that came after the first records: at their default (as before) they are left out, so that those keep their run_id.
 _LATER_TASK_KEYS = ("unanswerable", "stride", "n_best", "max_answer_length", "max_target_length", "generation")
 
