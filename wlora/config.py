@@ -30,6 +30,11 @@ class GenerationOverrides:
     length_penalty: float | None = None
 
 
+def later(default: Any) -> Any:
+    """Declare a field that records without it already exist for: it is part of `run_id` only off its default."""
+    return field(default=default, metadata={"later": True})
+
+
 @dataclass
 class TaskConfig:
     """A benchmark: where its rows come from, how they are read and what is reported."""
@@ -73,6 +78,8 @@ class ModelConfig:
     package: str | None = None
     sha256: str | None = None
     path: str | None = None
+    gguf_file: str | None = later(None)
+    quantization: str = later("none")
     architecture: dict[str, Any] = field(default_factory=dict)
     accumulation_steps: int | None = None
     k: int | None = None
@@ -87,6 +94,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     eval_every: int | None = None
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -113,6 +121,7 @@ class Config:
     dry_run: bool = False
     force: bool = False
     experiment: str | None = None
+    per_task: dict[str, Any] = field(default_factory=dict)
 
 
 def restore_config(content: dict[str, Any]) -> Config:
@@ -149,9 +158,7 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         model_data: content fingerprint of local weights, None for the hub.
         precision: the precision chosen for this machine, never `auto`.
     """
-    task = dataclasses.asdict(config.task)
-    model = dataclasses.asdict(config.model)
-    train = dataclasses.asdict(config.train)
+    task, model, train = (_identifying(section) for section in (config.task, config.model, config.train))
     for key in ("path", "eval_batch_size", "generator", "train_rows") + (
         ("hub_id", "subset", "revision") if task_data else ()
     ):
@@ -165,7 +172,9 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
     if model_data:
         for key in ("name", "source", "hub_id", "revision", "architecture"):
             del model[key]
-    del train["eval_every"]
+        model.pop("gguf_file", None)
+    for key in ("eval_every", "gradient_checkpointing"):
+        del train[key]
     return {
         "version": RUN_ID_VERSION,
         "task": {**task, "data": task_data},
@@ -178,6 +187,13 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         "compat": config.compat,
         "precision": precision,
     }
+
+
+def _identifying(section: TaskConfig | ModelConfig | TrainConfig) -> dict[str, Any]:
+    """Return a section's keys, those `later` ones left out that hold their default."""
+    added_later = [f for f in dataclasses.fields(section) if "later" in f.metadata]
+    unchanged = {f.name for f in added_later if getattr(section, f.name) == f.default}
+    return {key: value for key, value in dataclasses.asdict(section).items() if key not in unchanged}
 
 
 def run_id(fields: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import Config, config_folder, register_schema
-from wlora.errors import ConfigError, RunFault, unknown_name
+from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,14 @@ def main() -> None:
 def _attempt(composed: DictConfig) -> Outcome:
     """Run one composed configuration; a failure is told in a line or two and does not stop a sweep."""
     from wlora.hub import go_offline, require_sources
-    from wlora.models.source import locate
+    from wlora.models.source import locate, require_extras
     from wlora.study import fill_tuned
     from wlora.tasks.data import fingerprint
     from wlora.validation import resolve
 
     name = "?"
     try:
+        _refuse_foreign_task(composed)
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
         _refuse_added_keys(composed)
@@ -80,6 +81,7 @@ def _attempt(composed: DictConfig) -> Outcome:
         if config.offline:
             go_offline()
         if not config.dry_run:
+            require_extras(config.model)
             require_sources(config)
         source, data = locate(config.model), fingerprint(config.task)
         choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
@@ -108,6 +110,13 @@ def _attempt(composed: DictConfig) -> Outcome:
 
         traceback.print_exc()
         return Outcome(name, "failed", None, 1)
+
+
+def _refuse_foreign_task(composed: DictConfig) -> None:
+    """Refuse a task for which an experiment, whose figures differ by task, has none."""
+    name = composed.task.name
+    if composed.per_task and name not in composed.per_task:
+        raise wrong_value("task", name, f"{', '.join(composed.per_task)} in this experiment")
 
 
 def _refuse_added_keys(composed: DictConfig) -> None:
