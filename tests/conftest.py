@@ -38,11 +38,14 @@ def compose(*overrides: str) -> Any:
     from omegaconf import OmegaConf
 
     from wlora.config import config_folder, register_schema
+    from wlora.presets import apply_preset
     from wlora.validation import resolve
 
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        return resolve(OmegaConf.to_object(hydra_compose("config", overrides=list(overrides))))  # type: ignore[arg-type]
+        composed = hydra_compose("config", overrides=list(overrides))
+    apply_preset(composed, overrides)
+    return resolve(OmegaConf.to_object(composed))  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from wlora.config import config_folder
+from wlora.config import METHOD_NOTES, config_folder
+from wlora.help import read_comments
 from wlora.methods import build_method
 from wlora.validation import RULES, satisfies
 
 from .conftest import compose
 
+# The family that has every head; its tiny model reads 512 tokens.
+ANY_HEAD = ("model=tiny_bart", "task.max_length=512")
 METHODS = sorted(file.stem for file in (config_folder() / "method").glob("*.yaml"))
 
 
@@ -36,7 +40,7 @@ def read_method(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", options("task"))
 def test_every_task_composes(name: str) -> None:
-    task = compose(f"task={name}").task
+    task = compose(f"task={name}", *ANY_HEAD).task
     assert task.name == name and task.columns and task.validation and task.primary_metric in task.metrics
 
 
@@ -49,7 +53,7 @@ def test_every_model_composes(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_composes(name: str) -> None:
     config = compose(f"method={name}")
-    assert config.method["name"] == name and "allowed" not in config.method and "about" not in config.method
+    assert config.method["name"] == name and not set(METHOD_NOTES) & set(config.method)
 
 
 @pytest.mark.parametrize("name", options("experiment"))
@@ -125,14 +129,27 @@ def test_a_methods_keys_are_the_arguments_of_its_class(name: str) -> None:
 def test_a_methods_keys_are_shared_ones_or_have_a_rule(name: str) -> None:
     content = read_method(name)
     rules = content.get("allowed", {})
-    assert content["about"].endswith(".")
-    own = set(content) - {"about", "name", "allowed"}
+    own = set(content) - {"name", *METHOD_NOTES}
     assert set(rules) <= own
     for key in own:
-        if key in RULES:
-            assert content[key] == f"${{{key}}}"
-        else:
+        if key in rules:
             assert satisfies(content[key], rules[key])
+        else:
+            assert key in RULES and content[key] == f"${{{key}}}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_it_is_and_what_its_keys_mean(name: str) -> None:
+    content = read_method(name)
+    assert content["about"].endswith(".") and content["about"].count(". ") == 0
+    assert re.search(r"arXiv \d{4}\.\d{5}|ACL 20\d\d|the paper reproduced here|^none; ", content["paper"])
+    assert all(isinstance(item, str) for item in content.get("ambiguous", []))
+    assert set(content.get("allowed", {})) <= set(read_comments(config_folder() / "method" / f"{name}.yaml"))
+
+
+def test_every_shared_key_says_what_it_means() -> None:
+    meanings = read_comments(config_folder() / "config.yaml")
+    assert {key for key in RULES if "." not in key} <= set(meanings) and "preset" in meanings
 
 
 @pytest.mark.parametrize("name", METHODS)

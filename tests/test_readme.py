@@ -36,6 +36,7 @@ TRAIN_ROWS, EVAL_ROWS = 8, 6
 # Enough steps for the default T of every method; enough layers for every explicit k.
 SMALL = ["task.batch_size=4", "train.accumulation_steps=1", "train.max_steps=24", "seed=0"]
 LAYERS = "model.architecture.num_hidden_layers=4"
+BART = ("model.architecture.encoder_layers=4", "model.architecture.decoder_layers=4", "task.max_length=64")
 LOOKS = ("--help", "--cfg", "-sc")
 
 Enter = Callable[..., int]
@@ -47,7 +48,8 @@ def rows_of(task: Any, number: int) -> dict[str, list[Any]]:
     endings = ("is in the garden.", "left the kitchen.", "has the book.")
     texts = [f"{subjects[i % 4]} {endings[i % 3]}" for i in range(number)]
     labels: list[Any] = [i % len(task.labels) if task.labels else i % 6 - 0.5 for i in range(number)]
-    return {**dict.fromkeys(task.columns, texts), "label": labels}
+    answers = [{"text": [text.split()[0]], "answer_start": [0]} for text in texts]
+    return {**dict.fromkeys(task.columns, texts), "label": labels, "answers": answers}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("data")
     for file in (config_folder() / "task").glob("*.yaml"):
-        task = compose(f"task={file.stem}").task
+        task = compose(f"task={file.stem}", "model=tiny_bart", "task.max_length=512").task
         (folder / task.name).mkdir()
         for split in ("train", *task.validation):
             rows = rows_of(task, TRAIN_ROWS if split == "train" else EVAL_ROWS)
@@ -104,6 +106,8 @@ def shrink(line: str, data: Path, results: Path) -> list[str]:
     if "model.path=MODEL" in words:
         words[words.index("model.path=MODEL")] = f"model.path={minilm()}"
         words.append("model=minilm")
+    elif any(re.fullmatch(r"model=\w*bart\w*", word) for word in words):
+        words += ["model=tiny_bart", *BART]
     else:
         words += [f"model={'tiny_bert' if '-m' in words else 'tiny_deberta'}", LAYERS]  # a sweep with the faster one
     return [*words, *SMALL, f"task.path={data}/${{task.name}}"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from wlora.config import Config, run_id, scientific_fields, stream_seed
+from wlora.config import Config, ModelConfig, TaskConfig, TrainConfig, run_id, scientific_fields, stream_seed
 from wlora.errors import RunFault
 from wlora.records import Record, RecordStore
 
@@ -134,3 +134,21 @@ def test_a_non_finite_number_never_reaches_a_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         RecordStore(tmp_path).write(Record(run_id="x", status="success", config={}, metrics={"loss": float("nan")}))
     assert not RecordStore(tmp_path).path("x").exists()
+
+
+def test_records_of_the_first_study_are_found_again() -> None:
+    """Keys that came later leave the run_id of runs without them as it was."""
+    files = sorted((ROOT / "results" / "first_runs" / "records").glob("*.json"))
+    assert len(files) > 20
+    for file in files:
+        content = json.loads(file.read_text())
+        config = content["config"]
+        parts = {"task": TaskConfig, "model": ModelConfig, "train": TrainConfig}
+        known = {name: kind(**config[name]) for name, kind in parts.items()}
+        fields = scientific_fields(
+            Config(**{**config, **known}),
+            task_data=content["task"]["data"],
+            model_data=content["model"]["fingerprint"],
+            precision=content["environment"]["precision"],
+        )
+        assert run_id(fields) == content["run_id"] == file.stem

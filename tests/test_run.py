@@ -33,7 +33,7 @@ def probe(*words: str, **environment: str) -> tuple[str, str, list[str], int]:
     return done.stdout, verdict, errors, int(code)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"]])
+@pytest.mark.parametrize("words", [["--help"], ["method=rlora", "--help"], ["--cfg", "job"]])
 def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> None:
     out, verdict, errors, code = probe(*words)
     assert (verdict, code, errors) == ("LIGHT", 0, []) and "rank" in out
@@ -62,6 +62,11 @@ def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> 
         (["task.epochs=x"], "task.epochs=x: allowed is float > 0"),
         (["method=rlora", "method.draw=never"], "method.draw=never: allowed is at_cut | at_start"),
         (["method.lr_omega=abc"], "method.lr_omega=abc: allowed is float > 0"),
+        (["method.prest=authors"], "did you mean method.preset?"),
+        (["method=adalora", "method.preset=author"], "method.preset=author: allowed is authors or null with method=adalora"),
+        (["method=full", "method.preset=authors"], "method.preset=authors: allowed is null with method=full"),
+        (["method=adalora", "task=story_nli", "method.preset=authors"], "task=story_nli: allowed is task=cola,mnli,mrpc,"),
+        (["method=adalora", "method.preset=authors", "method.every=0"], "method.every=0: allowed is int >= 1 or null"),
         (["+foo=1"], "foo is unknown"),
         (["rank=[1"], "error:"),
         (["results_dir=/dev/null/x"], "results_dir=/dev/null/x: allowed is a folder that can be written"),

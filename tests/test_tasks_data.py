@@ -311,6 +311,23 @@ def test_the_commit_on_the_hub_is_recorded(asked: dict[str, Any]) -> None:
     assert fingerprint(task) is None
 
 
+def test_a_repository_with_a_loading_script_is_read_from_the_hubs_parquet_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    revisions = []
+
+    def build(path: str, name: str, *, revision: str) -> Builder:
+        revisions.append(revision)
+        if revision == "main":
+            raise RuntimeError("Dataset scripts are no longer supported, but found glue.py")
+        return Builder()
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", build)
+    assert load_splits(make_task(None), offline=False).revision == COMMIT
+    assert revisions == ["main", "refs/convert/parquet"]
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: build("glue", "mnli", revision="main"))
+    with pytest.raises(ConfigError, match="no longer supported"):
+        load_splits(make_task(None, revision="v1"), offline=False)
+
+
 def test_another_commit_than_asked_for_is_refused(asked: dict[str, Any]) -> None:
     assert load_splits(make_task(None, revision=COMMIT), offline=False).revision == COMMIT
     with pytest.raises(ConfigError, match="task.revision=fff"):

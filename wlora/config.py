@@ -16,8 +16,10 @@ from typing import Any
 from omegaconf import MISSING
 
 RUN_ID_VERSION = 1
-# Keys that came after the first records: at their default (as before) they are left out, so that those keep their run_id.
-_LATER_TASK_KEYS = ("unanswerable", "stride", "n_best", "max_answer_length", "max_target_length", "generation")
+# Marks a field that records without it already exist for: it is part of `run_id` only off its default.
+LATER = {"later": True}
+# What a method's YAML says about itself; it leaves the configuration before the run_id is taken.
+METHOD_NOTES = ("about", "paper", "allowed", "preset", "presets", "ambiguous")
 
 
 @dataclass
@@ -28,11 +30,6 @@ class GenerationOverrides:
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
     length_penalty: float | None = None
-
-
-def later(default: Any) -> Any:
-    """Declare a field that records without it already exist for: it is part of `run_id` only off its default."""
-    return field(default=default, metadata={"later": True})
 
 
 @dataclass
@@ -54,12 +51,12 @@ class TaskConfig:
     batch_size: int = MISSING
     eval_batch_size: int = 64
     max_length: int = 128
-    max_target_length: int | None = None
-    generation: GenerationOverrides = field(default_factory=GenerationOverrides)
-    unanswerable: bool = False
-    stride: int | None = None
-    n_best: int | None = None
-    max_answer_length: int | None = None
+    max_target_length: int | None = field(default=None, metadata=LATER)
+    generation: GenerationOverrides = field(default_factory=GenerationOverrides, metadata=LATER)
+    unanswerable: bool = field(default=False, metadata=LATER)
+    stride: int | None = field(default=None, metadata=LATER)
+    n_best: int | None = field(default=None, metadata=LATER)
+    max_answer_length: int | None = field(default=None, metadata=LATER)
     train_rows: int | None = None
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
@@ -78,8 +75,8 @@ class ModelConfig:
     package: str | None = None
     sha256: str | None = None
     path: str | None = None
-    gguf_file: str | None = later(None)
-    quantization: str = later("none")
+    gguf_file: str | None = field(default=None, metadata=LATER)
+    quantization: str = field(default="none", metadata=LATER)
     architecture: dict[str, Any] = field(default_factory=dict)
     accumulation_steps: int | None = None
     k: int | None = None
@@ -163,10 +160,6 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         ("hub_id", "subset", "revision") if task_data else ()
     ):
         del task[key]
-    before = dataclasses.asdict(TaskConfig())
-    for key in _LATER_TASK_KEYS:
-        if task[key] == before[key]:
-            del task[key]
     for key in ("path", "package", "sha256", "accumulation_steps", "k"):
         del model[key]
     if model_data:
@@ -191,9 +184,10 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
 
 def _identifying(section: TaskConfig | ModelConfig | TrainConfig) -> dict[str, Any]:
     """Return a section's keys, those `later` ones left out that hold their default."""
-    added_later = [f for f in dataclasses.fields(section) if "later" in f.metadata]
-    unchanged = {f.name for f in added_later if getattr(section, f.name) == f.default}
-    return {key: value for key, value in dataclasses.asdict(section).items() if key not in unchanged}
+    defaults = dataclasses.asdict(type(section)())
+    added_later = {field.name for field in dataclasses.fields(section) if field.metadata == LATER}
+    values = dataclasses.asdict(section)
+    return {key: value for key, value in values.items() if key not in added_later or value != defaults[key]}
 
 
 def run_id(fields: dict[str, Any]) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wlora.config import Config, config_folder, register_schema
+from wlora.config import METHOD_NOTES, Config, config_folder, register_schema
 from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
+from wlora.help import register_help, show_values
+from wlora.presets import apply_preset
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ def main() -> None:
     # With this set Hydra hands its errors to us instead of printing them with a traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
     register_schema()
+    register_help()
     outcomes: list[Outcome] = []
 
     def run_one(composed: DictConfig) -> float | None:
-        outcome = _attempt(composed)
+        outcome = _attempt(composed, list(HydraConfig.get().overrides.task))
         outcomes.append(outcome)
         return outcome.score
 
@@ -62,8 +66,11 @@ def main() -> None:
     sys.exit(max((outcome.exit_code for outcome in outcomes), default=0))
 
 
-def _attempt(composed: DictConfig) -> Outcome:
-    """Run one composed configuration; a failure is told in a line or two and does not stop a sweep."""
+def _attempt(composed: DictConfig, overrides: list[str]) -> Outcome:
+    """Run one composed configuration; a failure is told in a line or two and does not stop a sweep.
+
+    `overrides` are the words of the command line, or of this run of a sweep: a preset leaves their keys alone.
+    """
     from wlora.hub import go_offline, require_sources
     from wlora.models.source import locate, require_extras
     from wlora.study import fill_tuned
@@ -72,11 +79,14 @@ def _attempt(composed: DictConfig) -> Outcome:
 
     name = "?"
     try:
+        name = f"{composed.task.name} {composed.method.get('name')} {composed.model.name} seed={composed.seed}"
         _refuse_foreign_task(composed)
+        preset = apply_preset(composed, overrides)
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
         _refuse_added_keys(composed)
-        name = f"{config.task.name} {config.method.get('name')} {config.model.name} seed={config.seed}"
+        if preset and os.environ.get("RANK", "0") == "0":
+            print(f"preset: {show_values(preset)}", flush=True)
         resolve(config)
         if config.offline:
             go_offline()
@@ -176,7 +186,8 @@ def _sibling_keys(key: str) -> list[str]:
         for file in (config_folder() / "method").glob(f"{chosen[-1] if chosen else '*'}.yaml"):
             content: Any = OmegaConf.to_container(OmegaConf.load(file))
             found |= {f"method.{name}" for name in content.get("method", content)}
-        return sorted(found - {key, "method.about", "method.allowed"})
+        found -= {key, *(f"method.{note}" for note in METHOD_NOTES)}
+        return sorted(found | {"method.preset"})
     schema = OmegaConf.structured(Config)
     node = OmegaConf.select(schema, parent) if parent else schema
     names = list(node) if isinstance(node, DictConfig) else list(schema)

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wlora.config import Config, ModelConfig
+from wlora.config import METHOD_NOTES, Config, ModelConfig
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.targets import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, read_architecture
 from wlora.tasks import find_kind
@@ -126,8 +126,10 @@ def _check(key: str, value: Any, rule: str) -> None:
 
 def _check_method(config: Config) -> None:
     """Check the method's own keys against the rules of its YAML, which then leave the configuration."""
-    rules: dict[str, str] = config.method.pop("allowed", {})
-    config.method.pop("about", None)
+    assert config.method.get("preset") is None, "apply_preset comes first"
+    rules: dict[str, str] = config.method.get("allowed", {})
+    for note in METHOD_NOTES:
+        config.method.pop(note, None)
     for key, value in config.method.items():
         if key in rules:
             _check(f"method.{key}", value, rules[key])

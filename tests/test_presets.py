@@ -1,0 +1,163 @@
+"""`method.preset`: what it sets, what wins over it, and that the run is the one with the same values spelled out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from wlora.config import run_id, scientific_fields
+from wlora.errors import ConfigError
+from wlora.methods import build_method
+from wlora.methods.base import Steps
+from wlora.presets import TEXTS, apply_preset, explicit_keys
+from wlora.records import RecordStore
+from wlora.training.plan import make_plan
+from wlora.validation import RULES, satisfies
+
+from .conftest import ROOT, TINY, compose
+from .test_conf import METHODS, options, read_method
+
+PRESETS = [(name, preset) for name in METHODS for preset in read_method(name).get("presets", {})]
+AUTHORS = "method.preset=authors"
+
+
+def by_task(name: str, preset: str) -> dict[str, Any]:
+    return {task: values for task, values in read_method(name)["presets"][preset].items() if task not in TEXTS}
+
+
+def tasks_of(name: str, preset: str) -> list[str]:
+    """Return the tasks that a preset has values for; one without tasks is for all, of which two stand here."""
+    return sorted(set(by_task(name, preset)) - {"all"}) or ["mrpc", "rte"]
+
+
+def identity(*overrides: str) -> str:
+    return run_id(scientific_fields(compose(*overrides), task_data=None, model_data=None, precision="fp32"))
+
+
+def test_the_authors_values_reach_the_configuration() -> None:
+    config = compose("task=rte", "method=adalora", AUTHORS)
+    assert (config.lr, config.alpha, config.warmup, config.targets, config.rank) == (1.2e-3, 32, 200, "all", 1)
+    assert (config.task.epochs, config.task.batch_size, config.train.accumulation_steps) == (50, 32, 1)
+    method = config.method
+    assert (method["rank"], method["initial_rank"], method["start_steps"], method["orthogonal"]) == (1, 2, 600, 0.3)
+    assert compose("task=qqp", "method=adalora", AUTHORS).method["alpha"] == 16
+    assert compose("method=milora", AUTHORS).method["alpha"] == 64, "the method's own default follows the rank"
+
+
+def test_a_task_goes_before_all() -> None:
+    assert compose("task=mnli", "method=adalora", AUTHORS).method["initial_rank"] == 3
+    assert compose("task=cola", "method=melora", AUTHORS).task.batch_size == 64
+
+
+def test_explicit_keys_win_and_the_rest_of_the_preset_stays() -> None:
+    config = compose("task=rte", "method=adalora", AUTHORS, "lr=1e-4", "++alpha=8", "method.every=7")
+    assert (config.lr, config.method["alpha"], config.method["every"]) == (1e-4, 8, 7)
+    assert (config.warmup, config.method["start_steps"]) == (200, 600)
+
+
+def test_explicit_epochs_are_not_overruled_by_a_presets_steps() -> None:
+    assert compose("method=rlora", AUTHORS).train.max_steps == 512
+    assert compose("method=rlora", AUTHORS, "task.epochs=3").train.max_steps is None
+
+
+def test_explicit_keys_are_read_from_every_form_of_an_override() -> None:
+    assert explicit_keys(["task=rte", "+a=1", "++b.c=[1,2]", "~d", "e='x=y'"]) == {"task", "a", "b.c", "d", "e"}
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_a_run_with_a_preset_is_the_run_spelled_out(name: str, preset: str) -> None:
+    tasks = tasks_of(name, preset)
+    for task in {tasks[0], tasks[-1]}:
+        values = by_task(name, preset).get("all", {}) | by_task(name, preset).get(task, {})
+        words = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+        chosen = [f"task={task}", f"method={name}"]
+        assert identity(*chosen, f"method.preset={preset}") == identity(*chosen, *words)
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_a_preset_has_known_keys_with_allowed_values_and_fits_its_runs(name: str, preset: str) -> None:
+    content = read_method(name)
+    assert content["presets"][preset]["source"]
+    assert set(by_task(name, preset)) <= {"all", *options("task")}
+    rules = RULES | {f"method.{key}": rule for key, rule in content.get("allowed", {}).items()}
+    for values in by_task(name, preset).values():
+        assert all(satisfies(value, rules[key]) for key, value in values.items())
+    for task in tasks_of(name, preset):
+        config = compose(f"task={task}", f"method={name}", f"method.preset={preset}")
+        plan = make_plan(config, config.task.train_rows)
+        build_method(config.method).plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("adalora", {"mrpc": 0.1}), ("dynamic_lora", 0.06), ("melora", 0.06), ("alora", 0.06)]
+)
+def test_a_warm_up_given_as_a_share_is_that_share_of_a_full_run(name: str, share: Any) -> None:
+    shares = share if isinstance(share, dict) else dict.fromkeys(tasks_of(name, "authors"), share)
+    for task, part in shares.items():
+        config = compose(f"task={task}", f"method={name}", AUTHORS)
+        plan = make_plan(config, config.task.train_rows)
+        assert plan.warmup - 1 < part * plan.total_steps <= plan.warmup + 1e-6, "rounded up, as transformers does"
+
+
+def test_what_a_preset_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"method.preset=author: allowed is authors or null with method=adalora"):
+        compose("method=adalora", "method.preset=author")
+    with pytest.raises(ConfigError, match=r"method.preset=authors: allowed is null with method=probe"):
+        compose("method=probe", AUTHORS)
+    with pytest.raises(ConfigError, match=r"authors task=story_nli: allowed is task=cola,mnli,mrpc.* with method=adalora"):
+        compose("task=story_nli", "method=adalora", AUTHORS)
+
+
+def test_without_a_preset_nothing_changes() -> None:
+    composed = OmegaConf.create({"method": {"name": "lora", "preset": None, "rank": "${rank}"}, "rank": 3})
+    before = OmegaConf.to_yaml(composed)
+    assert apply_preset(composed, []) == {} and OmegaConf.to_yaml(composed) == before
+
+
+def test_a_run_with_a_preset_trains_and_says_what_was_set(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the entry point, where explicit keys come from Hydra, in a sweep those of each run."""
+    import sys
+
+    from wlora import run
+
+    words = [*TINY, "method=lora_drop", f"{AUTHORS},null", "method.share=false", f"results_dir={tmp_path}", "lr=1e-3,2e-3"]
+    monkeypatch.setattr(sys, "argv", ["run", "-m", *words])
+    with pytest.raises(SystemExit) as end:
+        run.main()
+    assert not end.value.code
+    records = list(RecordStore(tmp_path))
+    found = sorted((r.config["lr"], r.config["method"]["threshold"] or 0, r.config["method"]["share"]) for r in records)
+    assert found == [(1e-3, 0, False), (1e-3, 0.9, False), (2e-3, 0, False), (2e-3, 0.9, False)]
+    assert capsys.readouterr().out.count("preset: rank=8 method.threshold=0.9 method.sample=0.1\n") == 2
+
+
+def test_committed_records_keep_their_identity() -> None:
+    """Composed today, the runs of the first study have the identities of their records: presets left them alone."""
+    files = sorted((ROOT / "results" / "first_runs" / "records").glob("*.json"))
+    if not files:
+        pytest.skip("records are not part of an sdist")
+    seen = set()
+    for file in files:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        config, method = record["config"], record["config"]["method"]["name"]
+        if (method, config["task"]["name"]) in seen:
+            continue
+        seen.add((method, config["task"]["name"]))
+        words = [f"{group}={config[group]['name']}" for group in ("task", "model", "method")]
+        words += [f"{key}={config[key]}" for key in ("rank", "alpha", "dropout", "lr", "seed", "k", "targets", "compat")]
+        words += [f"task.{key}={config['task'][key]}" for key in ("epochs", "batch_size", "max_length")]
+        words += [f"task.{key}={config['task'][key] or 'null'}" for key in ("max_train_rows", "max_eval_rows")]
+        words += [f"warmup={config['warmup'] or 'null'}", f"train.max_steps={config['train']['max_steps'] or 'null'}"]
+        fields = scientific_fields(
+            compose(*words),
+            task_data=record["task"]["data"],
+            model_data=record["model"]["fingerprint"],
+            precision=record["environment"]["precision"],
+        )
+        assert run_id(fields) == record["run_id"]
+    assert len(seen) >= 6
