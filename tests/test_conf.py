@@ -26,9 +26,15 @@ def options(group: str) -> list[str]:
     return sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
 
 
+def read(group: str, name: str) -> dict[str, Any]:
+    """Return the content of a YAML as it stands there, interpolations included."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{name}.yaml"))
+    return dict(content)
+
+
 def read_method(name: str) -> dict[str, Any]:
     """Return the keys of a method's YAML as they stand there, interpolations and rules included."""
-    content: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "method" / f"{name}.yaml"))
+    content = read("method", name)
     return dict(content.get("method", content))
 
 
@@ -52,7 +58,56 @@ def test_every_method_composes(name: str) -> None:
 
 @pytest.mark.parametrize("name", options("experiment"))
 def test_every_experiment_composes(name: str) -> None:
-    compose(f"experiment={name}")
+    content = read("experiment", name)
+    for task in content.get("per_task", [None]):
+        config = compose(f"experiment={name}", *([f"task={task}"] if task else []))
+        assert config.per_task == {}, "its figures stand in the keys that read them"
+
+
+TABLE8 = {
+    "mnli": (256, 16),
+    "sst2": (128, 32),
+    "cola": (1024, 16),
+    "qqp": (1024, 8),
+    "qnli": (256, 16),
+    "rte": (256, 16),
+    "mrpc": (512, 32),
+    "stsb": (256, 16),
+}
+TABLE9 = {"table4": {"squad_v1": (10, 32), "squad_v2": (15, 32)}, "table5": {"xsum": (35, 8), "cnn_dailymail": (25, 8)}}
+
+
+@pytest.mark.parametrize("task", TABLE8)
+def test_table_3_is_the_papers_table_8(task: str) -> None:
+    assert set(read("experiment", "table3")["per_task"]) == set(TABLE8)
+    config = compose("experiment=table3", f"task={task}", "method=wlora")
+    assert (config.train.max_steps, config.task.batch_size) == TABLE8[task]
+    assert config.train.accumulation_steps == 2 and config.warmup == 25
+    assert (config.model.name, config.targets, config.method["k"]) == ("llama3_8b", "all", 100)
+
+
+@pytest.mark.parametrize(("table", "task"), [(table, task) for table, tasks in TABLE9.items() for task in tasks])
+def test_tables_4_and_5_are_the_papers_table_9(table: str, task: str) -> None:
+    assert set(read("experiment", table)["per_task"]) == set(TABLE9[table])
+    config = compose(f"experiment={table}", f"task={task}", "method=wlora")
+    assert (config.task.epochs, config.task.batch_size) == TABLE9[table][task]
+    assert config.train.max_steps is None and config.train.accumulation_steps == 1
+    expected = {"table4": ("deberta_v3_base", "release", 20), "table5": ("bart_large", "all", 20)}
+    assert (config.model.name, config.targets, config.method["k"]) == expected[table]
+
+
+@pytest.mark.parametrize("table", ["table3", "table4", "table5"])
+def test_a_sweep_of_a_table_runs_over_the_papers_grids(table: str) -> None:
+    params = read("experiment", table)["hydra"]["sweeper"]["params"]
+    rates = [float(rate) for rate in params["lr"].split(",")]
+    assert rates == [1e-6, 3e-5, 5e-5, 8e-5, 1e-4, 3e-4, 5e-4, 8e-4, 1e-3] + [5e-3] * (table == "table3")
+    warmups = [int(steps) for steps in params["warmup"].split(",")]
+    assert warmups == ([10, 25, 30, 50] if table == "table3" else [0, 20, 50, 70, 100, 200])
+
+
+def test_what_is_given_on_the_command_line_replaces_an_experiments_figure() -> None:
+    config = compose("experiment=table3", "task=cola", "task.batch_size=4", "train.max_steps=50", "targets=qkv")
+    assert (config.task.batch_size, config.train.max_steps, config.targets) == (4, 50, "qkv")
 
 
 def test_every_file_is_in_a_group_that_is_tested() -> None:

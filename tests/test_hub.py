@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -201,3 +203,76 @@ def test_with_the_hub_in_reach_nothing_is_changed(cache: Path, monkeypatch: pyte
     monkeypatch.setattr(hub, "_reachable", lambda: True)
     hub.require_sources(compose(*PAPER))
     assert not constants.is_offline_mode() and "HF_HUB_OFFLINE" not in os.environ
+
+
+# A gated repository --------------------------------------------------------------------------------------------------
+
+LLAMA = ("task=story_nli", "model=llama3_8b", "method=lora")
+
+
+@pytest.fixture
+def stand_in() -> Iterator[Any]:
+    """A local server in the hub's place, which lets a token `good` in and answers all others that the model is gated."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            gated = "resolve" in self.path and self.headers.get("Authorization") != "Bearer good"
+            seen.append(self.path)
+            self.send_response((403 if self.headers.get("Authorization") else 401) if gated else 404)
+            if gated:
+                self.send_header("X-Error-Code", "GatedRepo")
+                self.send_header("X-Error-Message", "Access to model meta-llama/Meta-Llama-3-8B is restricted.")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    seen: list[str] = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", seen
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("token", ["", "of-someone-without-access"])
+def test_a_gated_model_without_access_gets_its_one_line(token: str, stand_in: Any, tmp_path: Path) -> None:
+    address, seen = stand_in
+    verdict, errors, seconds = wrapped(tmp_path, *LLAMA, HF_ENDPOINT=address, HF_TOKEN=token)
+    assert verdict == "2 torch=False" and seconds < 5
+    assert errors == [
+        "error: model=llama3_8b: meta-llama/Meta-Llama-3-8B is gated: accept its licence on the repository's page and set "
+        "HF_TOKEN or run `hf auth login`, or give a local copy as model.path=DIR"
+    ]
+    assert "/meta-llama/Meta-Llama-3-8B/resolve/main/config.json" in seen
+    assert not list(tmp_path.rglob("records"))
+
+
+def test_a_token_with_access_passes(stand_in: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, seen = stand_in
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", "good")
+    hub.require_sources(compose(*LLAMA))
+    assert any("config.json" in path for path in seen)
+    monkeypatch.setenv("HF_TOKEN", "bad")
+    with pytest.raises(ConfigError, match="is gated"):
+        hub.require_sources(compose(*LLAMA))
+
+
+def test_a_gguf_file_of_a_repository_is_what_is_asked_for(
+    stand_in: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, seen = stand_in
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", "good")
+    hub.require_sources(compose(*LLAMA, "model.gguf_file=q4.gguf", "model.revision=v1"))
+    assert any(path.endswith("/resolve/v1/q4.gguf") for path in seen)
+
+
+def test_a_cached_model_is_not_asked_about(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_model(cache)
+    monkeypatch.setattr(hub, "_reachable", lambda: True)
+    monkeypatch.setattr(hub, "_refuse_gated", lambda source: pytest.fail("the hub was asked"))
+    hub.require_sources(compose(*PAPER))

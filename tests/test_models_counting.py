@@ -35,8 +35,10 @@ POOLER, CLASSIFIER = D * D + D, 2 * D + 2
 
 
 def attach_on_meta(*overrides: str) -> tuple[PreTrainedModel, Method, dict[str, int], Config]:
-    """Attach a method to DeBERTaV3-base without weights, and count as a dry run does."""
-    config: Config = compose("model=deberta_v3_base", "task=rte", *overrides)
+    """Attach a method to DeBERTaV3-base (or another model) without weights, and count as a dry run does."""
+    if not any(word.startswith("model=") for word in overrides):
+        overrides = ("model=deberta_v3_base", *overrides)
+    config: Config = compose("task=rte", *overrides)
     model = build_on_meta(config.model, config.model.architecture, head="sequence_classification", num_labels=2)
     method = build_method(config.method, release=config.compat == "release")
     method.plan(Steps(total=1000, per_epoch=100))
@@ -251,3 +253,64 @@ def test_the_papers_other_models_have_n_targets(architecture: dict[str, Any], ta
     assert count_targets(architecture, targets) == n
     assert count_targets(BART_LARGE, "qkv") == 108 and count_targets(BART_LARGE, "all") == 192
     assert count_targets(LLAMA3_8B, "all") == 224
+
+
+# The paper's other models --------------------------------------------------------------------------------------------
+
+
+def shares(counts: dict[str, int]) -> tuple[str, str]:
+    """Return the adapters' shares of the logical and of the stored elements, in per cent with three digits."""
+    adapters = counts["adapter_initial"]
+    return f"{100 * adapters / counts['total']:.3f}", f"{100 * adapters / counts['stored']:.3f}"
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_bart_large_has_192_linears_and_540_672_elements_per_rank(rank: int) -> None:
+    # Self-attention in 24 layers, cross-attention in 12: 36·4 squares of 1024; two feed-forward linears in 24 layers.
+    per_rank = 36 * 4 * (1024 + 1024) + 24 * 2 * (1024 + 4096)
+    assert per_rank == 540_672
+    _, method, counts, config = attach_on_meta("model=bart_large", "targets=all", "method=lora", f"rank={rank}")
+    assert len(method.adapters) == 192 and counts["adapter_initial"] == rank * per_rank
+    assert config.k == 20
+    # Without the classification head, of 1024² + 1024 and (with two labels) 2050 elements, it is Table 5's model.
+    body = counts["total"] - (1024 * 1024 + 1024 + 2050)
+    assert body == 406_291_456
+    adapters = counts["adapter_initial"]
+    # The paper's percentages count the adapters in the whole, too.
+    assert f"{100 * adapters / (body + adapters):.2f}" == {1: "0.13", 8: "1.05"}[rank]
+    if rank == 1:
+        assert shares(counts) == ("0.133", "0.133")
+
+
+def test_bart_large_has_108_linears_of_queries_keys_and_values() -> None:
+    _, method, counts, _ = attach_on_meta("model=bart_large", "targets=qkv", "method=lora", "rank=1")
+    assert len(method.adapters) == 108 and counts["adapter_initial"] == 108 * 2048
+
+
+@pytest.mark.parametrize(("rank", "logical", "stored"), [(1, 35, 65), (2, 70, 131), (4, 140, 261), (8, 279, 522)])
+def test_llama3_8b_has_the_papers_percentages_of_its_stored_elements(rank: int, logical: int, stored: int) -> None:
+    words = ["model=llama3_8b", "targets=all", "method=lora", f"rank={rank}"]
+    # Per layer: q and o of 4096², k and v of 4096×1024, three feed-forward linears of 4096×14336.
+    per_rank = 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    linears = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    total = linears + 128_256 * 4096 + (2 * 32 + 1) * 4096 + 2 * 4096  # with words, norms and the head for two classes
+    assert (per_rank, total) == (2_621_440, 7_504_932_864)
+    _, method, plain, config = attach_on_meta(*words)
+    assert len(method.adapters) == 224 and config.train.accumulation_steps == 2
+    assert plain["adapter_initial"] == rank * per_rank and plain["stored"] == plain["total"] == total
+    _, _, packed, _ = attach_on_meta(*words, "model.quantization=nf4")
+    assert packed["stored"] == total - linears // 2 == 4_015_271_936
+    assert shares(packed) == (f"0.{logical:03}", f"0.{stored:03}")
+    _, _, eight, _ = attach_on_meta(*words, "model.quantization=int8")
+    assert eight["stored"] == total
+
+
+def test_llama3_8b_keeps_100_adapters_with_weightlora() -> None:
+    assert compose("model=llama3_8b", "targets=all", "method=wlora").method["k"] == 100
+    assert compose("model=llama3_8b", "targets=qkv", "method=wlora").method["k"] == 96, "all there are"
+
+
+def test_smollm2_135m_has_its_134_515_008_parameters_and_a_head() -> None:
+    _, method, counts, config = attach_on_meta("model=smollm2_135m", "targets=all", "method=lora", "rank=1")
+    assert len(method.adapters) == 210 and config.k == 20
+    assert counts["total"] == 134_515_008 + 2 * 576

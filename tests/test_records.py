@@ -40,6 +40,32 @@ def test_run_id_sees_only_the_keys_its_method_reads() -> None:
     assert identity("method=probe", "rank=4", "targets=all") == identity("method=probe")
 
 
+def test_keys_added_later_count_only_off_their_defaults() -> None:
+    before = scientific_fields(compose(*TINY), task_data="d", model_data=None, precision="fp32")
+    assert not {"gguf_file", "quantization"} & set(before["model"]) and "gradient_checkpointing" not in before["train"]
+    package = ["model=minilm", "task=story_nli"]
+    plain, packed = (compose(*package, f"model.quantization={kind}") for kind in ("none", "nf4"))
+    ids = [run_id(scientific_fields(c, task_data="d", model_data="m", precision="fp32")) for c in (plain, packed)]
+    assert ids[0] != ids[1]
+    hub = compose("model=smollm2_135m", "task=story_nli", "model.gguf_file=q4.gguf")
+    assert scientific_fields(hub, task_data="d", model_data=None, precision="fp32")["model"]["gguf_file"] == "q4.gguf"
+    # The content of a local file says more than its name.
+    assert "gguf_file" not in scientific_fields(hub, task_data="d", model_data="m", precision="fp32")["model"]
+
+
+@pytest.mark.parametrize("study", sorted(path.parent.name for path in (ROOT / "results").glob("*/records")))
+def test_committed_records_are_still_found(study: str) -> None:
+    """Their configurations, without the keys that came later, hash to the names they were stored under."""
+    from omegaconf import OmegaConf
+
+    records = list(RecordStore(ROOT / "results" / study))
+    assert records
+    for record in records:
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record.config))
+        data = {"task_data": record.task["data"], "model_data": record.model["fingerprint"]}
+        assert run_id(scientific_fields(config, **data, precision=record.environment["precision"])) == record.run_id
+
+
 def test_streams_of_a_seed_are_independent_and_stable() -> None:
     seeds = {stream_seed(seed, name) for seed in range(3) for name in ("init", "order", "dropout", "choice", "adapters")}
     assert len(seeds) == 15
@@ -50,7 +76,7 @@ def test_a_record_holds_the_keys_of_the_design(run_tiny: Callable[..., Any], tmp
     record = run_tiny("method=wlora")
     content = json.loads((tmp_path / "records" / f"{record.run_id}.json").read_text())
     assert content["status"] == "success" and content["primary_metric"] in content["metrics"]
-    assert set(content["parameters"]) >= {"adapter_initial", "adapter_final", "head", "total"}
+    assert set(content["parameters"]) >= {"adapter_initial", "adapter_final", "head", "total", "stored"}
     assert set(content["seconds"]) == {"train", "eval", "total"}
     assert content["resumed_at"] == [] and content["config"]["method"]["k"] == 5
     assert [event["kind"] for event in content["events"]] == ["cut"]

@@ -51,6 +51,8 @@ def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> 
         (["rank=0"], "rank=0: allowed is int >= 1"),
         (["rank=four"], "rank=four: allowed is int >= 1"),
         (["k=0"], "k=0: allowed is int >= 1"),
+        (["model.quantization=fp4"], "model.quantization=fp4: allowed is none | nf4 | int8"),
+        (["experiment=table3", "task=story_nli"], "task=story_nli: allowed is mnli, sst2, cola, qqp, qnli, rte, mrpc, stsb"),
         (["k=37"], "k=37: allowed is 1 to 36"),
         (["lr=-1e-3"], "lr=-0.001: allowed is float > 0"),
         (["seed=-1"], "seed=-1: allowed is int >= 0"),
@@ -90,7 +92,7 @@ def test_no_network_is_refused_at_once_with_the_ways_out() -> None:
     [
         ([], "221,184 adapter parameters"),
         (["targets=all"], "663,552"),
-        (["targets=release"], "479,232 adapter parameters (0.26%"),
+        (["targets=release"], "479,232 adapter parameters (0.260%"),
     ],
 )
 def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(words: list[str], trainable: str, tmp_path: Path) -> None:

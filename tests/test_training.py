@@ -159,3 +159,19 @@ def test_loss_scaling_changes_no_update_and_skips_overflown_steps() -> None:
     optimizers.step(scaler)
     scaler.update()
     assert float(p.detach()) == before and scaler.get_scale() == 512.0
+
+
+def test_a_model_handed_over_in_evaluation_mode_trains_in_training_mode(
+    run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers hands out every loaded model in evaluation mode: without dropout in the base.
+    modes: list[bool] = []
+    accumulate = loop.Trainer._accumulate
+
+    def watch(trainer: loop.Trainer, batches: list[list[int]]) -> torch.Tensor:
+        modes.append(all(module.training for module in trainer.bare_model.modules()))
+        return accumulate(trainer, batches)
+
+    monkeypatch.setattr(loop.Trainer, "_accumulate", watch)
+    run_tiny("model=minilm", "method=lora", "train.max_steps=4", "task.max_train_rows=16", "train.eval_every=2")
+    assert modes == [True] * 4

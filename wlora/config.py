@@ -16,10 +16,10 @@ from typing import Any
 from omegaconf import MISSING
 
 RUN_ID_VERSION = 1
+# Marks a field that records without it already exist for: it is part of `run_id` only off its default.
+LATER = {"later": True}
 # What a method's YAML says about itself; it leaves the configuration before the run_id is taken.
 METHOD_NOTES = ("about", "paper", "allowed", "preset", "presets", "ambiguous")
-# Keys that came after the first records: at their default (as before) they are left out, so that those keep their run_id.
-_LATER_TASK_KEYS = ("unanswerable", "stride", "n_best", "max_answer_length", "max_target_length", "generation")
 
 
 @dataclass
@@ -51,12 +51,12 @@ class TaskConfig:
     batch_size: int = MISSING
     eval_batch_size: int = 64
     max_length: int = 128
-    max_target_length: int | None = None
-    generation: GenerationOverrides = field(default_factory=GenerationOverrides)
-    unanswerable: bool = False
-    stride: int | None = None
-    n_best: int | None = None
-    max_answer_length: int | None = None
+    max_target_length: int | None = field(default=None, metadata=LATER)
+    generation: GenerationOverrides = field(default_factory=GenerationOverrides, metadata=LATER)
+    unanswerable: bool = field(default=False, metadata=LATER)
+    stride: int | None = field(default=None, metadata=LATER)
+    n_best: int | None = field(default=None, metadata=LATER)
+    max_answer_length: int | None = field(default=None, metadata=LATER)
     train_rows: int | None = None
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
@@ -75,6 +75,8 @@ class ModelConfig:
     package: str | None = None
     sha256: str | None = None
     path: str | None = None
+    gguf_file: str | None = field(default=None, metadata=LATER)
+    quantization: str = field(default="none", metadata=LATER)
     architecture: dict[str, Any] = field(default_factory=dict)
     accumulation_steps: int | None = None
     k: int | None = None
@@ -89,6 +91,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     eval_every: int | None = None
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -115,6 +118,7 @@ class Config:
     dry_run: bool = False
     force: bool = False
     experiment: str | None = None
+    per_task: dict[str, Any] = field(default_factory=dict)
 
 
 def restore_config(content: dict[str, Any]) -> Config:
@@ -154,23 +158,19 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         model_data: content fingerprint of local weights, None for the hub.
         precision: the precision chosen for this machine, never `auto`.
     """
-    task = dataclasses.asdict(config.task)
-    model = dataclasses.asdict(config.model)
-    train = dataclasses.asdict(config.train)
+    task, model, train = (_identifying(section) for section in (config.task, config.model, config.train))
     for key in ("path", "eval_batch_size", "generator", "train_rows") + (
         ("hub_id", "subset", "revision") if task_data else ()
     ):
         del task[key]
-    before = dataclasses.asdict(TaskConfig())
-    for key in _LATER_TASK_KEYS:
-        if task[key] == before[key]:
-            del task[key]
     for key in ("path", "package", "sha256", "accumulation_steps", "k"):
         del model[key]
     if model_data:
         for key in ("name", "source", "hub_id", "revision", "architecture"):
             del model[key]
-    del train["eval_every"]
+        model.pop("gguf_file", None)
+    for key in ("eval_every", "gradient_checkpointing"):
+        del train[key]
     return {
         "version": RUN_ID_VERSION,
         "task": {**task, "data": task_data},
@@ -183,6 +183,14 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         "compat": config.compat,
         "precision": precision,
     }
+
+
+def _identifying(section: TaskConfig | ModelConfig | TrainConfig) -> dict[str, Any]:
+    """Return a section's keys, those `later` ones left out that hold their default."""
+    defaults = dataclasses.asdict(type(section)())
+    added_later = {field.name for field in dataclasses.fields(section) if field.metadata == LATER}
+    values = dataclasses.asdict(section)
+    return {key: value for key, value in values.items() if key not in added_later or value != defaults[key]}
 
 
 def run_id(fields: dict[str, Any]) -> str:

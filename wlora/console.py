@@ -28,15 +28,27 @@ def announce(config: Config, identity: str, plan: Plan, precision: Precision) ->
         say(f"notice: {plan.notice}")
 
 
+def share_of_model(trainable: int, counts: dict[str, int]) -> str:
+    """Say which share of the model trains; of a packed one also the share of the elements it is stored in.
+
+    The paper's percentages for Llama are of the latter kind (methods note §0.3).
+    """
+    share = f"{trainable / counts['total']:.3%} of {counts['total']:,}"
+    if counts["stored"] == counts["total"]:
+        return share
+    return f"{share}, {trainable / counts['stored']:.3%} of {counts['stored']:,} stored"
+
+
 def summarize(record: Record, method: Method, path: str) -> str:
     """Format the end of a run: metric, parameters, kept adapters, seconds, where the record is."""
     counts = record.parameters
     first, last = (counts["base"] + counts[key] for key in ("adapter_initial", "adapter_final"))
     kept = [f"{a['name']} (ω {a['omega']:.3f}, rank {a['rank']})" for a in record.adapters if a["omega"] is not None]
     metrics = ", ".join(_show(name, record.metrics) for name in record.metrics if not name.endswith(("_low", "_high")))
+    shares = share_of_model(last, counts)
     lines = [
         f"metric     {metrics} (dev set)",
-        f"trainable  {first:,} -> {last:,} ({last / counts['total']:.3%} of {counts['total']:,}), head {counts['head']:,}",
+        f"trainable  {first:,} -> {last:,} ({shares}), head {counts['head']:,}",
         f"kept       {len(record.adapters)} adapters"
         + (f", lowest in layer {method.adapters.lowest_layer}" if kept else ""),
         *(f"           {line}" for line in kept[:20]),

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from wlora.config import Config
+from wlora.console import share_of_model
 from wlora.experiment import attach, count_parameters, open_record
 from wlora.methods import build_method
 from wlora.methods.base import Steps
@@ -27,7 +28,7 @@ def describe(config: Config) -> str:
     precision = choose_precision(config.precision, Accelerator(cpu=not torch.cuda.is_available()).device)
     record = open_record(config, source, precision)
     task = build_task(config.task)
-    method = build_method(config.method, release=config.compat == "release")
+    method = build_method(config.method, release=config.compat == "release", quantized=config.model.quantization != "none")
     rows = _known_rows(config)
     if rows is not None:
         plan = make_plan(config, rows)
@@ -50,7 +51,7 @@ def describe(config: Config) -> str:
         f"run        {record.run_id} ({'record exists: ' + done.status if done else 'no record yet'})",
         f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",
         f"adapters   {len(method.attached())} of method={config.method['name']}",
-        f"trainable  {trainable:,} {what} parameters ({trainable / counts['total']:.2%} of the model)",
+        f"trainable  {trainable:,} {what} parameters ({share_of_model(trainable, counts)})",
         f"head       {counts['head']:,} trainable parameters of head and pooler",
         f"steps      {steps}",
     ]

@@ -21,7 +21,8 @@ from wlora.console import announce, say, summarize
 from wlora.errors import RunFault
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
-from wlora.models.loading import head_parameters, load_model, load_tokenizer
+from wlora.models.loading import checkpoint_activations, head_parameters, load_model, load_tokenizer
+from wlora.models.quantization import count_model
 from wlora.models.source import ModelSource, locate
 from wlora.models.targets import list_targets
 from wlora.precision import Precision, choose_precision, lower_base
@@ -57,7 +58,7 @@ def run(config: Config) -> Record:
     tokenizer = load_tokenizer(config.model, source)
     data = encode(task, splits, tokenizer)
     plan = make_plan(config, len(data.train))
-    method = build_method(config.method, release=config.compat == "release")
+    method = build_method(config.method, release=config.compat == "release", quantized=config.model.quantization != "none")
     method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
     announce(config, record.run_id, plan, precision)
 
@@ -68,8 +69,12 @@ def run(config: Config) -> Record:
         head=task.head,
         num_labels=task.num_labels,
         seed=stream_seed(config.seed, "init"),
+        device=accelerator.device,
+        dtype=precision.dtype,
     )
     head = attach(model, method, config)
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model)
     lower_base(model, precision)
     model.to(accelerator.device)
     record.parameters = count_parameters(model, method, head)
@@ -142,18 +147,23 @@ def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, 
 
 
 def count_parameters(model: nn.Module, method: Method, head: dict[str, nn.Parameter]) -> dict[str, int]:
-    """Count elements: adapters at the start (for full fine-tuning the base), trainable head, and the bare model."""
+    """Count elements: adapters at the start (for full fine-tuning the base), trainable head, and the bare model.
+
+    `total` counts the model's elements as its architecture has them, `stored` as a quantised base packs them.
+    """
     in_head = {id(p) for p in head.values()}
     adapters = method.attached().values()
-    adapter_elements = {id(p) for a in adapters for p in a.parameters()}
-    base = [p for p in model.parameters() if id(p) not in adapter_elements]
+    in_adapters = {id(p) for a in adapters for p in a.parameters()}
+    base = [p for p in model.parameters() if id(p) not in in_adapters]
     trainable_base = sum(p.numel() for p in base if p.requires_grad and id(p) not in in_head)
+    logical, stored = count_model(model, without=in_adapters)
     return {
         "adapter_initial": count_elements(adapters),
         "adapter_final": count_elements(adapters),
         "base": trainable_base,
         "head": sum(p.numel() for p in head.values()),
-        "total": sum(p.numel() for p in base),
+        "total": logical,
+        "stored": stored,
     }
 
 

@@ -7,12 +7,31 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from wlora.config import Config
 from wlora.errors import ConfigError
 
 PROBE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Something that a run takes from the hub.
+
+    Attributes:
+        key: what chose it, as the user writes it.
+        repository: its hub id.
+        cached: whether it is in a local cache.
+        file: of a model, the file that is asked for first, at `revision`.
+    """
+
+    key: str
+    repository: str
+    cached: bool
+    file: str | None = None
+    revision: str | None = None
 
 
 def require_sources(config: Config) -> None:
@@ -22,21 +41,24 @@ def require_sources(config: Config) -> None:
     not wait for it.
 
     Raises:
-        ConfigError: something is missing and the network is off (`offline`, `HF_HUB_OFFLINE`) or down.
+        ConfigError: something is missing and the network is off (`offline`, `HF_HUB_OFFLINE`) or down, or the model's
+            repository is gated and closed to this user.
     """
     wanted = _wanted(config)
-    offline = config.offline or _told_to_stay_offline()
-    if not wanted or (not offline and _reachable()):
+    if not wanted:
         return
-    missing = [
-        f"{key} ({repo})"
-        for key, kind, repo, subset, revision in wanted
-        if not (_model_is_cached(repo, revision) if kind == "model" else _dataset_is_cached(repo, subset))
-    ]
+    missing = [source for source in wanted if not source.cached]
+    offline = config.offline or _told_to_stay_offline()
+    if not offline and _reachable():
+        for source in missing:
+            if source.file is not None:
+                _refuse_gated(source)
+        return
     if missing:
         reason = "offline" if offline else "no network"
+        named = ", ".join(f"{source.key} ({source.repository})" for source in missing)
         raise ConfigError(
-            f"{reason}, and not in the local cache: {', '.join(missing)}\n"
+            f"{reason}, and not in the local cache: {named}\n"
             "ways out: task.path=DIR and model.path=DIR with local copies, a filled cache (HF_HOME), experiment=demo"
         )
     go_offline()
@@ -55,15 +77,39 @@ def go_offline() -> None:
         datasets.config.HF_HUB_OFFLINE = True
 
 
-def _wanted(config: Config) -> list[tuple[str, str, str, str | None, str]]:
-    """List (key, kind, repository, subset, revision) of what is neither local nor generated."""
+def _wanted(config: Config) -> list[HubSource]:
+    """List what is neither local nor generated."""
     task, model = config.task, config.model
-    found: list[tuple[str, str, str, str | None, str]] = []
+    found: list[HubSource] = []
     if model.path is None and model.source == "hub" and model.hub_id:
-        found.append((f"model={model.name}", "model", model.hub_id, None, model.revision))
+        file = model.gguf_file or "config.json"
+        cached = _model_is_cached(model.hub_id, file, model.revision)
+        found.append(HubSource(f"model={model.name}", model.hub_id, cached, file, model.revision))
     if task.path is None and task.generator is None and task.hub_id:
-        found.append((f"task={task.name}", "dataset", task.hub_id, task.subset, task.revision))
+        found.append(HubSource(f"task={task.name}", task.hub_id, _dataset_is_cached(task.hub_id, task.subset)))
     return found
+
+
+def _refuse_gated(source: HubSource) -> None:
+    """Ask for a file as transformers will; any answer but `gated` is left to the load to deal with.
+
+    Raises:
+        ConfigError: the repository is gated, and there is no token or one without access.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import GatedRepoError
+
+    assert source.file is not None
+    url = hf_hub_url(source.repository, source.file, revision=source.revision, endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        get_hf_file_metadata(url, timeout=PROBE_SECONDS)
+    except GatedRepoError:
+        raise ConfigError(
+            f"{source.key}: {source.repository} is gated: accept its licence on the repository's page and set HF_TOKEN or "
+            "run `hf auth login`, or give a local copy as model.path=DIR"
+        ) from None
+    except Exception:  # of the network, of two libraries
+        return
 
 
 def _told_to_stay_offline() -> bool:
@@ -72,10 +118,10 @@ def _told_to_stay_offline() -> bool:
     return named.lower() in ("1", "true", "yes", "on")
 
 
-def _model_is_cached(repo: str, revision: str) -> bool:
+def _model_is_cached(repo: str, file: str, revision: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str)
+    return isinstance(try_to_load_from_cache(repo, file, revision=revision), str)
 
 
 def _dataset_is_cached(repo: str, subset: str | None) -> bool:

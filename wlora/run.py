@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import METHOD_NOTES, Config, config_folder, register_schema
-from wlora.errors import ConfigError, RunFault, unknown_name
+from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
 from wlora.help import register_help, show_values
 from wlora.presets import apply_preset
 
@@ -72,7 +72,7 @@ def _attempt(composed: DictConfig, overrides: list[str]) -> Outcome:
     `overrides` are the words of the command line, or of this run of a sweep: a preset leaves their keys alone.
     """
     from wlora.hub import go_offline, require_sources
-    from wlora.models.source import locate
+    from wlora.models.source import locate, require_extras
     from wlora.study import fill_tuned
     from wlora.tasks.data import fingerprint
     from wlora.validation import resolve
@@ -80,6 +80,7 @@ def _attempt(composed: DictConfig, overrides: list[str]) -> Outcome:
     name = "?"
     try:
         name = f"{composed.task.name} {composed.method.get('name')} {composed.model.name} seed={composed.seed}"
+        _refuse_foreign_task(composed)
         preset = apply_preset(composed, overrides)
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
@@ -90,6 +91,7 @@ def _attempt(composed: DictConfig, overrides: list[str]) -> Outcome:
         if config.offline:
             go_offline()
         if not config.dry_run:
+            require_extras(config.model)
             require_sources(config)
         source, data = locate(config.model), fingerprint(config.task)
         choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
@@ -118,6 +120,13 @@ def _attempt(composed: DictConfig, overrides: list[str]) -> Outcome:
 
         traceback.print_exc()
         return Outcome(name, "failed", None, 1)
+
+
+def _refuse_foreign_task(composed: DictConfig) -> None:
+    """Refuse a task for which an experiment, whose figures differ by task, has none."""
+    name = composed.task.name
+    if composed.per_task and name not in composed.per_task:
+        raise wrong_value("task", name, f"{', '.join(composed.per_task)} in this experiment")
 
 
 def _refuse_added_keys(composed: DictConfig) -> None:

@@ -12,10 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wlora.config import METHOD_NOTES, Config
+from wlora.config import METHOD_NOTES, Config, ModelConfig
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.targets import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, read_architecture
 from wlora.tasks import find_kind
+
+QUANTIZATIONS = ("none", "nf4", "int8")
 
 RULES = {
     "rank": "int >= 1",
@@ -28,6 +30,7 @@ RULES = {
     "targets": " | ".join(TARGET_SETS),
     "precision": "auto | fp32 | bf16 | fp16",
     "compat": "paper | release",
+    "model.quantization": " | ".join(QUANTIZATIONS),
     "task.epochs": "float > 0",
     "task.batch_size": "int >= 1",
     "task.eval_batch_size": "int >= 1",
@@ -94,7 +97,9 @@ def resolve(config: Config) -> Config:
     if config.lr != "tuned":
         config.lr = float(config.lr)
     _check_method(config)
+    _check_model(config.model)
     _check_results_folder(config)
+    config.per_task = {}  # what an experiment took from it stands in the keys it set
     if config.compat == "release" and config.method["name"] == "probe":
         raise ConfigError("method=probe compat=release: the release's head is frozen, so nothing would train")
     _check_head(config)
@@ -132,6 +137,17 @@ def _check_method(config: Config) -> None:
             raise ConfigError(
                 f"method.{key} is unknown to method={config.method.get('name')}: allowed is {', '.join(rules)}"
             )
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Refuse combinations of keys that no way of loading fits."""
+    if model.gguf_file is not None:
+        if model.path is None and model.source != "hub":
+            raise wrong_value("model.gguf_file", model.gguf_file, f"null for model={model.name} without model.path=DIR")
+        if model.quantization != "none":
+            raise wrong_value("model.quantization", model.quantization, "none beside model.gguf_file")
+    elif model.quantization != "none" and model.path is None and model.source == "random":
+        raise wrong_value("model.quantization", model.quantization, f"none for model={model.name}, whose weights are random")
 
 
 def _check_head(config: Config) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from wlora.errors import ConfigError
+
 if TYPE_CHECKING:
     from wlora.methods.base import Method
 
 
-def build_method(settings: dict[str, Any], *, release: bool = False) -> Method:
+def build_method(settings: dict[str, Any], *, release: bool = False, quantized: bool = False) -> Method:
     """Build the policy that a `conf/method/<name>.yaml` describes.
 
     The class is the one `Method` defined in `wlora/methods/<name>.py`; its arguments are the YAML's keys (`name` and
-    `targets` aside, which the runner reads). `release` stands for `compat=release`.
+    `targets` aside, which the runner reads). `release` stands for `compat=release`, `quantized` for a base whose
+    weights are packed.
+
+    Raises:
+        ConfigError: the policy reads or changes the weights of the base, and they are packed.
     """
     from wlora.methods.base import Method
 
@@ -23,6 +29,10 @@ def build_method(settings: dict[str, Any], *, release: bool = False) -> Method:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
+    if quantized and policy.plain_base:
+        raise ConfigError(
+            f"method={settings['name']}: reads or trains the base's own weights: allowed is model.quantization=none"
+        )
     method = policy(**{key: value for key, value in settings.items() if key not in ("name", "targets")})
     method.release = release
     return method

@@ -63,11 +63,13 @@ class Method:
 
     Attributes:
         release: reproduce the release's deviations (`compat=release`) instead of following the paper.
+        plain_base: whether the policy reads or changes the base's own weights, which a quantised one has not.
         adapters: the adapters in the model.
         base_parameters: parameters of the body that train; empty but for full fine-tuning.
     """
 
     release = False
+    plain_base = False
 
     @property
     def release_adamw(self) -> bool:

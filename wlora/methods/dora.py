@@ -23,6 +23,8 @@ class DoRA(PeftMethod):
         dropout: probability of dropping an input element of an adapter.
     """
 
+    plain_base = True
+
     def __init__(self, *, rank: int, alpha: float, dropout: float) -> None:
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
 

@@ -14,6 +14,8 @@ _RELEASE_FILTER = ("attention.self", "output.dense", "intermediate.dence")
 class FullFineTuning(Method):
     """Trains all parameters; in `compat=release` only those whose names pass the release's filter."""
 
+    plain_base = True
+
     def attach(self, model: nn.Module, setting: Setting) -> None:
         """Let the body train; the head is the runner's, as with every method."""
         super().attach(model, setting)

@@ -17,6 +17,8 @@ class MiLoRA(AdapterMethod):
     does not bring the pretrained weight back.
     """
 
+    plain_base = True
+
     def attach(self, model: nn.Module, setting: Setting) -> None:
         """Attach an adapter to every target and take its part out of the base.
 

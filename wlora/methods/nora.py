@@ -25,6 +25,8 @@ class NoRA(AdapterMethod):
         outer_rank: rank of the frozen frame, at least `rank`.
     """
 
+    plain_base = True
+
     def __init__(self, *, rank: int, alpha: float, dropout: float, outer_rank: int) -> None:
         super().__init__(rank=rank, alpha=alpha, dropout=dropout)
         if outer_rank < rank:

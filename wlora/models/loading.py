@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import json
 import os
 import pickle
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,38 +26,78 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from wlora.config import ModelConfig
 from wlora.errors import ConfigError
+from wlora.models.gguf import read_gguf_architecture
+from wlora.models.quantization import HEAD_MODULES, keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource
 
 # Random base weights stand for pretrained ones, so they are the same for every seed of a run.
 _RANDOM_BASE_SEED = 0
+_CPU = torch.device("cpu")
 _AUTO = {
     "sequence_classification": AutoModelForSequenceClassification,
     "question_answering": AutoModelForQuestionAnswering,
     "seq2seq": AutoModelForSeq2SeqLM,
 }
-_HEAD_MODULES = ("pooler", "classifier", "classification_head", "score", "qa_outputs")
 
 
 def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; `trust_remote_code` is never set."""
+    """Load the tokenizer that belongs to a model, of a GGUF file its own; `trust_remote_code` is never set.
+
+    One without a padding token, such as Llama's, pads with its end-of-sequence token: padding is masked, and the
+    classification heads look for the last token that is not padding, which no text of ours ends in.
+
+    Raises:
+        ConfigError: no tokenizer, one that cannot be read, or one without either token.
+    """
     if source.location is None:
         from wlora.models.tiny import build_tokenizer
 
         return build_tokenizer()
     try:
         with _quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, revision=model.revision)
+            tokenizer: PreTrainedTokenizerBase = (
+                _read_gguf_tokenizer(model, source.location)
+                if model.gguf_file
+                else AutoTokenizer.from_pretrained(source.location, revision=model.revision)
+            )
     except Exception as error:  # those of three libraries, one of them a bare Exception
         raise ConfigError(f"{_origin(model)}: the tokenizer cannot be loaded ({_reason(error)})") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # Without vocabulary files transformers builds a tokenizer all the same, to which every word is unknown.
         raise ConfigError(f"{_origin(model)}: there is no tokenizer (tokenizer.json, spm.model or vocab.txt)")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"{_origin(model)}: the tokenizer has neither a padding nor an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _read_gguf_tokenizer(model: ModelConfig, location: str) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a GGUF file, without tokens beyond the file's vocabulary.
+
+    transformers reads a byte-level vocabulary as GPT-2's and adds GPT-2's `<|endoftext|>` where the file has none, as
+    Llama 3's has not: the model has no embedding for it. A `tokenizer.json` beside the file it would mix with the file's.
+    """
+    file = Path(cached_file(location, model.gguf_file, revision=model.revision)).absolute()
+    with tempfile.TemporaryDirectory() as nothing_beside:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(nothing_beside, gguf_file=str(file))
+    words = read_gguf_architecture(file)["vocab_size"]
+    if len(tokenizer) <= words:
+        return tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < words]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        model_input_names=tokenizer.model_input_names,
+        **{name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+    )
 
 
 def load_model(
@@ -63,8 +108,12 @@ def load_model(
     head: str,
     num_labels: int,
     seed: int,
+    device: torch.device = _CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Load a model in float32 with a freshly initialised head, all parameters frozen.
+
+    With `model.quantization` the linears of the body are packed as they are read, on the device where they will run.
 
     Weights come from safetensors where the repository has them, else from `pytorch_model.bin`, which transformers
     reads with `weights_only=True`. What is not in the checkpoint is initialised from `seed`; only the head may be
@@ -74,6 +123,8 @@ def load_model(
         head: the kind of head, a key of `_AUTO`.
         num_labels: outputs of the head; 1 for regression, 2 (start, end) for question answering.
         seed: seed of the head's initialisation.
+        device: where a quantised model is put; any other is loaded on the CPU.
+        dtype: what a quantised model computes in.
 
     Raises:
         ConfigError: files that cannot be read or are more than tensors, a checkpoint that lacks parts of the body or
@@ -83,12 +134,15 @@ def load_model(
     if source.location is None:
         loaded = _build_random(model, tokenizer, head, num_labels, seed)
     else:
-        loaded = _load_pretrained(model, source, head, num_labels, seed)
+        packing = loading_options(model.quantization, device=device, dtype=dtype)
+        loaded = _load_pretrained(model, source, head, num_labels, seed, packing)
+        keep_differentiable(loaded)
     known = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
         raise ConfigError(f"{_origin(model)}: the tokenizer has {len(tokenizer)} tokens, the model {known}")
-    if loaded.config.pad_token_id is None:
-        loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    if head != "seq2seq":
+        loaded.config.use_cache = False  # keys and values of past tokens serve generation only
     for parameter in loaded.parameters():
         parameter.requires_grad_(False)
     return loaded
@@ -106,9 +160,22 @@ def build_unloaded(
     config = _make_config(model, architecture, num_labels)
     with torch.device(device):
         built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
+    pack_on_meta(built, model.quantization)
     for parameter in built.parameters():
         parameter.requires_grad_(False)
     return built
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the inputs of layers for the backward pass, which computes the rest again (`train.gradient_checkpointing`).
+
+    Dropout draws the same numbers both times, so losses and gradients do not change.
+    """
+    with _quiet():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers makes the embeddings' output require a gradient, for reentrant checkpointing's sake. Ours needs none,
+    # and with it the backward pass would run down to the embeddings instead of ending at the lowest adapter.
+    model.disable_input_require_grads()
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -116,7 +183,7 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in _HEAD_MODULES and not name.rpartition(".")[0].count(".")
+        if name.rpartition(".")[2] in HEAD_MODULES and not name.rpartition(".")[0].count(".")
     }
 
 
@@ -147,13 +214,19 @@ def _build_random(
     return built
 
 
-def _load_pretrained(model: ModelConfig, source: ModelSource, head: str, num_labels: int, seed: int) -> PreTrainedModel:
+def _load_pretrained(
+    model: ModelConfig, source: ModelSource, head: str, num_labels: int, seed: int, packing: dict[str, Any]
+) -> PreTrainedModel:
     torch.manual_seed(seed)
     try:
-        with _quiet():
+        # transformers unpacks GGUF files under a progress bar of its own that no setting silences.
+        unpacking = contextlib.redirect_stderr(io.StringIO()) if model.gguf_file else contextlib.nullcontext()
+        with _quiet(), unpacking:
             loaded, report = _AUTO[head].from_pretrained(
                 source.location,
                 revision=model.revision,
+                gguf_file=model.gguf_file,
+                **packing,
                 num_labels=num_labels,
                 dtype=torch.float32,
                 output_loading_info=True,

@@ -9,8 +9,10 @@ from pathlib import Path
 from wlora.config import ModelConfig
 from wlora.errors import ConfigError
 from wlora.fingerprint import hash_file, hash_files
+from wlora.models.gguf import find_gguf
 
-_CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt", ".gguf"}
+_CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt"}
+_PACKAGES = {"model.quantization": "bitsandbytes", "model.gguf_file": "gguf"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ def locate(model: ModelConfig) -> ModelSource:
     Raises:
         ConfigError: a folder without config or weights, a package that is not installed, a wrong SHA-256.
     """
+    if model.path is not None and model.gguf_file is not None:
+        return ModelSource(model.path, hash_files([find_gguf(model)]))  # configuration and tokenizer are in the file
     if model.path is not None:
         folder, key = Path(model.path), f"model.path={model.path}"
     elif model.source == "package":
@@ -50,6 +54,20 @@ def locate(model: ModelConfig) -> ModelSource:
         )
     content = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _CONTENT)
     return ModelSource(str(folder), hash_files(content))
+
+
+def require_extras(model: ModelConfig) -> None:
+    """Refuse a model for whose weights an optional package is needed and not installed.
+
+    Raises:
+        ConfigError: `bitsandbytes` or `gguf` is missing.
+    """
+    wanted = {"model.quantization": model.quantization, "model.gguf_file": model.gguf_file}
+    for key, package in _PACKAGES.items():
+        if wanted[key] not in (None, "none") and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{key}={wanted[key]}: the package {package} is not installed\nway out: pip install 'wlora[quantization]'"
+            )
 
 
 def _package_folder(model: ModelConfig) -> Path:

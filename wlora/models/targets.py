@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, unknown_name
+from wlora.models.gguf import find_gguf, read_gguf_architecture
 
 if TYPE_CHECKING:
     from wlora.config import ModelConfig
@@ -112,11 +113,16 @@ LEARNT_POSITIONS = ("bert", "bart")
 def read_architecture(model: ModelConfig) -> dict[str, Any]:
     """Return the model's architecture as in its `config.json`: from `model.path` where set, else from the YAML.
 
+    Of a GGUF file in `model.path` it is what the file itself says; a `config.json` beside it has no part in it.
+
     Raises:
-        ConfigError: `model.path` is not a folder with a readable `config.json`, or its family is not supported.
+        ConfigError: `model.path` is not a folder with a readable `config.json` or GGUF file, or its family is not
+            supported.
     """
     if model.path is None:
         return dict(model.architecture)
+    if model.gguf_file is not None:
+        return _check_family(read_gguf_architecture(find_gguf(model)), model)
     file = Path(model.path) / "config.json"
     if not file.is_file():
         raise ConfigError(f"model.path={model.path}: allowed is a folder with config.json, tokenizer and weights")
@@ -127,6 +133,12 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
         raise ConfigError(f"model.path={model.path}: config.json cannot be read or has no model_type ({error})") from None
     if not isinstance(family, str) or family not in FAMILIES:
         raise unknown_name(f"model.path={model.path}: model_type {family}", str(family), FAMILIES)
+    return _check_family(architecture, model)
+
+
+def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Refuse an architecture of another family than the model's YAML, or without layers."""
+    family = architecture["model_type"]
     expected = model.architecture.get("model_type", family)
     if family != expected:
         raise ConfigError(

@@ -123,6 +123,7 @@ class Trainer:
         Raises:
             Diverged: a loss that is not finite.
         """
+        self.bare_model.train()  # transformers hands out loaded models in evaluation mode
         torch.manual_seed(self.settings.dropout_seed)
         losses: list[float] = []
         log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
