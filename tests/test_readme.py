@@ -18,13 +18,15 @@ from typing import Any
 
 import pytest
 
-from wlora import run
+from wlora import memory, run
 from wlora.config import ModelConfig, config_folder
+from wlora.figures import __main__ as figures
 from wlora.models.source import locate
 from wlora.records import Record, RecordStore
 from wlora.tables import __main__ as tables
 
 from .conftest import ROOT, compose
+from .llama_folder import build_llama_folder, write_gguf
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -34,6 +36,7 @@ RUNS = [line for line in LINES if line.startswith("python -m wlora.run ")]
 SCRIPTS = [line for line in LINES if line.startswith("python scripts/")]
 STUDIES = [line for line in LINES if re.search(r"(^| )scripts/\w+\.sh$", line)]
 TABLES = [line for line in LINES if line.startswith("python -m wlora.tables ")]
+FIGURES = [line for line in LINES if re.match(r"python -m wlora\.(figures|memory) ", line)]
 COMPLETION = [line for line in LINES if line.startswith("eval ")]
 
 TRAIN_ROWS, EVAL_ROWS = 8, 6
@@ -110,6 +113,11 @@ def shrink(line: str, data: Path, results: Path) -> list[str]:
     if "model.path=MODEL" in words:
         words[words.index("model.path=MODEL")] = f"model.path={minilm()}"
         words.append("model=minilm")
+    elif "model.gguf_file=NAME.gguf" in words:
+        write_gguf(results.parent / "NAME.gguf")
+        words[words.index("model.path=DIR")] = f"model.path={results.parent}"
+    elif "model=llama3_8b" in words:
+        words.append(f"model.path={build_llama_folder(results.parent / 'llama')}")
     elif any(re.fullmatch(r"model=\w*bart\w*", word) for word in words):
         words += ["model=tiny_bart", *BART]
     else:
@@ -122,8 +130,8 @@ def records_in(results: Path) -> list[Record]:
 
 
 def test_every_line_is_a_command_that_is_checked_here() -> None:
-    assert len(SETUP) == 2 and RUNS and SCRIPTS and STUDIES and TABLES and COMPLETION
-    assert sorted(LINES) == sorted(SETUP + RUNS + SCRIPTS + STUDIES + TABLES + COMPLETION)
+    assert len(SETUP) == 2 and RUNS and SCRIPTS and STUDIES and TABLES and FIGURES and COMPLETION
+    assert sorted(LINES) == sorted(SETUP + RUNS + SCRIPTS + STUDIES + TABLES + FIGURES + COMPLETION)
 
 
 def test_setup_installs_extras_that_exist() -> None:
@@ -200,6 +208,16 @@ def test_tables_are_made_and_committed_ones_are_those(line: str, tmp_path: Path,
         names = {file.name for file in made.iterdir()}
         assert names == {file.name for file in (committed / "tables").iterdir()}
         assert all((made / name).read_bytes() == (committed / "tables" / name).read_bytes() for name in names)
+
+
+def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
+    (drawing, measuring) = (shlex.split(line)[3:] for line in FIGURES)
+    shutil.copytree(ROOT / "results" / "first_runs", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("figures"))
+    figures.main([word if "results_dir" not in word else f"results_dir={tmp_path}" for word in drawing])
+    assert {file.stem for file in (tmp_path / "figures").iterdir()} >= {"adapters", "pareto", "curves", "selection"}
+    small = ["model=tiny_bert", "task.batch_size=2", f"results_dir={tmp_path / 'small'}"]
+    memory.main([*measuring, *small])
+    assert list((tmp_path / "small" / "memory").glob("tiny_bert*.json"))
 
 
 def test_the_first_study_is_the_one_that_is_shown() -> None:
@@ -279,7 +297,8 @@ def test_the_tree_lists_nothing_that_is_not_there() -> None:
 
 def test_methods_and_record_keys_of_the_readme_are_the_real_ones() -> None:
     methods = {file.stem for file in (config_folder() / "method").glob("*.yaml")}
-    assert set(re.findall(r"^\| `(\w+)` \| [A-Z]", README, re.MULTILINE)) == methods
+    (table,) = re.findall(r"^\| `method=` .*?\n\n", README, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"^\| `(\w+)` \| [A-Z]", table, re.MULTILINE)) == methods
     section = README.split("## Records", 1)[1].split("\n## ", 1)[0]
     cells = re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE)
     keys = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
