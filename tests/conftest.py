@@ -31,6 +31,17 @@ def _single_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _stderr_stays_open() -> None:
+    """Keep absl, which rouge_score imports, from closing pytest's capture, the stderr it met first.
+
+    Hydra closes all handlers of logs when it configures its own, and absl's closes a stream that is none of Python's.
+    """
+    from absl import logging
+
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
 def compose(*overrides: str) -> Any:
     """Compose the real configuration with overrides and resolve it, as the entry point does."""
     from hydra import compose as hydra_compose
