@@ -31,6 +31,14 @@ def _single_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _captured_streams_stay_open() -> None:
+    """The logger of rouge-score's absl closes the stream of its import, here pytest's, when Hydra sets up logging."""
+    from absl import logging
+
+    logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
+
+
 def compose(*overrides: str) -> Any:
     """Compose the real configuration with overrides and resolve it, as the entry point does."""
     from hydra import compose as hydra_compose
