@@ -32,14 +32,11 @@ def _single_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _stderr_stays_open() -> None:
-    """Keep absl, which rouge_score imports, from closing pytest's capture, the stderr it met first.
-
-    Hydra closes all handlers of logs when it configures its own, and absl's closes a stream that is none of Python's.
-    """
+def _captured_streams_stay_open() -> None:
+    """The logger of rouge-score's absl closes the stream of its import, here pytest's, when Hydra sets up logging."""
     from absl import logging
 
-    logging.get_absl_handler().python_handler.stream = sys.__stderr__
+    logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
 def compose(*overrides: str) -> Any:

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from wlora import experiment
+from wlora.adapters.layer import AdaptedLinear
 from wlora.config import config_folder
+from wlora.training.loop import Result, Trainer
 
 # NoRA's frame of rank 64 is wider than a tiny model.
 OWN = {"nora": ["method.outer_rank=16"]}
@@ -32,3 +35,37 @@ def test_a_method_ends_with_a_success_record_and_repeats_bit_for_bit(
 def test_methods_differ_from_each_other_on_the_same_seed(run_tiny: Callable[..., Any]) -> None:
     losses = {name: run_tiny(f"method={name}", "rank=4", "lr=3e-3", *OWN.get(name, [])).metrics["loss"] for name in METHODS}
     assert len(set(losses.values())) == len(METHODS), losses
+
+
+PRUNING = ["wlora", "wlora_plus", "rlora", "adalora", "dynamic_lora", "lora_drop", "alora", "flexora"]
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_what_is_pruned_stays_pruned_through_fifty_steps_of_momentum(
+    method: str, run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    class Watched(Trainer):
+        def run(self) -> Result:
+            self.on_step = Watched.look
+            return super().run()
+
+        def look(self) -> None:
+            model = self.bare_model
+            adapted = {name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+            ranks = {name: adapter.rank for name, adapter in self.method.attached().items()}
+            moments = self.optimizers.state({p: name for name, p in model.named_parameters()})
+            held = sum(value.numel() for state in moments.values() for value in state.values() if value is not None)
+            frozen = [p for name, p in model.named_parameters() if not p.requires_grad and ".adapter." not in name]
+            seen.append((ranks, adapted, held, sum(float(p.double().sum()) for p in frozen)))
+
+    monkeypatch.setattr(experiment, "Trainer", Watched)
+    record = run_tiny(f"method={method}", "rank=4", "train.max_steps=160", "lr=5e-3", "task.epochs=10")
+    last = max(event["step"] for event in record.events)
+    assert last <= 160 - 50
+    ranks, adapted, _, base = seen[last]
+    assert ranks != seen[0][0], "something was pruned"
+    assert adapted == set(ranks), "what is cut is a plain linear again"
+    assert all(point == seen[last] for point in seen[last:]), "adapters, ranks, moments, and the base"
+    assert base == seen[0][3]

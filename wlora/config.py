@@ -92,6 +92,9 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     eval_every: int | None = None
     gradient_checkpointing: bool = False
+    checkpoint_every: int | None = None
+    keep: int = 2
+    keep_after: bool = False
     save_model: bool = False
 
 
@@ -170,7 +173,7 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         for key in ("name", "source", "hub_id", "revision", "architecture"):
             del model[key]
         model.pop("gguf_file", None)
-    for key in ("eval_every", "gradient_checkpointing", "save_model"):
+    for key in ("eval_every", "gradient_checkpointing", "checkpoint_every", "keep", "keep_after", "save_model"):
         del train[key]
     return {
         "version": RUN_ID_VERSION,

@@ -30,7 +30,9 @@ from wlora.precision import Precision, choose_precision, lower_base
 from wlora.records import Record, RecordStore, describe_environment, peak_memory
 from wlora.tasks import Task, build_task
 from wlora.tasks.data import Splits, fingerprint, load_splits
+from wlora.training.checkpoints import CheckpointStore
 from wlora.training.evaluation import Split
+from wlora.training.guard import Guard
 from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
 
@@ -88,9 +90,12 @@ def run(config: Config) -> Record:
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
     record.environment = describe_environment(str(accelerator.device), precision.name, accelerator.num_processes)
 
-    main = accelerator.is_main_process
-    log = store.curve(record.run_id) if main else _ignore
-    if main:
+    curve = store.curve(record.run_id, write=accelerator.is_main_process)
+    checkpoints = CheckpointStore(config.results_dir, record.run_id, keep=config.train.keep)
+    guard = Guard(checkpoints, every=plan.checkpoint_every, curve=curve, record=record, accelerator=accelerator, begin=begin)
+    if accelerator.is_main_process:
+        if config.force:
+            checkpoints.remove()
         store.write(record)
     try:
         trainer = Trainer(
@@ -103,13 +108,16 @@ def run(config: Config) -> Record:
             plan=plan,
             settings=_loop_settings(config, method, precision),
             accelerator=accelerator,
-            log=log,
+            log=curve,
+            on_step=guard,
         )
-        result = trainer.run()
+        guard.resume(trainer)
+        with guard.listening():
+            result = trainer.run()
     except BaseException as error:
         record.status, record.error = _classify(error)
-        record.seconds = {"total": time.perf_counter() - begin}
-        if main:
+        record.seconds = {"total": guard.seconds()}
+        if accelerator.is_main_process:
             store.write(record)
         if record.status == "oom":
             raise RunFault(
@@ -117,9 +125,11 @@ def run(config: Config) -> Record:
                 "which keeps the effective batch"
             ) from error
         raise
-    _complete(record, result, method, begin)
-    if main:
+    _complete(record, result, method, guard.seconds())
+    if accelerator.is_main_process:
         say(summarize(record, method, str(store.write(record))))
+        if not config.train.keep_after:
+            checkpoints.remove()
         if config.train.save_model:
             save_model(model, method, tokenizer, saved)
             say(f"model      {saved}")
@@ -211,7 +221,7 @@ def _loop_settings(config: Config, method: Method, precision: Precision) -> Sett
     )
 
 
-def _complete(record: Record, result: Result, method: Method, begin: float) -> None:
+def _complete(record: Record, result: Result, method: Method, seconds: float) -> None:
     """Fill in what a finished training left behind."""
     kept = method.kept()
     record.status = "success"
@@ -225,7 +235,7 @@ def _complete(record: Record, result: Result, method: Method, begin: float) -> N
     record.seconds = {
         "train": result.train_seconds,
         "eval": result.eval_seconds,
-        "total": time.perf_counter() - begin,
+        "total": seconds,
     }
     record.throughput = {
         "examples_per_second": result.examples / result.train_seconds,
@@ -244,7 +254,3 @@ def _classify(error: BaseException) -> tuple[str, str]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", text
     return "failed", text
-
-
-def _ignore(point: dict[str, Any]) -> None:
-    """Stand in for the curve on all processes but the first."""

@@ -98,9 +98,9 @@ class RecordStore:
             ) from error
         return target
 
-    def curve(self, run_id: str) -> CurveWriter:
-        """Return a writer that starts the run's learning curve afresh."""
-        return CurveWriter(self.folder / f"{run_id}.jsonl")
+    def curve(self, run_id: str, *, write: bool = True) -> CurveWriter:
+        """Return a writer that starts the run's learning curve afresh; with `write=False` one that only remembers."""
+        return CurveWriter(self.folder / f"{run_id}.jsonl" if write else None)
 
     def __iter__(self) -> Iterator[Record]:
         """Iterate over all readable records, by run_id."""
@@ -111,14 +111,21 @@ class RecordStore:
 
 
 class CurveWriter:
-    """Appends points to a learning curve, one JSON object per line."""
+    """Appends points to a learning curve, one JSON object per line.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        points: all points so far.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self._path = path
+        self.points: list[dict[str, Any]] = []
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("")
         except OSError as error:
+            assert path is not None
             raise ConfigError(f"results_dir: {path.parent} cannot be written ({error.strerror})") from error
 
     def __call__(self, point: dict[str, Any]) -> None:
@@ -127,9 +134,20 @@ class CurveWriter:
         Raises:
             RunFault: the disk is full.
         """
+        self.points.append(point)
+        self._write([point], "a")
+
+    def restart(self, points: list[dict[str, Any]]) -> None:
+        """Go on from the points of a run that was interrupted; what it wrote after them is dropped."""
+        self.points = list(points)
+        self._write(self.points, "w")
+
+    def _write(self, points: list[dict[str, Any]], mode: str) -> None:
+        if self._path is None:
+            return
         try:
-            with open(self._path, "a") as stream:
-                stream.write(json.dumps(point) + "\n")
+            with open(self._path, mode) as stream:
+                stream.writelines(json.dumps(point) + "\n" for point in points)
         except OSError as error:
             raise RunFault(f"the learning curve {self._path} cannot be written ({error.strerror})") from error
 

@@ -52,9 +52,9 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         _fail(ConfigError(explain(error)))
         sys.exit(2)
-    except KeyboardInterrupt:
-        _fail(RunFault("interrupted"))
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        _fail(RunFault(f"interrupted: {stop}" if str(stop) else "interrupted"))
+        sys.exit(getattr(stop, "exit_code", 130))
     except BrokenPipeError:
         # The reader has seen enough (`--help | head`); keep Python from complaining again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -50,6 +50,8 @@ RULES = {
     "train.weight_decay": "float >= 0",
     "train.max_grad_norm": "float > 0",
     "train.eval_every": "int >= 1 or null",
+    "train.checkpoint_every": "int >= 0 or null",
+    "train.keep": "int >= 1",
 }
 
 _COMPARISONS = {

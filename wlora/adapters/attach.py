@@ -54,6 +54,10 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
             weight.add_(adapted.adapter.delta_weight().to(weight.dtype))
         self.disconnect(name)
 
+    def replace(self, name: str, adapter: LowRankAdapter) -> None:
+        """Put another adapter in the place of one, such as one that several modules share."""
+        self._adapted(name).adapter = adapter
+
     def target(self, name: str) -> Target:
         """Return where an adapter sits."""
         return self._targets[name]

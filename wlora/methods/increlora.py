@@ -153,6 +153,8 @@ class IncreLoRA(AdapterMethod):
                 self._draw_reserve(adapter, step=step)
         if self.total_rank() >= self.target:
             for adapter in self.components.values():
+                if adapter.reserve is not None:
+                    del self._came[adapter.reserve]
                 adapter.drop_reserve()
                 adapter.watching = False
         return Event(step, "grow", {"ranks": {name: adapter.rank for name, adapter in self.components.items()}})

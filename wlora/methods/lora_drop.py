@@ -75,26 +75,22 @@ class LoRADrop(AdapterMethod):
         importance = self.importance()
         kept = choose(importance, keep=self.keep, threshold=self.threshold)
         dropped = [name for name in self.adapters if name not in kept]
-        targets = {name: self.adapters.target(name) for name in dropped}
-        for name in dropped:
-            self.adapters.disconnect(name)
         if self.share:
-            self._attach_shared(targets)
+            self._share(dropped)
+        else:
+            for name in dropped:
+                self.adapters.disconnect(name)
         return [Event(step, "share" if self.share else "cut", {"kept": kept, "importance": importance})]
 
-    def _attach_shared(self, targets: dict[str, Any]) -> None:
-        """Give all modules of one kind and shape a common adapter."""
+    def _share(self, names: Sequence[str]) -> None:
+        """Give all modules of one kind and shape a fresh common adapter."""
         common: dict[tuple[str, int, int], LowRankAdapter] = {}
-
-        for target in targets.values():
-
-            def make(d_in: int, d_out: int, device: torch.device, kind: str = target.kind) -> LowRankAdapter:
-                key = (kind, d_in, d_out)
-                if key not in common:
-                    common[key] = self.make_adapter(d_in, d_out, device)
-                return common[key]
-
-            self.adapters.attach(target, make)
+        for name in names:
+            A, B = self.adapters[name].A, self.adapters[name].B
+            key = (self.adapters.target(name).kind, A.shape[1], B.shape[0])
+            if key not in common:
+                common[key] = self.make_adapter(A.shape[1], B.shape[0], A.device)
+            self.adapters.replace(name, common[key])
 
     @torch.no_grad()
     def importance(self) -> dict[str, float]:

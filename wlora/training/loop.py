@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -25,6 +27,7 @@ from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
+from wlora.training.state import State, capture, restore
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,6 +92,7 @@ class Trainer:
     Args:
         head: parameters of head and pooler that train; empty in the release.
         log: called with each point of the learning curve.
+        on_step: called after every optimiser step, when the state is whole.
     """
 
     def __init__(
@@ -104,10 +108,12 @@ class Trainer:
         settings: Settings,
         accelerator: Accelerator,
         log: Callable[[dict[str, Any]], None],
+        on_step: Callable[[Trainer], None] | None = None,
     ) -> None:
         self.bare_model, self.method, self.head = model, method, head
         self.task, self.tokenizer, self.data = task, tokenizer, data
         self.plan, self.settings, self.accelerator, self.log = plan, settings, accelerator, log
+        self.on_step = on_step
         self.loss_weights = loss_weights(data.train)
         self.phases = method.phases(self._bench(), plan.total_steps)
         self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=method.release_adamw)
@@ -116,6 +122,25 @@ class Trainer:
         )
         self.model = self._prepare()
         self.result = Result()
+        self.step = 0
+        self._losses: list[float] = []
+
+    def capture(self) -> State:
+        """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU."""
+        state = capture(self.bare_model, self.method, self.optimizers)
+        state.facts |= {"step": self.step, "losses": self._losses, "result": dataclasses.asdict(self.result)}
+        state.facts["scaler"] = self.scaler.state_dict() if self.scaler else None
+        return state
+
+    def restore(self, state: State) -> None:
+        """Go on from a state of the same run; call it before `run`."""
+        restore(state, self.bare_model, self.method, self.optimizers, self._groups)
+        self.model = self._prepare()
+        self.step, self._losses = state.facts["step"], list(state.facts["losses"])
+        events = [Event(**event) for event in state.facts["result"]["events"]]
+        self.result = Result(**{**state.facts["result"], "events": events})
+        if self.scaler:
+            self.scaler.load_state_dict(state.facts["scaler"])
 
     def run(self) -> Result:
         """Train to the end of the plan; the last evaluation's metrics are the result's.
@@ -124,11 +149,12 @@ class Trainer:
             Diverged: a loss that is not finite.
         """
         self.bare_model.train()  # transformers hands out loaded models in evaluation mode
-        torch.manual_seed(self.settings.dropout_seed)
-        losses: list[float] = []
+        if self.step == 0:
+            torch.manual_seed(self.settings.dropout_seed)
+        losses = self._losses
         log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
         with self._progress() as bar:
-            for step, batches in enumerate(self._steps(), start=1):
+            for step, batches in enumerate(itertools.islice(self._steps(), self.step, None), start=self.step + 1):
                 begin = time.perf_counter()
                 losses.append(self._train_step(step, batches))
                 self.result.train_seconds += time.perf_counter() - begin
@@ -137,6 +163,9 @@ class Trainer:
                     losses.clear()
                 if step % self.plan.eval_every == 0 or step == self.plan.total_steps:
                     self._evaluate(step)
+                self.step = step
+                if self.on_step is not None:
+                    self.on_step(self)
                 self._show(bar, losses)
         return self.result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,6 +110,18 @@ class Optimizers:
         """Drop all moments and step counts."""
         for optimizer in self._rules.values():
             optimizer.state.clear()
+
+    def state(self, names: Mapping[Tensor, str]) -> dict[str, dict[str, Any]]:
+        """Return moments and step counts by the names of the parameters they belong to."""
+        states = {p: s for optimizer in self._rules.values() for p, s in optimizer.state.items()}
+        return {names[p]: dict(s) for p, s in states.items()}
+
+    def load(self, state: Mapping[str, dict[str, Any]], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take over moments and step counts, after a `rebuild` with the groups that they belong to."""
+        rules = {p: rule for rule in self._rules.values() for group in rule.param_groups for p in group["params"]}
+        self.forget()
+        for name, values in state.items():
+            rules[parameters[name]].state[parameters[name]] = values
 
     def set_schedule(self, step: int, *, warmup: int, total: int) -> None:
         """Set the learning rate of every scheduled group for the step after `step` completed ones of `total`."""

@@ -23,6 +23,7 @@ class Plan:
         total_steps: optimiser steps of the run.
         warmup: optimiser steps of the learning rate's linear warm-up.
         eval_every: optimiser steps between evaluations.
+        checkpoint_every: optimiser steps between checkpoints.
         notice: what the user should know about a default that was changed, or "".
     """
 
@@ -33,6 +34,7 @@ class Plan:
     total_steps: int
     warmup: int
     eval_every: int
+    checkpoint_every: int
     notice: str = ""
 
 
@@ -57,6 +59,8 @@ def make_plan(config: Config, rows: int) -> Plan:
         warmup = config.warmup
     if config.train.eval_every is not None and config.train.eval_every > total:
         raise ConfigError(f"train.eval_every={config.train.eval_every}: allowed is 1 to {total}, the steps of the run")
+    eval_every = config.train.eval_every or per_epoch
+    every = config.train.checkpoint_every
     return Plan(
         rows=rows,
         batch_size=config.task.batch_size,
@@ -64,6 +68,7 @@ def make_plan(config: Config, rows: int) -> Plan:
         steps_per_epoch=per_epoch,
         total_steps=total,
         warmup=warmup,
-        eval_every=config.train.eval_every or per_epoch,
+        eval_every=eval_every,
+        checkpoint_every=eval_every if every is None else every,
         notice=notice,
     )

@@ -1,0 +1,194 @@
+"""Checkpoints: written whole, believed only when whole, gone on from bit for bit; signals that stop a run in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from wlora.errors import RunFault
+from wlora.records import RecordStore
+from wlora.training import checkpoints
+from wlora.training.checkpoints import CheckpointStore
+from wlora.training.guard import Guard
+from wlora.training.loop import Trainer
+from wlora.training.state import State
+
+from .conftest import ROOT, TINY
+
+SETTINGS = ["method=wlora", "rank=4", "train.checkpoint_every=4", "train.eval_every=8"]
+FILES = ("tensors.safetensors", "facts.json", "manifest.json")
+
+
+class Crash(Exception):
+    """Stands for a process that dies."""
+
+
+def state(step: int) -> State:
+    return State({"step": step, "seed": [1, 2.5, None]}, {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(step)})
+
+
+def store(folder: Path, **settings: Any) -> CheckpointStore:
+    return CheckpointStore(folder, "run", **{"keep": 2, **settings})
+
+
+def whole(found: CheckpointStore) -> list[int]:
+    return [s.facts["step"] for _, s in found.read() if isinstance(s, State)]
+
+
+def test_a_state_comes_back_as_it_was_and_only_the_newest_stay(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        store(tmp_path).write(state(step))
+    assert whole(store(tmp_path)) == [9, 6]
+    _, newest = next(store(tmp_path).read())
+    assert isinstance(newest, State) and newest.facts == state(9).facts
+    assert all(torch.equal(newest.tensors[name], value) for name, value in state(9).tensors.items())
+    store(tmp_path).remove()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "deleted"])
+def test_a_broken_checkpoint_is_told_from_a_whole_one(file: str, damage: str, tmp_path: Path) -> None:
+    store(tmp_path).write(state(3))
+    path = store(tmp_path).write(state(6)) / file
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage != "deleted":
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"truncated": content[:-1], "emptied": b"", "flipped": flipped}[damage])
+    assert whole(store(tmp_path)) == [3] or (file == "manifest.json" and whole(store(tmp_path)) == [6, 3])
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path) -> None:
+    store(tmp_path).write(state(3))
+    (tmp_path / "checkpoints" / "run").rename(tmp_path / "checkpoints" / "other")
+    assert whole(CheckpointStore(tmp_path, "other", keep=2)) == []
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(tmp_path).write(state(3))
+
+    def fail(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_write_through", fail)
+    with pytest.raises(RunFault, match="No space left"):
+        store(tmp_path).write(state(6))
+    assert whole(store(tmp_path)) == [3] and len(list((tmp_path / "checkpoints" / "run").iterdir())) == 1
+
+
+@pytest.fixture
+def crash_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Return a function that makes runs die after a step, once that step's checkpoint is written; None: no more."""
+    before = Guard.__call__
+
+    def set_step(step: int | None) -> None:
+        def guard(self: Guard, trainer: Trainer) -> None:
+            before(self, trainer)
+            if trainer.step == step:
+                raise Crash
+
+        monkeypatch.setattr(Guard, "__call__", guard)
+
+    return set_step
+
+
+def curve(results: Path) -> str:
+    (file,) = (results / "records").glob("*.jsonl")
+    return file.read_text()
+
+
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(
+    run_tiny: Callable[..., Any], crash_at: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    expected = run_tiny(*SETTINGS, results=tmp_path / "whole")
+    crash_at(7)
+    with pytest.raises(Crash):
+        run_tiny(*SETTINGS, results=tmp_path / "parts")
+    assert (tmp_path / "parts" / "checkpoints" / expected.run_id / "step-00000004").is_dir()
+    crash_at(13)
+    with pytest.raises(Crash):
+        run_tiny(*SETTINGS, results=tmp_path / "parts")
+    crash_at(None)
+    record = run_tiny(*SETTINGS, results=tmp_path / "parts")
+    assert record.resumed_at == [4, 12]
+    assert (record.metrics, record.adapters, record.events) == (expected.metrics, expected.adapters, expected.events)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert not (tmp_path / "parts" / "checkpoints").exists(), "removed after success"
+
+
+def test_a_broken_newest_checkpoint_is_skipped_with_a_word(
+    run_tiny: Callable[..., Any],
+    crash_at: Callable[[int | None], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    crash_at(13)
+    with pytest.raises(Crash):
+        run_tiny(*SETTINGS, results=tmp_path)
+    (newest,) = tmp_path.glob("checkpoints/*/step-00000012")
+    (newest / "tensors.safetensors").write_bytes(b"")
+    crash_at(None)
+    record = run_tiny(*SETTINGS, results=tmp_path)
+    assert record.status == "success" and record.resumed_at == [8]
+    assert "step-00000012 is broken and skipped" in capsys.readouterr().out
+
+
+def test_force_starts_afresh_and_checkpoints_stay_when_asked(
+    run_tiny: Callable[..., Any], crash_at: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    crash_at(9)
+    with pytest.raises(Crash):
+        run_tiny(*SETTINGS, results=tmp_path)
+    crash_at(None)
+    record = run_tiny(*SETTINGS, "force=true", "train.keep_after=true", results=tmp_path)
+    assert record.resumed_at == []
+    assert len(list(tmp_path.glob("checkpoints/*/step-*"))) == 2
+
+
+def test_a_checkpoint_that_does_not_fit_the_code_is_refused(
+    run_tiny: Callable[..., Any], crash_at: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    crash_at(9)
+    with pytest.raises(Crash):
+        run_tiny(*SETTINGS, results=tmp_path)
+    crash_at(None)
+    (folder,) = tmp_path.glob("checkpoints/*")
+    found = CheckpointStore(tmp_path, folder.name, keep=2)
+    _, newest = next(found.read())
+    assert isinstance(newest, State)
+    del newest.facts["adapters"]
+    found.write(newest)
+    with pytest.raises(RunFault, match="force=true"):
+        run_tiny(*SETTINGS, results=tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_ends_the_step_saves_and_says_so(number: signal.Signals, tmp_path: Path) -> None:
+    words = [*TINY, "method=wlora", "rank=4", "task.epochs=400", "train.checkpoint_every=0", f"results_dir={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wlora.run", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not [*tmp_path.glob("records/*.jsonl")] or not curve(tmp_path):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, error
+    (record,) = RecordStore(tmp_path)
+    assert record.status == "interrupted" and number.name in (record.error or "")
+    (folder,) = tmp_path.glob("checkpoints/*/step-*")
+    step = json.loads((folder / "facts.json").read_text())["step"]
+    assert f"after step {step}" in error and os.listdir(folder.parent) == [folder.name]

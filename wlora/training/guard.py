@@ -1,0 +1,135 @@
+"""What stands between a run and its loss: checkpoints as it goes, signals that stop it in order, the way back in."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+from wlora.console import say
+from wlora.errors import RunFault
+from wlora.records import CurveWriter, Record
+from wlora.training.checkpoints import CheckpointStore
+from wlora.training.loop import Trainer
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its state is saved.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as a shell reports it.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(number).name} after step {step}; the same command goes on from there")
+        self.exit_code = 128 + number
+
+
+class Guard:
+    """Called after every optimiser step: saves the state when it is due, or at once when a signal asks to stop.
+
+    Args:
+        every: optimiser steps between checkpoints; 0 for none but those that signals ask for.
+        begin: `time.perf_counter()` when this process began the run.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        every: int,
+        curve: CurveWriter,
+        record: Record,
+        accelerator: Accelerator,
+        begin: float,
+    ) -> None:
+        self.store, self.every, self.curve, self.record = store, every, curve, record
+        self.accelerator, self._begin = accelerator, begin
+        self._asked: int | None = None
+
+    def seconds(self) -> float:
+        """Return the seconds since the run began, those of interrupted processes included."""
+        return time.perf_counter() - self._begin
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Look after the step that has just ended.
+
+        Raises:
+            Interrupted: a signal asked to stop, on any process.
+        """
+        asked = self._asked_anywhere()
+        last = trainer.step == trainer.plan.total_steps
+        due = self.every > 0 and trainer.step % self.every == 0
+        if (due or asked) and not last:
+            self.save(trainer)
+        if asked and not last:
+            raise Interrupted(asked, trainer.step)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint; every process takes part, the main one writes."""
+        state = trainer.capture()
+        state.facts |= {
+            "curve": self.curve.points,
+            "seconds": self.seconds(),
+            "resumed_at": self.record.resumed_at,
+            "git_commit": self.record.environment.get("git_commit"),
+        }
+        if self.accelerator.is_main_process:
+            self.store.write(state)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, trainer: Trainer) -> None:
+        """Go on from the newest checkpoint that holds, if there is one.
+
+        Raises:
+            RunFault: a whole checkpoint that does not fit this code.
+        """
+        for folder, state in self.store.read():
+            if isinstance(state, str):
+                say(f"notice: checkpoint {folder} is broken and skipped ({state})")
+                continue
+            try:
+                trainer.restore(state)
+            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                raise RunFault(
+                    f"checkpoint {folder} was written by other code (commit {state.facts['git_commit']}): {error}\n"
+                    "way out: force=true starts afresh"
+                ) from error
+            if state.facts["git_commit"] != self.record.environment.get("git_commit"):
+                say(f"notice: the checkpoint was written by commit {state.facts['git_commit']}")
+            self.record.resumed_at = [*state.facts["resumed_at"], trainer.step]
+            self.curve.restart(state.facts["curve"])
+            say(f"resumed    after step {trainer.step} of {trainer.plan.total_steps}")
+            self._begin -= state.facts["seconds"]
+            return
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Let the signals that ask to stop be heard at the end of a step; a second one stops at once."""
+        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is not None:
+            raise KeyboardInterrupt
+        self._asked = number
+        say(f"{signal.Signals(number).name}: stopping after this step; again stops at once")
+
+    def _asked_anywhere(self) -> int:
+        """Return the number of a signal that any process has heard, 0 for none."""
+        asked = self._asked or 0
+        if self.accelerator.num_processes == 1:
+            return asked
+        heard = self.accelerator.gather(torch.tensor([asked], device=self.accelerator.device))
+        return int(heard.max())

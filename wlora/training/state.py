@@ -1,0 +1,170 @@
+"""The state of a run between two steps as named tensors and JSON, and going on from it.
+
+What can be built again from the configuration is left out: the frozen base, the data, the plan. A method need not do
+anything: its attributes are packed as they are, references to parameters and modules by their names in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wlora.adapters.attach import AdapterSet
+from wlora.adapters.structure import describe_adapters, rebuild_adapters
+from wlora.methods.base import Method
+from wlora.methods.importance import Importance
+from wlora.methods.peft_backed import PeftAdapter
+from wlora.training.bench import Bench
+from wlora.training.optimizers import Optimizers, ParameterGroup
+
+# What a method holds that is there again once it is attached, and has no state of its own.
+_BUILT_AGAIN = (AdapterSet, Bench, PeftAdapter)
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass
+class State:
+    """What a run goes on from: `facts` is JSON, `tensors` are those that it names."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def capture(model: nn.Module, method: Method, optimizers: Optimizers) -> State:
+    """Describe adapters, what trains, the method's own state, the optimisers' and the random streams'."""
+    state = State()
+    names: dict[Tensor, str] = {value: name for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    state.facts["adapters"] = describe_adapters(method.adapters, names)
+    kept = {p for adapter in method.adapters.values() for p in [*adapter.parameters(), *adapter.buffers()]}
+    trained = {p for p in model.parameters() if p.requires_grad}
+    state.tensors |= {f"model/{names[value]}": value.detach() for value in kept | trained}
+    state.facts["trained"] = sorted(names[p] for p in trained - kept)
+
+    packer = _Packer(state.tensors, names, {module: name for name, module in model.named_modules()})
+    state.facts["method"] = {key: packer.pack(value, f"method/{key}") for key, value in vars(method).items()}
+    state.facts["optimizers"] = packer.pack(optimizers.state(names), "optimizers")
+    streams = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    state.facts["random"] = packer.pack(streams, "random")
+    return state
+
+
+def restore(
+    state: State, model: nn.Module, method: Method, optimizers: Optimizers, groups: Callable[[], list[ParameterGroup]]
+) -> None:
+    """Bring a model with freshly attached adapters, its method and optimisers to a state.
+
+    Args:
+        groups: what the optimisers are to update, asked for when the structure is there.
+
+    Raises:
+        KeyError: the state is of another model or method.
+        ValueError: a tensor has another shape than the parameter it belongs to.
+    """
+    device = next(model.parameters()).device
+    values = {name.removeprefix("model/"): value.to(device) for name, value in state.tensors.items()}
+    rebuild_adapters(method.adapters, state.facts["adapters"], values)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in state.facts["trained"]:
+            if parameters[name].shape != values[name].shape:
+                raise ValueError(f"{name}: {tuple(values[name].shape)} in the state, {tuple(parameters[name].shape)} here")
+            parameters[name].copy_(values[name])
+    modules = dict(model.named_modules())
+    unpacker = _Unpacker(state.tensors, {**parameters, **dict(model.named_buffers())}, modules, device)
+    for key, packed in state.facts["method"].items():
+        setattr(method, key, unpacker.unpack(packed, getattr(method, key, None)))
+    optimizers.rebuild(groups())
+    optimizers.load(unpacker.unpack(state.facts["optimizers"], None), parameters)
+    cpu, *cuda = _Unpacker(state.tensors, {}, {}, torch.device("cpu")).unpack(state.facts["random"], None)
+    torch.set_rng_state(cpu)
+    if cuda and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+
+
+class _Packer:
+    """Turns nested values into JSON; what JSON has no word for becomes {"is": kind, ...}."""
+
+    def __init__(self, tensors: dict[str, Tensor], names: Mapping[Tensor, str], modules: Mapping[nn.Module, str]) -> None:
+        self.tensors, self.names, self.modules = tensors, names, modules
+
+    def pack(self, value: Any, path: str) -> Any:
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, _BUILT_AGAIN):
+            return {"is": "built again"}
+        if isinstance(value, Tensor):
+            if value in self.names:
+                return {"is": "of the model", "name": self.names[value]}
+            return self._tensor(value.detach(), path)
+        if isinstance(value, torch.Generator):
+            return {"is": "generator", "state": self._tensor(value.get_state(), path)}
+        if isinstance(value, nn.Module):
+            return {"is": "module", "name": self.modules[value]}
+        if isinstance(value, list):
+            return [self.pack(item, f"{path}/{index}") for index, item in enumerate(value)]
+        if isinstance(value, tuple):
+            return {"is": "tuple", "items": self.pack(list(value), path)}
+        if isinstance(value, dict):
+            return {
+                "is": "dict",
+                "keys": self.pack(list(value), f"{path}/keys"),
+                "values": self.pack(list(value.values()), path),
+            }
+        if isinstance(value, torch.optim.Optimizer):
+            return {"is": "optimizer", "state": self.pack(value.state_dict(), path)}
+        if isinstance(value, Importance):
+            return {"is": "object", "state": self.pack(vars(value), path)}
+        raise TypeError(f"{path}: a {type(value).__name__} cannot be part of a state")
+
+    def _tensor(self, value: Tensor, path: str) -> dict[str, str]:
+        self.tensors[path] = value
+        return {"is": "tensor", "key": path}
+
+
+class _Unpacker:
+    """Turns packed values back, in place where the present value is one that others refer to."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        modules: Mapping[str, nn.Module],
+        device: torch.device,
+    ) -> None:
+        self.tensors, self.values, self.modules, self.device = tensors, values, modules, device
+
+    def unpack(self, packed: Any, present: Any) -> Any:
+        if isinstance(packed, list):
+            return [self.unpack(item, None) for item in packed]
+        if not isinstance(packed, dict):
+            return packed
+        match packed["is"]:
+            case "built again":
+                return present
+            case "of the model":
+                return self.values[packed["name"]]
+            case "module":
+                return self.modules[packed["name"]]
+            case "tuple":
+                return tuple(self.unpack(packed["items"], None))
+            case "dict":
+                keys = self.unpack(packed["keys"], None)
+                before = present if isinstance(present, dict) else {}
+                return {k: self.unpack(v, before.get(k)) for k, v in zip(keys, packed["values"], strict=True)}
+            case "tensor":
+                value = self.tensors[packed["key"]].to(self.device)
+                if isinstance(present, nn.Parameter):
+                    present.data.copy_(value)
+                    return present
+                return value.clone()
+            case "generator":
+                present.set_state(self.tensors[packed["state"]["key"]].cpu())
+            case "optimizer":
+                present.load_state_dict(self.unpack(packed["state"], None))
+            case "object":
+                vars(present).update(self.unpack(packed["state"], vars(present)))
+        return present
