@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +21,7 @@ from wlora.adapters.attach import count_elements
 from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.console import announce, say, summarize
 from wlora.errors import RunFault
+from wlora.locks import RunLock
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
 from wlora.models.loading import checkpoint_activations, head_parameters, load_model, load_tokenizer
@@ -38,27 +41,41 @@ from wlora.training.plan import make_plan
 
 
 def run(config: Config) -> Record:
-    """Run one configuration, or return its record if it has already succeeded.
+    """Run one configuration, or return its record if it has already succeeded or another process is at it.
 
     Raises:
         ConfigError: the request cannot be run; nothing was written.
         RunFault: the run failed underway; the record says how.
     """
-    begin = time.perf_counter()
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     precision = choose_precision(config.precision, accelerator.device)
     source = locate(config.model)
     record = open_record(config, source, precision)
     store = RecordStore(config.results_dir)
-    saved = model_folder(config.results_dir, record.run_id)
-    done = store.read(record.run_id)
-    if done is not None and done.status == "success" and not config.force:
-        score = done.metrics[done.primary_metric]
-        say(f"{record.run_id} is done: {done.primary_metric} {score:.4f} ({store.path(record.run_id)})")
-        if config.train.save_model and not saved.is_dir():
-            say(f"notice: its model is not there ({saved}): force=true does the run again and saves it")
+    lock = RunLock(config.results_dir, record.run_id)
+    if done := _find_success(store, record.run_id, config):
         return done
+    if not _agree(accelerator, lock.acquire):
+        say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
+        return record
+    with lock.held():
+        # Another process may have finished it between the look and the lock.
+        return _find_success(store, record.run_id, config) or _run(
+            config, accelerator, precision, source, record, store, lock
+        )
 
+
+def _run(
+    config: Config,
+    accelerator: Accelerator,
+    precision: Precision,
+    source: ModelSource,
+    record: Record,
+    store: RecordStore,
+    lock: RunLock,
+) -> Record:
+    """Run one configuration and complete its record, under its lock."""
+    begin = time.perf_counter()
     task = build_task(config.task)
     splits = load_splits(config.task, offline=config.offline)
     tokenizer = load_tokenizer(config.model, source)
@@ -92,7 +109,7 @@ def run(config: Config) -> Record:
 
     curve = store.curve(record.run_id, write=accelerator.is_main_process)
     checkpoints = CheckpointStore(config.results_dir, record.run_id, keep=config.train.keep)
-    guard = Guard(checkpoints, every=plan.checkpoint_every, curve=curve, record=record, accelerator=accelerator, begin=begin)
+    guard = Guard(checkpoints, lock, curve=curve, record=record, every=plan.checkpoint_every, begin=begin)
     if accelerator.is_main_process:
         if config.force:
             checkpoints.remove()
@@ -117,7 +134,7 @@ def run(config: Config) -> Record:
     except BaseException as error:
         record.status, record.error = _classify(error)
         record.seconds = {"total": guard.seconds()}
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not lock.lost:
             store.write(record)
         if record.status == "oom":
             raise RunFault(
@@ -131,9 +148,28 @@ def run(config: Config) -> Record:
         if not config.train.keep_after:
             checkpoints.remove()
         if config.train.save_model:
+            saved = model_folder(config.results_dir, record.run_id)
             save_model(model, method, tokenizer, saved)
             say(f"model      {saved}")
     return record
+
+
+def _find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
+    """Return the record of a run that has succeeded and is not to be run again."""
+    done = store.read(identity)
+    if done is None or done.status != "success" or config.force:
+        return None
+    say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
+    saved = model_folder(config.results_dir, identity)
+    if config.train.save_model and not saved.is_dir():
+        say(f"notice: its model is not there ({saved}): force=true does the run again and saves it")
+    return done
+
+
+def _agree(accelerator: Accelerator, ask: Callable[[], bool]) -> bool:
+    """Return the main process's answer on every process."""
+    answer = [ask() if accelerator.is_main_process else False]
+    return bool(broadcast_object_list(answer)[0]) if accelerator.num_processes > 1 else answer[0]
 
 
 def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, dict[str, Any]]:

@@ -13,11 +13,15 @@ from accelerate import Accelerator
 
 from wlora.console import say
 from wlora.errors import RunFault
+from wlora.locks import RunLock
 from wlora.records import CurveWriter, Record
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.loop import Trainer
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+
+# In place of a signal's number: the lock is another's.
+LOST = 1000
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,6 +40,7 @@ class Guard:
     """Called after every optimiser step: saves the state when it is due, or at once when a signal asks to stop.
 
     Args:
+        lock: the right to run, which may be lost to another process.
         every: optimiser steps between checkpoints; 0 for none but those that signals ask for.
         begin: `time.perf_counter()` when this process began the run.
     """
@@ -43,15 +48,15 @@ class Guard:
     def __init__(
         self,
         store: CheckpointStore,
+        lock: RunLock,
         *,
-        every: int,
         curve: CurveWriter,
         record: Record,
-        accelerator: Accelerator,
+        every: int,
         begin: float,
     ) -> None:
-        self.store, self.every, self.curve, self.record = store, every, curve, record
-        self.accelerator, self._begin = accelerator, begin
+        self.store, self.lock, self.curve, self.record = store, lock, curve, record
+        self.every, self._begin = every, begin
         self._asked: int | None = None
 
     def seconds(self) -> float:
@@ -63,8 +68,11 @@ class Guard:
 
         Raises:
             Interrupted: a signal asked to stop, on any process.
+            RunFault: another process has taken over the run.
         """
-        asked = self._asked_anywhere()
+        asked = self._asked_anywhere(trainer.accelerator)
+        if asked == LOST:
+            raise RunFault(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
         last = trainer.step == trainer.plan.total_steps
         due = self.every > 0 and trainer.step % self.every == 0
         if (due or asked) and not last:
@@ -81,9 +89,9 @@ class Guard:
             "resumed_at": self.record.resumed_at,
             "git_commit": self.record.environment.get("git_commit"),
         }
-        if self.accelerator.is_main_process:
+        if trainer.accelerator.is_main_process:
             self.store.write(state)
-        self.accelerator.wait_for_everyone()
+        trainer.accelerator.wait_for_everyone()
 
     def resume(self, trainer: Trainer) -> None:
         """Go on from the newest checkpoint that holds, if there is one.
@@ -126,10 +134,10 @@ class Guard:
         self._asked = number
         say(f"{signal.Signals(number).name}: stopping after this step; again stops at once")
 
-    def _asked_anywhere(self) -> int:
-        """Return the number of a signal that any process has heard, 0 for none."""
-        asked = self._asked or 0
-        if self.accelerator.num_processes == 1:
+    def _asked_anywhere(self, accelerator: Accelerator) -> int:
+        """Return the number of a signal that any process has heard, 0 for none, or LOST."""
+        asked = LOST if self.lock.lost else self._asked or 0
+        if accelerator.num_processes == 1:
             return asked
-        heard = self.accelerator.gather(torch.tensor([asked], device=self.accelerator.device))
+        heard = accelerator.gather(torch.tensor([asked], device=accelerator.device))
         return int(heard.max())
