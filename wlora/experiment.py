@@ -138,7 +138,10 @@ def _run(
             store.write(record)
         if record.status == "oom":
             raise RunFault(
-                f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, "
+                "out of memory with one row at once: a smaller task.max_length, train.gradient_checkpointing=true or "
+                "model.quantization=nf4 takes less"
+                if accelerator.num_processes == 1
+                else f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, "
                 "which keeps the effective batch"
             ) from error
         raise
