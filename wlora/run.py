@@ -49,7 +49,8 @@ def main() -> None:
 
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # Some of Hydra's refusals are bare ValueErrors; what a run raises does not come as far as here.
         _fail(ConfigError(explain(error)))
         sys.exit(2)
     except KeyboardInterrupt as stop:
