@@ -36,7 +36,7 @@ RUNS = [line for line in LINES if line.startswith("python -m wlora.run ")]
 SCRIPTS = [line for line in LINES if line.startswith("python scripts/")]
 STUDIES = [line for line in LINES if re.search(r"(^| )scripts/\w+\.sh$", line)]
 TABLES = [line for line in LINES if line.startswith("python -m wlora.tables ")]
-FIGURES = [line for line in LINES if re.match(r"python -m wlora\.(figures|memory) ", line)]
+FIGURES = [line for line in LINES if re.match(r"python -m wlora\.(figures|memory|report) ", line)]
 COMPLETION = [line for line in LINES if line.startswith("eval ")]
 
 TRAIN_ROWS, EVAL_ROWS = 8, 6
@@ -211,10 +211,11 @@ def test_tables_are_made_and_committed_ones_are_those(line: str, tmp_path: Path,
 
 
 def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
-    (drawing, measuring) = (shlex.split(line)[3:] for line in FIGURES)
+    drawing, measuring, reporting = (shlex.split(line)[3:] for line in FIGURES)
     shutil.copytree(ROOT / "results" / "first_runs", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("figures"))
     figures.main([word if "results_dir" not in word else f"results_dir={tmp_path}" for word in drawing])
     assert {file.stem for file in (tmp_path / "figures").iterdir()} >= {"adapters", "pareto", "curves", "selection"}
+    assert len(reporting) == 1  # tests/test_report.py writes it
     small = ["model=tiny_bert", "task.batch_size=2", f"results_dir={tmp_path / 'small'}"]
     memory.main([*measuring, *small])
     assert list((tmp_path / "small" / "memory").glob("tiny_bert*.json"))

@@ -1,0 +1,213 @@
+"""Entry point: `python -m wlora.report results_dir=results/first_runs`, one HTML page of a study. Never imports torch.
+
+The page holds tables, figures, environments and runs in itself: it opens from disk, with no network. Tables and figures are
+made anew on the way, where `python -m wlora.tables` and `python -m wlora.figures` put them.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import html
+import importlib.util
+import io
+import os
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from wlora.errors import ConfigError
+from wlora.study import Run, read_runs, read_words, select
+
+USAGE = """\
+usage: python -m wlora.report [key=value ...]
+
+Writes <results_dir>/report.html: all tables and figures of one study, its environments, and its runs.
+
+  results_dir=results     the study
+  model=NAME              whose runs the tables show; default: the model of most runs
+  key=value,value         as for python -m wlora.tables"""
+
+# What the tables' Markdown becomes besides; all else in it that looks like HTML is escaped.
+_RENDERED = {"h2>": "h4>", "h1>": "h3>", "&lt;u&gt;": "<u>", "&lt;/u&gt;": "</u>"}
+_RENDERED |= {"<table>": '<div class="wide"><table>', "</table>": "</table></div>"}
+
+PAGE = Template("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #6b6b6b; --line: #d5d5d5; --shade: #f4f4f4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #171717; --faint: #a0a0a0; --line: #3a3a3a; --shade: #222; }
+}
+body { margin: 0 auto; padding: 1rem; max-width: 80rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
+thead th { border-bottom: 2px solid var(--ink); }
+figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; }
+figcaption, .faint { color: var(--faint); font-size: .85rem; }
+pre { background: var(--shade); padding: .6rem; overflow-x: auto; font-size: .85rem; }
+nav a { margin-right: 1rem; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p>$summary</p>
+<nav><a href="#tables">Tables</a><a href="#figures">Figures</a><a href="#environments">Environments</a>
+<a href="#commands">Commands</a><a href="#runs">Runs</a></nav>
+<h2 id="tables">Tables</h2>
+$tables
+<h2 id="figures">Figures</h2>
+$figures
+<h2 id="environments">Environments</h2>
+$environments
+<h2 id="commands">Commands</h2>
+<pre>$commands</pre>
+<h2 id="runs">Runs</h2>
+$runs
+</body>
+</html>
+""")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Write the report; exits with 0, or 2 after a mistake or where there is nothing to report."""
+    words = sys.argv[1:] if words is None else words
+    if {"-h", "--help"} & set(words):
+        print(USAGE)
+        sys.exit(0)
+    try:
+        print(write(words))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def write(words: Sequence[str]) -> Path:
+    """Write the page of one study and return where it is.
+
+    Raises:
+        ConfigError: no records, or what tables and figures refuse.
+    """
+    names, options, filters = read_words(words, {"results_dir": "results", "model": None})
+    if names:
+        raise ConfigError(f"report {' '.join(names)}: allowed is key=value")
+    if importlib.util.find_spec("markdown_it") is None:
+        raise ConfigError("the report needs markdown-it-py\nway out: pip install 'wlora[figures]'")
+    results = Path(options["results_dir"] or "results")
+    runs = select(read_runs(results), filters)
+    if not runs:
+        raise ConfigError(f"results_dir={results}: no records to report")
+    model = options["model"] or Counter(run.model for run in runs).most_common(1)[0][0]
+    shared = [f"results_dir={results}", *(f"{key}={value}" for key, value in filters.items())]
+    made = (["wlora.tables", "all", *shared, f"model={model}"], ["wlora.figures", "all", *shared, f"model={model}"])
+    for command in made:
+        _run(command)
+    commits = sorted({str(run.record.environment.get("git_commit"))[:10] for run in runs})
+    page = PAGE.substitute(
+        title=html.escape(f"wlora: {results.name}"),
+        summary=html.escape(
+            f"{len(runs)} runs of {len({run.method for run in runs})} methods on {len({run.task for run in runs})} tasks, "
+            f"{model}; scores are on the dev sets. Code: commit {', '.join(commits)}."
+        ),
+        tables="\n".join(_tables(results / "tables")),
+        figures="\n".join(_figures(results / "figures")) or "<p>None can be drawn from these records.</p>",
+        environments=_table(*_environments(runs)),
+        commands=html.escape("\n".join(shlex.join(["python", "-m", *command]) for command in made)),
+        runs=_table(*_runs(runs)),
+    )
+    target = results / "report.html"
+    staging = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        staging.write_text(page, encoding="utf-8")
+        os.replace(staging, target)
+    except OSError as error:
+        raise ConfigError(f"results_dir: {results} cannot be written ({error.strerror})") from error
+    return target
+
+
+def _run(command: list[str]) -> None:
+    """Run another entry point in this process, quietly; what it refuses is told as ours."""
+    from wlora.figures import __main__ as figures
+    from wlora.tables import __main__ as tables
+
+    entry = {"wlora.tables": tables.main, "wlora.figures": figures.main}[command[0]]
+    said, wrong = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong):
+            entry(command[1:])
+    except SystemExit as end:
+        if end.code:
+            raise ConfigError(wrong.getvalue().strip().removeprefix("error: ")) from None
+
+
+def _tables(folder: Path) -> Iterator[str]:
+    """Yield every table's page as HTML, those without any run left out."""
+    from markdown_it import MarkdownIt
+
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    for file in sorted(folder.glob("table*.md")):
+        text = file.read_text(encoding="utf-8")
+        if not re.search(r"\(\d+\) \|", text):
+            continue
+        rendered = reader.render(text)
+        for before, after in _RENDERED.items():
+            rendered = rendered.replace(before, after)
+        yield rendered
+
+
+def _figures(folder: Path) -> Iterator[str]:
+    for file in sorted(folder.glob("*.png")):
+        content = base64.b64encode(file.read_bytes()).decode()
+        name = html.escape(file.stem)
+        yield f'<figure><img alt="{name}" src="data:image/png;base64,{content}"><figcaption>{name}</figcaption></figure>'
+
+
+def _environments(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
+    """Return the distinct environments, each with the number of its runs."""
+    keys = ("wlora", "git_commit", "git_dirty", "python", "processor", "cpus", "device", "processes", "precision")
+    packages = ("torch", "transformers", "datasets", "accelerate")
+    found: Counter[tuple[str, ...]] = Counter()
+    for run in runs:
+        environment = run.record.environment
+        versions = environment.get("packages", {})
+        values = [environment.get(key) for key in keys] + [versions.get(name) for name in packages]
+        found[tuple("" if value is None else str(value) for value in values)] += 1
+    return ["runs", *keys, *packages], [[count, *values] for values, count in found.most_common()]
+
+
+def _runs(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
+    head = ["task", "method", "rank", "K", "learning rate", "seed", "status", "score", "parameters", "seconds", "run_id"]
+    rows = []
+    for run in sorted(runs, key=lambda run: (run.task, run.method, run.rank or 0, run.k or 0, str(run.point), run.seed)):
+        record = run.record
+        score = f"{record.metrics[record.primary_metric]:.4f}" if record.primary_metric in record.metrics else ""
+        count = record.parameters.get("adapter_final", 0) + record.parameters.get("base", 0)
+        seconds = f"{record.seconds['train']:.0f}" if "train" in record.seconds else ""
+        lr = f"{record.config['lr']:g}"
+        rows.append([run.task, run.method, run.rank, run.k, lr, run.seed, run.status, score, count, seconds, record.run_id])
+    return head, rows
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in head)
+    lines = ["".join(f"<td>{html.escape('' if value is None else str(value))}</td>" for value in row) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+if __name__ == "__main__":
+    main()
