@@ -117,6 +117,37 @@ def test_a_tokenizer_that_cannot_pad_is_refused(llama_folder: Path, tmp_path: Pa
         load("llama3_8b", folder)
 
 
+def test_a_tokenizer_without_the_token_that_the_heads_read_is_refused(bart_folder: Path, tmp_path: Path) -> None:
+    folder = copy_folder(bart_folder, tmp_path / "bart")
+    _, tokenizer = load("bart_large", folder)
+    bare = json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None}  # type: ignore[attr-defined]
+    (folder / "tokenizer.json").write_text(json.dumps(bare))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "<pad>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="puts no eos_token behind a text, which a bart model's heads need"):
+        load("bart_large", folder)
+
+
+@pytest.mark.parametrize("given", [{"cls_token": "[CLS]"}, {}])
+def test_bert_without_its_first_token_is_refused(given: dict[str, str], tmp_path: Path) -> None:
+    from wlora.models.tiny import build_tokenizer
+
+    folder = tmp_path / "bert"
+    config = compose("model=tiny_bert", "task=story_nli").model
+    load_model(config, locate(config), build_tokenizer(), head="question_answering", num_labels=2, seed=0).save_pretrained(
+        folder
+    )
+    bare = json.loads(build_tokenizer().backend_tokenizer.to_str()) | {"post_processor": None}
+    (folder / "tokenizer.json").write_text(json.dumps(bare))
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]", **given}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    config.path = str(folder)
+    with pytest.raises(ConfigError, match="puts no cls_token before a text, which a bert model's heads need") as caught:
+        load_tokenizer(config, locate(config))
+    assert len(str(caught.value).splitlines()) == 1
+
+
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 

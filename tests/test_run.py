@@ -102,6 +102,26 @@ def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(words: list[s
     assert trainable in done.stdout and "no record yet" in done.stdout and not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (
+            ["task=xsum", "model=bart_large", "targets=all"],
+            ["192 of method=lora", "1.065% of 406,291,456, 1.053% with them counted in"],
+        ),
+        (["experiment=table5", "task=cnn_dailymail", "rank=1"], ["192 of method=lora", "0.133% with them counted in"]),
+        (
+            ["experiment=table3", "task=sst2", "model.quantization=nf4"],
+            ["224 of method=lora", "0.522% of 4,015,271,936 stored", "128 (67,349 rows", "batch 32 × 2), warm-up 25"],
+        ),
+        (["experiment=table4", "task=squad_v2"], ["60 of method=lora", "at least 61095 (130,319 rows"]),
+    ],
+)
+def test_dry_run_has_the_papers_n_and_percentages_of_the_other_tables(words: list[str], lines: list[str]) -> None:
+    done = run_cli(*words, "method=lora", "dry_run=true")
+    assert done.returncode == 0 and done.stderr == "" and all(line in done.stdout for line in lines), done.stdout
+
+
 def test_a_sweep_trains_every_cell_once_and_a_failing_cell_does_not_stop_it(tmp_path: Path) -> None:
     words = ["-m", *TINY, "method=lora,probe", "seed=0,1", f"results_dir={tmp_path}"]
     first = run_cli(*words)

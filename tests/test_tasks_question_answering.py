@@ -135,6 +135,16 @@ def test_answers_become_tokens(tokenizer: PreTrainedTokenizerFast, answer: Answe
             assert tokenizer.decode(ids[start : end + 1]).replace(" ##", "") == text.strip(" \u200b")
 
 
+def test_answers_that_no_window_holds_whole_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = make_task()
+    # Windows hold the tokens 0–10, 7–17 and 14–19, of which a word has two: the second and third answers fit into none.
+    rows = make_rows(find("w4 w5"), find("w1 w2 w3 w4 w5 w6 w7"), find("w3 w4 w5"), find("w8 w9"), NONE)
+    assert positions(task.encode(rows, tokenizer, training=True))[3:9] == [(0, 0)] * 6
+    assert task.lost_answers == 2
+    task.encode(rows, tokenizer, training=False)
+    assert task.lost_answers == 0
+
+
 def test_batches_are_padded_on_the_right_and_hold_positions_only_for_training(tokenizer: PreTrainedTokenizerFast) -> None:
     task, rows = make_task(), make_rows(find("w8 w9"))
     train, validation = (task.encode(rows, tokenizer, training=training) for training in (True, False))
@@ -338,6 +348,8 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
         (0, {"context": None}, "column context: row 0 is empty"),
         (0, {"question": 7}, "column question: row 1 has str; expected is int"),
         (1, {"answers": None}, "column answers: row 1 is empty"),
+        (1, {"context": "", "answers": {"text": ["a"], "answer_start": [0]}}, "row 1 has an empty context; expected is"),
+        (2, {"context": " \n"}, "row 2 has an empty context; expected is the text"),
         (1, {"answers": {"text": ["2020"], "answer_start": [13]}}, "row 1 has answer_start 13; allowed is 0 to 12"),
         (1, {"answers": {"text": ["2020"], "answer_start": [-5]}}, "row 1 has answer_start -5; allowed is 0 to 12"),
         (1, {"answers": {"text": ["2020"], "answer_start": [7]}}, "row 1 has the answer '2020' at 7, where .* ' 202'"),

@@ -250,6 +250,7 @@ def test_a_task_that_cannot_be_is_refused(fields: dict[str, Any], message: str) 
     [
         (["task=xsum", "model=minilm"], "a bert model has no seq2seq head"),
         (["task=cnn_dailymail"], "a deberta-v2 model has no seq2seq head"),
+        (["task=xsum", "model=smollm2_135m"], "a llama model has no seq2seq head"),
         (["task=xsum", "model=tiny_bart"], "task.max_length=768: allowed is at most 512"),
         (["task=story_summary", "model=tiny_bart", "method=probe"], "nothing would train"),
         ([*STORY, "task.generation.max_new_tokens=600"], "at most 512"),

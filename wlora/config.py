@@ -95,6 +95,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     keep: int = 2
     keep_after: bool = False
+    save_model: bool = False
 
 
 @dataclass
@@ -172,7 +173,7 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         for key in ("name", "source", "hub_id", "revision", "architecture"):
             del model[key]
         model.pop("gguf_file", None)
-    for key in ("eval_every", "gradient_checkpointing", "checkpoint_every", "keep", "keep_after"):
+    for key in ("eval_every", "gradient_checkpointing", "checkpoint_every", "keep", "keep_after", "save_model"):
         del train[key]
     return {
         "version": RUN_ID_VERSION,

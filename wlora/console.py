@@ -29,14 +29,17 @@ def announce(config: Config, identity: str, plan: Plan, precision: Precision) ->
 
 
 def share_of_model(trainable: int, counts: dict[str, int]) -> str:
-    """Say which share of the model trains; of a packed one also the share of the elements it is stored in.
+    """Say which share of the model trains: of its own elements and, where they are adapters, of all with them.
 
-    The paper's percentages for Llama are of the latter kind (methods note §0.3).
+    Of a packed model also of the elements that it is stored in. The paper's percentages are of all for BART-large, and
+    of the stored for Llama (methods note §0.3).
     """
-    share = f"{trainable / counts['total']:.3%} of {counts['total']:,}"
-    if counts["stored"] == counts["total"]:
-        return share
-    return f"{share}, {trainable / counts['stored']:.3%} of {counts['stored']:,} stored"
+    shares = [f"{trainable / counts['total']:.3%} of {counts['total']:,}"]
+    if counts["stored"] != counts["total"]:
+        shares.append(f"{trainable / counts['stored']:.3%} of {counts['stored']:,} stored")
+    if trainable and not counts["base"]:
+        shares.append(f"{trainable / (counts['stored'] + trainable):.3%} with them counted in")
+    return ", ".join(shares)
 
 
 def summarize(record: Record, method: Method, path: str) -> str:

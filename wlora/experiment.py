@@ -9,6 +9,7 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
 from wlora.models.loading import checkpoint_activations, head_parameters, load_model, load_tokenizer
 from wlora.models.quantization import count_model
+from wlora.models.saving import model_folder, save_model
 from wlora.models.source import ModelSource, locate
 from wlora.models.targets import list_targets
 from wlora.precision import Precision, choose_precision, lower_base
@@ -77,7 +79,7 @@ def _run(
     task = build_task(config.task)
     splits = load_splits(config.task, offline=config.offline)
     tokenizer = load_tokenizer(config.model, source)
-    data = encode(task, splits, tokenizer)
+    data, unfit = encode(task, splits, tokenizer)
     plan = make_plan(config, len(data.train))
     method = build_method(config.method, release=config.compat == "release", quantized=config.model.quantization != "none")
     method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
@@ -101,7 +103,7 @@ def _run(
     record.parameters = count_parameters(model, method, head)
     record.model["revision"] = getattr(model.config, "_commit_hash", None)
     record.task.update(version=splits.revision, data=splits.fingerprint)
-    record.task.update(train_rows=len(splits.rows["train"]), truncated_share=task.truncated_share)
+    record.task.update(train_rows=len(splits.rows["train"]), **unfit)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
     record.environment = describe_environment(str(accelerator.device), precision.name, accelerator.num_processes)
 
@@ -145,6 +147,9 @@ def _run(
         say(summarize(record, method, str(store.write(record))))
         if not config.train.keep_after:
             checkpoints.remove()
+        if config.train.save_model:
+            save_model(model, method, tokenizer, model_folder(config.results_dir, record.run_id))
+            say(f"model      {model_folder(config.results_dir, record.run_id)}")
     return record
 
 
@@ -154,6 +159,9 @@ def _find_success(store: RecordStore, identity: str, config: Config) -> Record |
     if done is None or done.status != "success" or config.force:
         return None
     say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
+    saved = model_folder(config.results_dir, identity)
+    if config.train.save_model and not saved.is_dir():
+        say(f"notice: its model is not there ({saved}): force=true does the run again and saves it")
     return done
 
 
@@ -163,15 +171,25 @@ def _agree(accelerator: Accelerator, ask: Callable[[], bool]) -> bool:
     return bool(broadcast_object_list(answer)[0]) if accelerator.num_processes > 1 else answer[0]
 
 
-def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Tokenise all splits, and say so where something did not fit."""
-    features = {}
+def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, dict[str, Any]]:
+    """Tokenise all splits, and say so where something did not fit.
+
+    Returns:
+        The features, and what the record says of the rows that did not fit: `truncated_share` by split, and
+        `lost_answers` among the training rows.
+    """
+    features, shares, lost = {}, {}, 0
     for name, rows in splits.rows.items():
         features[name] = task.encode(rows, tokenizer, training=name == "train")
+        shares[name] = task.truncated_share
         if task.truncated_share:
             say(f"notice: {task.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
+        if name == "train" and task.lost_answers:
+            lost = task.lost_answers
+            say(f"notice: {lost} of {len(rows)} rows of {name} have their answer whole in no window: see task.stride")
     train = features.pop("train")
-    return Data(train=train, validation={name: Split(splits.rows[name], encoded) for name, encoded in features.items()})
+    validation = {name: Split(splits.rows[name], encoded) for name, encoded in features.items()}
+    return Data(train=train, validation=validation), {"truncated_share": shares, "lost_answers": lost}
 
 
 def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, nn.Parameter]:

@@ -100,6 +100,7 @@ def resolve(config: Config) -> Config:
         config.lr = float(config.lr)
     _check_method(config)
     _check_model(config.model)
+    _check_saving(config)
     _check_results_folder(config)
     config.per_task = {}  # what an experiment took from it stands in the keys it set
     if config.compat == "release" and config.method["name"] == "probe":
@@ -150,6 +151,14 @@ def _check_model(model: ModelConfig) -> None:
             raise wrong_value("model.quantization", model.quantization, "none beside model.gguf_file")
     elif model.quantization != "none" and model.path is None and model.source == "random":
         raise wrong_value("model.quantization", model.quantization, f"none for model={model.name}, whose weights are random")
+
+
+def _check_saving(config: Config) -> None:
+    """Refuse to save what adapters cannot be folded into."""
+    model = config.model
+    packed = f"model.gguf_file={model.gguf_file}" if model.gguf_file else f"model.quantization={model.quantization}"
+    if config.train.save_model and packed != "model.quantization=none":
+        raise wrong_value("train.save_model", "true", f"false with {packed}: packed weights cannot take adapters in")
 
 
 def _check_head(config: Config) -> None:

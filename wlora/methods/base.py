@@ -114,6 +114,14 @@ class Method:
         """Return the adapters that take part in the forward pass, by module name."""
         return dict(self.attached())
 
+    def fold(self) -> None:
+        """Add every adapter to the weight beside it and take it out: the end of the policy, whose model is a plain one.
+
+        The base is a plain floating-point one by now.
+        """
+        for name in self.adapters:
+            self.adapters.fold(name)
+
 
 class AdapterMethod(Method):
     """A policy that starts from one plain LoRA adapter of `rank` on every target (Hu et al., 2021).

@@ -79,11 +79,21 @@ class PeftMethod(Method):
                 get_peft_model(model, config)  # type: ignore[arg-type]  # it changes the model in place
         except (ValueError, TypeError) as error:
             raise ConfigError(f"method={type(self).__name__}: PEFT says: {error}") from error
+        self._model = model
         self._attached = {target.name: PeftAdapter(model.get_submodule(target.name)) for target in setting.targets}
 
     def attached(self) -> Mapping[str, Adapter]:
         """Return PEFT's adapters, by module name."""
         return self._attached
+
+    def fold(self) -> None:
+        """Let PEFT merge its adapters, and put the plain linears back."""
+        for name in self._attached:
+            layer = self._model.get_submodule(name)
+            layer.merge()  # type: ignore[operator]
+            parent, _, child = name.rpartition(".")
+            setattr(self._model.get_submodule(parent), child, layer.get_base_layer())  # type: ignore[operator]
+        self._attached = {}
 
     def trained(self, part: str = "") -> list[nn.Parameter]:
         """Return the parameters of the adapters whose names contain `part`, shared ones once."""

@@ -36,6 +36,7 @@ from wlora.errors import ConfigError
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.quantization import HEAD_MODULES, keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource
+from wlora.models.targets import read_architecture
 
 # Random base weights stand for pretrained ones, so they are the same for every seed of a run.
 _RANDOM_BASE_SEED = 0
@@ -44,6 +45,12 @@ _AUTO = {
     "sequence_classification": AutoModelForSequenceClassification,
     "question_answering": AutoModelForQuestionAnswering,
     "seq2seq": AutoModelForSeq2SeqLM,
+}
+# The token that a family's heads read a text by; Llama's take the last that is not padding, whichever it is.
+_READ_AT = {
+    "bert": ("cls_token", 0, "before"),
+    "deberta-v2": ("cls_token", 0, "before"),
+    "bart": ("eos_token", -1, "behind"),
 }
 
 
@@ -54,14 +61,15 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
     classification heads look for the last token that is not padding, which no text of ours ends in.
 
     Raises:
-        ConfigError: no tokenizer, one that cannot be read, or one without either token.
+        ConfigError: no tokenizer, one that cannot be read, one without either token, or one that does not put the token
+            before or behind a text that the model's heads read.
     """
     if source.location is None:
         from wlora.models.tiny import build_tokenizer
 
         return build_tokenizer()
     try:
-        with _quiet():
+        with quiet():
             tokenizer: PreTrainedTokenizerBase = (
                 _read_gguf_tokenizer(model, source.location)
                 if model.gguf_file
@@ -76,6 +84,14 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
         if tokenizer.eos_token is None:
             raise ConfigError(f"{_origin(model)}: the tokenizer has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
+    family = read_architecture(model)["model_type"]
+    if family in _READ_AT:
+        name, place, where = _READ_AT[family]
+        mark = getattr(tokenizer, f"{name}_id")
+        if mark is None or tokenizer("a")["input_ids"][place] != mark:  # type: ignore[index]
+            raise ConfigError(
+                f"{_origin(model)}: the tokenizer puts no {name} {where} a text, which a {family} model's heads need"
+            )
     return tokenizer
 
 
@@ -141,6 +157,7 @@ def load_model(
     if len(tokenizer) > known:
         raise ConfigError(f"{_origin(model)}: the tokenizer has {len(tokenizer)} tokens, the model {known}")
     loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.config.problem_type = None  # that of the last training, which may have had labels of another kind
     if head != "seq2seq":
         loaded.config.use_cache = False  # keys and values of past tokens serve generation only
     for parameter in loaded.parameters():
@@ -171,7 +188,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
     Dropout draws the same numbers both times, so losses and gradients do not change.
     """
-    with _quiet():
+    with quiet():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # transformers makes the embeddings' output require a gradient, for reentrant checkpointing's sake. Ours needs none,
     # and with it the backward pass would run down to the embeddings instead of ending at the lowest adapter.
@@ -221,7 +238,7 @@ def _load_pretrained(
     try:
         # transformers unpacks GGUF files under a progress bar of its own that no setting silences.
         unpacking = contextlib.redirect_stderr(io.StringIO()) if model.gguf_file else contextlib.nullcontext()
-        with _quiet(), unpacking:
+        with quiet(), unpacking:
             loaded, report = _AUTO[head].from_pretrained(
                 source.location,
                 revision=model.revision,
@@ -259,8 +276,8 @@ def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: i
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers and torch while they load: what matters of their reports is said by an error."""
+def quiet() -> Iterator[None]:
+    """Silence transformers and torch while they load or save: what matters of their reports is said by an error."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -102,6 +102,8 @@ def _check_answers(column: pa.ChunkedArray, contexts: pa.ChunkedArray, at: str, 
 
 def _find_fault(texts: list[str] | None, starts: list[int] | None, context: str) -> str | None:
     """Say what is wrong with the answers of one row."""
+    if not context.strip():
+        return "has an empty context; expected is the text that its answers stand in"
     if texts is None or starts is None or None in texts or None in starts:
         return "is empty (null); expected are text and answer_start, both [] where there is no answer"
     if len(texts) != len(starts):

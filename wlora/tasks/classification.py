@@ -26,6 +26,7 @@ class SequenceClassification:
         num_labels: its outputs; 1 for regression.
         primary_metric: the reported one of `task.metrics`.
         truncated_share: share of the rows encoded last that were longer than `task.max_length` tokens.
+        lost_answers: always 0.
 
     Raises:
         ConfigError: an unknown name in `task.metrics`, or a `task.primary_metric` that is not among them.
@@ -41,7 +42,7 @@ class SequenceClassification:
         self.regression = not config.labels
         self.num_labels = len(config.labels) or 1
         self.primary_metric = config.primary_metric
-        self.truncated_share = 0.0
+        self.truncated_share, self.lost_answers = 0.0, 0
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
         """Tokenise rows, cut to `task.max_length` tokens and not padded.

@@ -35,6 +35,8 @@ class QuestionAnswering:
         num_labels: its outputs: the logits of start and end.
         primary_metric: the reported one of `task.metrics`.
         truncated_share: share of the rows encoded last whose question was cut.
+        lost_answers: training rows encoded last whose first answer stands whole in no window: it is longer than the stride
+            and lies across the end of one. Their windows train as such without an answer do.
 
     Raises:
         ConfigError: a missing or unusable key of this kind of task, or a metric that it does not have.
@@ -61,7 +63,7 @@ class QuestionAnswering:
         self.question, self.context = config.columns
         self.stride: int = config.stride
         self.primary_metric = config.primary_metric
-        self.truncated_share = 0.0
+        self.truncated_share, self.lost_answers = 0.0, 0
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
         """Cut rows into windows and tokenise them.
@@ -82,7 +84,7 @@ class QuestionAnswering:
                 f"task={self.config.name}: {type(tokenizer).__name__} does not tell where tokens stand in the text\n"
                 "allowed is a model whose tokenizer has a fast version (tokenizer.json)"
             )
-        pieces, cut = [], 0
+        pieces, cut, lost = [], 0, 0
         for first_row in range(0, len(rows), ROWS_AT_ONCE):
             texts = rows[first_row : first_row + ROWS_AT_ONCE]
             questions = [self._shorten(question.strip(), tokenizer) for question in texts[self.question]]
@@ -104,12 +106,15 @@ class QuestionAnswering:
             row_of = encoded["overflow_to_sample_mapping"]
             columns = input_columns(encoded)
             if training:
-                columns |= _answer_positions(encoded.encodings, row_of, texts[ANSWERS])
+                positions = _answer_positions(encoded.encodings, row_of, texts[ANSWERS])
+                columns |= {name: pa.array(positions[at]) for at, name in enumerate(("start_positions", "end_positions"))}
+                answered = {row for row, answers in enumerate(texts[ANSWERS]) if answers["text"]}
+                lost += len(answered - set(np.asarray(row_of)[positions[1] > 0].tolist()))
             else:
                 columns |= _token_places(encoded.encodings)
                 columns["row"] = pa.array(np.asarray(row_of) + first_row, pa.int32())
             pieces.append(pa.table(columns))
-        self.truncated_share = cut / len(rows)
+        self.truncated_share, self.lost_answers = cut / len(rows), lost
         return join(pieces)
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
@@ -158,8 +163,11 @@ class QuestionAnswering:
         return question
 
 
-def _answer_positions(encodings: Sequence[Any], row_of: Sequence[int], answers: Sequence[Any]) -> dict[str, pa.Array]:
-    """Return the first and last token of each row's first answer in each of its windows, 0 and 0 where it is not."""
+def _answer_positions(encodings: Sequence[Any], row_of: Sequence[int], answers: Sequence[Any]) -> np.ndarray:
+    """Return the first and last token of each row's first answer in each of its windows, 0 and 0 where it is not.
+
+    Shape [2, windows], int32.
+    """
     positions = np.zeros((2, len(encodings)), dtype=np.int32)
     windows: dict[int, list[int]] = {}
     for index, row in enumerate(row_of):
@@ -172,7 +180,7 @@ def _answer_positions(encodings: Sequence[Any], row_of: Sequence[int], answers: 
         first, last = (_find_tokens(encodings, indices, characters) for characters in (span, reversed(span)))
         for index in first.keys() & last.keys():
             positions[:, index] = first[index], last[index]
-    return {"start_positions": pa.array(positions[0]), "end_positions": pa.array(positions[1])}
+    return positions
 
 
 def _find_tokens(encodings: Sequence[Any], windows: Sequence[int], characters: Iterable[int]) -> dict[int, int]:

@@ -28,6 +28,7 @@ class Summarization:
         num_labels: unused by this head.
         primary_metric: the reported one of `task.metrics`.
         truncated_share: share of the rows encoded last whose document or summary was cut.
+        lost_answers: always 0.
 
     Raises:
         ConfigError: not two columns, an unknown name in `task.metrics`, or a `task.primary_metric` not among them.
@@ -44,7 +45,7 @@ class Summarization:
             raise wrong_value("task.primary_metric", config.primary_metric, ", ".join(config.metrics))
         self.config = config
         self.primary_metric = config.primary_metric
-        self.truncated_share = 0.0
+        self.truncated_share, self.lost_answers = 0.0, 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
