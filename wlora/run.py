@@ -132,7 +132,7 @@ def _refuse_foreign_task(composed: DictConfig) -> None:
 def _refuse_added_keys(composed: DictConfig) -> None:
     """Refuse what Hydra's `+key=value` added beside the schema: nothing would read it."""
     schema = OmegaConf.structured(Config)
-    for parent in ("", "task", "task.generation", "model", "train"):
+    for parent in ("", "task", "task.generation", "model", "train", "adapter"):
         allowed = list(_node(schema, parent).keys())  # keys(): a missing value is still a key
         for name in _node(composed, parent):
             if name not in allowed:
