@@ -31,7 +31,7 @@ from wlora.models.loading import checkpoint_activations, head_parameters, load_m
 from wlora.models.quantization import count_model
 from wlora.models.saving import adapter_folder, model_folder, save_adapter, save_model
 from wlora.models.source import ModelSource, locate
-from wlora.models.targets import Target, list_targets
+from wlora.models.targets import list_targets, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
 from wlora.records import Record, RecordStore, peak_memory
 from wlora.tasks import Task, build_task
@@ -68,6 +68,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Record:
         str(accelerator.device), precision.name, accelerator.num_processes, overrides=overrides
     )
     store = RecordStore(config.results_dir)
+    read_start(config)  # what does not fit is told before anything is written or loaded
     lock = RunLock(config.results_dir, record.run_id)
     if done := _find_success(store, record.run_id, config):
         return done
@@ -254,9 +255,9 @@ def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, 
     torch.manual_seed(stream_seed(config.seed, "adapters"))
     choice = torch.Generator().manual_seed(stream_seed(config.seed, "choice"))
     targets = list_targets(architecture, config.method.get("targets", config.targets))
-    start = read_adapter(config.adapter.path) if config.adapter.path else Start({}, {})
+    start = read_start(config)
     if start.adapters:
-        targets = _started(targets, start, config)
+        targets = [target for target in targets if target.name in start.adapters]
     method.attach(model, Setting(targets, list_targets(architecture, "all"), choice, start.adapters))
     if config.adapter.head:
         _start_head(model, start, config)
@@ -266,15 +267,23 @@ def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, 
     return head
 
 
-def _started(targets: list[Target], start: Start, config: Config) -> list[Target]:
-    """Return the targets for which `adapter.path` has an adapter."""
-    strange = sorted(set(start.adapters) - {target.name for target in targets})
+def read_start(config: Config) -> Start:
+    """Read what `adapter.path` holds; nothing without it.
+
+    Raises:
+        ConfigError: a damaged folder, or an adapter outside the target set.
+    """
+    if config.adapter.path is None:
+        return Start({}, {})
+    start = read_adapter(config.adapter.path)
+    targets = {target.name for target in list_targets(read_architecture(config.model), config.targets)}
+    strange = sorted(set(start.adapters) - targets)
     if strange:
         raise ConfigError(
-            f"adapter.path={config.adapter.path}: has an adapter on {strange[0]}, which is not among the {len(targets)} of "
-            f"targets={config.targets} on model={config.model.name}\nallowed is a target set with all {len(start.adapters)}"
+            f"adapter.path={config.adapter.path}: has an adapter on {strange[0]}, which is not among the {len(targets)} "
+            f"targets={config.targets} of model={config.model.name}\nallowed is a target set with all {len(start.adapters)}"
         )
-    return [target for target in targets if target.name in start.adapters]
+    return start
 
 
 def _start_head(model: PreTrainedModel, start: Start, config: Config) -> None:

@@ -83,9 +83,7 @@ class Tracker:
         except Exception as error:  # whatever a tracker's library raises
             self._broken = True
             reason = (str(error).strip().splitlines() or [""])[0][:200]
-            self._say(
-                f"notice: the tracker is left alone from here on ({type(error).__name__}: {reason}); the record is not"
-            )
+            self._say(f"notice: the tracker fails and gets nothing more ({type(error).__name__}: {reason}); the run goes on")
 
 
 def flatten(values: dict[str, Any], parent: str = "") -> dict[str, Any]:
