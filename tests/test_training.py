@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wlora import experiment
-from wlora.errors import ConfigError
+from wlora.errors import ConfigError, RunFault
 from wlora.training import loop
 from wlora.training.batching import evaluation_batches, group_for_steps, share, training_batches
 from wlora.training.plan import make_plan
@@ -175,3 +175,43 @@ def test_a_model_handed_over_in_evaluation_mode_trains_in_training_mode(
     monkeypatch.setattr(loop.Trainer, "_accumulate", watch)
     run_tiny("model=minilm", "method=lora", "train.max_steps=4", "task.max_train_rows=16", "train.eval_every=2")
     assert modes == [True] * 4
+
+
+STILL = ["dropout=0", "+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0"]
+
+
+@pytest.mark.parametrize("method", ["wlora", "increlora"])
+def test_out_of_memory_a_step_is_tried_again_in_parts(
+    method: str, run_tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_tiny(f"method={method}", *STILL, "precision=fp32", results=tmp_path / "whole")
+    before, sizes = loop.Trainer._backward, []
+
+    def backward(self: loop.Trainer, loss: torch.Tensor) -> None:
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("as on a small GPU")
+        before(self, loss)
+
+    def pick(features: Any, rows: list[int]) -> Any:
+        sizes.append(len(rows))
+        return kept_pick(features, rows)
+
+    kept_pick = loop.pick
+    monkeypatch.setattr(loop, "pick", pick)
+    monkeypatch.setattr(loop.Trainer, "_backward", backward)
+    parts = run_tiny(f"method={method}", *STILL, "precision=fp32", results=tmp_path / "parts")
+    assert [event for event in parts.events if event["kind"] == "out_of_memory"] == [
+        {"step": 1, "kind": "out_of_memory", "rows_at_once": 4},
+        {"step": 1, "kind": "out_of_memory", "rows_at_once": 2},
+    ]
+    assert parts.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
+    assert parts.adapters == [{**a, "omega": pytest.approx(a["omega"])} for a in whole.adapters]
+
+
+def test_a_row_that_does_not_fit_ends_the_run(run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def backward(self: loop.Trainer, loss: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("as on a tiny GPU")
+
+    monkeypatch.setattr(loop.Trainer, "_backward", backward)
+    with pytest.raises(RunFault, match="out of memory with one row at once"):
+        run_tiny("method=lora")

@@ -161,7 +161,10 @@ def _run(
             store.write(record)
         if record.status == "oom":
             raise RunFault(
-                f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, "
+                "out of memory with one row at once: a smaller task.max_length, train.gradient_checkpointing=true or "
+                "model.quantization=nf4 takes less"
+                if accelerator.num_processes == 1
+                else f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, "
                 "which keeps the effective batch"
             ) from error
         raise
@@ -175,8 +178,9 @@ def _run(
         if not config.train.keep_after:
             checkpoints.remove()
         if config.train.save_model:
-            save_model(model, method, tokenizer, model_folder(config.results_dir, record.run_id))
-            say(f"model      {model_folder(config.results_dir, record.run_id)}")
+            saved = model_folder(config.results_dir, record.run_id)
+            save_model(model, method, tokenizer, saved)
+            say(f"model      {saved}")
     return record
 
 

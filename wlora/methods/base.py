@@ -106,6 +106,9 @@ class Method:
         """Return a scalar that is added once per optimiser step to the mean loss over its rows."""
         return None
 
+    def forget_backward(self) -> None:
+        """Drop what backward passes have left besides gradients: a step that ran out of memory is tried again."""
+
     def before_step(self, step: int) -> list[Event]:
         """Act on gradients before the optimiser uses them."""
         return []

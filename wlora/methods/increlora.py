@@ -116,6 +116,11 @@ class IncreLoRA(AdapterMethod):
         joined = [adapter.joined() for adapter in self.components.values()]
         return self.orthogonal * orthogonality([m for A, B, _ in joined for m in (A, B.T)])
 
+    def forget_backward(self) -> None:
+        """Drop the gradients of ΔW."""
+        for adapter in self.components.values():
+            adapter.weight_gradient = None
+
     def total_rank(self) -> int:
         """Return the number of components that act, over all adapters."""
         return sum(adapter.rank for adapter in self.components.values())

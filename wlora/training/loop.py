@@ -27,7 +27,7 @@ from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
-from wlora.training.state import State, capture, restore
+from wlora.training.state import State, capture, random_streams, restore, set_random_streams
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,12 +123,14 @@ class Trainer:
         self.model = self._prepare()
         self.result = Result()
         self.step = 0
+        self.parts = 1  # in which a micro-batch is computed, one after the other
         self._losses: list[float] = []
 
     def capture(self) -> State:
         """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU."""
         state = capture(self.bare_model, self.method, self.optimizers)
         state.facts |= {"step": self.step, "losses": self._losses, "result": dataclasses.asdict(self.result)}
+        state.facts["parts"] = self.parts
         state.facts["scaler"] = self.scaler.state_dict() if self.scaler else None
         return state
 
@@ -136,7 +138,7 @@ class Trainer:
         """Go on from a state of the same run; call it before `run`."""
         restore(state, self.bare_model, self.method, self.optimizers, self._groups)
         self.model = self._prepare()
-        self.step, self._losses = state.facts["step"], list(state.facts["losses"])
+        self.step, self.parts, self._losses = state.facts["step"], state.facts["parts"], list(state.facts["losses"])
         events = [Event(**event) for event in state.facts["result"]["events"]]
         self.result = Result(**{**state.facts["result"], "events": events})
         if self.scaler:
@@ -200,7 +202,7 @@ class Trainer:
     def _train_step(self, step: int, batches: list[list[int]]) -> float:
         """Take one optimiser step; returns the mean loss over its rows."""
         self.optimizers.set_schedule(step - 1, warmup=self.plan.warmup, total=self.plan.total_steps)
-        loss = float(self._accumulate(batches))
+        loss = float(self._gradients(batches))
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {step} of {self.plan.total_steps}")
         if step == 1:
@@ -216,16 +218,41 @@ class Trainer:
         self.optimizers.zero_grad()
         return loss
 
+    def _gradients(self, batches: list[list[int]]) -> Tensor:
+        """Leave the gradients of a step's mean loss, and return it.
+
+        Out of memory it is tried again, and the run goes on, with every micro-batch in twice as many parts, down to single
+        rows: that keeps the rows of a step and so the effective batch. With several processes one alone cannot try again.
+        """
+        while True:
+            streams = random_streams()
+            counted = self.result.examples, self.result.tokens
+            try:
+                return self._accumulate(batches)
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes > 1 or self.parts >= self.plan.batch_size:
+                    raise
+            self.optimizers.zero_grad()
+            self.method.forget_backward()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            set_random_streams(streams)
+            self.result.examples, self.result.tokens = counted
+            self.parts *= 2
+            rows = math.ceil(self.plan.batch_size / self.parts)
+            self.result.events.append(Event(self.step + 1, "out_of_memory", {"rows_at_once": rows}))
+
     def _accumulate(self, batches: list[list[int]]) -> Tensor:
         """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all of them."""
         whole = sum(self.loss_weights[row] for batch in batches for row in batch)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         total = torch.zeros((), device=self.accelerator.device)
-        for index, batch in enumerate(batches):
-            mine = share(batch, rank, world)
-            inputs = self.task.collate(pick(self.data.train, mine or batch[:1]), self.tokenizer)
+        pieces = [batch[part :: self.parts] for batch in batches for part in range(min(self.parts, len(batch)))]
+        for index, piece in enumerate(pieces):
+            mine = share(piece, rank, world)
+            inputs = self.task.collate(pick(self.data.train, mine or piece[:1]), self.tokenizer)
             inputs = move(inputs, self.accelerator.device)
-            last = index == len(batches) - 1
+            last = index == len(pieces) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
                 part = sum(self.loss_weights[row] for row in mine) / whole
                 loss = self.model(**inputs).loss.float() * part
@@ -233,7 +260,7 @@ class Trainer:
                 # Data-parallel reduction averages over processes; the mean over all is a sum of shares.
                 self._backward(loss * world if extra is None else loss * world + extra)
             total += loss.detach()
-            self.result.examples += len(batch)
+            self.result.examples += len(piece)
             self.result.tokens += int(inputs["attention_mask"].sum()) if mine else 0
         return total if world == 1 else self.accelerator.reduce(total, "sum")  # type: ignore[return-value]
 

@@ -47,8 +47,7 @@ def capture(model: nn.Module, method: Method, optimizers: Optimizers) -> State:
     packer = _Packer(state.tensors, names, {module: name for name, module in model.named_modules()})
     state.facts["method"] = {key: packer.pack(value, f"method/{key}") for key, value in vars(method).items()}
     state.facts["optimizers"] = packer.pack(optimizers.state(names), "optimizers")
-    streams = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-    state.facts["random"] = packer.pack(streams, "random")
+    state.facts["random"] = packer.pack(random_streams(), "random")
     return state
 
 
@@ -79,7 +78,17 @@ def restore(
         setattr(method, key, unpacker.unpack(packed, getattr(method, key, None)))
     optimizers.rebuild(groups())
     optimizers.load(unpacker.unpack(state.facts["optimizers"], None), parameters)
-    cpu, *cuda = _Unpacker(state.tensors, {}, {}, torch.device("cpu")).unpack(state.facts["random"], None)
+    set_random_streams(_Unpacker(state.tensors, {}, {}, torch.device("cpu")).unpack(state.facts["random"], None))
+
+
+def random_streams() -> list[Tensor]:
+    """Return the states of torch's generators: that of the CPU, then those of the GPUs."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_streams(states: list[Tensor]) -> None:
+    """Set torch's generators; those of the GPUs only if there are as many."""
+    cpu, *cuda = states
     torch.set_rng_state(cpu)
     if cuda and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
