@@ -197,8 +197,8 @@ def test_ranks_and_alphas_that_differ_stand_in_patterns() -> None:
 
     made = {"a.x": factors(2, 4.0), "a.y": factors(2, 4.0), "b.x": factors(3, 4.0), "c": factors(2, 0.5)}
     config, tensors = describe_lora(made, dropout=0.1)
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 8.0, 0.1)
-    assert config.rank_pattern == {"b.x": 3} and config.alpha_pattern == {"b.x": 12.0, "c": 1.0}
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 8.0, 0.1)
+    assert config["rank_pattern"] == {"b.x": 3} and config["alpha_pattern"] == {"b.x": 12.0, "c": 1.0}
     assert tensors["base_model.model.b.x.lora_B.weight"].shape == (6, 3)
 
 
@@ -210,7 +210,7 @@ def test_layer_1_is_not_taken_for_layer_11(tmp_path: Path) -> None:
 
     made = {f"layer.{i}": Factors(torch.ones(1 + i % 3, 4), torch.ones(4, 1 + i % 3), float(i + 1)) for i in range(12)}
     config, _ = describe_lora(made, dropout=0.0)
-    peft = get_peft_model(Net(), config)  # type: ignore[arg-type]
+    peft = get_peft_model(Net(), LoraConfig(**config))  # type: ignore[arg-type]
     for name, (A, _, scale) in made.items():
         layer = peft.base_model.model.get_submodule(name)
         assert (layer.r["default"], layer.scaling["default"]) == (len(A), pytest.approx(scale))  # type: ignore[index]

@@ -20,7 +20,6 @@ from wlora.errors import ConfigError
 from wlora.fingerprint import hash_file
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig
     from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -54,29 +53,29 @@ class Start(NamedTuple):
     head: dict[str, Tensor]
 
 
-def describe_lora(factors: Mapping[str, Factors], *, dropout: float) -> tuple[LoraConfig, dict[str, Tensor]]:
+def describe_lora(factors: Mapping[str, Factors], *, dropout: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return PEFT's configuration and tensors of plain LoRA adapters; PEFT's alpha is scale·r, so that B keeps its size.
 
     The most common rank and alpha stand as `r` and `lora_alpha`, others in `rank_pattern` and `alpha_pattern`.
     """
-    from peft import LoraConfig
-
     numbers = {name: (len(A), scale * len(A)) for name, (A, _, scale) in factors.items()}
     rank, alpha = Counter(numbers.values()).most_common(1)[0][0]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
-        lora_dropout=dropout,
-        target_modules=sorted(factors),
-        rank_pattern={name: r for name, (r, _) in sorted(numbers.items()) if r != rank},
-        alpha_pattern={name: a for name, (_, a) in sorted(numbers.items()) if a != alpha},
-    )
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "target_modules": sorted(factors),
+        "rank_pattern": {name: r for name, (r, _) in numbers.items() if r != rank},
+        "alpha_pattern": {name: a for name, (_, a) in numbers.items() if a != alpha},
+    }
     tensors = {f"{_PREFIX}{name}.lora_{part}.weight": getattr(own, part) for name, own in factors.items() for part in "AB"}
     return config, tensors
 
 
 def write_adapter(
-    folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], head: Mapping[str, nn.Module], *, kind: str
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], head: Mapping[str, nn.Module], *, kind: str
 ) -> str:
     """Write a PEFT folder; returns the first 16 hex digits of the SHA-256 of its tensors.
 
@@ -89,18 +88,13 @@ def write_adapter(
     """
     from safetensors.torch import save
 
-    config.modules_to_save = sorted(head) or None
-    config.task_type = _TASK_TYPES[kind]  # type: ignore[assignment]
-    config.inference_mode = True
-    in_head = {
-        f"{_PREFIX}{name}.{key}": value for name, module in head.items() for key, value in module.state_dict().items()
-    }
+    in_head = {f"{_PREFIX}{name}.{key}": p for name, module in head.items() for key, p in module.state_dict().items()}
     whole = {key: value.detach().cpu().float().clone() for key, value in sorted({**tensors, **in_head}.items())}
     content = save(whole, metadata={"format": "pt"})
-    described = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    described = config | {"modules_to_save": sorted(head) or None, "task_type": _TASK_TYPES[kind], "inference_mode": True}
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(content)
-    (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from wlora.errors import ConfigError
 from wlora.models.targets import Target
 from wlora.training.bench import Bench, Phase
 from wlora.training.optimizers import ParameterGroup
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class Method:
         kept = {name: adapter for name, adapter in self.kept().items() if isinstance(adapter, LowRankAdapter)}
         return {name: Factors(*adapter.factors(), adapter.scale) for name, adapter in kept.items()}
 
-    def to_peft(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:
+    def to_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Return the adapters as the PEFT library describes and names them; None without any."""
         factors = self.factors()
         dropout = next((adapter.dropout for adapter in self.adapters.values()), 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -88,12 +88,15 @@ class PeftMethod(Method):
         """Return PEFT's adapters, by module name."""
         return self._attached
 
-    def to_peft(self) -> tuple[PeftConfig, dict[str, Tensor]]:
+    def to_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return PEFT's own description of its adapters."""
         from peft import get_peft_model_state_dict
 
         whole = next(iter(self._attached.values())).whole
-        return whole.peft_config["default"], get_peft_model_state_dict(whole)
+        config = whole.peft_config["default"].to_dict()
+        # Sets have no order, and JSON no sets.
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        return plain, get_peft_model_state_dict(whole)
 
     def fold(self) -> None:
         """Let PEFT merge its adapters, and put the plain linears back."""

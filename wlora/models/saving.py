@@ -47,8 +47,8 @@ def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: 
     if described is None:
         return None
     config, tensors = described
-    config.base_model_name_or_path = model.config.name_or_path or None
-    config.revision = getattr(model.config, "_commit_hash", None)
+    config["base_model_name_or_path"] = model.config.name_or_path or None
+    config["revision"] = getattr(model.config, "_commit_hash", None)
     with replacing(folder) as staging:
         return write_adapter(staging, config, tensors, head_modules(model), kind=kind)
 
