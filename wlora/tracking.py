@@ -68,7 +68,7 @@ class Tracker:
 
     def __call__(self, point: dict[str, Any]) -> None:
         """Hand on a point of the learning curve."""
-        values = {key: value for key, value in flatten(point).items() if isinstance(value, int | float) and key != "step"}
+        values = {k.replace(".", "/"): v for k, v in flatten(point).items() if isinstance(v, int | float) and k != "step"}
         self._try(lambda: self._accelerator.log(values, step=point["step"]))
 
     def finish(self) -> None:
