@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from wlora import memory, run
+from wlora import experiment, memory, run
+from wlora import export as exports
 from wlora.config import ModelConfig, config_folder
 from wlora.figures import __main__ as figures
 from wlora.models.source import locate
@@ -32,7 +33,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 SETUP = [line for line in LINES if line.startswith("pip install")]
-RUNS = [line for line in LINES if line.startswith("python -m wlora.run ")]
+AFTERWARDS = [line for line in LINES if "RUN_ID" in line]
+RUNS = [line for line in LINES if line.startswith("python -m wlora.run ") and line not in AFTERWARDS]
 SCRIPTS = [line for line in LINES if line.startswith("python scripts/")]
 STUDIES = [line for line in LINES if re.search(r"(^| )scripts/\w+\.sh$", line)]
 TABLES = [line for line in LINES if line.startswith("python -m wlora.tables ")]
@@ -102,9 +104,17 @@ def minilm() -> str:
     return str(locate(ModelConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})).location)
 
 
+def lora_folder(folder: Path, data: Path) -> Path:
+    """Train a small adapter on the model that `shrink` chooses."""
+    record = experiment.run(compose(*shrink("python -m wlora.run task=rte method=lora", data, folder)))
+    return folder / "adapters" / record.run_id
+
+
 def shrink(line: str, data: Path, results: Path) -> list[str]:
     """Return the arguments of a README command, with overrides appended that make it small and local."""
     words = shlex.split(line.replace("DATA", str(data)))[3:]
+    if "adapter.path=DIR" in words:
+        words[words.index("adapter.path=DIR")] = f"adapter.path={lora_folder(results.parent / 'lora', data)}"
     if any(word in LOOKS for word in words):
         return words
     words.append(f"results_dir={results}")
@@ -131,7 +141,7 @@ def records_in(results: Path) -> list[Record]:
 
 def test_every_line_is_a_command_that_is_checked_here() -> None:
     assert len(SETUP) == 2 and RUNS and SCRIPTS and STUDIES and TABLES and FIGURES and COMPLETION
-    assert sorted(LINES) == sorted(SETUP + RUNS + SCRIPTS + STUDIES + TABLES + FIGURES + COMPLETION)
+    assert sorted(LINES) == sorted(AFTERWARDS + SETUP + RUNS + SCRIPTS + STUDIES + TABLES + FIGURES + COMPLETION)
 
 
 def test_setup_installs_extras_that_exist() -> None:
@@ -150,6 +160,21 @@ def test_command_runs(line: str, enter: Enter, data: Path, tmp_path: Path) -> No
     records = records_in(tmp_path / "results")
     assert bool(records) != any(word in (*LOOKS, "dry_run=true") for word in words)
     assert all(record.status == "success" for record in records)
+
+
+def test_what_is_done_with_a_run_afterwards(enter: Enter, data: Path, tmp_path: Path) -> None:
+    results, export = tmp_path / "results", tmp_path / "export"
+    assert enter(*shrink("python -m wlora.run task=rte method=lora", data, results)) == 0
+    (record,) = records_in(results)
+    assert len(AFTERWARDS) == 3
+    for line in AFTERWARDS:
+        words = [word for word in shlex.split(line.replace("RUN_ID", record.run_id)) if not word.startswith("results_dir=")]
+        words = [word.replace("to=DIR", f"to={export}") for word in words] + [f"results_dir={results}"]
+        if words[2] == "wlora.run":
+            assert enter(*words[3:]) == 0
+        else:
+            exports.main(words[3:])
+    assert (results / "reruns" / "records" / f"{record.run_id}.json").is_file() and (export / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("rank=4", "rnk=4"), ("task=rte", "task=rtee"), ("method=", "metod=")])

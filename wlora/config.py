@@ -96,6 +96,22 @@ class TrainConfig:
     keep: int = 2
     keep_after: bool = False
     save_model: bool = False
+    save_adapter: bool = True
+
+
+@dataclass
+class AdapterConfig:
+    """Adapters to start from: a folder in PEFT's format, such as a run leaves behind.
+
+    Attributes:
+        path: the folder; null for the method's own initialisation.
+        head: let the head start from the folder's, too.
+        fingerprint: of the folder's content, filled in; where it is given already, another one is refused.
+    """
+
+    path: str | None = None
+    head: bool = False
+    fingerprint: str | None = None
 
 
 @dataclass
@@ -106,6 +122,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.05
@@ -118,6 +135,7 @@ class Config:
     precision: str = "auto"
     compat: str = "paper"
     results_dir: str = "results"
+    track: str = "none"
     offline: bool = False
     dry_run: bool = False
     force: bool = False
@@ -173,9 +191,13 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         for key in ("name", "source", "hub_id", "revision", "architecture"):
             del model[key]
         model.pop("gguf_file", None)
-    for key in ("eval_every", "gradient_checkpointing", "checkpoint_every", "keep", "keep_after", "save_model"):
+    for key in ("eval_every", "gradient_checkpointing", "checkpoint_every", "keep", "keep_after"):
         del train[key]
+    for key in ("save_model", "save_adapter"):
+        del train[key]
+    start = {"adapter": {"data": config.adapter.fingerprint, "head": config.adapter.head}} if config.adapter.path else {}
     return {
+        **start,
         "version": RUN_ID_VERSION,
         "task": {**task, "data": task_data},
         "model": {**model, "data": model_data},

@@ -9,8 +9,7 @@ from accelerate import Accelerator
 
 from wlora.config import Config
 from wlora.console import share_of_model
-from wlora.experiment import attach, count_parameters, open_record
-from wlora.methods import build_method
+from wlora.experiment import attach, count_parameters, open_record, prepare_method
 from wlora.methods.base import Steps
 from wlora.models.loading import build_on_meta, load_tokenizer
 from wlora.models.source import ModelSource, locate
@@ -28,7 +27,7 @@ def describe(config: Config) -> str:
     precision = choose_precision(config.precision, Accelerator(cpu=not torch.cuda.is_available()).device)
     record = open_record(config, source, precision)
     task = build_task(config.task)
-    method = build_method(config.method, release=config.compat == "release", quantized=config.model.quantization != "none")
+    method = prepare_method(config)
     rows = _known_rows(config)
     if rows is not None:
         plan = make_plan(config, rows)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,21 +19,24 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.adapters.attach import count_elements
+from wlora.adapters.peft_format import Start, read_adapter
 from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.console import announce, say, summarize
-from wlora.errors import RunFault
+from wlora.environment import describe_environment
+from wlora.errors import ConfigError, RunFault
 from wlora.locks import RunLock
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
 from wlora.models.loading import checkpoint_activations, head_parameters, load_model, load_tokenizer
 from wlora.models.quantization import count_model
-from wlora.models.saving import model_folder, save_model
+from wlora.models.saving import adapter_folder, model_folder, save_adapter, save_model
 from wlora.models.source import ModelSource, locate
-from wlora.models.targets import list_targets
+from wlora.models.targets import list_targets, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
-from wlora.records import Record, RecordStore, describe_environment, peak_memory
+from wlora.records import Record, RecordStore, peak_memory
 from wlora.tasks import Task, build_task
 from wlora.tasks.data import Splits, fingerprint, load_splits
+from wlora.tracking import Tracker, tracking_folder
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.evaluation import Split
 from wlora.training.guard import Guard
@@ -40,18 +44,31 @@ from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
 
 
-def run(config: Config) -> Record:
+def run(config: Config, overrides: Sequence[str] = ()) -> Record:
     """Run one configuration, or return its record if it has already succeeded or another process is at it.
+
+    Args:
+        config: what `wlora.validation.resolve` returned.
+        overrides: the words of the command line that asked for it, for the record.
 
     Raises:
         ConfigError: the request cannot be run; nothing was written.
         RunFault: the run failed underway; the record says how.
     """
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=not torch.cuda.is_available(),
+        log_with=None if config.track == "none" else config.track,
+        project_dir=str(tracking_folder(config.results_dir)),
+    )
     precision = choose_precision(config.precision, accelerator.device)
     source = locate(config.model)
     record = open_record(config, source, precision)
+    record.environment = describe_environment(
+        str(accelerator.device), precision.name, accelerator.num_processes, overrides=overrides
+    )
     store = RecordStore(config.results_dir)
+    read_start(config)  # what does not fit is told before anything is written or loaded
     lock = RunLock(config.results_dir, record.run_id)
     if done := _find_success(store, record.run_id, config):
         return done
@@ -81,7 +98,7 @@ def _run(
     tokenizer = load_tokenizer(config.model, source)
     data, unfit = encode(task, splits, tokenizer)
     plan = make_plan(config, len(data.train))
-    method = build_method(config.method, release=config.compat == "release", quantized=config.model.quantization != "none")
+    method = prepare_method(config)
     method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
     announce(config, record.run_id, plan, precision)
 
@@ -105,15 +122,21 @@ def _run(
     record.task.update(version=splits.revision, data=splits.fingerprint)
     record.task.update(train_rows=len(splits.rows["train"]), **unfit)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
-    record.environment = describe_environment(str(accelerator.device), precision.name, accelerator.num_processes)
 
     curve = store.curve(record.run_id, write=accelerator.is_main_process)
     checkpoints = CheckpointStore(config.results_dir, record.run_id, keep=config.train.keep)
+    tracker = Tracker(accelerator, say=say)
     guard = Guard(checkpoints, lock, curve=curve, record=record, every=plan.checkpoint_every, begin=begin)
     if accelerator.is_main_process:
         if config.force:
             checkpoints.remove()
         store.write(record)
+    tracker.start(record.run_id, record.config)
+
+    def log(point: dict[str, Any]) -> None:
+        curve(point)
+        tracker(point)
+
     try:
         trainer = Trainer(
             model=model,
@@ -125,7 +148,7 @@ def _run(
             plan=plan,
             settings=_loop_settings(config, method, precision),
             accelerator=accelerator,
-            log=curve,
+            log=log,
             on_step=guard,
         )
         guard.resume(trainer)
@@ -145,8 +168,12 @@ def _run(
                 "which keeps the effective batch"
             ) from error
         raise
+    finally:
+        tracker.finish()
     _complete(record, result, method, guard.seconds())
     if accelerator.is_main_process:
+        if config.train.save_adapter:
+            record.model["adapter"] = _keep_adapter(model, method, task, adapter_folder(config.results_dir, record.run_id))
         say(summarize(record, method, str(store.write(record))))
         if not config.train.keep_after:
             checkpoints.remove()
@@ -155,6 +182,15 @@ def _run(
             save_model(model, method, tokenizer, saved)
             say(f"model      {saved}")
     return record
+
+
+def _keep_adapter(model: PreTrainedModel, method: Method, task: Task, folder: Path) -> str | None:
+    """Write the trained adapters; a run is not lost because they cannot be."""
+    try:
+        return save_adapter(model, method, folder, kind=task.head)
+    except RunFault as error:
+        say(f"notice: {error}")
+        return None
 
 
 def _find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
@@ -196,20 +232,75 @@ def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tu
     return Data(train=train, validation=validation), {"truncated_share": shares, "lost_answers": lost}
 
 
+def prepare_method(config: Config) -> Method:
+    """Build the policy that a configuration asks for.
+
+    Raises:
+        ConfigError: it does not go with the base or with `adapter.path`.
+    """
+    return build_method(
+        config.method,
+        release=config.compat == "release",
+        quantized=config.model.quantization != "none",
+        started=config.adapter.path is not None,
+    )
+
+
 def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, nn.Parameter]:
     """Attach the method's adapters to a frozen model and let the head train; returns the head's trainable parameters.
 
-    In `compat=release` the head keeps its random initialisation, as in the release (methods note §1.3).
+    In `compat=release` the head keeps its random initialisation, as in the release (methods note §1.3). With `adapter.path`
+    the modules that have an adapter there get one here, which starts from it.
+
+    Raises:
+        ConfigError: an adapter or head that does not fit the model, or an adapter outside the target set.
     """
     architecture = model.config.to_dict()
     torch.manual_seed(stream_seed(config.seed, "adapters"))
     choice = torch.Generator().manual_seed(stream_seed(config.seed, "choice"))
     targets = list_targets(architecture, config.method.get("targets", config.targets))
-    method.attach(model, Setting(targets, list_targets(architecture, "all"), choice))
+    start = read_start(config)
+    if start.adapters:
+        targets = [target for target in targets if target.name in start.adapters]
+    method.attach(model, Setting(targets, list_targets(architecture, "all"), choice, start.adapters))
+    if config.adapter.head:
+        _start_head(model, start, config)
     head = {} if config.compat == "release" else head_parameters(model)
     for parameter in head.values():
         parameter.requires_grad_(True)
     return head
+
+
+def read_start(config: Config) -> Start:
+    """Read what `adapter.path` holds; nothing without it.
+
+    Raises:
+        ConfigError: a damaged folder, or an adapter outside the target set.
+    """
+    if config.adapter.path is None:
+        return Start({}, {})
+    start = read_adapter(config.adapter.path)
+    targets = {target.name for target in list_targets(read_architecture(config.model), config.targets)}
+    strange = sorted(set(start.adapters) - targets)
+    if strange:
+        raise ConfigError(
+            f"adapter.path={config.adapter.path}: has an adapter on {strange[0]}, which is not among the {len(targets)} "
+            f"targets={config.targets} of model={config.model.name}\nallowed is a target set with all {len(start.adapters)}"
+        )
+    return start
+
+
+def _start_head(model: PreTrainedModel, start: Start, config: Config) -> None:
+    """Let head and pooler start from those of `adapter.path`."""
+    for name, parameter in head_parameters(model).items():
+        given = start.head.get(name)
+        if given is None or given.shape != parameter.shape:
+            there = "missing" if given is None else f"of shape {list(given.shape)}"
+            raise ConfigError(
+                f"adapter.head=true: {name} is {there} in {config.adapter.path}, the task asks for {list(parameter.shape)}: "
+                "allowed is false, for a fresh head"
+            )
+        parameter.data.copy_(given)
 
 
 def count_parameters(model: nn.Module, method: Method, head: dict[str, nn.Parameter]) -> dict[str, int]:

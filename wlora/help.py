@@ -64,6 +64,7 @@ def describe_everything(root: DictConfig) -> str:
     methods = [f"    {name:<{width}}  {_about(name)}" for name in groups["method"]]
     notes = read_comments(config_folder() / "config.yaml")
     rows = [(key, value, RULES.get(key, ""), notes[key]) for key, value in root.items() if key in notes]
+    rows += [(key, value, "", notes[key.rpartition(".")[2]]) for key, value in _flatten(root.adapter, "adapter")]
     rows.append(("method.preset", root.method.preset, "", notes["preset"]))
     for group in GROUPS:
         notes = read_comments(config_folder() / group / f"{root.hydra.runtime.choices[group]}.yaml")

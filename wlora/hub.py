@@ -70,6 +70,7 @@ def go_offline() -> None:
 
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[name] = "1"
+    os.environ.setdefault("WANDB_MODE", "offline")
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets = sys.modules.get("datasets")
     if datasets is not None:

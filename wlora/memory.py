@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from wlora.adapters.attach import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
 from wlora.config import Config
+from wlora.environment import describe_environment
 from wlora.errors import ConfigError
 from wlora.models.loading import build_unloaded, head_parameters
 from wlora.models.targets import Target, list_targets, read_architecture
 from wlora.precision import choose_precision, lower_base
-from wlora.records import describe_environment
 from wlora.study import read_runs
 from wlora.sweep import compose
 from wlora.tasks import build_task

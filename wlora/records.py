@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wlora import __version__
 from wlora.errors import ConfigError, RunFault
 
 SCHEMA = 1
 STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed")
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "datasets",
-    "evaluate",
-    "accelerate",
-    "hydra-core",
-    "omegaconf",
-    "numpy",
-    "scikit-learn",
-)
 
 
 @dataclass
@@ -152,24 +137,6 @@ class CurveWriter:
             raise RunFault(f"the learning curve {self._path} cannot be written ({error.strerror})") from error
 
 
-def describe_environment(device: str, precision: str, processes: int) -> dict[str, Any]:
-    """Return what is needed to judge or repeat a run: code, versions, hardware."""
-    commit, dirty = _git_state()
-    return {
-        "wlora": __version__,
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "device": device,
-        "processes": processes,
-        "precision": precision,
-    }
-
-
 def peak_memory() -> dict[str, int]:
     """Return peak bytes: `process` (resident), and `device` where a GPU is used."""
     import torch
@@ -183,30 +150,3 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         found["device"] = int(torch.cuda.max_memory_allocated())
     return found
-
-
-def _git_state() -> tuple[str | None, bool | None]:
-    """Return commit and dirty flag of the checkout this package runs from; None for an installed wheel."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent.resolve():
-            return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ":/wlora", ":/conf"))
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

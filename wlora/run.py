@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +44,17 @@ def main() -> None:
     outcomes: list[Outcome] = []
 
     def run_one(composed: DictConfig) -> float | None:
-        outcome = _attempt(composed, list(HydraConfig.get().overrides.task))
+        overrides = list(HydraConfig.get().overrides.task)
+        name = f"{composed.task.name} {composed.method.get('name')} {composed.model.name} seed={composed.seed}"
+        outcome = _attempt(name, lambda: _run_composed(name, composed, overrides))
         outcomes.append(outcome)
         return outcome.score
 
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
+        if any(word.startswith("from=") for word in sys.argv[1:]):
+            outcomes.append(_attempt("", lambda: _repeat(sys.argv[1:])))
+        else:
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # Some of Hydra's refusals are bare ValueErrors; what a run raises does not come as far as here.
         _fail(ConfigError(explain(error)))
@@ -67,48 +73,10 @@ def main() -> None:
     sys.exit(max((outcome.exit_code for outcome in outcomes), default=0))
 
 
-def _attempt(composed: DictConfig, overrides: list[str]) -> Outcome:
-    """Run one composed configuration; a failure is told in a line or two and does not stop a sweep.
-
-    `overrides` are the words of the command line, or of this run of a sweep: a preset leaves their keys alone.
-    """
-    from wlora.hub import go_offline, require_sources
-    from wlora.models.source import locate, require_extras
-    from wlora.study import fill_tuned
-    from wlora.tasks.data import fingerprint
-    from wlora.validation import resolve
-
-    name = "?"
+def _attempt(name: str, act: Callable[[], Outcome]) -> Outcome:
+    """Run what `act` does; a failure is told in a line or two and does not stop a sweep."""
     try:
-        name = f"{composed.task.name} {composed.method.get('name')} {composed.model.name} seed={composed.seed}"
-        _refuse_foreign_task(composed)
-        preset = apply_preset(composed, overrides)
-        config = OmegaConf.to_object(composed)
-        assert isinstance(config, Config)
-        _refuse_added_keys(composed)
-        if preset and os.environ.get("RANK", "0") == "0":
-            print(f"preset: {show_values(preset)}", flush=True)
-        resolve(config)
-        if config.offline:
-            go_offline()
-        if not config.dry_run:
-            require_extras(config.model)
-            require_sources(config)
-        source, data = locate(config.model), fingerprint(config.task)
-        choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
-        if choice is not None:
-            where = config.tune_on or config.task.name
-            print(f"tuned: lr={config.lr:g} warmup={config.warmup}, best of {choice.compared} on {where} seed={choice.seed}")
-
-        if config.dry_run:
-            from wlora.dry_run import describe
-
-            print(describe(config))
-            return Outcome(name, "described", None, 0)
-        from wlora.experiment import run
-
-        record = run(config)
-        return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0)
+        return act()
     except (ConfigError, RunFault) as error:
         _fail(error)
         return Outcome(name, type(error).__name__, None, error.exit_code)
@@ -123,6 +91,67 @@ def _attempt(composed: DictConfig, overrides: list[str]) -> Outcome:
         return Outcome(name, "failed", None, 1)
 
 
+def _run_composed(name: str, composed: DictConfig, overrides: list[str]) -> Outcome:
+    """Run one composed configuration.
+
+    `overrides` are the words of the command line, or of this run of a sweep: a preset leaves their keys alone.
+    """
+    from wlora.models.source import locate
+    from wlora.study import fill_tuned
+    from wlora.tasks.data import fingerprint
+    from wlora.validation import resolve
+
+    _refuse_foreign_task(composed)
+    preset = apply_preset(composed, overrides)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    _refuse_added_keys(composed)
+    if preset and os.environ.get("RANK", "0") == "0":
+        print(f"preset: {show_values(preset)}", flush=True)
+    resolve(config)
+    require_all(config)
+    source, data = locate(config.model), fingerprint(config.task)
+    choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
+    if choice is not None:
+        where = config.tune_on or config.task.name
+        print(f"tuned: lr={config.lr:g} warmup={config.warmup}, best of {choice.compared} on {where} seed={choice.seed}")
+
+    if config.dry_run:
+        from wlora.dry_run import describe
+
+        print(describe(config))
+        return Outcome(name, "described", None, 0)
+    from wlora.experiment import run
+
+    record = run(config, overrides)
+    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0)
+
+
+def _repeat(words: list[str]) -> Outcome:
+    """Repeat a recorded run (`from=RUN_ID`); a number that differs counts as a fault."""
+    from wlora.rerun import repeat
+
+    return Outcome("", "compared", None, 0 if repeat(words) else RunFault.exit_code)
+
+
+def require_all(config: Config) -> None:
+    """Refuse a run for which something is not installed, or neither at hand nor reachable; a dry run needs nothing.
+
+    Raises:
+        ConfigError: what is missing, and the way out.
+    """
+    from wlora.hub import go_offline, require_sources
+    from wlora.models.source import require_extras
+    from wlora.tracking import require_tracker
+
+    if config.offline:
+        go_offline()
+    if not config.dry_run:
+        require_extras(config.model)
+        require_tracker(config.track)
+        require_sources(config)
+
+
 def _refuse_foreign_task(composed: DictConfig) -> None:
     """Refuse a task for which an experiment, whose figures differ by task, has none."""
     name = composed.task.name
@@ -133,7 +162,7 @@ def _refuse_foreign_task(composed: DictConfig) -> None:
 def _refuse_added_keys(composed: DictConfig) -> None:
     """Refuse what Hydra's `+key=value` added beside the schema: nothing would read it."""
     schema = OmegaConf.structured(Config)
-    for parent in ("", "task", "task.generation", "model", "train"):
+    for parent in ("", "task", "task.generation", "model", "train", "adapter"):
         allowed = list(_node(schema, parent).keys())  # keys(): a missing value is still a key
         for name in _node(composed, parent):
             if name not in allowed:

@@ -12,10 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wlora.config import METHOD_NOTES, Config, ModelConfig
+from wlora.adapters.peft_format import fingerprint
+from wlora.config import METHOD_NOTES, AdapterConfig, Config, ModelConfig
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.targets import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, read_architecture
 from wlora.tasks import find_kind
+from wlora.tracking import TRACKERS
 
 QUANTIZATIONS = ("none", "nf4", "int8")
 
@@ -30,6 +32,7 @@ RULES = {
     "targets": " | ".join(TARGET_SETS),
     "precision": "auto | fp32 | bf16 | fp16",
     "compat": "paper | release",
+    "track": " | ".join(TRACKERS),
     "model.quantization": " | ".join(QUANTIZATIONS),
     "task.epochs": "float > 0",
     "task.batch_size": "int >= 1",
@@ -94,13 +97,13 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigError: a value outside its rule, `k` above the number of adapters, an unusable results folder.
     """
-    for key, rule in RULES.items():
-        _check(key, _lookup(config, key), rule)
+    check_rules(config)
     if config.lr != "tuned":
         config.lr = float(config.lr)
     _check_method(config)
     _check_model(config.model)
     _check_saving(config)
+    identify_adapter(config.adapter)
     _check_results_folder(config)
     config.per_task = {}  # what an experiment took from it stands in the keys it set
     if config.compat == "release" and config.method["name"] == "probe":
@@ -113,6 +116,35 @@ def resolve(config: Config) -> Config:
     if "targets" in config.method:
         _resolve_k(config)
     return config
+
+
+def check_rules(config: Config) -> None:
+    """Check the shared keys against their rules.
+
+    Raises:
+        ConfigError: a value outside its rule.
+    """
+    for key, rule in RULES.items():
+        _check(key, _lookup(config, key), rule)
+
+
+def identify_adapter(adapter: AdapterConfig) -> None:
+    """Fill in the fingerprint of the adapters to start from.
+
+    Raises:
+        ConfigError: no such adapters, or others than those the fingerprint is of.
+    """
+    if adapter.path is None:
+        for key, value, unset in (("head", adapter.head, False), ("fingerprint", adapter.fingerprint, None)):
+            if value != unset:
+                raise ConfigError(f"adapter.{key}={value}: allowed only with adapter.path=DIR")
+        return
+    found = fingerprint(adapter.path)
+    if adapter.fingerprint not in (None, found):
+        raise ConfigError(
+            f"adapter.path={adapter.path}: its adapters are {found}, not adapter.fingerprint={adapter.fingerprint}"
+        )
+    adapter.fingerprint = found
 
 
 def _lookup(config: Config, key: str) -> Any:

@@ -95,7 +95,10 @@ class LowRankAdapter(nn.Module):
 
     def _weighting(self) -> Tensor | float:
         """Return the factor of every component: a number, or a tensor of shape [] or [r]."""
-        weighting: Tensor | float = self.scale
+        return self._gating(self.scale)
+
+    def _gating(self, weighting: Tensor | float) -> Tensor | float:
+        """Return a number times ω and the gates."""
         if self.omega is not None:
             weighting = weighting * (_positive_part(self.omega) if self.positive else self.omega)
         if self.gates is not None:
@@ -103,10 +106,31 @@ class LowRankAdapter(nn.Module):
         return weighting
 
     @torch.no_grad()
+    def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return A [r, d_in] and B [d_out, r] of ΔW = s·B A, those of a plain LoRA adapter of rank r ≥ `rank`.
+
+        The gates are folded into B, and so is `scale`, for which s may be given.
+        """
+        return self.A.detach(), self.B * self._gating(scale)
+
+    @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return ΔW = s·ω·B diag(g) A as a d_out×d_in matrix, for folding and tests; never used in training."""
-        delta: Tensor = (self.B * self._weighting()) @ self.A
-        return delta
+        """Return ΔW as a d_out×d_in matrix, for folding and tests; never used in training."""
+        A, B = self.factors(self.scale)
+        return B @ A
+
+    @torch.no_grad()
+    def start_from(self, A: Tensor, B: Tensor, scale: float) -> None:
+        """Take over another adapter's matrices and scale, at its rank; parameters are new objects.
+
+        Raises:
+            ValueError: its widths are not this adapter's.
+        """
+        d_in, d_out = self.A.shape[1], self.B.shape[0]
+        if (A.shape[1], B.shape[0]) != (d_in, d_out):
+            raise ValueError(f"maps {A.shape[1]} to {B.shape[0]}, the module {d_in} to {d_out}")
+        self.A, self.B = (nn.Parameter(m.to(device=self.A.device, dtype=self.A.dtype, copy=True)) for m in (A, B))
+        self.scale = scale
 
     @torch.no_grad()
     def prune(self, keep: Tensor) -> None:

@@ -36,14 +36,12 @@ class BlockDiagonalAdapter(LowRankAdapter):
         return torch.einsum("...kr,okr->...ko", components, B).flatten(-2)
 
     @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the block-diagonal ΔW as a d_out×d_in matrix."""
+    def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the minis as one adapter of rank blocks·rank, with the zeros written out."""
         A, B = self._minis()
-        d_out, d_in = self.blocks * B.shape[0], self.blocks * A.shape[2]
-        delta = A.new_zeros(self.blocks, B.shape[0], self.blocks, A.shape[2])
-        for k in range(self.blocks):
-            delta[k, :, k] = self._weighting() * (B[:, k] @ A[k])
-        return delta.reshape(d_out, d_in)
+        dense_A: Tensor = torch.block_diag(*A)  # type: ignore[no-untyped-call]
+        dense_B: Tensor = torch.block_diag(*B.transpose(0, 1))  # type: ignore[no-untyped-call]
+        return dense_A.detach(), dense_B * self._gating(scale)
 
     def _minis(self) -> tuple[Tensor, Tensor]:
         """Return A as [blocks, rank, d_in/blocks] and B as [d_out/blocks, blocks, rank]."""
@@ -74,9 +72,10 @@ class FramedAdapter(LowRankAdapter):
         return F.linear(F.linear(components, self.B), self.outer_B)
 
     @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return ΔW as a d_out×d_in matrix."""
-        return self.outer_B @ super().delta_weight() @ self.outer_A
+    def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return A A_out and B_out B: an adapter of the inner rank."""
+        A, B = super().factors(scale)
+        return A @ self.outer_A, self.outer_B @ B
 
 
 class TiedAdapter(LowRankAdapter):
@@ -95,9 +94,10 @@ class TiedAdapter(LowRankAdapter):
         return super().forward(x) * self.output_scale
 
     @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return ΔW as a d_out×d_in matrix."""
-        return self.output_scale[:, None] * super().delta_weight()
+    def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return A and Λ_v B Λ_u."""
+        A, B = super().factors(scale)
+        return A, self.output_scale[:, None] * B
 
     def counted(self) -> list[nn.Parameter]:
         """Return A, B, u and v."""
@@ -162,10 +162,10 @@ class GrowingAdapter(LowRankAdapter):
         return out
 
     @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return ΔW as a d_out×d_in matrix."""
+    def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return all parts side by side, a reserve included: its gates of almost nothing act, too."""
         A, B, gates = self.joined()
-        return (B * (self.scale * gates)) @ A
+        return A.detach(), B * (scale * gates)
 
     def counted(self) -> list[nn.Parameter]:
         """Return A and B of all parts: those of a reserve train, too."""

@@ -11,15 +11,18 @@ if TYPE_CHECKING:
     from wlora.methods.base import Method
 
 
-def build_method(settings: dict[str, Any], *, release: bool = False, quantized: bool = False) -> Method:
+def build_method(
+    settings: dict[str, Any], *, release: bool = False, quantized: bool = False, started: bool = False
+) -> Method:
     """Build the policy that a `conf/method/<name>.yaml` describes.
 
     The class is the one `Method` defined in `wlora/methods/<name>.py`; its arguments are the YAML's keys (`name` and
     `targets` aside, which the runner reads). `release` stands for `compat=release`, `quantized` for a base whose
-    weights are packed.
+    weights are packed, `started` for adapters that start from given ones (`adapter.path`).
 
     Raises:
-        ConfigError: the policy reads or changes the weights of the base, and they are packed.
+        ConfigError: the policy reads or changes the weights of the base, and they are packed, or its adapters cannot start
+            from others.
     """
     from wlora.methods.base import Method
 
@@ -32,6 +35,11 @@ def build_method(settings: dict[str, Any], *, release: bool = False, quantized: 
     if quantized and policy.plain_base:
         raise ConfigError(
             f"method={settings['name']}: reads or trains the base's own weights: allowed is model.quantization=none"
+        )
+    if started and not policy.startable:
+        raise ConfigError(
+            f"method={settings['name']}: its adapters have a start of their own: allowed with adapter.path is "
+            "lora, wlora, wlora_plus, rlora, alora, lora_drop"
         )
     method = policy(**{key: value for key, value in settings.items() if key not in ("name", "targets")})
     method.release = release

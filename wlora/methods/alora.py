@@ -30,6 +30,8 @@ class ALoRA(AdapterMethod):
         held_out: rows of the scoring batch.
     """
 
+    startable = True
+
     def __init__(
         self,
         *,

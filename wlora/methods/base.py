@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wlora.adapters.attach import AdapterSet
 from wlora.adapters.layer import Adapter, LowRankAdapter
+from wlora.adapters.peft_format import Factors, describe_lora
 from wlora.errors import ConfigError
 from wlora.models.targets import Target
 from wlora.training.bench import Bench, Phase
@@ -33,11 +34,13 @@ class Setting:
         targets: the modules that may carry adapters, lowest layer first.
         universe: all linears of the layers (target set `all`), in the same order.
         generator: the run's stream of random choices, on the CPU.
+        start: what adapters start from in place of an initialisation, by module name (`adapter.path`).
     """
 
     targets: list[Target]
     universe: list[Target] = field(default_factory=list)
     generator: torch.Generator = field(default_factory=torch.Generator)
+    start: Mapping[str, Factors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ class Method:
     Attributes:
         release: reproduce the release's deviations (`compat=release`) instead of following the paper.
         plain_base: whether the policy reads or changes the base's own weights, which a quantised one has not.
+        startable: whether its adapters may start from given ones, of any rank (`Setting.start`).
         adapters: the adapters in the model.
         base_parameters: parameters of the body that train; empty but for full fine-tuning.
     """
 
     release = False
     plain_base = False
+    startable = False
 
     @property
     def release_adamw(self) -> bool:
@@ -117,6 +122,17 @@ class Method:
         """Return the adapters that take part in the forward pass, by module name."""
         return dict(self.attached())
 
+    def factors(self) -> dict[str, Factors]:
+        """Return every adapter that acts as a plain LoRA adapter beside the pretrained weight, by module name."""
+        kept = {name: adapter for name, adapter in self.kept().items() if isinstance(adapter, LowRankAdapter)}
+        return {name: Factors(*adapter.factors(), adapter.scale) for name, adapter in kept.items()}
+
+    def to_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return the adapters as the PEFT library describes and names them; None without any."""
+        factors = self.factors()
+        dropout = next((adapter.dropout for adapter in self.adapters.values()), 0.0)
+        return describe_lora(factors, dropout=dropout) if factors else None
+
     def fold(self) -> None:
         """Add every adapter to the weight beside it and take it out: the end of the policy, whose model is a plain one.
 
@@ -144,7 +160,9 @@ class AdapterMethod(Method):
         """Attach an adapter to every target."""
         super().attach(model, setting)
         for target in setting.targets:
-            self.adapters.attach(target, self.make_adapter)
+            adapter = self.adapters.attach(target, self.make_adapter)
+            if target.name in setting.start:
+                _start(target.name, adapter, setting.start[target.name])
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
         """Build one adapter for a d_out×d_in linear.
@@ -167,3 +185,10 @@ class AdapterMethod(Method):
         """Refuse a rank that exceeds the smaller width, so that the adapter would not be low-rank."""
         if self.rank > min(d_in, d_out):
             raise ConfigError(f"rank={self.rank}: allowed is 1 to {min(d_in, d_out)}, the width of the adapted linear")
+
+
+def _start(name: str, adapter: LowRankAdapter, factors: Factors) -> None:
+    try:
+        adapter.start_from(*factors)
+    except ValueError as error:
+        raise ConfigError(f"adapter.path: the adapter on {name} {error}: allowed is one of the same model") from None

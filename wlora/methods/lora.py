@@ -7,3 +7,5 @@ from wlora.methods.base import AdapterMethod
 
 class LoRA(AdapterMethod):
     """h = W x + (alpha/rank) · B A x; A and B train, nothing is ever cut or grown."""
+
+    startable = True

@@ -33,6 +33,8 @@ class LoRADrop(AdapterMethod):
         stage_steps: optimiser steps of stage one, or None for the default above.
     """
 
+    startable = True
+
     def __init__(
         self,
         *,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from wlora.adapters.layer import LowRankAdapter
+from wlora.adapters.peft_format import Factors
 from wlora.errors import ConfigError
 from wlora.methods.base import AdapterMethod, Setting
 
@@ -28,6 +29,16 @@ class MiLoRA(AdapterMethod):
         super().attach(model, setting)
         for name, adapter in self.adapters.items():
             _split(name, model.get_submodule(name).get_submodule("base"), adapter)
+        # What the base has lost, which beside the pretrained weight has to be taken off again.
+        self._start = {name: (a.A.detach().clone(), a.B.detach().clone()) for name, a in self.adapters.items()}
+
+    def factors(self) -> dict[str, Factors]:
+        """Return s·(B A − B₀A₀), of twice the rank."""
+        found = {}
+        for name, (A, B, scale) in super().factors().items():
+            first_A, first_B = self._start[name]
+            found[name] = Factors(torch.cat([A, first_A]), torch.cat([B, -first_B], dim=1), scale)
+        return found
 
 
 @torch.no_grad()

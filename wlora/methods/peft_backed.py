@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from wlora.adapters.layer import Adapter
 from wlora.errors import ConfigError
@@ -14,7 +14,7 @@ from wlora.methods.base import Method, Setting
 from wlora.training.optimizers import ParameterGroup
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 
 class PeftAdapter:
@@ -22,12 +22,13 @@ class PeftAdapter:
 
     Args:
         layer: PEFT's module, which holds the base linear as `base_layer`.
+        whole: PEFT's model around all of them.
     """
 
     omega = None
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
+    def __init__(self, layer: nn.Module, whole: PeftModel) -> None:
+        self._layer, self.whole = layer, whole
 
     @property
     def rank(self) -> int:
@@ -76,15 +77,26 @@ class PeftMethod(Method):
             with warnings.catch_warnings():
                 # Of names that transformers has deprecated and PEFT still asks for.
                 warnings.simplefilter("ignore", FutureWarning)
-                get_peft_model(model, config)  # type: ignore[arg-type]  # it changes the model in place
+                whole = get_peft_model(model, config)  # type: ignore[arg-type]  # it changes the model in place
         except (ValueError, TypeError) as error:
             raise ConfigError(f"method={type(self).__name__}: PEFT says: {error}") from error
         self._model = model
-        self._attached = {target.name: PeftAdapter(model.get_submodule(target.name)) for target in setting.targets}
+        names = [target.name for target in setting.targets]
+        self._attached = {name: PeftAdapter(model.get_submodule(name), whole) for name in names}
 
     def attached(self) -> Mapping[str, Adapter]:
         """Return PEFT's adapters, by module name."""
         return self._attached
+
+    def to_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return PEFT's own description of its adapters."""
+        from peft import get_peft_model_state_dict
+
+        whole = next(iter(self._attached.values())).whole
+        config = whole.peft_config["default"].to_dict()
+        # Sets have no order, and JSON no sets.
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        return plain, get_peft_model_state_dict(whole)
 
     def fold(self) -> None:
         """Let PEFT merge its adapters, and put the plain linears back."""

@@ -31,6 +31,7 @@ class WLoRA(AdapterMethod):
     """
 
     omega = 1.0
+    startable = True
 
     def __init__(
         self,

