@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -32,7 +32,14 @@ prefixes = st.sampled_from(["", "+", "++", "~"])
 lines = st.tuples(st.sampled_from(sorted(METHODS)).map("method={}".format), st.lists(overrides, max_size=3), prefixes)
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=500,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # no shrinking: the lines are short as they are
+    suppress_health_check=list(HealthCheck),
+)
 @given(line=lines)
 def test_an_override_is_understood_or_refused_in_a_line_or_two(
     line: tuple[str, list[str], str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -45,7 +45,7 @@ def main() -> None:
 
     def run_one(composed: DictConfig) -> float | None:
         overrides = list(HydraConfig.get().overrides.task)
-        name = f"{composed.task.name} {composed.method.get('name')} {composed.model.name} seed={composed.seed}"
+        name = _name(composed)
         outcome = _attempt(name, lambda: _run_composed(name, composed, overrides))
         outcomes.append(outcome)
         return outcome.score
@@ -55,8 +55,7 @@ def main() -> None:
             outcomes.append(_attempt("", lambda: _repeat(sys.argv[1:])))
         else:
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        # Some of Hydra's refusals are bare ValueErrors; what a run raises does not come as far as here.
+    except (HydraException, OmegaConfBaseException) as error:
         _fail(ConfigError(explain(error)))
         sys.exit(2)
     except KeyboardInterrupt as stop:
@@ -68,9 +67,22 @@ def main() -> None:
     except OSError as error:
         _fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
         sys.exit(2)
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
+        # What a run raises does not come as far as here: this is Hydra at a value that it does not foresee.
+        _fail(ConfigError(f"the command line cannot be composed ({type(error).__name__}: {explain(error)})"))
+        sys.exit(2)
     if len(outcomes) > 1:
         _print_sweep(outcomes)
     sys.exit(max((outcome.exit_code for outcome in outcomes), default=0))
+
+
+def _name(composed: DictConfig) -> str:
+    """Name a run for the summary of a sweep; what is missing in a wrong configuration is a question mark."""
+    try:
+        task, method, model = (OmegaConf.select(composed, f"{group}.name") or "?" for group in ("task", "method", "model"))
+        return f"{task} {method} {model} seed={composed.seed}"
+    except OmegaConfBaseException:
+        return "?"
 
 
 def _attempt(name: str, act: Callable[[], Outcome]) -> Outcome:
