@@ -11,7 +11,7 @@ from wlora.adapters.layer import AdaptedLinear
 from wlora.errors import ConfigError
 from wlora.methods import build_method
 from wlora.methods.base import Event, Method, Setting, Steps
-from wlora.methods.selection import project, top_k
+from wlora.methods.selection import project, top_k, top_k_above
 from wlora.models.targets import Target
 from wlora.training.optimizers import Optimizers
 
@@ -94,10 +94,44 @@ def test_top_k_ranks_by_signed_value_and_breaks_ties_by_index() -> None:
     assert top_k(torch.tensor([1.0, 1.0, 1.0]), 2).tolist() == [True, True, False]
 
 
+def test_depth_and_adapters_are_chosen_together() -> None:
+    omega, layers = torch.tensor([0.9, 0.2, 0.5, 0.4, 0.3, -1.0]), [0, 0, 1, 1, 2, 2]
+    search = lambda k, cost: top_k_above(omega, layers, k, depth_cost=cost, num_layers=3)  # noqa: E731
+
+    # From layer 0: 0.9 + 0.5 − 3c; from 1: 0.5 + 0.4 − 2c; from 2: 0.3 − c. The first two meet at c = 0.5, the last at 0.6.
+    for cost, kept, value in ((0.0, [0, 2], 1.4), (0.4, [0, 2], 0.2), (0.55, [2, 3], -0.2), (0.7, [4], -0.4)):
+        mask, objective = search(2, cost)
+        assert torch.nonzero(mask).flatten().tolist() == kept
+        assert objective == pytest.approx(value)
+    assert not search(6, 0.0)[0][5], "an ω that is not positive is never kept"
+
+
+def test_depth_search_agrees_with_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = [0, 0, 1, 1, 2, 2, 3]
+    for cost in (0.0, 0.2, 0.5, 1.0):
+        for k in (1, 3, 7):
+            omega = torch.randn(7, generator=generator)
+            positive = [i for i in range(7) if omega[i] > 0]
+            sets = [c for size in range(1, k + 1) for c in itertools.combinations(positive, size)]
+            worth = max(float(omega[list(c)].sum()) - cost * (4 - min(layers[i] for i in c)) for c in sets)
+            assert top_k_above(omega, layers, k, depth_cost=cost, num_layers=4)[1] == pytest.approx(worth, abs=1e-6)
+
+
+def test_a_free_depth_is_weightlora_and_a_dear_one_cuts_higher(run_tiny: Any) -> None:
+    plain = run_tiny("method=wlora", "k=2", "rank=4")
+    free = run_tiny("method=wlora_depth", "k=2", "rank=4", "method.depth_cost=0")
+    assert (free.metrics, free.adapters) == (plain.metrics, plain.adapters)
+    dear = run_tiny("method=wlora_depth", "k=2", "rank=4", "method.depth_cost=100")
+    (cut,) = dear.events
+    assert cut["lowest_layer"] == 1 and cut["layers_to_differentiate"] == 1
+    assert cut["objective"] == pytest.approx(sum(a["omega"] for a in dear.adapters) - 100, abs=1e-4)
+
+
 def test_nothing_is_projected_before_omega_has_a_gradient() -> None:
     rig = Rig("wlora").run(1)  # B = 0 at the first step, so every gradient of ω is exactly 0
     assert rig.omega == [1.0] * N
-    project(rig.method.adapters.values(), 2)
+    project(rig.method.adapters.values(), lambda omega: top_k(omega, 2))
     assert rig.omega == [1.0] * N
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wlora.adapters.layer import Adapter, LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
-from wlora.methods.selection import project
+from wlora.methods.selection import project, top_k
 from wlora.training.optimizers import ParameterGroup
 
 MIN_SELECT_STEPS = 10
@@ -92,6 +92,10 @@ class WLoRA(AdapterMethod):
             return []
         return [self.cut(step, self.choose(self.k))]
 
+    def mask(self, omega: Tensor) -> Tensor:
+        """Return which adapters a projection keeps, [n] boolean, given all ω."""
+        return top_k(omega, self.k)
+
     def choose(self, k: int) -> list[str]:
         """Return the names of the k adapters with the largest ω, those with ω ≤ 0 left out."""
         omega = self.omegas()
@@ -119,4 +123,4 @@ class WLoRA(AdapterMethod):
 
     def _project(self, step: int) -> None:
         if step % self.project_every == 0:
-            project(self.adapters.values(), self.k)
+            project(self.adapters.values(), self.mask)

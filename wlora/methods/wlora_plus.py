@@ -9,7 +9,7 @@ from torch import nn
 from wlora.adapters.layer import Extension, LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import Event, Setting, Steps
-from wlora.methods.selection import project
+from wlora.methods.selection import project, top_k
 from wlora.methods.wlora import WLoRA
 from wlora.training.optimizers import ParameterGroup
 
@@ -125,7 +125,7 @@ class WLoRAPlus(WLoRA):
     def _select_in_place(self, step: int, final: bool) -> Event:
         """Halve the chosen as the release does: ω of the others becomes 0, nothing leaves the model."""
         chosen = [self.adapters[name] for name in self._chosen]
-        project(chosen, len(chosen) // 2)
+        project(chosen, lambda omega: top_k(omega, len(chosen) // 2))
         omega = self.omegas()
         self._chosen = [name for name in self._chosen if omega[name] > 0]
         if final:

@@ -19,6 +19,7 @@ LABELS = {
     "flexora": "Flexora",
     "wlora": "WLoRA",
     "wlora_plus": "WLoRA+",
+    "wlora_depth": "WLoRA, depth",
     "rlora": "RLoRA",
     "tied_lora": "Tied-LoRA",
     "nora": "NoRA",

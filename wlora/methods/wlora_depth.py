@@ -1,0 +1,79 @@
+"""WeightLoRA whose cut also weighs how deep the backward pass must go (beyond the paper)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wlora.errors import ConfigError
+from wlora.methods.base import Event, Setting, Steps
+from wlora.methods.selection import top_k_above
+from wlora.methods.wlora import WLoRA
+
+
+class WLoRADepth(WLoRA):
+    """Keeps at most K adapters with the largest Σω − depth_cost × (layers from the lowest kept one up).
+
+    A step costs as many layers as the backward pass must run through, which the lowest kept adapter decides; the paper's
+    rule, depth_cost = 0, does not see that. Every projection until T and the cut at T follow the same objective, by exact
+    search over the depth.
+
+    Args:
+        depth_cost: what one layer costs, in units of ω.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        k: int,
+        lr_omega: float,
+        select_steps: int | None,
+        project_every: int,
+        depth_cost: float,
+    ) -> None:
+        super().__init__(
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            k=k,
+            lr_omega=lr_omega,
+            select_steps=select_steps,
+            project_every=project_every,
+        )
+        self.depth_cost = depth_cost
+
+    def plan(self, steps: Steps) -> None:
+        """Fix T; the release has no such rule to reproduce."""
+        if self.release:
+            raise ConfigError("method=wlora_depth compat=release: allowed is compat=paper")
+        super().plan(steps)
+
+    def attach(self, model: nn.Module, setting: Setting) -> None:
+        """Attach an adapter to every target."""
+        super().attach(model, setting)
+        self.num_layers = 1 + max(target.layer for target in [*setting.targets, *setting.universe])
+
+    def mask(self, omega: Tensor) -> Tensor:
+        """Return the best set at the present ω."""
+        return self._search(omega)[0]
+
+    def choose(self, k: int) -> list[str]:
+        """Return the names of the best set."""
+        omega = self.omegas()
+        mask, self._objective = self._search(torch.tensor(list(omega.values())))
+        return [name for name, kept in zip(omega, mask.tolist(), strict=True) if kept]
+
+    def cut(self, step: int, survivors: list[str], *, final: bool = True) -> Event:
+        """Cut, and note the objective and how many layers are left to differentiate."""
+        event = super().cut(step, survivors, final=final)
+        lowest = self.adapters.lowest_layer
+        layers = 0 if lowest is None else self.num_layers - lowest
+        event.details.update(objective=self._objective, layers_to_differentiate=layers)
+        return event
+
+    def _search(self, omega: Tensor) -> tuple[Tensor, float]:
+        layers = [self.adapters.target(name).layer for name in self.adapters]
+        return top_k_above(omega, layers, self.k, depth_cost=self.depth_cost, num_layers=self.num_layers)
