@@ -76,7 +76,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         tokenizer = found["tokenizer"] = load_tokenizer(found["config"].model, locate(found["config"].model))
         torch.manual_seed(0)
         before = logits(model, tokenizer)
-        for parameter in {p for adapter in method.attached().values() for p in adapter.parameters() if p.dim()}:
+        adapted = [p for adapter in method.attached().values() for p in adapter.parameters() if p.dim()]
+        for parameter in dict.fromkeys(adapted):  # in an order of its own, so that every run draws the same
             parameter.data.add_(0.3 * torch.randn_like(parameter))
         found["logits"] = logits(model, tokenizer)
         found["moved"] = float((found["logits"] - before).abs().max())
@@ -116,7 +117,7 @@ def test_peft_gives_the_logits_of_every_family(model: str, method: str, seen: di
     assert ranks == {adapter["name"]: adapter["rank"] for adapter in record.adapters}
     base, tokenizer = load_base(record)
     assert torch.allclose(logits(PeftModel.from_pretrained(base, folder), tokenizer), seen["logits"], atol=1e-5)
-    assert seen["moved"] > 1e-4
+    assert seen["moved"] > 2e-5, "more than twice the tolerance above"
 
 
 @pytest.mark.parametrize(

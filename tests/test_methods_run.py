@@ -14,7 +14,7 @@ from wlora.config import config_folder
 from wlora.training.loop import Result, Trainer
 
 # NoRA's frame of rank 64 is wider than a tiny model.
-OWN = {"nora": ["method.outer_rank=16"]}
+OWN = {"nora": ["method.outer_rank=16"], "wlora_depth": ["method.depth_cost=100"]}
 METHODS = sorted(file.stem for file in (config_folder() / "method").glob("*.yaml"))
 
 

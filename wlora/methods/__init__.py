@@ -39,7 +39,7 @@ def build_method(
     if started and not policy.startable:
         raise ConfigError(
             f"method={settings['name']}: its adapters have a start of their own: allowed with adapter.path is "
-            "lora, wlora, wlora_plus, rlora, alora, lora_drop"
+            "lora, wlora, wlora_plus, wlora_depth, rlora, alora, lora_drop"
         )
     method = policy(**{key: value for key, value in settings.items() if key not in ("name", "targets")})
     method.release = release
