@@ -44,7 +44,8 @@ def main() -> None:
     outcomes: list[Outcome] = []
 
     def run_one(composed: DictConfig) -> float | None:
-        overrides = list(HydraConfig.get().overrides.task)
+        # Unresolved: the words may hold interpolations, which mean nothing in Hydra's own configuration.
+        overrides = list(map(str, OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)))
         name = _name(composed)
         outcome = _attempt(name, lambda: _run_composed(name, composed, overrides))
         outcomes.append(outcome)
