@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ prefixes = st.sampled_from(["", "+", "++", "~"])
 lines = st.tuples(st.sampled_from(sorted(METHODS)).map("method={}".format), st.lists(overrides, max_size=3), prefixes)
 
 
+@pytest.mark.skipif("WLORA_FUZZ" not in os.environ, reason="takes minutes: set WLORA_FUZZ=1")
 @settings(
     max_examples=500,
     deadline=None,

@@ -45,7 +45,8 @@ def main() -> None:
 
     def run_one(composed: DictConfig) -> float | None:
         # Unresolved: the words may hold interpolations, which mean nothing in Hydra's own configuration.
-        overrides = list(map(str, OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)))
+        words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        overrides = [str(word) for word in words]
         name = _name(composed)
         outcome = _attempt(name, lambda: _run_composed(name, composed, overrides))
         outcomes.append(outcome)
