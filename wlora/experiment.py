@@ -42,6 +42,7 @@ from wlora.training.evaluation import Split
 from wlora.training.guard import Guard
 from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
+from wlora.training.prefix_cache import Storage
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> Record:
@@ -348,6 +349,20 @@ def _loop_settings(config: Config, method: Method, precision: Precision) -> Sett
         dropout_seed=stream_seed(config.seed, "dropout"),
         scale_loss=precision.name == "fp16",
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
+        prefix=_prefix_storage(config),
+    )
+
+
+def _prefix_storage(config: Config) -> Storage | None:
+    """Return where `train.prefix_cache` keeps its states; None if it is off."""
+    train = config.train
+    if train.prefix_cache == "off":
+        return None
+    return Storage(
+        kind="disk" if train.prefix_cache == "disk" else "memory",
+        dtype=torch.bfloat16 if train.prefix_cache_dtype == "bf16" else torch.float32,
+        limit=int(train.prefix_cache_gb * 2**30),
+        folder=Path(config.results_dir) / "prefix_cache",
     )
 
 
@@ -371,7 +386,7 @@ def _complete(record: Record, result: Result, method: Method, seconds: float) ->
         "examples_per_second": result.examples / result.train_seconds,
         "tokens_per_second": result.tokens / result.train_seconds,
     }
-    record.memory = peak_memory()
+    record.memory = peak_memory() | result.prefix
 
 
 def _classify(error: BaseException) -> tuple[str, str]:

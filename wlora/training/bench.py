@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from wlora.errors import ConfigError
+from wlora.models.prefix import Prefix
+from wlora.models.targets import FAMILIES
 
 Batch = dict[str, Tensor]
 
@@ -38,7 +41,7 @@ class Bench:
     """
 
     def __init__(
-        self, model: nn.Module, *, rows: int, labels: list[float] | None, collate: Callable[[Sequence[int]], Batch]
+        self, model: PreTrainedModel, *, rows: int, labels: list[float] | None, collate: Callable[[Sequence[int]], Batch]
     ) -> None:
         self.model, self.rows, self.labels, self._collate = model, rows, labels, collate
 
@@ -52,6 +55,20 @@ class Bench:
         """Return the mean loss of a batch in evaluation mode."""
         with self.evaluation_mode():
             return float(self.model(**batch).loss)
+
+    def entering(self, layer: int, batch: Batch) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Compute what enters a layer in evaluation mode; in a block of the result the model goes on from there.
+
+        Args:
+            layer: counted from 0 over all stacks; the layers of a decoder are all entered after the whole encoder.
+        """
+        first, *_ = FAMILIES[self.model.config.model_type]
+        depth = min(layer, len(self.model.get_submodule(first.prefix)))  # type: ignore[arg-type]
+        if depth == 0:
+            return contextlib.nullcontext
+        prefix = Prefix(self.model, depth)
+        states = prefix.compute(batch)
+        return lambda: prefix.replaced(states)
 
     def gradients(self, batch: Batch, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Return the gradients of a batch's mean loss in evaluation mode; `grad` of no parameter is touched."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.errors import RunFault
 from wlora.methods.base import Event, Method
+from wlora.models.prefix import Prefix, frozen_depth
 from wlora.tasks import Task
 from wlora.tasks.features import loss_weights
 from wlora.training.batching import group_for_steps, share, training_batches
@@ -27,6 +28,7 @@ from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
+from wlora.training.prefix_cache import PrefixCache, Storage
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Settings:
         dropout_seed: seed of everything drawn in the forward passes.
         scale_loss: float16 loss scaling.
         autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
+        prefix: where the output of layers that no longer change is stored; None computes it in every step.
     """
 
     lr: float
@@ -72,6 +75,7 @@ class Settings:
     dropout_seed: int
     scale_loss: bool = False
     autocast: torch.dtype | None = None
+    prefix: Storage | None = None
 
 
 @dataclass
@@ -84,6 +88,7 @@ class Result:
     eval_seconds: float = 0.0
     examples: int = 0
     tokens: int = 0
+    prefix: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -121,6 +126,7 @@ class Trainer:
             torch.amp.GradScaler(accelerator.device.type, init_scale=FP16_FIRST_SCALE) if settings.scale_loss else None
         )
         self.model = self._prepare()
+        self.prefix = self._open_prefix()
         self.result = Result()
         self.step = 0
         self.parts = 1  # in which a micro-batch is computed, one after the other
@@ -138,6 +144,7 @@ class Trainer:
         """Go on from a state of the same run; call it before `run`."""
         restore(state, self.bare_model, self.method, self.optimizers, self._groups)
         self.model = self._prepare()
+        self.prefix = self._open_prefix()
         self.step, self.parts, self._losses = state.facts["step"], state.facts["parts"], list(state.facts["losses"])
         events = [Event(**event) for event in state.facts["result"]["events"]]
         self.result = Result(**{**state.facts["result"], "events": events})
@@ -169,6 +176,7 @@ class Trainer:
                 if self.on_step is not None:
                     self.on_step(self)
                 self._show(bar, losses)
+        self.result.prefix = self.prefix.facts() if self.prefix else {}
         return self.result
 
     def _steps(self) -> Iterator[list[list[int]]]:
@@ -194,9 +202,7 @@ class Trainer:
             self.bare_model,
             rows=len(self.data.train),
             labels=labels,
-            collate=lambda rows: move(
-                self.task.collate(pick(self.data.train, list(rows)), self.tokenizer), self.accelerator.device
-            ),
+            collate=lambda rows: self._collate(self.data.train, list(rows)),
         )
 
     def _train_step(self, step: int, batches: list[list[int]]) -> float:
@@ -247,15 +253,18 @@ class Trainer:
         whole = sum(self.loss_weights[row] for batch in batches for row in batch)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         total = torch.zeros((), device=self.accelerator.device)
+        if self.prefix:
+            self.prefix.prepare("train", self.data.train)
         pieces = [batch[part :: self.parts] for batch in batches for part in range(min(self.parts, len(batch)))]
         for index, piece in enumerate(pieces):
             mine = share(piece, rank, world)
-            inputs = self.task.collate(pick(self.data.train, mine or piece[:1]), self.tokenizer)
-            inputs = move(inputs, self.accelerator.device)
+            rows = mine or piece[:1]
+            inputs = self._collate(self.data.train, rows)
             last = index == len(pieces) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
                 part = sum(self.loss_weights[row] for row in mine) / whole
-                loss = self.model(**inputs).loss.float() * part
+                with self.prefix.replay("train", rows, inputs) if self.prefix else contextlib.nullcontext():
+                    loss = self.model(**inputs).loss.float() * part
                 extra = self.method.extra_loss() if last else None
                 # Data-parallel reduction averages over processes; the mean over all is a sum of shares.
                 self._backward(loss * world if extra is None else loss * world + extra)
@@ -279,6 +288,21 @@ class Trainer:
                 self.optimizers.forget()
             self.optimizers.rebuild(self._groups())
             self.model = self._prepare()
+            self.prefix = self._open_prefix()
+
+    def _open_prefix(self) -> PrefixCache | None:
+        """Return the store of what the layers give that no longer change; the present one if they are still the same."""
+        depth = frozen_depth(self.bare_model) if self.settings.prefix else 0
+        if not self.settings.prefix or not depth:
+            return None
+        present: PrefixCache | None = getattr(self, "prefix", None)
+        if present and present.prefix.depth == depth:
+            return present
+        return PrefixCache(Prefix(self.bare_model, depth), self.settings.prefix, self._collate)
+
+    def _collate(self, features: Dataset, rows: list[int]) -> dict[str, Tensor]:
+        """Return rows of features as the model's inputs, on its device."""
+        return move(self.task.collate(pick(features, rows), self.tokenizer), self.accelerator.device)
 
     def _groups(self) -> list[ParameterGroup]:
         return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.lr)]
@@ -311,6 +335,7 @@ class Trainer:
                 self.tokenizer,
                 batch_size=self.settings.eval_batch_size,
                 accelerator=self.accelerator,
+                prefix=self.prefix,
             )
         self.result.metrics = metrics
         self.result.eval_seconds += time.perf_counter() - begin
