@@ -19,6 +19,7 @@ from wlora.config import METHOD_NOTES, Config, config_folder, register_schema
 from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
 from wlora.help import register_help, show_values
 from wlora.presets import apply_preset
+from wlora.processes import is_main, several
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def main() -> None:
         # What a run raises does not come as far as here: this is Hydra at a value that it does not foresee.
         _fail(ConfigError(f"the command line cannot be composed ({type(error).__name__}: {explain(error)})"))
         sys.exit(2)
-    if len(outcomes) > 1:
+    if len(outcomes) > 1 and is_main():
         _print_sweep(outcomes)
     sys.exit(max((outcome.exit_code for outcome in outcomes), default=0))
 
@@ -88,11 +89,19 @@ def _name(composed: DictConfig) -> str:
 
 
 def _attempt(name: str, act: Callable[[], Outcome]) -> Outcome:
-    """Run what `act` does; a failure is told in a line or two and does not stop a sweep."""
+    """Run what `act` does; a failure is told in a line or two and does not stop a sweep.
+
+    It does where it may be that of one process out of several, for which the others wait: their launcher ends them.
+    """
     try:
         return act()
-    except (ConfigError, RunFault) as error:
+    except ConfigError as error:
         _fail(error)
+        return Outcome(name, type(error).__name__, None, error.exit_code)
+    except RunFault as error:
+        _fail(error)
+        if several() and not error.everywhere:
+            sys.exit(error.exit_code)
         return Outcome(name, type(error).__name__, None, error.exit_code)
     except OmegaConfBaseException as error:
         _fail(ConfigError(explain(error)))
@@ -102,6 +111,8 @@ def _attempt(name: str, act: Callable[[], Outcome]) -> Outcome:
         import traceback
 
         traceback.print_exc()
+        if several():
+            sys.exit(RunFault.exit_code)
         return Outcome(name, "failed", None, 1)
 
 
@@ -120,13 +131,13 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str]) -> Outc
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     _refuse_added_keys(composed)
-    if preset and os.environ.get("RANK", "0") == "0":
+    if preset and is_main():
         print(f"preset: {show_values(preset)}", flush=True)
     resolve(config)
     require_all(config)
     source, data = locate(config.model), fingerprint(config.task)
     choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
-    if choice is not None:
+    if choice is not None and is_main():
         where = config.tune_on or config.task.name
         print(f"tuned: lr={config.lr:g} warmup={config.warmup}, best of {choice.compared} on {where} seed={choice.seed}")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wlora.errors import ConfigError
+from wlora.processes import mean
 
 Batch = dict[str, Tensor]
 
@@ -29,6 +30,8 @@ class Phase:
 
 class Bench:
     """The model under training, and batches of any training rows.
+
+    With several processes each computes the same, on its own; the mean over them is what all decide by.
 
     Args:
         model: the model, as it is trained.
@@ -51,7 +54,7 @@ class Bench:
     def loss(self, batch: Batch) -> float:
         """Return the mean loss of a batch in evaluation mode."""
         with self.evaluation_mode():
-            return float(self.model(**batch).loss)
+            return float(mean(self.model(**batch).loss))
 
     def gradients(self, batch: Batch, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Return the gradients of a batch's mean loss in evaluation mode; `grad` of no parameter is touched."""
@@ -62,7 +65,7 @@ class Bench:
             found = torch.autograd.grad(self.model(**batch).loss, parameters)
             for p, before in zip(parameters, trained, strict=True):
                 p.requires_grad_(before)
-        return list(found)
+        return [mean(gradient) for gradient in found]
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
