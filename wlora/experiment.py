@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,13 +32,14 @@ from wlora.models.saving import adapter_folder, model_folder, save_adapter, save
 from wlora.models.source import ModelSource, locate
 from wlora.models.targets import list_targets, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
+from wlora.processes import from_main, gather
 from wlora.records import Record, RecordStore, peak_memory
 from wlora.tasks import Task, build_task
 from wlora.tasks.data import Splits, fingerprint, load_splits
 from wlora.tracking import Tracker, tracking_folder
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.evaluation import Split
-from wlora.training.guard import Guard
+from wlora.training.guard import Guard, Interrupted
 from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
 from wlora.training.prefix_cache import Storage
@@ -62,18 +62,20 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Record:
         log_with=None if config.track == "none" else config.track,
         project_dir=str(tracking_folder(config.results_dir)),
     )
+    config = from_main(config)  # `tuned` values may have been read from other records a moment later
     precision = choose_precision(config.precision, accelerator.device)
     source = locate(config.model)
     record = open_record(config, source, precision)
     record.environment = describe_environment(
         str(accelerator.device), precision.name, accelerator.num_processes, overrides=overrides
     )
+    _refuse_other_inputs(record)
     store = RecordStore(config.results_dir)
     read_start(config)  # what does not fit is told before anything is written or loaded
     lock = RunLock(config.results_dir, record.run_id)
     if done := _find_success(store, record.run_id, config):
         return done
-    if not _agree(accelerator, lock.acquire):
+    if not from_main(accelerator.is_main_process and lock.acquire()):
         say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
         return record
     with lock.held():
@@ -147,7 +149,7 @@ def _run(
             tokenizer=tokenizer,
             data=data,
             plan=plan,
-            settings=_loop_settings(config, method, precision),
+            settings=_loop_settings(config, method, precision, accelerator.process_index),
             accelerator=accelerator,
             log=log,
             on_step=guard,
@@ -160,6 +162,8 @@ def _run(
         record.seconds = {"total": guard.seconds()}
         if accelerator.is_main_process and not lock.lost:
             store.write(record)
+        if isinstance(error, Interrupted):
+            accelerator.wait_for_everyone()  # a launcher ends the main process once another one has ended
         if record.status == "oom":
             raise RunFault(
                 "out of memory with one row at once: a smaller task.max_length, train.gradient_checkpointing=true or "
@@ -195,8 +199,8 @@ def _keep_adapter(model: PreTrainedModel, method: Method, task: Task, folder: Pa
 
 
 def _find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
-    """Return the record of a run that has succeeded and is not to be run again."""
-    done = store.read(identity)
+    """Return the record of a run that has succeeded and is not to be run again, as the main process finds it."""
+    done = from_main(store.read(identity))
     if done is None or done.status != "success" or config.force:
         return None
     say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
@@ -206,10 +210,14 @@ def _find_success(store: RecordStore, identity: str, config: Config) -> Record |
     return done
 
 
-def _agree(accelerator: Accelerator, ask: Callable[[], bool]) -> bool:
-    """Return the main process's answer on every process."""
-    answer = [ask() if accelerator.is_main_process else False]
-    return bool(broadcast_object_list(answer)[0]) if accelerator.num_processes > 1 else answer[0]
+def _refuse_other_inputs(record: Record) -> None:
+    """Refuse processes that do not see the same data, weights or hardware."""
+    found = gather(record.run_id)
+    if len(set(found)) > 1:
+        raise ConfigError(
+            f"the processes have come to different runs ({', '.join(found)}): allowed are the same data and weights for "
+            "all, and one precision (precision=fp32 works everywhere)"
+        )
 
 
 def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, dict[str, Any]]:
@@ -339,14 +347,14 @@ def open_record(config: Config, source: ModelSource, precision: Precision) -> Re
     )
 
 
-def _loop_settings(config: Config, method: Method, precision: Precision) -> Settings:
+def _loop_settings(config: Config, method: Method, precision: Precision, process: int) -> Settings:
     return Settings(
         lr=config.lr,
         weight_decay=config.train.weight_decay,
         max_grad_norm=config.train.max_grad_norm,
         eval_batch_size=config.task.eval_batch_size,
         order_seed=stream_seed(config.seed, "order"),
-        dropout_seed=stream_seed(config.seed, "dropout"),
+        dropout_seed=stream_seed(config.seed, f"dropout/{process}" if process else "dropout"),
         scale_loss=precision.name == "fp16",
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
         prefix=_prefix_storage(config),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from wlora.errors import ConfigError
 from wlora.models.prefix import Prefix
 from wlora.models.targets import FAMILIES
+from wlora.processes import mean
 
 Batch = dict[str, Tensor]
 
@@ -32,6 +33,8 @@ class Phase:
 
 class Bench:
     """The model under training, and batches of any training rows.
+
+    With several processes each computes the same, on its own; the mean over them is what all decide by.
 
     Args:
         model: the model, as it is trained.
@@ -54,7 +57,7 @@ class Bench:
     def loss(self, batch: Batch) -> float:
         """Return the mean loss of a batch in evaluation mode."""
         with self.evaluation_mode():
-            return float(self.model(**batch).loss)
+            return float(mean(self.model(**batch).loss))
 
     def entering(self, layer: int, batch: Batch) -> Callable[[], contextlib.AbstractContextManager[None]]:
         """Compute what enters a layer in evaluation mode; in a block of the result the model goes on from there.
@@ -79,7 +82,7 @@ class Bench:
             found = torch.autograd.grad(self.model(**batch).loss, parameters)
             for p, before in zip(parameters, trained, strict=True):
                 p.requires_grad_(before)
-        return list(found)
+        return [mean(gradient) for gradient in found]
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:

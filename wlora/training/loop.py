@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wlora.errors import RunFault
 from wlora.methods.base import Event, Method
 from wlora.models.prefix import Prefix, frozen_depth
+from wlora.processes import gather
 from wlora.tasks import Task
 from wlora.tasks.features import loss_weights
 from wlora.training.batching import group_for_steps, share, training_batches
@@ -42,6 +43,8 @@ FP16_FIRST_SCALE = 2.0**14
 class Diverged(RunFault):
     """The loss became infinite or not a number."""
 
+    everywhere = True
+
 
 @dataclass
 class Data:
@@ -61,7 +64,7 @@ class Settings:
         max_grad_norm: bound of the global gradient norm.
         eval_batch_size: rows of an evaluation batch.
         order_seed: seed of the data order.
-        dropout_seed: seed of everything drawn in the forward passes.
+        dropout_seed: seed of everything drawn in the forward passes, another one in each process.
         scale_loss: float16 loss scaling.
         autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
         prefix: where the output of layers that no longer change is stored; None computes it in every step.
@@ -125,7 +128,7 @@ class Trainer:
         self.scaler = (
             torch.amp.GradScaler(accelerator.device.type, init_scale=FP16_FIRST_SCALE) if settings.scale_loss else None
         )
-        self.model = self._prepare()
+        self.model: nn.Module = self._prepare()
         self.prefix = self._open_prefix()
         self.result = Result()
         self.step = 0
@@ -142,7 +145,9 @@ class Trainer:
 
     def restore(self, state: State) -> None:
         """Go on from a state of the same run; call it before `run`."""
-        restore(state, self.bare_model, self.method, self.optimizers, self._groups)
+        torch.manual_seed(self.settings.dropout_seed)  # for a process more than there were
+        process = self.accelerator.process_index
+        restore(state, self.bare_model, self.method, self.optimizers, self._groups, process=process)
         self.model = self._prepare()
         self.prefix = self._open_prefix()
         self.step, self.parts, self._losses = state.facts["step"], state.facts["parts"], list(state.facts["losses"])
@@ -252,7 +257,7 @@ class Trainer:
         """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all of them."""
         whole = sum(self.loss_weights[row] for batch in batches for row in batch)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        total = torch.zeros((), device=self.accelerator.device)
+        total, tokens = (torch.zeros((), device=self.accelerator.device) for _ in range(2))
         if self.prefix:
             self.prefix.prepare("train", self.data.train)
         pieces = [batch[part :: self.parts] for batch in batches for part in range(min(self.parts, len(batch)))]
@@ -270,8 +275,11 @@ class Trainer:
                 self._backward(loss * world if extra is None else loss * world + extra)
             total += loss.detach()
             self.result.examples += len(piece)
-            self.result.tokens += int(inputs["attention_mask"].sum()) if mine else 0
-        return total if world == 1 else self.accelerator.reduce(total, "sum")  # type: ignore[return-value]
+            tokens += inputs["attention_mask"].sum() if mine else 0
+        if world > 1:
+            total, tokens = self.accelerator.reduce((total, tokens), "sum")  # type: ignore[misc]
+        self.result.tokens += int(tokens)
+        return total
 
     def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(self.scaler.scale(loss) if self.scaler else loss)
@@ -287,6 +295,7 @@ class Trainer:
             if any(event.reset for event in events):
                 self.optimizers.forget()
             self.optimizers.rebuild(self._groups())
+            self._check_processes()
             self.model = self._prepare()
             self.prefix = self._open_prefix()
 
@@ -308,9 +317,22 @@ class Trainer:
         return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.lr)]
 
     def _prepare(self) -> nn.Module:
-        """Wrap the model for several processes; with one there is nothing to wrap."""
-        model: nn.Module = self.bare_model
-        return self.accelerator.prepare_model(model) if self.accelerator.num_processes > 1 else model
+        """Wrap the model for several processes; with one there is nothing to wrap.
+
+        Every wrapping hands the main process's parameters to all, so that what was drawn or decomposed is the same.
+        """
+        self.model = self.bare_model
+        if self.accelerator.num_processes == 1:
+            return self.model
+        self.accelerator.free_memory()  # the wrapper of before, whose reducer keeps what has left the model
+        wrapped: nn.Module = self.accelerator.prepare_model(self.bare_model)
+        return wrapped
+
+    def _check_processes(self) -> None:
+        """Assert that all processes have the same adapters: parameters of the same shape would be mixed up unseen."""
+        found = gather({name: adapter.rank for name, adapter in self.method.attached().items()})
+        if any(ranks != found[0] for ranks in found):
+            raise AssertionError(f"the processes have different adapters after step {self.step + 1}: {found}")
 
     def _check_trainable(self) -> None:
         """Assert that exactly the intended parameters have gradients and sit in an optimiser.
