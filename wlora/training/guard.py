@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -99,9 +100,11 @@ class Guard:
         Raises:
             RunFault: a whole checkpoint that does not fit this code.
         """
+        broken: list[Path] = []
         for folder, state in self.store.read():
             if isinstance(state, str):
                 say(f"notice: checkpoint {folder} is broken and skipped ({state})")
+                broken.append(folder)
                 continue
             try:
                 trainer.restore(state)
@@ -116,7 +119,13 @@ class Guard:
             self.curve.restart(state.facts["curve"])
             say(f"resumed    after step {trainer.step} of {trainer.plan.total_steps}")
             self._begin -= state.facts["seconds"]
-            return
+            break
+        else:
+            if broken:
+                say("notice: no checkpoint of this run is whole: it starts afresh")
+        if trainer.accelerator.is_main_process:
+            for folder in broken:
+                self.store.discard(folder)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
