@@ -3,7 +3,8 @@
     python scripts/reliability.py kill --rounds 3
     python scripts/reliability.py store
 
-Both write a table to results/reliability and exit with 1 if anything was lost, torn, different or done twice.
+Both write a table (.csv, .md) and a summary (.json) to results/reliability and exit with 1 if anything was lost, torn,
+different or done twice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import mmap
 import os
 import random
 import shutil
@@ -20,38 +22,49 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from wlora.config import config_folder
-from wlora.locks import RunLock
+from wlora.locks import RunLock, remove_leftovers
 from wlora.records import Record, RecordStore
 
+STEPS = 80
 SETTING = [
     *("task=story_nli", "model=tiny_bert", "task.max_train_rows=160", "task.max_eval_rows=48", "task.batch_size=4"),
-    *("train.accumulation_steps=2", "train.max_steps=120", "train.eval_every=30", "train.checkpoint_every=3", "rank=4"),
-    *("lr=1e-3", "offline=true"),
+    *("train.accumulation_steps=3", f"train.max_steps={STEPS}", "train.eval_every=20", "train.checkpoint_every=3"),
+    *("rank=4", "lr=1e-3", "offline=true"),
 ]
-# NoRA's frame of rank 64 is wider than a tiny model; some variants have more structure than the default.
+CUT_LATER = [f"method.select_steps={STEPS // 2}"]
+# NoRA's frame of rank 64 is wider than a tiny model; some variants have more structure than the default, or have it later.
 OWN = {"nora": ["method.outer_rank=16"], "flexlora": ["method.ranks=[2,4,4,3]"]}
+OWN |= dict.fromkeys(("wlora", "wlora_plus", "wlora_depth", "rlora"), CUT_LATER)
 METHODS = sorted(file.stem for file in (config_folder() / "method").glob("*.yaml"))
 COMPARED = ("status", "metrics", "adapters", "events", "parameters", "steps")
+DOINGS = ("starting", "accumulating", "updating", "restructuring", "evaluating", "saving")
 WORKERS, RECORDS_EACH, KILLS = 8, 100, 40
 
 
 def main() -> None:
-    """Run one of the two tests."""
+    """Run one of the two tests, or be one of their processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "store", "work"))
-    parser.add_argument("--rounds", type=int, default=3, help="kills per method")
+    parser.add_argument("what", choices=("kill", "store", "work", "victim"))
+    parser.add_argument("--rounds", type=int, default=3, help="kills per method at random moments; one more is aimed")
     parser.add_argument("--jobs", type=int, default=2, help="methods at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("results/reliability"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--aim", default="", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what == "work":
         work(args.folder, args.seed)
+        return
+    if args.what == "victim":
+        run_observed(args.folder, args.aim, args.words)
         return
     rows, summary, well = kill_all(args) if args.what == "kill" else store(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -60,8 +73,25 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     (args.out / f"{args.what}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (args.out / f"{args.what}.md").write_text(page(args.what, rows, summary))
     print(json.dumps(summary))
     sys.exit(0 if well else 1)
+
+
+def page(what: str, rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
+    """Return a summary and, of killed runs, every row as Markdown."""
+    said = [f"- {key.replace('_', ' ')}: {value}" for key, value in summary.items() if not isinstance(value, dict)]
+    said += [
+        f"- {key.replace('_', ' ')}: {', '.join(f'{name} {count}' for name, count in value.items())}"
+        for key, value in summary.items()
+        if isinstance(value, dict)
+    ]
+    lines = [f"# python scripts/reliability.py {what}", "", *said]
+    if what == "kill":
+        head = list(rows[0])
+        lines += ["", f"| {' | '.join(name.replace('_', ' ') for name in head)} |", f"|{' --- |' * len(head)}"]
+        lines += [f"| {' | '.join(str(row[name]) for name in head)} |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------------
@@ -75,30 +105,35 @@ def kill_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
         rows = [row for job in jobs for row in job.result()]
     counts = Counter(row["outcome"] for row in rows)
     resumed = sum(row["resumed_at"] != "" for row in rows)
-    summary = {"kills": len(rows), **{name: counts[name] for name in ("equal", "different", "lost")}, "resumed": resumed}
+    summary = {
+        "kills": len(rows),
+        "at_random_moments": sum(row["aimed_at"] == "" for row in rows),
+        "methods": len(METHODS),
+        **{name: counts[name] for name in ("equal", "different", "lost")},
+        "resumed": resumed,
+        "killed_while": dict(Counter(row["killed_while"] for row in rows)),
+        "killed_where": dict(Counter(row["killed_where"] for row in rows)),
+    }
     return rows, summary, counts["equal"] == len(rows) and resumed > len(rows) // 2
 
 
 def kill_method(method: str, rounds: int, moments: random.Random, folder: Path) -> list[dict[str, Any]]:
-    """Kill one method's run `rounds` times, each time anew; every run then goes on to its end."""
+    """Kill one method's run at `rounds` random moments and an aimed one, each time anew; all then go on to their end.
+
+    The aimed moment is in the middle of a structural change or, of a method without one, of writing a checkpoint.
+    """
     words = [*SETTING, f"method={method}", *OWN.get(method, [])]
     whole = folder / method / "whole"
-    begin = time.monotonic()
     start(words, whole).wait()
-    seconds = time.monotonic() - begin
     expected = only_record(whole)
     assert expected is not None and expected.status == "success", f"{method} fails without being killed"
+    changes = [event["step"] for event in expected.events]
+    aim = f"restructuring/{moments.randint(1, len(set(changes)))}" if changes else f"saving/{moments.randint(1, STEPS // 3)}"
     rows = []
-    for number in range(rounds):
+    for number in range(rounds + 1):
         results = folder / method / str(number)
-        process = start(words, results)
-        while process.poll() is None and not [*results.glob("records/*.jsonl")]:
-            time.sleep(0.02)
-        # From the first step to about the last.
-        pause = moments.uniform(0, max(0.1, float(expected.seconds["total"])))
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        aimed = aim if number == rounds else ""
+        step, part, doing = kill_one(words, results, moments, aimed)
         left = sorted(int(path.name.removeprefix("step-")) for path in results.glob("checkpoints/*/step-*"))
         start(words, results).wait()
         record = only_record(results)
@@ -106,7 +141,11 @@ def kill_method(method: str, rounds: int, moments: random.Random, folder: Path) 
         rows.append(
             {
                 "method": method,
-                "killed_after_s": round(pause, 2),
+                "aimed_at": aimed.partition("/")[0],
+                "killed_while": doing,
+                "step": step,
+                "micro_batch": part,
+                "killed_where": place(step, doing, changes),
                 "checkpoints_left": " ".join(map(str, left)),
                 "resumed_at": " ".join(map(str, record.resumed_at)) if record else "",
                 "outcome": outcome,
@@ -114,15 +153,112 @@ def kill_method(method: str, rounds: int, moments: random.Random, folder: Path) 
         )
         print(f"{method}: {rows[-1]}", flush=True)
         shutil.rmtree(results)
-    print(f"{method}: one run takes {seconds:.0f} s", flush=True)
     return rows
 
 
-def start(words: list[str], results: Path) -> subprocess.Popen[bytes]:
-    """Start a run in a fresh process."""
+def kill_one(words: list[str], results: Path, moments: random.Random, aim: str) -> tuple[int, int, str]:
+    """Start a run and kill it; returns the step, the micro-batches of it that were done, and what was being done."""
+    results.mkdir(parents=True)
+    moment = results / "moment"
+    moment.write_bytes(bytes(3))
+    process = start(words, results, "--folder", str(moment), *(["--aim", aim] if aim else []))
+    # Any moment of any step is as likely; within a step the time decides, which the processor's load stretches.
+    step, pause = moments.randint(1, STEPS), moments.uniform(0, 0.03)
+    if not aim:
+        while process.poll() is None and moment.read_bytes()[0] < step:
+            time.sleep(0.001)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    at, part, doing = moment.read_bytes()
+    assert process.returncode == -signal.SIGKILL, f"{words}: ended with {process.returncode} before it was killed"
+    return at, part, DOINGS[doing]
+
+
+def place(step: int, doing: str, changes: Sequence[int]) -> str:
+    """Say where a moment lies among the structural changes of the whole run."""
+    if doing == "restructuring":
+        return "during a change"
+    if not changes:
+        return "no change in this method"
+    return "before the first" if step <= min(changes) else "after the last" if step > max(changes) else "between changes"
+
+
+def start(words: list[str], results: Path, *observed: str) -> subprocess.Popen[bytes]:
+    """Start a run in a fresh process, with `observed` words as one that notes its moment."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "wlora.run", *words, f"results_dir={results}"]
+    entry = [__file__, "victim"] if observed else ["-m", "wlora.run"]
+    command = [sys.executable, *entry, *words, f"results_dir={results}", *observed]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+
+
+def run_observed(moment: Path, aim: str, words: list[str]) -> None:
+    """Be `python -m wlora.run` and note step, micro-batch and activity in a mapped file, which outlives a kill.
+
+    `aim` is an activity and a count, as in `saving/4`: the process kills itself in the middle of the fourth of them.
+    """
+    from wlora import run
+    from wlora.training import checkpoints, loop
+
+    target, _, count = aim.partition("/")
+    met = Counter[str]()
+    with open(moment, "r+b") as stream:
+        noted = mmap.mmap(stream.fileno(), 3)
+
+    @contextmanager
+    def doing(what: str) -> Iterator[None]:
+        before, noted[2] = noted[2], DOINGS.index(what)
+        met[what] += 1
+        try:
+            yield
+        finally:
+            noted[2] = before
+
+    def die(what: str) -> None:
+        if what == target and met[what] == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        setattr(owner, name, lambda *given, **named: around(original, *given, **named))
+
+    def train_step(original: Callable[..., Any], trainer: Any, step: int, batches: Any) -> Any:
+        noted[0], noted[1], noted[2] = step, 0, DOINGS.index("accumulating")
+        met["micro-batches"] = len(batches)
+        return original(trainer, step, batches)
+
+    def backward(original: Callable[..., Any], trainer: Any, loss: Any) -> None:
+        original(trainer, loss)
+        noted[1] += 1
+        if noted[1] == met["micro-batches"]:
+            noted[2] = DOINGS.index("updating")
+
+    def restructure(original: Callable[..., Any], trainer: Any, events: list[Any]) -> None:
+        with doing("restructuring") if events else nullcontext():
+            if events:
+                die("restructuring")  # the model is another, its optimisers are not
+            original(trainer, events)
+
+    def evaluate(original: Callable[..., Any], *given: Any) -> None:
+        with doing("evaluating"):
+            original(*given)
+
+    def write(original: Callable[..., Any], *given: Any) -> Any:
+        with doing("saving"):
+            return original(*given)
+
+    def write_file(original: Callable[..., Any], path: Path, content: bytes) -> None:
+        original(path, content)
+        die("saving")  # the first file is there, the others are not
+
+    wrap(loop.Trainer, "_train_step", train_step)
+    wrap(loop.Trainer, "_backward", backward)
+    wrap(loop.Trainer, "_restructure", restructure)
+    wrap(loop.Trainer, "_evaluate", evaluate)
+    wrap(checkpoints.CheckpointStore, "write", write)
+    wrap(checkpoints, "_write_through", write_file)
+    sys.argv = ["wlora.run", *words]
+    run.main()
 
 
 def only_record(results: Path) -> Record | None:
@@ -147,7 +283,7 @@ def store(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
         folder = Path(name)
         workers = [start_worker(folder, index) for index in range(WORKERS)]
         while any(worker.poll() is None for worker in workers):
-            time.sleep(moments.uniform(0.2, 1.0))
+            time.sleep(moments.uniform(0.05, 0.3))
             index = moments.randrange(WORKERS)
             if kills < KILLS and workers[index].poll() is None:
                 workers[index].kill()
@@ -157,12 +293,14 @@ def store(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
         completed = Counter((folder / "completed").read_text().split())
         readable = [record.run_id for record in RecordStore(folder) if record.status == "success"]
         files = [path.stem for path in (folder / "records").glob("*.json")]
+        left = [path.name for path in (folder / "records").iterdir() if path.suffix != ".json"]
     summary = {
         "processes": WORKERS,
         "kills": kills,
         "records": len(readable),
         "torn": len(files) - len(readable),
         "completed_twice": sum(count > 1 for count in completed.values()),
+        "half_written_files_left": len(left),
     }
     rows = [{"record": name, "completed": completed[name]} for name in sorted(files)]
     return rows, summary, (len(readable), summary["torn"], summary["completed_twice"]) == (total, 0, 0) and kills > 0
@@ -185,6 +323,7 @@ def work(folder: Path, seed: int) -> None:
             if not lock.acquire():
                 continue
             with lock.held():
+                remove_leftovers(folder, name)
                 done = records.read(name)
                 if done is None or done.status != "success":
                     records.write(Record(run_id=name, status="running", config={"padding": "x" * 20_000}))

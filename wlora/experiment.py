@@ -23,7 +23,7 @@ from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.console import announce, say, summarize
 from wlora.environment import describe_environment
 from wlora.errors import ConfigError, RunFault
-from wlora.locks import RunLock
+from wlora.locks import RunLock, remove_leftovers
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
 from wlora.models.loading import checkpoint_activations, head_parameters, load_model, load_tokenizer
@@ -79,6 +79,8 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Record:
         say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
         return record
     with lock.held():
+        if accelerator.is_main_process:
+            remove_leftovers(config.results_dir, record.run_id)
         # Another process may have finished it between the look and the lock.
         return _find_success(store, record.run_id, config) or _run(
             config, accelerator, precision, source, record, store, lock

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from wlora.errors import RunFault
+from wlora.locks import remove_path
 from wlora.training.state import State
 
 SCHEMA = 1
@@ -59,7 +60,7 @@ class CheckpointStore:
                 for name, content in contents.items():
                     _write_through(staging / name, content)
                 _sync(staging)
-                shutil.rmtree(target, ignore_errors=True)  # an earlier one of the same step, which may be broken
+                remove_path(target)  # an earlier one of the same step, which may be broken
                 os.replace(staging, target)
                 _sync(self.folder)
             finally:
@@ -67,7 +68,7 @@ class CheckpointStore:
         except OSError as error:
             raise RunFault(f"the checkpoint {target} cannot be written ({error.strerror}); older ones stay") from error
         for old in self._folders()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_path(old)
         return target
 
     def read(self) -> Iterator[tuple[Path, State | str]]:
@@ -75,8 +76,12 @@ class CheckpointStore:
         for folder in self._folders():
             try:
                 yield folder, self._read(folder)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                yield folder, str(error) or type(error).__name__
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+                yield folder, " ".join(f"{type(error).__name__}: {error}".split())
+
+    def discard(self, folder: Path) -> None:
+        """Remove one checkpoint, such as a broken one, that would else stand in the way as the newest."""
+        remove_path(folder)
 
     def remove(self) -> None:
         """Remove all checkpoints of the run."""

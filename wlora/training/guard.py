@@ -125,13 +125,22 @@ class Guard:
         self._begin -= state.facts["seconds"]
 
     def _newest(self, accelerator: Accelerator) -> tuple[Path, State] | None:
-        """Return the newest checkpoint that holds; the main process looks, so that all go on from the same."""
+        """Return the newest checkpoint that holds; the main process looks, so that all go on from the same.
+
+        It removes the broken ones: they would push whole ones out of the newest that are kept.
+        """
         found: tuple[Path, State] | None = None
+        broken: list[Path] = []
         for folder, state in self.store.read() if accelerator.is_main_process else ():
             if isinstance(state, State):
                 found = folder, state
                 break
             say(f"notice: checkpoint {folder} is broken and skipped ({state})")
+            broken.append(folder)
+        if broken and found is None:
+            say("notice: no checkpoint of this run is whole: it starts afresh")
+        for folder in broken:
+            self.store.discard(folder)
         chosen = from_main(found[0].name if found else None)
         if chosen is None or found is not None:
             return found
