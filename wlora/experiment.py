@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from wlora.adapters.attach import count_elements
 from wlora.adapters.peft_format import Start, read_adapter
@@ -26,7 +26,7 @@ from wlora.errors import ConfigError, RunFault
 from wlora.locks import RunLock, remove_leftovers
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
-from wlora.models.loading import checkpoint_activations, head_parameters, load_model, load_tokenizer
+from wlora.models.loading import checkpoint_activations, head_parameters
 from wlora.models.quantization import count_model
 from wlora.models.saving import adapter_folder, model_folder, save_adapter, save_model
 from wlora.models.source import ModelSource, locate
@@ -34,23 +34,24 @@ from wlora.models.targets import list_targets, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
 from wlora.processes import from_main, gather
 from wlora.records import Record, RecordStore, peak_memory
-from wlora.tasks import Task, build_task
-from wlora.tasks.data import Splits, fingerprint, load_splits
+from wlora.stock import Stock
+from wlora.tasks import Task
+from wlora.tasks.data import fingerprint
 from wlora.tracking import Tracker, tracking_folder
 from wlora.training.checkpoints import CheckpointStore
-from wlora.training.evaluation import Split
 from wlora.training.guard import Guard, Interrupted
-from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
+from wlora.training.loop import Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
 from wlora.training.prefix_cache import Storage
 
 
-def run(config: Config, overrides: Sequence[str] = ()) -> Record:
+def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = None) -> Record:
     """Run one configuration, or return its record if it has already succeeded or another process is at it.
 
     Args:
         config: what `wlora.validation.resolve` returned.
         overrides: the words of the command line that asked for it, for the record.
+        stock: what this run shares with others of its process; None for nothing.
 
     Raises:
         ConfigError: the request cannot be run; nothing was written.
@@ -83,7 +84,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Record:
             remove_leftovers(config.results_dir, record.run_id)
         # Another process may have finished it between the look and the lock.
         return _find_success(store, record.run_id, config) or _run(
-            config, accelerator, precision, source, record, store, lock
+            config, accelerator, precision, source, record, store, lock, stock or Stock(keep=False)
         )
 
 
@@ -95,25 +96,23 @@ def _run(
     record: Record,
     store: RecordStore,
     lock: RunLock,
+    stock: Stock,
 ) -> Record:
     """Run one configuration and complete its record, under its lock."""
     begin = time.perf_counter()
-    task = build_task(config.task)
-    splits = load_splits(config.task, offline=config.offline)
-    tokenizer = load_tokenizer(config.model, source)
-    data, unfit = encode(task, splits, tokenizer)
+    material = stock.material(config, source)
+    task, data = material.task, material.data
     plan = make_plan(config, len(data.train))
     method = prepare_method(config)
     method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
     announce(config, record.run_id, plan, precision)
 
-    model = load_model(
-        config.model,
+    model = stock.model(
+        config,
         source,
-        tokenizer,
-        head=task.head,
-        num_labels=task.num_labels,
+        material,
         seed=stream_seed(config.seed, "init"),
+        own=method.plain_base or config.train.save_model,
         device=accelerator.device,
         dtype=precision.dtype,
     )
@@ -124,8 +123,8 @@ def _run(
     model.to(accelerator.device)
     record.parameters = count_parameters(model, method, head)
     record.model["revision"] = getattr(model.config, "_commit_hash", None)
-    record.task.update(version=splits.revision, data=splits.fingerprint)
-    record.task.update(train_rows=len(splits.rows["train"]), **unfit)
+    record.task.update(version=material.splits.revision, data=material.splits.fingerprint)
+    record.task.update(train_rows=len(material.splits.rows["train"]), **material.unfit)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
 
     curve = store.curve(record.run_id, write=accelerator.is_main_process)
@@ -148,7 +147,7 @@ def _run(
             method=method,
             head=list(head.values()),
             task=task,
-            tokenizer=tokenizer,
+            tokenizer=material.tokenizer,
             data=data,
             plan=plan,
             settings=_loop_settings(config, method, precision, accelerator.process_index),
@@ -186,7 +185,7 @@ def _run(
             checkpoints.remove()
         if config.train.save_model:
             saved = model_folder(config.results_dir, record.run_id)
-            save_model(model, method, tokenizer, saved)
+            save_model(model, method, material.tokenizer, saved)
             say(f"model      {saved}")
     return record
 
@@ -220,27 +219,6 @@ def _refuse_other_inputs(record: Record) -> None:
             f"the processes have come to different runs ({', '.join(found)}): allowed are the same data and weights for "
             "all, and one precision (precision=fp32 works everywhere)"
         )
-
-
-def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, dict[str, Any]]:
-    """Tokenise all splits, and say so where something did not fit.
-
-    Returns:
-        The features, and what the record says of the rows that did not fit: `truncated_share` by split, and
-        `lost_answers` among the training rows.
-    """
-    features, shares, lost = {}, {}, 0
-    for name, rows in splits.rows.items():
-        features[name] = task.encode(rows, tokenizer, training=name == "train")
-        shares[name] = task.truncated_share
-        if task.truncated_share:
-            say(f"notice: {task.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
-        if name == "train" and task.lost_answers:
-            lost = task.lost_answers
-            say(f"notice: {lost} of {len(rows)} rows of {name} have their answer whole in no window: see task.stride")
-    train = features.pop("train")
-    validation = {name: Split(splits.rows[name], encoded) for name, encoded in features.items()}
-    return Data(train=train, validation=validation), {"truncated_share": shares, "lost_answers": lost}
 
 
 def prepare_method(config: Config) -> Method:

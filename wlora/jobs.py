@@ -71,13 +71,15 @@ def run_one(composed: DictConfig) -> Outcome:
         SystemExit: it asked a job of submitit to, which may have been requeued.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     # Unresolved: the words may hold interpolations, which mean nothing in Hydra's own configuration.
     words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     overrides = [str(word) for word in words]
     name = _name(composed)
     try:
-        outcome = attempt(name, lambda: _run_composed(name, composed, overrides))
+        outcome = attempt(name, lambda: _run_composed(name, composed, overrides, in_sweep=in_sweep))
     except KeyboardInterrupt as stop:
         if DESK.command:
             raise
@@ -205,10 +207,11 @@ def _name(composed: DictConfig) -> str:
         return "?"
 
 
-def _run_composed(name: str, composed: DictConfig, overrides: list[str]) -> Outcome:
+def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_sweep: bool) -> Outcome:
     """Run one composed configuration.
 
     `overrides` are the words of the command line, or of this run of a sweep: a preset leaves their keys alone.
+    The runs of a sweep share what they load.
     """
     from wlora.models.source import locate
     from wlora.study import fill_tuned
@@ -236,8 +239,9 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str]) -> Outc
         print(describe(config))
         return Outcome(name, "described", None, 0)
     from wlora.experiment import run
+    from wlora.stock import stock_of_process
 
-    record = run(config, overrides)
+    record = run(config, overrides, stock_of_process() if in_sweep else None)
     return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0)
 
 
