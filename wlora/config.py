@@ -92,6 +92,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     eval_every: int | None = None
     gradient_checkpointing: bool = False
+    grow_batch: str = field(default="off", metadata=LATER)
     prefix_cache: str = field(default="off", metadata=LATER)
     prefix_cache_dtype: str = field(default="bf16", metadata=LATER)
     prefix_cache_gb: float = 8.0

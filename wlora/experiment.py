@@ -337,6 +337,7 @@ def _loop_settings(config: Config, method: Method, precision: Precision, process
         dropout_seed=stream_seed(config.seed, f"dropout/{process}" if process else "dropout"),
         scale_loss=precision.name == "fp16",
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
+        grow_batch=config.train.grow_batch,
         prefix=_prefix_storage(config),
     )
 

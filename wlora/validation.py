@@ -53,6 +53,7 @@ RULES = {
     "train.weight_decay": "float >= 0",
     "train.max_grad_norm": "float > 0",
     "train.eval_every": "int >= 1 or null",
+    "train.grow_batch": "off | micro | effective",
     "train.prefix_cache": "off | memory | disk",
     "train.prefix_cache_dtype": "bf16 | fp32",
     "train.prefix_cache_gb": "float >= 0",

@@ -81,7 +81,7 @@ class Guard:
         if asked == LOST:
             raise RunFault(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
         last = trainer.step == trainer.plan.total_steps
-        due = self.every > 0 and trainer.step % self.every == 0
+        due = self.every > 0 and trainer.passed(self.every)
         if (due or asked) and not last:
             self.save(trainer)
         if asked and not last:
