@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from wlora.config import Config
 from wlora.console import share_of_model
+from wlora.estimate import estimate, tell
 from wlora.experiment import attach, count_parameters, open_record, prepare_method
 from wlora.methods.base import Steps
 from wlora.models.loading import build_on_meta, load_tokenizer
@@ -53,6 +54,10 @@ def describe(config: Config) -> str:
         f"trainable  {trainable:,} {what} parameters ({share_of_model(trainable, counts)})",
         f"head       {counts['head']:,} trainable parameters of head and pooler",
         f"steps      {steps}",
+        *(
+            f"{'memory' if index == 0 else '':<10} {line}"
+            for index, line in enumerate(tell(estimate(config, precision), config))
+        ),
     ]
     return "\n".join(lines)
 

@@ -142,7 +142,7 @@ def make_batch(model: PreTrainedModel, config: Config) -> dict[str, Tensor]:
     if head == "question_answering":
         return {**batch, "start_positions": zeros, "end_positions": zeros}
     if head == "seq2seq":
-        return {**batch, "labels": ids[:, : config.task.max_target_length or length]}
+        return {**batch, "labels": ids[:, : config.task.max_target_length or length].contiguous()}
     return {**batch, "labels": zeros if config.task.labels else zeros.float()}
 
 
