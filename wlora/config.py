@@ -92,6 +92,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     eval_every: int | None = None
     gradient_checkpointing: bool = False
+    fsdp: bool = False
     checkpoint_every: int | None = None
     keep: int = 2
     keep_after: bool = False
@@ -191,7 +192,7 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         for key in ("name", "source", "hub_id", "revision", "architecture"):
             del model[key]
         model.pop("gguf_file", None)
-    for key in ("eval_every", "gradient_checkpointing", "checkpoint_every", "keep", "keep_after"):
+    for key in ("eval_every", "gradient_checkpointing", "fsdp", "checkpoint_every", "keep", "keep_after"):
         del train[key]
     for key in ("save_model", "save_adapter"):
         del train[key]

@@ -42,6 +42,7 @@ from wlora.training.evaluation import Split
 from wlora.training.guard import Guard, Interrupted
 from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
+from wlora.training.sharding import shard_base
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> Record:
@@ -118,6 +119,8 @@ def _run(
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     lower_base(model, precision)
+    if config.train.fsdp:
+        shard_base(model, accelerator.device)
     model.to(accelerator.device)
     record.parameters = count_parameters(model, method, head)
     record.model["revision"] = getattr(model.config, "_commit_hash", None)
@@ -355,6 +358,7 @@ def _loop_settings(config: Config, method: Method, precision: Precision, process
         order_seed=stream_seed(config.seed, "order"),
         dropout_seed=stream_seed(config.seed, f"dropout/{process}" if process else "dropout"),
         scale_loss=precision.name == "fp16",
+        sharded=config.train.fsdp,
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
     )
 

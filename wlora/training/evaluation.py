@@ -37,16 +37,18 @@ def evaluate(
     *,
     batch_size: int,
     accelerator: Accelerator,
+    together: bool = False,
 ) -> dict[str, float]:
     """Return all metrics of all validation splits, and the mean loss of the first as `loss` where it has labels.
 
     Every process sees its share of each batch; predictions are gathered and scored once on the whole. The model is
-    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait.
+    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait. With `together`
+    none skips it, since the model is in pieces.
     """
     model.eval()
     metrics: dict[str, float] = {}
     for index, (name, split) in enumerate(splits.items()):
-        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator)
+        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator, together)
         metrics.update(task.score(name, predictions, split.features, split.rows))
         if index == 0 and loss is not None:
             metrics["loss"] = loss
@@ -61,6 +63,7 @@ def _predict(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
+    together: bool,
 ) -> tuple[list[Any], float | None]:
     """Return a prediction per feature, and the mean loss over features, None without labels."""
     indices: list[int] = []
@@ -70,6 +73,8 @@ def _predict(
     for batch in evaluation_batches(list(features["length"]), batch_size):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
         if not mine:
+            if together:
+                model(**move(task.collate(pick(features, batch[:1]), tokenizer), accelerator.device))
             continue
         picked = pick(features, mine)
         inputs = move(task.collate(picked, tokenizer), accelerator.device)

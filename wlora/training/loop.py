@@ -28,6 +28,7 @@ from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
+from wlora.training.sharding import average_gradients
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Settings:
         order_seed: seed of the data order.
         dropout_seed: seed of everything drawn in the forward passes, another one in each process.
         scale_loss: float16 loss scaling.
+        sharded: the frozen base is spread over the processes, which must all call the model together.
         autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
     """
 
@@ -74,6 +76,7 @@ class Settings:
     order_seed: int
     dropout_seed: int
     scale_loss: bool = False
+    sharded: bool = False
     autocast: torch.dtype | None = None
 
 
@@ -267,6 +270,8 @@ class Trainer:
             total += loss.detach()
             self.result.examples += len(piece)
             tokens += inputs["attention_mask"].sum() if mine else 0
+        if self.settings.sharded:
+            average_gradients(self.optimizers.parameters())
         if world > 1:
             total, tokens = self.accelerator.reduce((total, tokens), "sum")  # type: ignore[misc]
         self.result.tokens += int(tokens)
@@ -298,7 +303,7 @@ class Trainer:
         Every wrapping hands the main process's parameters to all, so that what was drawn or decomposed is the same.
         """
         self.model = self.bare_model
-        if self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1 or self.settings.sharded:
             return self.model
         self.accelerator.free_memory()  # the wrapper of before, whose reducer keeps what has left the model
         wrapped: nn.Module = self.accelerator.prepare_model(self.bare_model)
@@ -333,6 +338,7 @@ class Trainer:
                 self.tokenizer,
                 batch_size=self.settings.eval_batch_size,
                 accelerator=self.accelerator,
+                together=self.settings.sharded,
             )
         self.result.metrics = metrics
         self.result.eval_seconds += time.perf_counter() - begin
