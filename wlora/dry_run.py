@@ -46,6 +46,9 @@ def describe(config: Config) -> str:
             f"{least}{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
             f"{plan.accumulation_steps}), warm-up {plan.warmup}"
         )
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) * precision.dtype.itemsize / 1e9
+    parts = ", ".join(f"{frozen / count:.1f} on each of {count}" for count in (2, 4, 8))
+    sharded = [f"sharded    {frozen:.1f} GB of frozen base: {parts} processes"] if config.train.fsdp else []
     done = RecordStore(config.results_dir).read(record.run_id)
     lines = [
         f"run        {record.run_id} ({'record exists: ' + done.status if done else 'no record yet'})",
@@ -53,6 +56,7 @@ def describe(config: Config) -> str:
         f"adapters   {len(method.attached())} of method={config.method['name']}",
         f"trainable  {trainable:,} {what} parameters ({share_of_model(trainable, counts)})",
         f"head       {counts['head']:,} trainable parameters of head and pooler",
+        *sharded,
         f"steps      {steps}",
         *(
             f"{'memory' if index == 0 else '':<10} {line}"

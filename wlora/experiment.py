@@ -42,7 +42,11 @@ from wlora.training.checkpoints import CheckpointStore
 from wlora.training.guard import Guard, Interrupted
 from wlora.training.loop import Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
+<<<<<<< HEAD
 from wlora.training.prefix_cache import Storage
+=======
+from wlora.training.sharding import shard_base
+>>>>>>> scale
 
 
 def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = None) -> Record:
@@ -120,6 +124,8 @@ def _run(
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     lower_base(model, precision)
+    if config.train.fsdp:
+        shard_base(model, accelerator.device)
     model.to(accelerator.device)
     record.parameters = count_parameters(model, method, head)
     record.model["revision"] = getattr(model.config, "_commit_hash", None)
@@ -336,6 +342,7 @@ def _loop_settings(config: Config, method: Method, precision: Precision, process
         order_seed=stream_seed(config.seed, "order"),
         dropout_seed=stream_seed(config.seed, f"dropout/{process}" if process else "dropout"),
         scale_loss=precision.name == "fp16",
+        sharded=config.train.fsdp,
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
         grow_batch=config.train.grow_batch,
         prefix=_prefix_storage(config),

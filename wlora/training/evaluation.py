@@ -40,19 +40,29 @@ def evaluate(
     *,
     batch_size: int,
     accelerator: Accelerator,
+<<<<<<< HEAD
     prefix: PrefixCache | None = None,
+=======
+    together: bool = False,
+>>>>>>> scale
 ) -> dict[str, float]:
     """Return all metrics of all validation splits, and the mean loss of the first as `loss` where it has labels.
 
     Every process sees its share of each batch; predictions are gathered and scored once on the whole. The model is
+<<<<<<< HEAD
     the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait.
 
     Args:
         prefix: the stored states that the model goes on from, where its lower layers no longer change.
+=======
+    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait. With `together`
+    none skips it, since the model is in pieces.
+>>>>>>> scale
     """
     model.eval()
     metrics: dict[str, float] = {}
     for index, (name, split) in enumerate(splits.items()):
+<<<<<<< HEAD
         if prefix is not None:
             prefix.prepare(name, split.features)
 
@@ -60,6 +70,9 @@ def evaluate(
             return prefix.replay(name, rows, inputs) if prefix is not None else contextlib.nullcontext()
 
         predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator, replay)
+=======
+        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator, together)
+>>>>>>> scale
         metrics.update(task.score(name, predictions, split.features, split.rows))
         if index == 0 and loss is not None:
             metrics["loss"] = loss
@@ -74,7 +87,11 @@ def _predict(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
+<<<<<<< HEAD
     replay: Callable[[list[int], dict[str, torch.Tensor]], AbstractContextManager[None]],
+=======
+    together: bool,
+>>>>>>> scale
 ) -> tuple[list[Any], float | None]:
     """Return a prediction per feature, and the mean loss over features, None without labels."""
     indices: list[int] = []
@@ -84,6 +101,8 @@ def _predict(
     for batch in evaluation_batches(list(features["length"]), batch_size):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
         if not mine:
+            if together:
+                model(**move(task.collate(pick(features, batch[:1]), tokenizer), accelerator.device))
             continue
         picked = pick(features, mine)
         inputs = move(task.collate(picked, tokenizer), accelerator.device)

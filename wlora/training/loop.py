@@ -30,7 +30,11 @@ from wlora.training.evaluation import Split, evaluate, move, pick
 from wlora.training.footprint import activation_bytes
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
+<<<<<<< HEAD
 from wlora.training.prefix_cache import PrefixCache, Storage
+=======
+from wlora.training.sharding import average_gradients
+>>>>>>> scale
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
 
 if TYPE_CHECKING:
@@ -68,6 +72,7 @@ class Settings:
         order_seed: seed of the data order.
         dropout_seed: seed of everything drawn in the forward passes, another one in each process.
         scale_loss: float16 loss scaling.
+        sharded: the frozen base is spread over the processes, which must all call the model together.
         autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
         grow_batch: what grows into the memory that a cut has freed: `micro` for the micro-batch alone, `effective` for the
             rows of an optimiser step, too; `off` for nothing.
@@ -81,6 +86,7 @@ class Settings:
     order_seed: int
     dropout_seed: int
     scale_loss: bool = False
+    sharded: bool = False
     autocast: torch.dtype | None = None
     grow_batch: str = "off"
     prefix: Storage | None = None
@@ -344,6 +350,8 @@ class Trainer:
             total += loss.detach()
             self.result.examples += len(piece)
             tokens += inputs["attention_mask"].sum() if mine else 0
+        if self.settings.sharded:
+            average_gradients(self.optimizers.parameters())
         if world > 1:
             total, tokens = self.accelerator.reduce((total, tokens), "sum")  # type: ignore[misc]
         self.result.tokens += int(tokens)
@@ -399,7 +407,7 @@ class Trainer:
         Every wrapping hands the main process's parameters to all, so that what was drawn or decomposed is the same.
         """
         self.model = self.bare_model
-        if self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1 or self.settings.sharded:
             return self.model
         self.accelerator.free_memory()  # the wrapper of before, whose reducer keeps what has left the model
         wrapped: nn.Module = self.accelerator.prepare_model(self.bare_model)
@@ -434,7 +442,11 @@ class Trainer:
                 self.tokenizer,
                 batch_size=self.settings.eval_batch_size,
                 accelerator=self.accelerator,
+<<<<<<< HEAD
                 prefix=self.prefix,
+=======
+                together=self.settings.sharded,
+>>>>>>> scale
             )
         self.result.metrics = metrics
         self.result.eval_seconds += time.perf_counter() - begin
