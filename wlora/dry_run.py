@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from wlora.config import Config
 from wlora.console import share_of_model
+from wlora.errors import ConfigError
 from wlora.experiment import attach, count_parameters, open_record, prepare_method
 from wlora.methods.base import Steps
 from wlora.models.loading import build_on_meta, load_tokenizer
@@ -45,9 +46,8 @@ def describe(config: Config) -> str:
             f"{least}{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
             f"{plan.accumulation_steps}), warm-up {plan.warmup}"
         )
-    done = RecordStore(config.results_dir).read(record.run_id)
     lines = [
-        f"run        {record.run_id} ({'record exists: ' + done.status if done else 'no record yet'})",
+        f"run        {record.run_id} ({_known_status(config.results_dir, record.run_id)})",
         f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",
         f"adapters   {len(method.attached())} of method={config.method['name']}",
         f"trainable  {trainable:,} {what} parameters ({share_of_model(trainable, counts)})",
@@ -55,6 +55,15 @@ def describe(config: Config) -> str:
         f"steps      {steps}",
     ]
     return "\n".join(lines)
+
+
+def _known_status(results_dir: str, run_id: str) -> str:
+    """Say what there is of a run."""
+    try:
+        done = RecordStore(results_dir).load(run_id)
+    except ConfigError as damage:
+        return f"{damage}; it would be done again"
+    return f"record exists: {done.status}" if done else "no record yet"
 
 
 def _known_rows(config: Config) -> int | None:
