@@ -10,6 +10,7 @@ from wlora.dry_run import describe
 from wlora.estimate import Memory, estimate, tell
 from wlora.experiment import attach, prepare_method
 from wlora.memory import make_batch
+from wlora.methods.base import Steps
 from wlora.models.loading import build_unloaded
 from wlora.models.targets import read_architecture
 from wlora.precision import Precision, lower_base
@@ -18,6 +19,7 @@ from wlora.training.footprint import saved_bytes
 
 from .conftest import compose
 
+STEPS = Steps(total=100, per_epoch=20)
 SMALL = ["task.batch_size=8", "task.max_length=64"]
 
 
@@ -59,7 +61,7 @@ def measure(config: Config, precision: str, keep: slice | None = None) -> int:
 )
 def test_estimates_agree_with_what_is_measured(task: str, model: str, precision: str) -> None:
     config = compose(f"task={task}", f"model={model}", "method=wlora", "k=2", *SMALL)
-    whole, highest, lowest = (memory.total for memory in estimate(config, Precision(precision, "")))
+    whole, highest, lowest = (memory.total for memory in estimate(config, Precision(precision, ""), STEPS))
     assert whole == pytest.approx(measure(config, precision), rel=0.15)
     assert highest == pytest.approx(measure(config, precision, slice(-2, None)), rel=0.15)
     assert lowest == pytest.approx(measure(config, precision, slice(0, 2)), rel=0.15)
@@ -68,13 +70,13 @@ def test_estimates_agree_with_what_is_measured(task: str, model: str, precision:
 
 def test_full_fine_tuning_trains_the_base() -> None:
     config = compose("task=story_nli", "model=tiny_bert", "method=full", *SMALL)
-    (memory,) = estimate(config, Precision("fp32", ""))
+    (memory,) = estimate(config, Precision("fp32", ""), STEPS)
     assert memory.frozen == 0 and memory.total == pytest.approx(measure(config, "fp32"), rel=0.15)
 
 
 def test_gradient_checkpointing_keeps_less() -> None:
     plain, less = (
-        estimate(compose("task=rte", "method=lora", f"train.gradient_checkpointing={on}"), Precision("bf16", ""))[0]
+        estimate(compose("task=rte", "method=lora", f"train.gradient_checkpointing={on}"), Precision("bf16", ""), STEPS)[0]
         for on in ("false", "true")
     )
     assert less.activations < plain.activations / 3 and less.frozen == plain.frozen
@@ -82,7 +84,7 @@ def test_gradient_checkpointing_keeps_less() -> None:
 
 def test_four_bits_take_a_quarter_of_sixteen_and_the_rest_stays() -> None:
     plain, packed = (
-        estimate(compose("task=sst2", "model=llama3_8b", "method=lora", *SMALL, *words), Precision("bf16", ""))[0]
+        estimate(compose("task=sst2", "model=llama3_8b", "method=lora", *SMALL, *words), Precision("bf16", ""), STEPS)[0]
         for words in ([], ["model.quantization=nf4"])
     )
     embeddings = 2 * 128256 * 4096

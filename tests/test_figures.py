@@ -12,6 +12,7 @@ from matplotlib import pyplot
 from wlora.errors import ConfigError
 from wlora.figures import __main__ as figures
 from wlora.figures import adapters, footprint, scores
+from wlora.records import RecordStore
 from wlora.study import read_runs
 
 from .conftest import ROOT
@@ -136,7 +137,7 @@ def test_curves_skip_the_torn_last_line_of_a_crash(tmp_path: Path) -> None:
     one_of_each(tmp_path)
     for file in (tmp_path / "records").glob("*.jsonl"):
         file.write_text(file.read_text() + '{"step": 30, "lo')
-    upper, lower = scores.curves(read_runs(tmp_path), tmp_path / "records").axes
+    upper, lower = scores.curves(read_runs(tmp_path), RecordStore(tmp_path)).axes
     assert upper.lines[0].get_xdata().tolist() == [10, 20] and lower.lines[0].get_ydata().tolist() == [0.8]
 
 

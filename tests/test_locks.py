@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from wlora import locks
-from wlora.errors import RunFault
+from wlora.errors import ConfigError, RunFault
 from wlora.locks import RunLock
 from wlora.records import RecordStore
 from wlora.training.guard import Guard
@@ -48,8 +49,6 @@ def test_one_process_holds_a_run_and_a_killed_one_holds_nothing(tmp_path: Path) 
 def test_a_silent_holder_on_another_machine_is_watched_and_then_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
     first = RunLock(tmp_path, "run")
     assert first.acquire()
@@ -89,3 +88,45 @@ def test_a_run_that_lost_its_lock_stops_and_writes_nothing_more(
         run_tiny("method=lora", results=tmp_path)
     (record,) = RecordStore(tmp_path)
     assert record.status == "running", "the other process's to complete"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00garbage", b"x" * 5000, b"filelock/2\npid=1\nho"])
+def test_a_damaged_lock_is_nobodys_after_a_while(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "DAMAGED_SECONDS", 2.5)
+    lock = RunLock(tmp_path, "run")
+    lock.path.parent.mkdir()
+    lock.path.write_bytes(content)
+    assert "process" in lock.holder()
+    assert lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize(("told", "damaged"), [("mode=lease", "mode=leasd"), ("duration=1.0", "duration=3.0")])
+def test_a_lock_whose_damage_leaves_it_a_lock_is_named(
+    told: str, damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
+    first = RunLock(tmp_path, "run")
+    assert first.acquire()
+    content = first.path.read_text().replace(told, damaged).replace(f"host={os.uname().nodename}", "host=elsewhere")
+    first.release()
+    first.path.write_text(content)
+    os.utime(first.path, (1e9, 1e9))
+    with pytest.raises(ConfigError, match=r"run\.lock is damaged\n.* remove it"):
+        RunLock(tmp_path, "run").acquire()
+
+
+def test_what_killed_processes_left_half_written_is_removed(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_tiny("method=probe", results=tmp_path)
+    RecordStore(tmp_path).path(done.run_id).unlink()
+    names = [f"{part}/.{done.run_id}.99" for part in ("models", "adapters")]
+    names += [f"checkpoints/{done.run_id}/.step-00000004.99"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "part").write_text("half")
+    (tmp_path / "records" / f".{done.run_id}.json.99").write_text("half")
+    other = tmp_path / "models" / ".another.99"
+    other.mkdir()
+    assert run_tiny("method=probe", results=tmp_path).metrics == done.metrics
+    left = [path for path in tmp_path.rglob(".*") if path.is_dir() or path.is_file()]
+    assert left == [other], "another run's is not ours to remove"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from wlora.config import Config, ModelConfig, TaskConfig, TrainConfig, run_id, scientific_fields, stream_seed
-from wlora.errors import RunFault
+from wlora.errors import ConfigError, RunFault
 from wlora.records import Record, RecordStore
 
 from .conftest import ROOT, TINY, compose
@@ -106,10 +106,12 @@ def test_a_run_that_did_not_succeed_is_repeated(run_tiny: Callable[..., Any], tm
 
 def test_a_torn_or_foreign_record_counts_as_none(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
-    for text in ("", "{", "[]", '{"schema": 99}', '{"schema": 1, "bogus": 2}'):
+    for text in ("", "{", "[]", "[" * 100_000, '{"schema": 99}', '{"schema": 1, "bogus": 2}', '{"checksum": 1}'):
         store.folder.mkdir(exist_ok=True)
         store.path("x").write_text(text)
         assert store.read("x") is None
+        with pytest.raises(ConfigError, match="x.json is damaged"):
+            store.load("x")
     assert list(store) == []
 
 

@@ -54,11 +54,12 @@ def test_what_differs_is_named(run_tiny: Callable[..., Any], enter: Callable[...
     record.adapters[0]["rank"] += 1
     record.environment["packages"]["numpy"] = "1.0"
     record.environment["torch"]["threads"] = 64
-    RecordStore(tmp_path).write(record)
-    curve = RecordStore(tmp_path).path(record.run_id).with_suffix(".jsonl")
-    points = [json.loads(line) for line in curve.read_text().splitlines()]
+    points = RecordStore(tmp_path).read_curve(record)
     points[3]["loss"] += 1
-    curve.write_text("".join(json.dumps(point) + "\n" for point in points))
+    curve = RecordStore(tmp_path).curve(record.run_id)
+    curve.restart(points)
+    record.curve = curve.checksum()
+    RecordStore(tmp_path).write(record)
     code, out, _ = enter(f"from={record.run_id}")
     right = record.metrics["accuracy"] + 0.25
     assert code == 1 and "different  3 numbers" in out

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from wlora.adapters.attach import AdapterSet
 from wlora.config import Config
 from wlora.experiment import attach, prepare_method
-from wlora.models.loading import build_unloaded, checkpoint_activations
+from wlora.methods.base import Steps
+from wlora.models.loading import build_on_meta, checkpoint_activations
 from wlora.models.quantization import packed_linears
 from wlora.models.targets import read_architecture
 from wlora.precision import Precision, lower_base
@@ -57,38 +58,60 @@ class Memory:
         return self.total <= (1 - RESERVE) * gigabytes * 1e9
 
 
-def estimate(config: Config, precision: Precision) -> list[Memory]:
+def estimate(config: Config, precision: Precision, steps: Steps) -> list[Memory]:
     """Estimate a step with all adapters, then with the `k` highest and the `k` lowest where the method keeps k.
 
     The model runs once per estimate without memory or numbers, as the CPU's kernels would run it: a GPU's attention may
     keep less. A quantised base is taken to save what a plain one does.
+
+    Args:
+        steps: the length of the run, which some methods' structure depends on.
+
+    Raises:
+        RuntimeError: the method computes with numbers that are not there.
     """
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization="none"))
+    task = build_task(config.task)
+    architecture = {"vocab_size": TOKENS, **read_architecture(config.model)}
+    model = build_on_meta(plain.model, architecture, head=task.head, num_labels=task.num_labels)
+    model.config.pad_token_id = 0
+    method = prepare_method(plain)
+    method.plan(steps)
+    attach(model, method, plain)
+    lower_base(model, precision)
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model)
+    model.train()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        task = build_task(config.task)
-        architecture = {"vocab_size": TOKENS, **read_architecture(config.model)}
-        model = build_unloaded(plain.model, architecture, head=task.head, num_labels=task.num_labels, device="cpu")
-        method = prepare_method(plain)
-        attach(model, method, plain)
-        lower_base(model, precision)
-        model.config.pad_token_id = 0
-        if config.train.gradient_checkpointing:
-            checkpoint_activations(model)
-        model.train()
+        _give_shapes(model)
         batch = make_batch(model, config)
         found = [_measure(model, method.attached(), batch, config)]
         k = config.method.get("k")
-        if k is None or not isinstance(method.adapters, AdapterSet) or len(method.adapters) <= k:
+        if k is None or len(method.adapters) <= k:
             return found
         names = list(method.adapters)
         for kept in (names[-k:], names[:k]):
-            others = [name for name in names if name not in kept]
-            found.append(_without(model, method.adapters, others, batch, config))
-    return found
+            found.append(_without(model, method.adapters, set(names) - set(kept), batch, config))
+        return found
+
+
+def _give_shapes(model: nn.Module) -> None:
+    """Put tensors of the CPU that have a shape and no content in the place of those on the meta device."""
+    given: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in given:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    trains = tensor.requires_grad
+                    given[tensor] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
+                tensors[name] = given[tensor]  # type: ignore[assignment]
 
 
 def _without(
-    model: PreTrainedModel, adapters: AdapterSet, names: list[str], batch: dict[str, Tensor], config: Config
+    model: PreTrainedModel, adapters: AdapterSet, names: set[str], batch: dict[str, Tensor], config: Config
 ) -> Memory:
     """Measure with some adapters out of the model, which are put back."""
     taken = [(name, adapters.target(name), adapters[name]) for name in names]

@@ -42,11 +42,8 @@ from wlora.training.checkpoints import CheckpointStore
 from wlora.training.guard import Guard, Interrupted
 from wlora.training.loop import Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
-<<<<<<< HEAD
 from wlora.training.prefix_cache import Storage
-=======
 from wlora.training.sharding import shard_base
->>>>>>> scale
 
 
 def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = None) -> Record:
@@ -86,6 +83,10 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
     with lock.held():
         if accelerator.is_main_process:
             remove_leftovers(config.results_dir, record.run_id)
+        try:
+            store.load(record.run_id)
+        except ConfigError as damage:
+            say(f"notice: {damage}; the run is done again")
         # Another process may have finished it between the look and the lock.
         return _find_success(store, record.run_id, config) or _run(
             config, accelerator, precision, source, record, store, lock, stock or Stock(keep=False)
@@ -133,14 +134,14 @@ def _run(
     record.task.update(train_rows=len(material.splits.rows["train"]), **material.unfit)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
 
-    curve = store.curve(record.run_id, write=accelerator.is_main_process)
     checkpoints = CheckpointStore(config.results_dir, record.run_id, keep=config.train.keep)
     tracker = Tracker(accelerator, say=say)
-    guard = Guard(checkpoints, lock, curve=curve, record=record, every=plan.checkpoint_every, begin=begin)
     if accelerator.is_main_process:
         if config.force:
             checkpoints.remove()
         store.write(record)
+    curve = store.curve(record.run_id, write=accelerator.is_main_process)
+    guard = Guard(checkpoints, lock, curve=curve, record=record, every=plan.checkpoint_every, begin=begin)
     tracker.start(record.run_id, record.config)
 
     def log(point: dict[str, Any]) -> None:
@@ -183,6 +184,7 @@ def _run(
     finally:
         tracker.finish()
     _complete(record, result, method, guard.seconds())
+    record.curve = curve.checksum()
     if accelerator.is_main_process:
         if config.train.save_adapter:
             record.model["adapter"] = _keep_adapter(model, method, task, adapter_folder(config.results_dir, record.run_id))
@@ -211,6 +213,10 @@ def _find_success(store: RecordStore, identity: str, config: Config) -> Record |
     if done is None or done.status != "success" or config.force:
         return None
     say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
+    try:
+        store.read_curve(done)
+    except ConfigError as damage:
+        say(f"notice: {damage}; force=true does the run again and writes it")
     saved = model_folder(config.results_dir, identity)
     if config.train.save_model and not saved.is_dir():
         say(f"notice: its model is not there ({saved}): force=true does the run again and saves it")

@@ -94,10 +94,10 @@ def find_record(results_dir: str, run_id: str) -> Record:
     """Return the record of a run that has succeeded.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it is damaged.
     """
     store = RecordStore(results_dir)
-    record = store.read(run_id)
+    record = store.load(run_id)
     if record is None:
         known = [file.stem for file in store.folder.glob("*.json")]
         near = difflib.get_close_matches(run_id, known, n=1)

@@ -7,10 +7,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import LeaseCompromise, SoftFileLease, Timeout
+from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
+
+from wlora.errors import ConfigError
 
 # A holder whose heartbeat is not seen for this long is taken to be dead; on the same machine a dead one shows at once.
 LEASE_SECONDS = 90.0
+# A file that names no holder is a damaged one if it stays so for this long; filelock's own patience is 2 seconds.
+DAMAGED_SECONDS = 5.0
 
 
 class RunLock:
@@ -31,22 +35,48 @@ class RunLock:
     def acquire(self) -> bool:
         """Take the lock; False if a living process holds it.
 
-        A holder on another machine whose file is older than a lease is watched for one lease, and then taken over.
+        A holder on another machine whose file is older than a lease is watched for one lease, and then taken over. A file
+        that names no holder, as a crash of the machine leaves one behind, is watched for a few seconds.
 
         Raises:
+            ConfigError: the file is damaged so that it never ends by itself.
             OSError: the folder cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._lease.acquire()
-        except Timeout:
+            if self._try(0):
+                return True
+            for _ in range(2):  # an empty file is one more time to wait for
+                if self._lease.owner is None and self.path.exists():
+                    self._fill_empty()
+                    if self._try(DAMAGED_SECONDS):
+                        return True
             if self._silent_for() < LEASE_SECONDS:
                 return False
-            try:
-                self._lease.acquire(timeout=1.5 * LEASE_SECONDS)
-            except Timeout:
-                return False
+            if self._try(1.5 * LEASE_SECONDS):
+                return True
+        except LeaseSettingsMismatch as error:
+            raise self._fault() from error
+        if self._silent_for() < LEASE_SECONDS:
+            return False  # somebody else was faster
+        raise self._fault()
+
+    def _try(self, seconds: float) -> bool:
+        try:
+            self._lease.acquire(timeout=seconds)
+        except Timeout:
+            return False
         return True
+
+    def _fill_empty(self) -> None:
+        """Write into an empty file that is older than the instant in which a holder fills it: only then is it ever ended."""
+        if self._silent_for() >= DAMAGED_SECONDS:
+            with contextlib.suppress(OSError), self.path.open("r+b") as stream:
+                if not stream.read(1):
+                    stream.write(b"damaged\n")
+
+    def _fault(self) -> ConfigError:
+        return ConfigError(f"lock {self.path} is damaged\nway out: remove it, if nothing runs {self.path.stem} any more")
 
     def release(self) -> None:
         """Give the lock back."""
@@ -55,7 +85,8 @@ class RunLock:
     def holder(self) -> str:
         """Name the process that holds the lock, as host and process number."""
         with contextlib.suppress(OSError):
-            told = dict(line.split("=", 1) for line in self.path.read_text().splitlines() if "=" in line)
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            told = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
             return f"process {told.get('pid', '?')} on {told.get('host', '?')}"
         return "another process"
 

@@ -7,7 +7,6 @@ which `python -m wlora.figures memory` draws.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from wlora.errors import ConfigError
 from wlora.models.loading import build_unloaded, head_parameters
 from wlora.models.targets import Target, list_targets, read_architecture
 from wlora.precision import choose_precision, lower_base
+from wlora.records import seal
 from wlora.study import read_runs
 from wlora.sweep import compose
 from wlora.tasks import build_task
@@ -60,7 +60,7 @@ def write(config: Config) -> Path:
     setting |= {"batch_size": task.batch_size, "length": task.max_length, "environment": environment}
     content = {**setting, "points": measure(model, config, selections(config))}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(seal(content))
     return file
 
 

@@ -1,11 +1,16 @@
-"""One JSON file per run, written whole or not at all; the learning curve beside it as JSON lines."""
+"""One JSON file per run, written whole or not at all; the learning curve beside it as JSON lines.
+
+A record carries a checksum of its content, and of a run that has succeeded one of its curve, so that damage on the disk is
+seen even where what is left is still JSON. Records from before there were checksums are read without.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +43,38 @@ class Record:
     memory: dict[str, int] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    curve: str | None = None
+
+
+def seal(content: dict[str, Any]) -> str:
+    """Return the text of a JSON file that carries a checksum of its content; ValueError for a number that is not finite."""
+    return json.dumps({**content, "checksum": _digest(content)}, indent=1, allow_nan=False) + "\n"
+
+
+def unseal(text: str | bytes) -> dict[str, Any]:
+    """Return the content of a JSON file without its checksum, which must hold where there is one.
+
+    Raises:
+        ValueError: what is wrong with the file.
+    """
+    if not text.strip():
+        raise ValueError("it is empty")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("it is no whole JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    told = content.pop("checksum", None)
+    if told is not None and told != _digest(content):
+        raise ValueError("its checksum does not hold")
+    return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Hash what a JSON file says, however it is laid out."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class RecordStore:
@@ -50,13 +87,64 @@ class RecordStore:
         """Return where a run's record stands."""
         return self.folder / f"{run_id}.json"
 
-    def read(self, run_id: str) -> Record | None:
-        """Return a run's record, None if there is none or it cannot be read (a run then starts over)."""
+    def load(self, run_id: str) -> Record | None:
+        """Return a run's record, None if there is none.
+
+        Raises:
+            ConfigError: the file is damaged, with what is wrong.
+        """
+        path = self.path(run_id)
         try:
-            content = json.loads(self.path(run_id).read_text())
-            return Record(**content) if content.get("schema") == SCHEMA else None
-        except (OSError, ValueError, TypeError, AttributeError):
+            content = unseal(path.read_bytes())
+            if content.get("schema") != SCHEMA:
+                raise ValueError(f"it is of schema {content.get('schema')}, not {SCHEMA}")
+            record = Record(**content)
+            if record.run_id != run_id or record.status not in STATUSES:
+                raise ValueError(f"it is of run {record.run_id} with status {record.status}")
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"record {path} is damaged: {error}") from None
+        except TypeError:
+            raise ConfigError(f"record {path} is damaged: its keys are not those of a record") from None
+        return record
+
+    def read(self, run_id: str) -> Record | None:
+        """Return a run's record, None if there is none or it is damaged (a run then starts over)."""
+        try:
+            return self.load(run_id)
+        except ConfigError:
+            return None
+
+    def read_curve(self, record: Record) -> list[dict[str, Any]]:
+        """Return the points of a run's learning curve.
+
+        Of a run that has not succeeded, or of a record without a checksum, a curve that is not there has no points, and
+        what a crash left of the last line is skipped.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        path = self.path(record.run_id).with_suffix(".jsonl")
+        try:
+            content = path.read_bytes()
+            if record.curve is not None and hashlib.sha256(content).hexdigest()[:16] != record.curve:
+                raise ValueError("its checksum, which is in the record, does not hold")
+            lines = content.decode().splitlines()
+        except FileNotFoundError:
+            if record.curve is None:
+                return []
+            raise ConfigError(f"learning curve {path} is damaged: it is not there") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"learning curve {path} is damaged: {error}") from None
+        points = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                points.append(json.loads(line))
+            except (ValueError, RecursionError):
+                if number < len(lines):
+                    raise ConfigError(f"learning curve {path} is damaged: line {number} is no JSON") from None
+        return points
 
     def write(self, record: Record) -> Path:
         """Write a record atomically: the file holds the old content or the new one, never a part.
@@ -64,7 +152,7 @@ class RecordStore:
         Raises:
             RunFault: the disk is full or the folder cannot be written; the old record stays.
         """
-        text = json.dumps(asdict(record), indent=1, allow_nan=False) + "\n"
+        text = seal(asdict(record))
         target = self.path(record.run_id)
         staging = target.with_name(f".{target.name}.{os.getpid()}")
         try:
@@ -87,12 +175,23 @@ class RecordStore:
         """Return a writer that starts the run's learning curve afresh; with `write=False` one that only remembers."""
         return CurveWriter(self.folder / f"{run_id}.jsonl" if write else None)
 
+    def scan(self) -> Iterator[Record | ConfigError]:
+        """Iterate over all files, by name: each as its record, or as what is wrong with it."""
+        for file in sorted(self.folder.glob("*.json*")):
+            if file.suffix == ".json":
+                try:
+                    record = self.load(file.stem)
+                except ConfigError as damage:
+                    yield damage
+                else:
+                    if record is not None:  # not removed since
+                        yield record
+            elif file.suffix == ".jsonl" and not file.with_suffix(".json").exists():
+                yield ConfigError(f"record {file.with_suffix('.json')} is not there, but its learning curve is")
+
     def __iter__(self) -> Iterator[Record]:
         """Iterate over all readable records, by run_id."""
-        for file in sorted(self.folder.glob("*.json")):
-            record = self.read(file.stem)
-            if record is not None:
-                yield record
+        return (found for found in self.scan() if isinstance(found, Record))
 
 
 class CurveWriter:
@@ -122,6 +221,10 @@ class CurveWriter:
         self.points.append(point)
         self._write([point], "a")
 
+    def checksum(self) -> str:
+        """Return 16 hex digits for the file as it is written by now."""
+        return hashlib.sha256("".join(_lines(self.points)).encode()).hexdigest()[:16]
+
     def restart(self, points: list[dict[str, Any]]) -> None:
         """Go on from the points of a run that was interrupted; what it wrote after them is dropped."""
         self.points = list(points)
@@ -132,9 +235,13 @@ class CurveWriter:
             return
         try:
             with open(self._path, mode) as stream:
-                stream.writelines(json.dumps(point) + "\n" for point in points)
+                stream.writelines(_lines(points))
         except OSError as error:
             raise RunFault(f"the learning curve {self._path} cannot be written ({error.strerror})") from error
+
+
+def _lines(points: Iterable[dict[str, Any]]) -> Iterator[str]:
+    return (json.dumps(point) + "\n" for point in points)
 
 
 def peak_memory() -> dict[str, int]:

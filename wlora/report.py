@@ -22,7 +22,7 @@ from string import Template
 from typing import Any
 
 from wlora.errors import ConfigError
-from wlora.study import Run, read_runs, read_words, select
+from wlora.study import Run, read_study, read_words, select
 
 USAGE = """\
 usage: python -m wlora.report [key=value ...]
@@ -66,6 +66,7 @@ nav a { margin-right: 1rem; }
 <body>
 <h1>$title</h1>
 <p>$summary</p>
+$notices
 <nav><a href="#tables">Tables</a><a href="#figures">Figures</a><a href="#environments">Environments</a>
 <a href="#commands">Commands</a><a href="#runs">Runs</a></nav>
 <h2 id="tables">Tables</h2>
@@ -108,14 +109,17 @@ def write(words: Sequence[str]) -> Path:
     if importlib.util.find_spec("markdown_it") is None:
         raise ConfigError("the report needs markdown-it-py\nway out: pip install 'wlora[figures]'")
     results = Path(options["results_dir"] or "results")
-    runs = select(read_runs(results), filters)
+    runs, faults = read_study(results)
+    runs = select(runs, filters)
     if not runs:
         raise ConfigError(f"results_dir={results}: no records to report")
     model = options["model"] or Counter(run.model for run in runs).most_common(1)[0][0]
     shared = [f"results_dir={results}", *(f"{key}={value}" for key, value in filters.items())]
     made = (["wlora.tables", "all", *shared, f"model={model}"], ["wlora.figures", "all", *shared, f"model={model}"])
-    for command in made:
-        _run(command)
+    notices = [f"notice: {fault}; it is left out" for fault in faults]
+    notices += [line for command in made for line in _run(command)]
+    for line in dict.fromkeys(notices):
+        print(line, file=sys.stderr)
     commits = sorted({str(run.record.environment.get("git_commit"))[:10] for run in runs})
     page = PAGE.substitute(
         title=html.escape(f"wlora: {results.name}"),
@@ -123,6 +127,7 @@ def write(words: Sequence[str]) -> Path:
             f"{len(runs)} runs of {len({run.method for run in runs})} methods on {len({run.task for run in runs})} tasks, "
             f"{model}; scores are on the dev sets. Code: commit {', '.join(commits)}."
         ),
+        notices="\n".join(f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(notices)),
         tables="\n".join(_tables(results / "tables")),
         figures="\n".join(_figures(results / "figures")) or "<p>None can be drawn from these records.</p>",
         environments=_table(*_environments(runs)),
@@ -139,8 +144,8 @@ def write(words: Sequence[str]) -> Path:
     return target
 
 
-def _run(command: list[str]) -> None:
-    """Run another entry point in this process, quietly; what it refuses is told as ours."""
+def _run(command: list[str]) -> list[str]:
+    """Run another entry point in this process, quietly; returns its notices, what it refuses is told as ours."""
     from wlora.figures import __main__ as figures
     from wlora.tables import __main__ as tables
 
@@ -151,7 +156,9 @@ def _run(command: list[str]) -> None:
             entry(command[1:])
     except SystemExit as end:
         if end.code:
-            raise ConfigError(wrong.getvalue().strip().removeprefix("error: ")) from None
+            lines = [line for line in wrong.getvalue().splitlines() if not line.startswith("notice: ")]
+            raise ConfigError("\n".join(lines).removeprefix("error: ")) from None
+    return [line for line in wrong.getvalue().splitlines() if line.startswith("notice: ")]
 
 
 def _tables(folder: Path) -> Iterator[str]:

@@ -7,7 +7,6 @@ no table counts the same run twice.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +55,7 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
             )
     results_dir = next((word.partition("=")[2] for word in overrides if word.startswith("results_dir=")), "results")
     record = find_record(results_dir, origins[0])
+    RecordStore(results_dir).read_curve(record)  # a damaged one is told before the run
     # How the record's run was asked for is no wish of this one.
     recorded = dataclasses.replace(restore_config(record.config), force=False, offline=False, track="none")
     merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(overrides))
@@ -88,7 +88,8 @@ def _refuse_other_content(record: Record, recorded: Config, config: Config) -> N
 
 def compare(before: Record, now: Record, results_dir: str | Path) -> tuple[bool, str]:
     """Compare a repetition with its record; returns whether all numbers are equal, bit for bit, and what to tell."""
-    curves = [_read_curve(results_dir, before.run_id), _read_curve(Path(results_dir) / "reruns", now.run_id)]
+    folders = (Path(results_dir), Path(results_dir) / "reruns")
+    curves = [RecordStore(folder).read_curve(run) for folder, run in zip(folders, (before, now), strict=True)]
     pairs = {key: (getattr(before, key), getattr(now, key)) for key in _COMPARED}
     counted = {key: (len(old), len(new)) for key, (old, new) in pairs.items()}
     numbers = [line for key, (old, new) in pairs.items() for line in _differences(key, old, new)]
@@ -158,11 +159,3 @@ def _brief(value: Any) -> str:
 def _indent(lines: list[str]) -> list[str]:
     left = [f"           … and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return [*(f"           {line}" for line in sorted(lines)[:_SHOWN]), *left]
-
-
-def _read_curve(results_dir: str | Path, run_id: str) -> list[Any]:
-    file = RecordStore(results_dir).path(run_id).with_suffix(".jsonl")
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    except (OSError, ValueError):
-        return []

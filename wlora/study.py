@@ -100,8 +100,8 @@ class Choice:
     compared: int
 
 
-def read_runs(results_dir: str | Path) -> list[Run]:
-    """Read all records of a study.
+def read_study(results_dir: str | Path) -> tuple[list[Run], list[str]]:
+    """Read all records of a study; returns their runs, and what is wrong with the files that hold none.
 
     Raises:
         ConfigError: the folder does not exist.
@@ -109,10 +109,37 @@ def read_runs(results_dir: str | Path) -> list[Run]:
     if not Path(results_dir).is_dir():
         raise ConfigError(f"results_dir={results_dir}: allowed is a folder with the records of a study")
     store = RecordStore(results_dir)
-    runs = [Run(record, setting_of(record)) for record in store]
-    files = len(list(store.folder.glob("*.json")))
-    if files > len(runs):
-        print(f"notice: {files - len(runs)} of {files} records in {store.folder} cannot be read", file=sys.stderr)
+    runs, faults = [], []
+    for found in store.scan():
+        if isinstance(found, ConfigError):
+            faults.append(str(found))
+            continue
+        try:
+            runs.append(_whole(Run(found, setting_of(found))))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # One without a checksum, which would have shown the damage.
+            faults.append(f"record {store.path(found.run_id)} is damaged: {type(error).__name__} {error}")
+    return runs, faults
+
+
+def _whole(run: Run) -> Run:
+    """Return a run of which everything can be asked that a `Run` tells; KeyError, TypeError or ValueError else."""
+    for name in ("task", "model", "method", "seed", "point", "rank", "k"):
+        getattr(run, name)
+    if run.status == "success":
+        float(run.score)
+    return run
+
+
+def read_runs(results_dir: str | Path) -> list[Run]:
+    """Read all records of a study; what cannot be read is told in a line each and left out.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    runs, faults = read_study(results_dir)
+    for fault in faults:
+        print(f"notice: {fault}; it is left out", file=sys.stderr)
     return runs
 
 
@@ -202,14 +229,20 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
     """Replace `tuned` in `lr` and `warmup` by recorded values (`choose_tuned`); None where nothing was to be tuned.
 
     Raises:
-        ConfigError: no record to choose from, or records of `tune_on` in more than one setting.
+        ConfigError: no record to choose from, a damaged one (which may be the best), or records of `tune_on` in more than
+            one setting.
     """
     wanted = [key for key in ("lr", "warmup") if getattr(config, key) == "tuned"]
     if not wanted:
         if config.tune_on is not None:
             raise ConfigError(f"tune_on={config.tune_on}: allowed is null, as neither lr nor warmup is tuned")
         return None
-    runs = read_runs(config.results_dir) if Path(config.results_dir).is_dir() else []
+    runs, faults = read_study(config.results_dir) if Path(config.results_dir).is_dir() else ([], [])
+    if faults:
+        raise ConfigError(
+            f"{wanted[0]}=tuned: {faults[0]}, so the best is not known\n"
+            "way out: the commands of its study do that run again; or remove what is left of it"
+        )
     choice = choose_tuned(config, runs, task_data=task_data, model_data=model_data)
     if choice is None:
         task = config.tune_on or config.task.name

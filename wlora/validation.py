@@ -212,6 +212,8 @@ def _check_sharding(config: Config) -> None:
         ("model.quantization", model.quantization, "none"),
         ("model.gguf_file", model.gguf_file, None),
         ("train.save_model", config.train.save_model, False),
+        ("train.prefix_cache", config.train.prefix_cache, "off"),
+        ("train.grow_batch", config.train.grow_batch, "off"),
     ):
         if value != allowed:
             raise wrong_value(key, value, f"{'null' if allowed is None else str(allowed).lower()} with train.fsdp=true")

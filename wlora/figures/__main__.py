@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wlora.errors import ConfigError, unknown_name
+from wlora.records import RecordStore
 from wlora.study import read_runs, read_words, select
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _figures(results: Path, filters: dict[str, str]) -> dict[str, Callable[[], F
         "memory": lambda: footprint.memory(results / "memory", filters.get("model")),
         "adapters": lambda: adapters.adapters([run for run in runs if run.method != "single"]),
         "pareto": lambda: scores.pareto([run for run in runs if run.method != "single"]),
-        "curves": lambda: scores.curves([run for run in runs if run.method != "single"], results / "records"),
+        "curves": lambda: scores.curves([run for run in runs if run.method != "single"], RecordStore(results)),
         "selection": lambda: scores.selection([run for run in runs if run.method != "single"]),
     }
 

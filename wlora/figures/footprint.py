@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from wlora.figures.canvas import COLUMN, count_axis, new_figure, nothing, style_of
+from wlora.records import unseal
 
 GIB = 2**30
 # The card of the paper's example; its line is drawn where the figure comes near it.
@@ -21,7 +21,7 @@ def memory(folder: Path, model: str | None = None) -> Figure:
 
     On a GPU the peak of the device's memory, elsewhere the bytes that are saved for the backward pass.
     """
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    found = [_read(file) for file in sorted(folder.glob("*.json"))]
     found = [one for one in found if model is None or one["model"] == model]
     if not found:
         raise nothing("memory", f"no measurement in {folder}; python -m wlora.memory model=NAME makes one")
@@ -45,6 +45,13 @@ def memory(folder: Path, model: str | None = None) -> Figure:
         axis.set_title(f"{one['model']}, rank {one['rank']}, {one['batch_size']}×{one['length']} tokens, {where}")
         axis.legend()
     return figure
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return unseal(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise nothing("memory", f"measurement {file} is damaged: {error}; python -m wlora.memory makes it again") from None
 
 
 def _series(points: Sequence[dict[str, Any]], order: str, key: str) -> tuple[list[int], list[float]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from wlora.errors import ConfigError
 from wlora.figures.canvas import (
     COLUMN,
     PAGE,
@@ -23,6 +23,7 @@ from wlora.figures.canvas import (
     style_of,
     tasks_of,
 )
+from wlora.records import RecordStore
 from wlora.statistics import Summary, generator, summarize
 from wlora.study import Run
 from wlora.tables.layouts import LABELS, Row
@@ -84,12 +85,12 @@ def _metric(chosen: dict[tuple[str, str], list[Run]], task: str) -> str:
     return name.replace("_", "/")
 
 
-def curves(runs: Sequence[Run], records: Path) -> Figure:
+def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
     """Draw loss (smoothed) and primary metric over the steps, mean and range over seeds; dotted: cuts and growths."""
     chosen = chosen_runs(runs)
-    points = {key: [_read_curve(records / f"{run.record.run_id}.jsonl") for run in group] for key, group in chosen.items()}
+    points = {key: [_read_curve(store, run) for run in group] for key, group in chosen.items()}
     if not any(curve for group in points.values() for curve in group):
-        raise nothing("curves", f"no learning curve of a successful run in {records}")
+        raise nothing("curves", f"no learning curve of a successful run in {store.folder}")
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
     styles = style_of(labels)
     figure, axes = new_figure(2, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.8)
@@ -130,15 +131,13 @@ def _smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(step, float(np.mean(values[max(0, index - half) : index + half + 1]))) for index, (step, _) in enumerate(curve)]
 
 
-def _read_curve(file: Path) -> list[dict[str, Any]]:
-    """Read a learning curve; what a crash left of its last line is skipped."""
-    points = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            points.append(json.loads(line))
-        except ValueError:
-            continue
-    return points
+def _read_curve(store: RecordStore, run: Run) -> list[dict[str, Any]]:
+    """Read a learning curve; a damaged one is told in a line and left out."""
+    try:
+        return store.read_curve(run.record)
+    except ConfigError as damage:
+        print(f"notice: {damage}; it is left out", file=sys.stderr)
+        return []
 
 
 def _draw_curve(

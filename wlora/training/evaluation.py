@@ -40,39 +40,28 @@ def evaluate(
     *,
     batch_size: int,
     accelerator: Accelerator,
-<<<<<<< HEAD
     prefix: PrefixCache | None = None,
-=======
     together: bool = False,
->>>>>>> scale
 ) -> dict[str, float]:
     """Return all metrics of all validation splits, and the mean loss of the first as `loss` where it has labels.
 
     Every process sees its share of each batch; predictions are gathered and scored once on the whole. The model is
-<<<<<<< HEAD
-    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait.
+    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait. With `together`
+    none skips it, since the model is in pieces.
 
     Args:
         prefix: the stored states that the model goes on from, where its lower layers no longer change.
-=======
-    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait. With `together`
-    none skips it, since the model is in pieces.
->>>>>>> scale
     """
     model.eval()
     metrics: dict[str, float] = {}
     for index, (name, split) in enumerate(splits.items()):
-<<<<<<< HEAD
         if prefix is not None:
             prefix.prepare(name, split.features)
 
         def replay(rows: list[int], inputs: dict[str, torch.Tensor], name: str = name) -> AbstractContextManager[None]:
             return prefix.replay(name, rows, inputs) if prefix is not None else contextlib.nullcontext()
 
-        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator, replay)
-=======
-        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator, together)
->>>>>>> scale
+        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator, replay, together)
         metrics.update(task.score(name, predictions, split.features, split.rows))
         if index == 0 and loss is not None:
             metrics["loss"] = loss
@@ -87,11 +76,8 @@ def _predict(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
-<<<<<<< HEAD
     replay: Callable[[list[int], dict[str, torch.Tensor]], AbstractContextManager[None]],
-=======
     together: bool,
->>>>>>> scale
 ) -> tuple[list[Any], float | None]:
     """Return a prediction per feature, and the mean loss over features, None without labels."""
     indices: list[int] = []

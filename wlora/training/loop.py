@@ -30,11 +30,8 @@ from wlora.training.evaluation import Split, evaluate, move, pick
 from wlora.training.footprint import activation_bytes
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
-<<<<<<< HEAD
 from wlora.training.prefix_cache import PrefixCache, Storage
-=======
 from wlora.training.sharding import average_gradients
->>>>>>> scale
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
 
 if TYPE_CHECKING:
@@ -442,11 +439,8 @@ class Trainer:
                 self.tokenizer,
                 batch_size=self.settings.eval_batch_size,
                 accelerator=self.accelerator,
-<<<<<<< HEAD
                 prefix=self.prefix,
-=======
                 together=self.settings.sharded,
->>>>>>> scale
             )
         self.result.metrics = metrics
         self.result.eval_seconds += time.perf_counter() - begin
