@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from wlora.config import config_folder, register_schema
 from wlora.errors import ConfigError, RunFault
@@ -44,6 +45,8 @@ def _run(words: Sequence[str]) -> int:
                 hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(ConfigError(explain(error)))
+    except YAMLError as error:
+        fail(ConfigError(f"a YAML file cannot be read ({' '.join(str(error).split())[:250]})"))
     except (ConfigError, RunFault) as error:
         fail(error)
         return error.exit_code
