@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs a sweep through hydra/launcher=submitit_slurm on a SLURM cluster of one node, made for the purpose, and preempts it:
 # one job by the signal that submitit asks SLURM for before a time limit, the other by SLURM itself (scontrol requeue).
-# Both must go on from their checkpoints. There is no accounting, so that submitit warns of sacct. As root on Debian or Ubuntu, in a container too:
+# Both must go on from their checkpoints. There is no accounting, so that submitit warns of sacct. As root on Debian or
+# Ubuntu, in a container too:
 #   apt-get install -y slurm-wlm munge && pip install -e '.[slurm]' && scripts/slurm_check.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
