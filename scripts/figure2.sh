@@ -7,7 +7,7 @@
 case $SCALE in
 paper) sweep mnli single experiment=figure2 "seed=range(5)" ;;
 cpu)
-    setting="model=minilm precision=fp32 task.batch_size=32 train.accumulation_steps=1 task.max_train_rows=4000"
+    setting="model=minilm precision=bf16 task.batch_size=32 train.accumulation_steps=1 task.max_train_rows=4000"
     sweep sst2 single $setting train.max_steps=100 warmup=0 lr=1e-3 "method.index=range(18)"
     ;;
 esac

@@ -12,7 +12,7 @@ paper)
     ;;
 cpu)
     tasks=sst2
-    setting="model=minilm precision=fp32 task.batch_size=32 train.accumulation_steps=1 task.max_train_rows=4000 task.epochs=1"
+    setting="model=minilm precision=bf16 task.batch_size=32 train.accumulation_steps=1 task.max_train_rows=4000 task.epochs=1"
     setting+=" lr=3e-3 seed=range(3)"
     ks=1,2,3,5,9,18 ts=10,25,50
     ;;

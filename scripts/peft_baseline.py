@@ -32,6 +32,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--train-rows", type=int, default=None, help="so many training rows, drawn at random")
     return parser.parse_args()
 
 
@@ -59,6 +61,8 @@ def main() -> None:
         return dict(tokenizer(*texts, truncation=True, max_length=128))
 
     data = load_dataset("parquet", data_files=splits).map(encode, batched=True)
+    if args.train_rows:
+        data["train"] = data["train"].shuffle(seed=0).select(range(args.train_rows))
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2, dtype=torch.float32)
     adapters = LoraConfig(
         task_type="SEQ_CLS",
@@ -78,6 +82,7 @@ def main() -> None:
             per_device_eval_batch_size=64,
             warmup_steps=20,
             seed=args.seed,
+            bf16=args.bf16,
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             logging_strategy="no",

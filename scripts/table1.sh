@@ -26,7 +26,7 @@ paper)
     ;;
 cpu)
     # MiniLM has 18 adapters: K = 1, 3, 5. Rates are tuned on SST-2 alone.
-    setting="model=minilm precision=fp32 task.batch_size=32 train.accumulation_steps=1"
+    setting="model=minilm precision=bf16 task.batch_size=32 train.accumulation_steps=1"
     sst2="task.max_train_rows=4000 task.epochs=1" mrpc="task.epochs=2" qnli="task.max_train_rows=4000 task.epochs=1"
     tuned="lr=tuned tune_on=sst2 seed=range(3)"
     for method in $methods wlora_plus; do

@@ -19,7 +19,7 @@ paper)
     finish wlora.tables 6 model=deberta_v3_base ${protocol%% *}
     ;;
 cpu)
-    setting="model=minilm precision=fp32 task.batch_size=32 train.accumulation_steps=1"
+    setting="model=minilm precision=bf16 task.batch_size=32 train.accumulation_steps=1"
     sst2="task.max_train_rows=4000 task.epochs=1" mrpc="task.epochs=2" qnli="task.max_train_rows=4000 task.epochs=1"
     tuned="lr=tuned tune_on=sst2 seed=range(3)"
     for method in wlora rlora; do sweep sst2 $method $setting $sst2 k=1,3,5 seed=0 lr=3e-4,1e-3,3e-3; done

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from wlora import memory
+from wlora.training.footprint import saved_bytes
 
 SMALL = ["model=tiny_bert", "task=sst2", "task.batch_size=2", "task.max_length=16", "rank=2", "dropout=0"]
 
@@ -40,7 +41,7 @@ def test_saved_bytes_are_those_of_the_storages_that_the_backward_pass_needs() ->
             return (x.exp() * self.weight).sum()
 
     x = torch.zeros(3, 4, requires_grad=True)
-    assert memory.saved_bytes(Square(), {"x": x}) == 12 * 4
+    assert saved_bytes(Square(), {"x": x}) == 12 * 4
 
 
 def test_a_mistake_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -40,6 +41,13 @@ class Called(nn.Module):
         return Output(((self.inner(x) - y) ** 2).mean())
 
 
+class WholePasses(Bench):
+    """A bench that leaves no layers out: the toy model has none."""
+
+    def entering(self, layer: int, batch: Batch) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext
+
+
 def scored(name: str, **changed: Any) -> Rig:
     rig = Rig(name, steps=40, **changed)
 
@@ -47,7 +55,7 @@ def scored(name: str, **changed: Any) -> Rig:
         index = torch.tensor(list(rows))
         return {"x": rig.x[index], "y": rig.y[index], "attention_mask": torch.ones(len(index))}
 
-    bench = Bench(Called(rig), rows=ROWS, labels=[float(row % 4 == 0) for row in range(ROWS)], collate=collate)
+    bench = WholePasses(Called(rig), rows=ROWS, labels=[float(row % 4 == 0) for row in range(ROWS)], collate=collate)
     rig.phases = rig.method.phases(bench, 40)  # type: ignore[attr-defined]
     rig.optimizers.rebuild(rig.method.groups(1e-2))
     return rig

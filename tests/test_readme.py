@@ -33,8 +33,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 SETUP = [line for line in LINES if line.startswith("pip install")]
+LAUNCHED = [line for line in LINES if re.search(r"^(accelerate|torchrun) |hydra/launcher=|hardware=", line)]
 AFTERWARDS = [line for line in LINES if "RUN_ID" in line]
-RUNS = [line for line in LINES if line.startswith("python -m wlora.run ") and line not in AFTERWARDS]
+RUNS = [line for line in LINES if line.startswith("python -m wlora.run ") and line not in AFTERWARDS + LAUNCHED]
 SCRIPTS = [line for line in LINES if line.startswith("python scripts/")]
 STUDIES = [line for line in LINES if re.search(r"(^| )scripts/\w+\.sh$", line)]
 TABLES = [line for line in LINES if line.startswith("python -m wlora.tables ")]
@@ -141,7 +142,7 @@ def records_in(results: Path) -> list[Record]:
 
 def test_every_line_is_a_command_that_is_checked_here() -> None:
     assert len(SETUP) == 2 and RUNS and SCRIPTS and STUDIES and TABLES and FIGURES and COMPLETION
-    assert sorted(LINES) == sorted(AFTERWARDS + SETUP + RUNS + SCRIPTS + STUDIES + TABLES + FIGURES + COMPLETION)
+    assert sorted(LINES) == sorted(LAUNCHED + AFTERWARDS + SETUP + RUNS + SCRIPTS + STUDIES + TABLES + FIGURES + COMPLETION)
 
 
 def test_setup_installs_extras_that_exist() -> None:
@@ -160,6 +161,16 @@ def test_command_runs(line: str, enter: Enter, data: Path, tmp_path: Path) -> No
     records = records_in(tmp_path / "results")
     assert bool(records) != any(word in (*LOOKS, "dry_run=true") for word in words)
     assert all(record.status == "success" for record in records)
+
+
+@pytest.mark.parametrize("line", LAUNCHED)
+def test_what_is_launched_composes(line: str, enter: Enter, capsys: pytest.CaptureFixture[str]) -> None:
+    """tests/test_processes.py and tests/test_launchers.py launch."""
+    launcher, words = line.split(" -m wlora.run ")
+    assert launcher in ("accelerate launch --multi_gpu --num_processes 4", "torchrun --nproc_per_node 2", "python")
+    first = [word.split(",")[0].replace("range(5)", "0") for word in shlex.split(words.removeprefix("-m "))]
+    assert enter(*first, "dry_run=true" if launcher != "python" else "--cfg=job") == 0
+    assert capsys.readouterr().out
 
 
 def test_what_is_done_with_a_run_afterwards(enter: Enter, data: Path, tmp_path: Path) -> None:

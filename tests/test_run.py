@@ -54,6 +54,11 @@ def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> 
         (["model.quantization=fp4"], "model.quantization=fp4: allowed is none | nf4 | int8"),
         (["experiment=table3", "task=story_nli"], "task=story_nli: allowed is mnli, sst2, cola, qqp, qnli, rte, mrpc, stsb"),
         (["k=37"], "k=37: allowed is 1 to 36"),
+        (["train.fsdp=true"], "train.fsdp=true method=wlora: allowed is method=lora"),
+        (
+            ["train.fsdp=true", "method=lora", "model.quantization=nf4"],
+            "model.quantization=nf4: allowed is none with train.fsdp",
+        ),
         (["lr=-1e-3"], "lr=-0.001: allowed is float > 0"),
         (["seed=-1"], "seed=-1: allowed is int >= 0"),
         (["dropout=1"], "dropout=1.0: allowed is float >= 0, < 1"),
@@ -113,6 +118,10 @@ def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(words: list[s
         (
             ["experiment=table3", "task=sst2", "model.quantization=nf4"],
             ["224 of method=lora", "0.522% of 4,015,271,936 stored", "128 (67,349 rows", "batch 32 × 2), warm-up 25"],
+        ),
+        (
+            ["experiment=table3_fsdp", "task=sst2", "precision=bf16"],
+            ["sharded    15.0 GB of frozen base: 7.5 on each of 2, 3.8 on each of 4, 1.9 on each of 8 processes"],
         ),
         (["experiment=table4", "task=squad_v2"], ["60 of method=lora", "at least 61095 (130,319 rows"]),
     ],

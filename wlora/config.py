@@ -92,6 +92,11 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     eval_every: int | None = None
     gradient_checkpointing: bool = False
+    grow_batch: str = field(default="off", metadata=LATER)
+    prefix_cache: str = field(default="off", metadata=LATER)
+    prefix_cache_dtype: str = field(default="bf16", metadata=LATER)
+    prefix_cache_gb: float = 8.0
+    fsdp: bool = False
     checkpoint_every: int | None = None
     keep: int = 2
     keep_after: bool = False
@@ -191,8 +196,11 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         for key in ("name", "source", "hub_id", "revision", "architecture"):
             del model[key]
         model.pop("gguf_file", None)
-    for key in ("eval_every", "gradient_checkpointing", "checkpoint_every", "keep", "keep_after"):
+    for key in ("eval_every", "gradient_checkpointing", "fsdp", "checkpoint_every", "keep", "keep_after", "prefix_cache_gb"):
         del train[key]
+    stored = train.pop("prefix_cache", "off"), train.pop("prefix_cache_dtype", config.train.prefix_cache_dtype)
+    if stored[0] != "off":
+        train["prefix_cache"] = stored[1]  # in memory or on disk is the same
     for key in ("save_model", "save_adapter"):
         del train[key]
     start = {"adapter": {"data": config.adapter.fingerprint, "head": config.adapter.head}} if config.adapter.path else {}

@@ -55,11 +55,20 @@ def summarize(record: Record, method: Method, path: str) -> str:
         f"kept       {len(record.adapters)} adapters"
         + (f", lowest in layer {method.adapters.lowest_layer}" if kept else ""),
         *(f"           {line}" for line in kept[:20]),
+        *_show_prefix(record.memory),
         f"seconds    {record.seconds['train']:.1f} training, {record.seconds['eval']:.1f} evaluation, "
         f"{record.seconds['total']:.1f} in all ({record.throughput['examples_per_second']:.0f} examples/s)",
         f"record     {path}",
     ]
     return "\n".join(lines)
+
+
+def _show_prefix(memory: dict[str, int]) -> list[str]:
+    """Say what a run left out, if it did."""
+    if "prefix_layers" not in memory:
+        return []
+    layers, rows, size = (memory[f"prefix_{key}"] for key in ("layers", "rows", "bytes"))
+    return [f"prefix     lowest {layers} layers left out in the end, {rows:,} rows stored ({size / 2**20:.0f} MiB)"]
 
 
 def _show(name: str, metrics: dict[str, float]) -> str:

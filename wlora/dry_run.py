@@ -10,16 +10,20 @@ from accelerate import Accelerator
 from wlora.config import Config
 from wlora.console import share_of_model
 from wlora.errors import ConfigError
+from wlora.estimate import estimate, tell
 from wlora.experiment import attach, count_parameters, open_record, prepare_method
 from wlora.methods.base import Steps
 from wlora.models.loading import build_on_meta, load_tokenizer
 from wlora.models.source import ModelSource, locate
 from wlora.models.targets import read_architecture
-from wlora.precision import choose_precision
+from wlora.precision import Precision, choose_precision
 from wlora.records import RecordStore
 from wlora.tasks import build_task
 from wlora.tasks.data import load_splits
 from wlora.training.plan import make_plan
+
+# Stands for a run of unknown length, where a method's structure depends on it.
+LONG = Steps(total=100_000, per_epoch=10_000)
 
 
 def describe(config: Config) -> str:
@@ -46,15 +50,30 @@ def describe(config: Config) -> str:
             f"{least}{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
             f"{plan.accumulation_steps}), warm-up {plan.warmup}"
         )
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) * precision.dtype.itemsize / 1e9
+    parts = ", ".join(f"{frozen / count:.1f} on each of {count}" for count in (2, 4, 8))
+    sharded = [f"sharded    {frozen:.1f} GB of frozen base: {parts} processes"] if config.train.fsdp else []
+    length = Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch) if rows is not None else LONG
+    memory = [f"{'' if i else 'memory':<10} {line}" for i, line in enumerate(_foresee(config, precision, length))]
     lines = [
         f"run        {record.run_id} ({_known_status(config.results_dir, record.run_id)})",
         f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",
         f"adapters   {len(method.attached())} of method={config.method['name']}",
         f"trainable  {trainable:,} {what} parameters ({share_of_model(trainable, counts)})",
         f"head       {counts['head']:,} trainable parameters of head and pooler",
+        *sharded,
         f"steps      {steps}",
+        *memory,
     ]
     return "\n".join(lines)
+
+
+def _foresee(config: Config, precision: Precision, steps: Steps) -> list[str]:
+    """Say how much memory a step will take; a method whose shapes depend on numbers shows that only when it runs."""
+    try:
+        return tell(estimate(config, precision, steps), config)
+    except RuntimeError as error:
+        return [f"not foreseen for method={config.method['name']} ({type(error).__name__})"]
 
 
 def _known_status(results_dir: str, run_id: str) -> str:

@@ -16,9 +16,14 @@ class ConfigError(Exception):
 
 
 class RunFault(Exception):
-    """The request was fine and the run failed underway: a full disk, a diverged loss. Exit code 1."""
+    """The request was fine and the run failed underway: a full disk, a diverged loss. Exit code 1.
+
+    Attributes:
+        everywhere: whether all processes of the run fail alike, and may go on to the next together.
+    """
 
     exit_code = 1
+    everywhere = False
 
 
 def wrong_value(key: str, value: object, allowed: str) -> ConfigError:

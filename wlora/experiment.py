@@ -8,15 +8,14 @@ from __future__ import annotations
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from wlora.adapters.attach import count_elements
 from wlora.adapters.peft_format import Start, read_adapter
@@ -27,29 +26,33 @@ from wlora.errors import ConfigError, RunFault
 from wlora.locks import RunLock, remove_leftovers
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
-from wlora.models.loading import checkpoint_activations, head_parameters, load_model, load_tokenizer
+from wlora.models.loading import checkpoint_activations, head_parameters
 from wlora.models.quantization import count_model
 from wlora.models.saving import adapter_folder, model_folder, save_adapter, save_model
 from wlora.models.source import ModelSource, locate
 from wlora.models.targets import list_targets, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
+from wlora.processes import from_main, gather
 from wlora.records import Record, RecordStore, peak_memory
-from wlora.tasks import Task, build_task
-from wlora.tasks.data import Splits, fingerprint, load_splits
+from wlora.stock import Stock
+from wlora.tasks import Task
+from wlora.tasks.data import fingerprint
 from wlora.tracking import Tracker, tracking_folder
 from wlora.training.checkpoints import CheckpointStore
-from wlora.training.evaluation import Split
-from wlora.training.guard import Guard
-from wlora.training.loop import Data, Diverged, Result, Settings, Trainer
+from wlora.training.guard import Guard, Interrupted
+from wlora.training.loop import Diverged, Result, Settings, Trainer
 from wlora.training.plan import make_plan
+from wlora.training.prefix_cache import Storage
+from wlora.training.sharding import shard_base
 
 
-def run(config: Config, overrides: Sequence[str] = ()) -> Record:
+def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = None) -> Record:
     """Run one configuration, or return its record if it has already succeeded or another process is at it.
 
     Args:
         config: what `wlora.validation.resolve` returned.
         overrides: the words of the command line that asked for it, for the record.
+        stock: what this run shares with others of its process; None for nothing.
 
     Raises:
         ConfigError: the request cannot be run; nothing was written.
@@ -61,18 +64,20 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Record:
         log_with=None if config.track == "none" else config.track,
         project_dir=str(tracking_folder(config.results_dir)),
     )
+    config = from_main(config)  # `tuned` values may have been read from other records a moment later
     precision = choose_precision(config.precision, accelerator.device)
     source = locate(config.model)
     record = open_record(config, source, precision)
     record.environment = describe_environment(
         str(accelerator.device), precision.name, accelerator.num_processes, overrides=overrides
     )
+    _refuse_other_inputs(record)
     store = RecordStore(config.results_dir)
     read_start(config)  # what does not fit is told before anything is written or loaded
     lock = RunLock(config.results_dir, record.run_id)
     if done := _find_success(store, record.run_id, config):
         return done
-    if not _agree(accelerator, lock.acquire):
+    if not from_main(accelerator.is_main_process and lock.acquire()):
         say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
         return record
     with lock.held():
@@ -84,7 +89,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Record:
             say(f"notice: {damage}; the run is done again")
         # Another process may have finished it between the look and the lock.
         return _find_success(store, record.run_id, config) or _run(
-            config, accelerator, precision, source, record, store, lock
+            config, accelerator, precision, source, record, store, lock, stock or Stock(keep=False)
         )
 
 
@@ -96,25 +101,23 @@ def _run(
     record: Record,
     store: RecordStore,
     lock: RunLock,
+    stock: Stock,
 ) -> Record:
     """Run one configuration and complete its record, under its lock."""
     begin = time.perf_counter()
-    task = build_task(config.task)
-    splits = load_splits(config.task, offline=config.offline)
-    tokenizer = load_tokenizer(config.model, source)
-    data, unfit = encode(task, splits, tokenizer)
+    material = stock.material(config, source)
+    task, data = material.task, material.data
     plan = make_plan(config, len(data.train))
     method = prepare_method(config)
     method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
     announce(config, record.run_id, plan, precision)
 
-    model = load_model(
-        config.model,
+    model = stock.model(
+        config,
         source,
-        tokenizer,
-        head=task.head,
-        num_labels=task.num_labels,
+        material,
         seed=stream_seed(config.seed, "init"),
+        own=method.plain_base or config.train.save_model,
         device=accelerator.device,
         dtype=precision.dtype,
     )
@@ -122,11 +125,13 @@ def _run(
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     lower_base(model, precision)
+    if config.train.fsdp:
+        shard_base(model, accelerator.device)
     model.to(accelerator.device)
     record.parameters = count_parameters(model, method, head)
     record.model["revision"] = getattr(model.config, "_commit_hash", None)
-    record.task.update(version=splits.revision, data=splits.fingerprint)
-    record.task.update(train_rows=len(splits.rows["train"]), **unfit)
+    record.task.update(version=material.splits.revision, data=material.splits.fingerprint)
+    record.task.update(train_rows=len(material.splits.rows["train"]), **material.unfit)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
 
     checkpoints = CheckpointStore(config.results_dir, record.run_id, keep=config.train.keep)
@@ -149,10 +154,10 @@ def _run(
             method=method,
             head=list(head.values()),
             task=task,
-            tokenizer=tokenizer,
+            tokenizer=material.tokenizer,
             data=data,
             plan=plan,
-            settings=_loop_settings(config, method, precision),
+            settings=_loop_settings(config, method, precision, accelerator.process_index),
             accelerator=accelerator,
             log=log,
             on_step=guard,
@@ -165,6 +170,8 @@ def _run(
         record.seconds = {"total": guard.seconds()}
         if accelerator.is_main_process and not lock.lost:
             store.write(record)
+        if isinstance(error, Interrupted):
+            accelerator.wait_for_everyone()  # a launcher ends the main process once another one has ended
         if record.status == "oom":
             raise RunFault(
                 "out of memory with one row at once: a smaller task.max_length, train.gradient_checkpointing=true or "
@@ -186,7 +193,7 @@ def _run(
             checkpoints.remove()
         if config.train.save_model:
             saved = model_folder(config.results_dir, record.run_id)
-            save_model(model, method, tokenizer, saved)
+            save_model(model, method, material.tokenizer, saved)
             say(f"model      {saved}")
     return record
 
@@ -201,8 +208,8 @@ def _keep_adapter(model: PreTrainedModel, method: Method, task: Task, folder: Pa
 
 
 def _find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
-    """Return the record of a run that has succeeded and is not to be run again."""
-    done = store.read(identity)
+    """Return the record of a run that has succeeded and is not to be run again, as the main process finds it."""
+    done = from_main(store.read(identity))
     if done is None or done.status != "success" or config.force:
         return None
     say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
@@ -216,31 +223,14 @@ def _find_success(store: RecordStore, identity: str, config: Config) -> Record |
     return done
 
 
-def _agree(accelerator: Accelerator, ask: Callable[[], bool]) -> bool:
-    """Return the main process's answer on every process."""
-    answer = [ask() if accelerator.is_main_process else False]
-    return bool(broadcast_object_list(answer)[0]) if accelerator.num_processes > 1 else answer[0]
-
-
-def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, dict[str, Any]]:
-    """Tokenise all splits, and say so where something did not fit.
-
-    Returns:
-        The features, and what the record says of the rows that did not fit: `truncated_share` by split, and
-        `lost_answers` among the training rows.
-    """
-    features, shares, lost = {}, {}, 0
-    for name, rows in splits.rows.items():
-        features[name] = task.encode(rows, tokenizer, training=name == "train")
-        shares[name] = task.truncated_share
-        if task.truncated_share:
-            say(f"notice: {task.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
-        if name == "train" and task.lost_answers:
-            lost = task.lost_answers
-            say(f"notice: {lost} of {len(rows)} rows of {name} have their answer whole in no window: see task.stride")
-    train = features.pop("train")
-    validation = {name: Split(splits.rows[name], encoded) for name, encoded in features.items()}
-    return Data(train=train, validation=validation), {"truncated_share": shares, "lost_answers": lost}
+def _refuse_other_inputs(record: Record) -> None:
+    """Refuse processes that do not see the same data, weights or hardware."""
+    found = gather(record.run_id)
+    if len(set(found)) > 1:
+        raise ConfigError(
+            f"the processes have come to different runs ({', '.join(found)}): allowed are the same data and weights for "
+            "all, and one precision (precision=fp32 works everywhere)"
+        )
 
 
 def prepare_method(config: Config) -> Method:
@@ -349,16 +339,32 @@ def open_record(config: Config, source: ModelSource, precision: Precision) -> Re
     )
 
 
-def _loop_settings(config: Config, method: Method, precision: Precision) -> Settings:
+def _loop_settings(config: Config, method: Method, precision: Precision, process: int) -> Settings:
     return Settings(
         lr=config.lr,
         weight_decay=config.train.weight_decay,
         max_grad_norm=config.train.max_grad_norm,
         eval_batch_size=config.task.eval_batch_size,
         order_seed=stream_seed(config.seed, "order"),
-        dropout_seed=stream_seed(config.seed, "dropout"),
+        dropout_seed=stream_seed(config.seed, f"dropout/{process}" if process else "dropout"),
         scale_loss=precision.name == "fp16",
+        sharded=config.train.fsdp,
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
+        grow_batch=config.train.grow_batch,
+        prefix=_prefix_storage(config),
+    )
+
+
+def _prefix_storage(config: Config) -> Storage | None:
+    """Return where `train.prefix_cache` keeps its states; None if it is off."""
+    train = config.train
+    if train.prefix_cache == "off":
+        return None
+    return Storage(
+        kind="disk" if train.prefix_cache == "disk" else "memory",
+        dtype=torch.bfloat16 if train.prefix_cache_dtype == "bf16" else torch.float32,
+        limit=int(train.prefix_cache_gb * 2**30),
+        folder=Path(config.results_dir) / "prefix_cache",
     )
 
 
@@ -382,7 +388,7 @@ def _complete(record: Record, result: Result, method: Method, seconds: float) ->
         "examples_per_second": result.examples / result.train_seconds,
         "tokens_per_second": result.tokens / result.train_seconds,
     }
-    record.memory = peak_memory()
+    record.memory = peak_memory() | result.prefix
 
 
 def _classify(error: BaseException) -> tuple[str, str]:

@@ -58,7 +58,9 @@ def describe_method(root: DictConfig) -> str:
 
 def describe_everything(root: DictConfig) -> str:
     """Describe the command line: the choices of every group, one line per method, the keys that runs turn."""
-    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in config_folder().iterdir()}
+    folders = [*config_folder().iterdir(), config_folder() / "hydra" / "launcher"]
+    names = {folder: folder.relative_to(config_folder()).as_posix() for folder in folders}
+    groups = {name: sorted(file.stem for file in folder.glob("*.yaml")) for folder, name in names.items()}
     choices = [_wrap(f"  {name}=", ", ".join(groups[name])) for name in sorted(groups) if groups[name] and name != "method"]
     width = max(len(name) for name in groups["method"])
     methods = [f"    {name:<{width}}  {_about(name)}" for name in groups["method"]]

@@ -29,6 +29,7 @@ from wlora.records import seal
 from wlora.study import read_runs
 from wlora.sweep import compose
 from wlora.tasks import build_task
+from wlora.training.footprint import saved_bytes
 
 # Numbers of adapters measured on the way from none to all.
 STOPS = 12
@@ -141,26 +142,8 @@ def make_batch(model: PreTrainedModel, config: Config) -> dict[str, Tensor]:
     if head == "question_answering":
         return {**batch, "start_positions": zeros, "end_positions": zeros}
     if head == "seq2seq":
-        return {**batch, "labels": ids[:, : config.task.max_target_length or length]}
+        return {**batch, "labels": ids[:, : config.task.max_target_length or length].contiguous()}
     return {**batch, "labels": zeros if config.task.labels else zeros.float()}
-
-
-def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Return the bytes that autograd saves for the backward pass: each storage once, parameters not at all."""
-    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    owned |= {tensor.untyped_storage().data_ptr() for tensor in batch.values()}
-    kept: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            # Holding the tensor keeps another from being put at its address.
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**batch)
-    return sum(size for size, _ in kept.values())
 
 
 def peak_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int | None:

@@ -115,7 +115,7 @@ def repeat(words: Sequence[str]) -> bool:
         ConfigError: it cannot be repeated here.
         RunFault: the repetition failed, or another process is at it.
     """
-    from wlora.run import require_all
+    from wlora.jobs import require_all
 
     before, config = prepare(words)
     require_all(config)

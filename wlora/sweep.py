@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import Config, config_folder, register_schema
 from wlora.errors import ConfigError, wrong_value
+from wlora.jobs import explain
 from wlora.models.source import locate
-from wlora.run import explain
 from wlora.study import Run, choose_tuned, read_runs, read_value, same_setting
 from wlora.tasks.data import fingerprint
 from wlora.training.plan import make_plan

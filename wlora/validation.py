@@ -53,6 +53,10 @@ RULES = {
     "train.weight_decay": "float >= 0",
     "train.max_grad_norm": "float > 0",
     "train.eval_every": "int >= 1 or null",
+    "train.grow_batch": "off | micro | effective",
+    "train.prefix_cache": "off | memory | disk",
+    "train.prefix_cache_dtype": "bf16 | fp32",
+    "train.prefix_cache_gb": "float >= 0",
     "train.checkpoint_every": "int >= 0 or null",
     "train.keep": "int >= 1",
 }
@@ -103,6 +107,7 @@ def resolve(config: Config) -> Config:
     _check_method(config)
     _check_model(config.model)
     _check_saving(config)
+    _check_sharding(config)
     identify_adapter(config.adapter)
     _check_results_folder(config)
     config.per_task = {}  # what an experiment took from it stands in the keys it set
@@ -191,6 +196,29 @@ def _check_saving(config: Config) -> None:
     packed = f"model.gguf_file={model.gguf_file}" if model.gguf_file else f"model.quantization={model.quantization}"
     if config.train.save_model and packed != "model.quantization=none":
         raise wrong_value("train.save_model", "true", f"false with {packed}: packed weights cannot take adapters in")
+
+
+def _check_sharding(config: Config) -> None:
+    """Refuse under FSDP what has not been shown to work there: cuts and growths first of all."""
+    if not config.train.fsdp:
+        return
+    method, model = config.method["name"], config.model
+    if method != "lora":
+        raise ConfigError(
+            f"train.fsdp=true method={method}: allowed is method=lora\n"
+            "changes of structure in a sharded model have not been shown to work"
+        )
+    for key, value, allowed in (
+        ("model.quantization", model.quantization, "none"),
+        ("model.gguf_file", model.gguf_file, None),
+        ("train.save_model", config.train.save_model, False),
+        ("train.prefix_cache", config.train.prefix_cache, "off"),
+        ("train.grow_batch", config.train.grow_batch, "off"),
+    ):
+        if value != allowed:
+            raise wrong_value(key, value, f"{'null' if allowed is None else str(allowed).lower()} with train.fsdp=true")
+    if find_kind(config.task.kind).head == "seq2seq":
+        raise wrong_value("train.fsdp", "true", f"false for task={config.task.name}, whose evaluation generates texts")
 
 
 def _check_head(config: Config) -> None:

@@ -93,20 +93,32 @@ class ALoRA(AdapterMethod):
 
     @torch.no_grad()
     def ablation_scores(self, bench: Bench, batch: Batch) -> dict[str, list[float]]:
-        """Return IS of every component; takes 1 + 2·(number of components) forward passes of one batch."""
+        """Return IS of every component; takes 1 + 2·(number of components) forward passes of one batch.
+
+        They begin at the component's layer: what enters it does not depend on the component.
+        """
         everything = -bench.loss(batch)
         for adapter in self.adapters.values():
             adapter.gates = nn.Parameter(torch.ones(adapter.rank, device=adapter.A.device), requires_grad=False)
         scores: dict[str, list[float]] = {}
+        layer = -1
         for name, adapter in self.adapters.items():
             assert adapter.gates is not None
+            if layer != self.adapters.target(name).layer:
+                layer = self.adapters.target(name).layer
+                with_all = bench.entering(layer, batch)
+                self._set_gates(0.0)
+                with_none = bench.entering(layer, batch)
+                self._set_gates(1.0)
             scores[name] = []
             for j in range(adapter.rank):
                 adapter.gates.data[j] = 0
-                without = -bench.loss(batch)
+                with with_all():
+                    without = -bench.loss(batch)
                 self._set_gates(0.0)
                 adapter.gates.data[j] = 1
-                alone = -bench.loss(batch)
+                with with_none():
+                    alone = -bench.loss(batch)
                 self._set_gates(1.0)
                 scores[name].append(everything - without + alone)
         for adapter in self.adapters.values():

@@ -114,6 +114,10 @@ class Method:
         """Act after the optimiser's step."""
         return []
 
+    def settled(self, step: int) -> bool:
+        """Tell whether the structure stays as it is after this step, and the policy acts at no later one."""
+        return False
+
     def attached(self) -> Mapping[str, Adapter]:
         """Return every adapter in the model, by module name."""
         return self.adapters

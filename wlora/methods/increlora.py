@@ -13,6 +13,7 @@ from wlora.adapters.variants import GrowingAdapter
 from wlora.errors import ConfigError, wrong_value
 from wlora.methods.base import AdapterMethod, Event, Setting, Steps
 from wlora.methods.importance import Importance, orthogonality
+from wlora.processes import mean
 from wlora.training.optimizers import ParameterGroup
 
 INIT_STD = 0.02
@@ -138,9 +139,7 @@ class IncreLoRA(AdapterMethod):
         for name, adapter in self.components.items():
             gradient, adapter.weight_gradient = adapter.weight_gradient, None
             if gradient is not None:
-                if torch.distributed.is_initialized():
-                    # Unlike gradients of parameters this one is of this process's rows only.
-                    torch.distributed.all_reduce(gradient)
+                gradient = mean(gradient)  # unlike gradients of parameters this one is of this process's rows only
                 value = (adapter.delta_weight() * gradient).abs().sum() / math.sqrt(gradient.numel())
                 self.importance.update(name, value)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
+from wlora.processes import mean
 from wlora.training.bench import Bench, Phase
 
 MIN_STAGE_STEPS = 50
@@ -119,6 +120,7 @@ class LoRADrop(AdapterMethod):
         finally:
             for handle in handles:
                 handle.remove()
+        sums = dict(zip(sums, mean(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
         total = sum(sums.values()) or 1.0
         return {name: value / total for name, value in sums.items()}
 

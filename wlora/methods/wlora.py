@@ -92,6 +92,10 @@ class WLoRA(AdapterMethod):
             return []
         return [self.cut(step, self.choose(self.k))]
 
+    def settled(self, step: int) -> bool:
+        """The cut at T is the last change; the release changes ω to the end."""
+        return not self.release and self.select_steps is not None and step >= self.select_steps
+
     def mask(self, omega: Tensor) -> Tensor:
         """Return which adapters a projection keeps, [n] boolean, given all ω."""
         return top_k(omega, self.k)

@@ -127,20 +127,45 @@ def load_model(
     device: torch.device = _CPU,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Load a model in float32 with a freshly initialised head, all parameters frozen.
+    """Load a model with its head in float32, all parameters frozen: `load_base`, then `start_head`.
+
+    Args:
+        seed: seed of the head's initialisation.
+        (the others): as for `load_base`.
+
+    Raises:
+        ConfigError: as `load_base`.
+    """
+    loaded, fresh = load_base(model, source, tokenizer, head=head, num_labels=num_labels, device=device, dtype=dtype)
+    start_head(loaded, fresh, seed)
+    return loaded
+
+
+def load_base(
+    model: ModelConfig,
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    head: str,
+    num_labels: int,
+    device: torch.device = _CPU,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model in float32, all parameters frozen.
 
     With `model.quantization` the linears of the body are packed as they are read, on the device where they will run.
 
     Weights come from safetensors where the repository has them, else from `pytorch_model.bin`, which transformers
-    reads with `weights_only=True`. What is not in the checkpoint is initialised from `seed`; only the head may be
-    missing.
+    reads with `weights_only=True`. Only parameters of the head may be missing there.
 
     Args:
         head: the kind of head, a key of `_AUTO`.
         num_labels: outputs of the head; 1 for regression, 2 (start, end) for question answering.
-        seed: seed of the head's initialisation.
         device: where a quantised model is put; any other is loaded on the CPU.
         dtype: what a quantised model computes in.
+
+    Returns:
+        The model, and the names of the head's parameters that `start_head` has to initialise.
 
     Raises:
         ConfigError: files that cannot be read or are more than tensors, a checkpoint that lacks parts of the body or
@@ -148,10 +173,10 @@ def load_model(
     """
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if source.location is None:
-        loaded = _build_random(model, tokenizer, head, num_labels, seed)
+        loaded, fresh = _build_random(model, tokenizer, head, num_labels)
     else:
         packing = loading_options(model.quantization, device=device, dtype=dtype)
-        loaded = _load_pretrained(model, source, head, num_labels, seed, packing)
+        loaded, fresh = _load_pretrained(model, source, head, num_labels, packing)
         keep_differentiable(loaded)
     known = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
@@ -162,7 +187,25 @@ def load_model(
         loaded.config.use_cache = False  # keys and values of past tokens serve generation only
     for parameter in loaded.parameters():
         parameter.requires_grad_(False)
-    return loaded
+    return loaded, fresh
+
+
+def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
+    """Initialise parameters of the head as the model's family does, from a seed of their own."""
+    torch.manual_seed(seed)
+    for prefix, module in head_modules(model).items():
+        for inner, part in module.named_modules():
+            path = f"{prefix}.{inner}".rstrip(".")
+            own = dict(part.named_parameters(recurse=False))
+            if not any(f"{path}.{name}" in fresh for name in own):
+                continue
+            for name, parameter in own.items():
+                # A new one: transformers leaves alone what it has marked as loaded, and another model may share the old.
+                setattr(part, name, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
+            model._init_weights(part)
+            for name, parameter in own.items():
+                if f"{path}.{name}" not in fresh:
+                    getattr(part, name).data.copy_(parameter.data)
 
 
 def build_on_meta(model: ModelConfig, architecture: dict[str, Any], *, head: str, num_labels: int) -> PreTrainedModel:
@@ -214,8 +257,8 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _build_random(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, head: str, num_labels: int, seed: int
-) -> PreTrainedModel:
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, head: str, num_labels: int
+) -> tuple[PreTrainedModel, list[str]]:
     architecture = dict(model.architecture, vocab_size=len(tokenizer))
     config = _make_config(model, architecture, num_labels)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -225,16 +268,12 @@ def _build_random(
         config.decoder_start_token_id = config.forced_eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(_RANDOM_BASE_SEED)
     built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
-    torch.manual_seed(seed)
-    for module in head_modules(built).values():
-        module.apply(built._init_weights)
-    return built
+    return built, list(head_parameters(built))
 
 
 def _load_pretrained(
-    model: ModelConfig, source: ModelSource, head: str, num_labels: int, seed: int, packing: dict[str, Any]
-) -> PreTrainedModel:
-    torch.manual_seed(seed)
+    model: ModelConfig, source: ModelSource, head: str, num_labels: int, packing: dict[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
     try:
         # transformers unpacks GGUF files under a progress bar of its own that no setting silences.
         unpacking = contextlib.redirect_stderr(io.StringIO()) if model.gguf_file else contextlib.nullcontext()
@@ -264,7 +303,7 @@ def _load_pretrained(
             shapes = f"{list(given)} in the checkpoint, {list(expected)} by config.json"
             raise ConfigError(f"{_origin(model)}: {name} is {shapes}")
     assert isinstance(loaded, PreTrainedModel)
-    return loaded
+    return loaded, [*report["missing_keys"], *(name for name, _, _ in report["mismatched_keys"])]
 
 
 def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: int) -> PretrainedConfig:

@@ -50,11 +50,15 @@ def keep_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def packed_linears(model: nn.Module) -> list[nn.Linear]:
+    """Return the linears of a plain model that quantisation packs: those of the body."""
+    named = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    return [module for name, module in named if not set(name.split(".")) & set(_UNPACKED)]
+
+
 def pack_on_meta(model: nn.Module, quantization: str) -> None:
     """Give the linears of a model on the meta device the shape of packed ones, for counting."""
-    for name, module in model.named_modules():
-        if quantization == "none" or type(module) is not nn.Linear or set(name.split(".")) & set(_UNPACKED):
-            continue
+    for module in packed_linears(model) if quantization != "none" else ():
         elements = module.weight.numel()
         size = elements if quantization == "int8" else (elements + 1) // 2
         module.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)

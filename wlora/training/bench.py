@@ -8,8 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from wlora.errors import ConfigError
+from wlora.models.prefix import Prefix
+from wlora.models.targets import FAMILIES
+from wlora.processes import mean
 
 Batch = dict[str, Tensor]
 
@@ -30,6 +34,8 @@ class Phase:
 class Bench:
     """The model under training, and batches of any training rows.
 
+    With several processes each computes the same, on its own; the mean over them is what all decide by.
+
     Args:
         model: the model, as it is trained.
         labels: the label of every training row, or None where a row has no single one.
@@ -38,7 +44,7 @@ class Bench:
     """
 
     def __init__(
-        self, model: nn.Module, *, rows: int, labels: list[float] | None, collate: Callable[[Sequence[int]], Batch]
+        self, model: PreTrainedModel, *, rows: int, labels: list[float] | None, collate: Callable[[Sequence[int]], Batch]
     ) -> None:
         self.model, self.rows, self.labels, self._collate = model, rows, labels, collate
 
@@ -51,7 +57,21 @@ class Bench:
     def loss(self, batch: Batch) -> float:
         """Return the mean loss of a batch in evaluation mode."""
         with self.evaluation_mode():
-            return float(self.model(**batch).loss)
+            return float(mean(self.model(**batch).loss))
+
+    def entering(self, layer: int, batch: Batch) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Compute what enters a layer in evaluation mode; in a block of the result the model goes on from there.
+
+        Args:
+            layer: counted from 0 over all stacks; the layers of a decoder are all entered after the whole encoder.
+        """
+        first, *_ = FAMILIES[self.model.config.model_type]
+        depth = min(layer, len(self.model.get_submodule(first.prefix)))  # type: ignore[arg-type]
+        if depth == 0:
+            return contextlib.nullcontext
+        prefix = Prefix(self.model, depth)
+        states = prefix.compute(batch)
+        return lambda: prefix.replaced(states)
 
     def gradients(self, batch: Batch, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Return the gradients of a batch's mean loss in evaluation mode; `grad` of no parameter is touched."""
@@ -62,7 +82,7 @@ class Bench:
             found = torch.autograd.grad(self.model(**batch).loss, parameters)
             for p, before in zip(parameters, trained, strict=True):
                 p.requires_grad_(before)
-        return list(found)
+        return [mean(gradient) for gradient in found]
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from wlora.metrics import merge_shards
 from wlora.tasks import Task
 from wlora.tasks.features import loss_weights
 from wlora.training.batching import evaluation_batches, share
+from wlora.training.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,16 +40,28 @@ def evaluate(
     *,
     batch_size: int,
     accelerator: Accelerator,
+    prefix: PrefixCache | None = None,
+    together: bool = False,
 ) -> dict[str, float]:
     """Return all metrics of all validation splits, and the mean loss of the first as `loss` where it has labels.
 
     Every process sees its share of each batch; predictions are gathered and scored once on the whole. The model is
-    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait.
+    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait. With `together`
+    none skips it, since the model is in pieces.
+
+    Args:
+        prefix: the stored states that the model goes on from, where its lower layers no longer change.
     """
     model.eval()
     metrics: dict[str, float] = {}
     for index, (name, split) in enumerate(splits.items()):
-        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator)
+        if prefix is not None:
+            prefix.prepare(name, split.features)
+
+        def replay(rows: list[int], inputs: dict[str, torch.Tensor], name: str = name) -> AbstractContextManager[None]:
+            return prefix.replay(name, rows, inputs) if prefix is not None else contextlib.nullcontext()
+
+        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator, replay, together)
         metrics.update(task.score(name, predictions, split.features, split.rows))
         if index == 0 and loss is not None:
             metrics["loss"] = loss
@@ -61,6 +76,8 @@ def _predict(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
+    replay: Callable[[list[int], dict[str, torch.Tensor]], AbstractContextManager[None]],
+    together: bool,
 ) -> tuple[list[Any], float | None]:
     """Return a prediction per feature, and the mean loss over features, None without labels."""
     indices: list[int] = []
@@ -70,12 +87,15 @@ def _predict(
     for batch in evaluation_batches(list(features["length"]), batch_size):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
         if not mine:
+            if together:
+                model(**move(task.collate(pick(features, batch[:1]), tokenizer), accelerator.device))
             continue
         picked = pick(features, mine)
         inputs = move(task.collate(picked, tokenizer), accelerator.device)
-        outputs = model(**inputs)
+        with replay(mine, inputs):
+            outputs = model(**inputs)
+            found.append(task.predict(model, picked, inputs, outputs))
         indices += mine
-        found.append(task.predict(model, picked, inputs, outputs))
         if outputs.get("loss") is not None:
             losses.append(outputs.loss.double() * sum(weights[index] for index in mine))
     # Tensors stay on the device until here, so that no batch waits for the one before.

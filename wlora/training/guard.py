@@ -15,11 +15,16 @@ from accelerate import Accelerator
 from wlora.console import say
 from wlora.errors import RunFault
 from wlora.locks import RunLock
+from wlora.processes import from_main, several
 from wlora.records import CurveWriter, Record
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.loop import Trainer
+from wlora.training.state import State
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+
+# A launcher passes a signal on that the terminal or the scheduler has sent to its processes, too.
+ECHO_SECONDS = 2.0
 
 # In place of a signal's number: the lock is another's.
 LOST = 1000
@@ -59,6 +64,7 @@ class Guard:
         self.store, self.lock, self.curve, self.record = store, lock, curve, record
         self.every, self._begin = every, begin
         self._asked: int | None = None
+        self._heard = 0.0
 
     def seconds(self) -> float:
         """Return the seconds since the run began, those of interrupted processes included."""
@@ -75,7 +81,7 @@ class Guard:
         if asked == LOST:
             raise RunFault(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
         last = trainer.step == trainer.plan.total_steps
-        due = self.every > 0 and trainer.step % self.every == 0
+        due = self.every > 0 and trainer.passed(self.every)
         if (due or asked) and not last:
             self.save(trainer)
         if asked and not last:
@@ -100,32 +106,48 @@ class Guard:
         Raises:
             RunFault: a whole checkpoint that does not fit this code.
         """
+        found = self._newest(trainer.accelerator)
+        if found is None:
+            return
+        folder, state = found
+        try:
+            trainer.restore(state)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise RunFault(
+                f"checkpoint {folder} was written by other code (commit {state.facts['git_commit']}): {error}\n"
+                "way out: force=true starts afresh"
+            ) from error
+        if state.facts["git_commit"] != self.record.environment.get("git_commit"):
+            say(f"notice: the checkpoint was written by commit {state.facts['git_commit']}")
+        self.record.resumed_at = [*state.facts["resumed_at"], trainer.step]
+        self.curve.restart(state.facts["curve"])
+        say(f"resumed    after step {trainer.step} of {trainer.plan.total_steps}")
+        self._begin -= state.facts["seconds"]
+
+    def _newest(self, accelerator: Accelerator) -> tuple[Path, State] | None:
+        """Return the newest checkpoint that holds; the main process looks, so that all go on from the same.
+
+        It removes the broken ones: they would push whole ones out of the newest that are kept.
+        """
+        found: tuple[Path, State] | None = None
         broken: list[Path] = []
-        for folder, state in self.store.read():
-            if isinstance(state, str):
-                say(f"notice: checkpoint {folder} is broken and skipped ({state})")
-                broken.append(folder)
-                continue
-            try:
-                trainer.restore(state)
-            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-                raise RunFault(
-                    f"checkpoint {folder} was written by other code (commit {state.facts['git_commit']}): {error}\n"
-                    "way out: force=true starts afresh"
-                ) from error
-            if state.facts["git_commit"] != self.record.environment.get("git_commit"):
-                say(f"notice: the checkpoint was written by commit {state.facts['git_commit']}")
-            self.record.resumed_at = [*state.facts["resumed_at"], trainer.step]
-            self.curve.restart(state.facts["curve"])
-            say(f"resumed    after step {trainer.step} of {trainer.plan.total_steps}")
-            self._begin -= state.facts["seconds"]
-            break
-        else:
-            if broken:
-                say("notice: no checkpoint of this run is whole: it starts afresh")
-        if trainer.accelerator.is_main_process:
-            for folder in broken:
-                self.store.discard(folder)
+        for folder, state in self.store.read() if accelerator.is_main_process else ():
+            if isinstance(state, State):
+                found = folder, state
+                break
+            say(f"notice: checkpoint {folder} is broken and skipped ({state})")
+            broken.append(folder)
+        if broken and found is None:
+            say("notice: no checkpoint of this run is whole: it starts afresh")
+        for folder in broken:
+            self.store.discard(folder)
+        chosen = from_main(found[0].name if found else None)
+        if chosen is None or found is not None:
+            return found
+        read = dict(self.store.read()).get(self.store.folder / chosen, "it is not there")
+        if isinstance(read, str):
+            raise RunFault(f"checkpoint {self.store.folder / chosen} holds on the main process and not here ({read})")
+        return self.store.folder / chosen, read
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -138,9 +160,12 @@ class Guard:
                 signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self._asked is not None:
+            if several() and now - self._heard < ECHO_SECONDS:
+                return
             raise KeyboardInterrupt
-        self._asked = number
+        self._asked, self._heard = number, now
         say(f"{signal.Signals(number).name}: stopping after this step; again stops at once")
 
     def _asked_anywhere(self, accelerator: Accelerator) -> int:

@@ -20,13 +20,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.errors import RunFault
 from wlora.methods.base import Event, Method
+from wlora.models.prefix import Prefix, frozen_depth
+from wlora.processes import from_main, gather
 from wlora.tasks import Task
 from wlora.tasks.features import loss_weights
 from wlora.training.batching import group_for_steps, share, training_batches
 from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
+from wlora.training.footprint import activation_bytes
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
+from wlora.training.prefix_cache import PrefixCache, Storage
+from wlora.training.sharding import average_gradients
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
 
 if TYPE_CHECKING:
@@ -34,11 +39,14 @@ if TYPE_CHECKING:
 
 # Points of the learning curve over a whole run.
 CURVE_POINTS = 200
+GROWTH_LIMIT = 32
 FP16_FIRST_SCALE = 2.0**14
 
 
 class Diverged(RunFault):
     """The loss became infinite or not a number."""
+
+    everywhere = True
 
 
 @dataclass
@@ -59,9 +67,13 @@ class Settings:
         max_grad_norm: bound of the global gradient norm.
         eval_batch_size: rows of an evaluation batch.
         order_seed: seed of the data order.
-        dropout_seed: seed of everything drawn in the forward passes.
+        dropout_seed: seed of everything drawn in the forward passes, another one in each process.
         scale_loss: float16 loss scaling.
+        sharded: the frozen base is spread over the processes, which must all call the model together.
         autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
+        grow_batch: what grows into the memory that a cut has freed: `micro` for the micro-batch alone, `effective` for the
+            rows of an optimiser step, too; `off` for nothing.
+        prefix: where the output of layers that no longer change is stored; None computes it in every step.
     """
 
     lr: float
@@ -71,7 +83,10 @@ class Settings:
     order_seed: int
     dropout_seed: int
     scale_loss: bool = False
+    sharded: bool = False
     autocast: torch.dtype | None = None
+    grow_batch: str = "off"
+    prefix: Storage | None = None
 
 
 @dataclass
@@ -84,6 +99,7 @@ class Result:
     eval_seconds: float = 0.0
     examples: int = 0
     tokens: int = 0
+    prefix: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -120,25 +136,35 @@ class Trainer:
         self.scaler = (
             torch.amp.GradScaler(accelerator.device.type, init_scale=FP16_FIRST_SCALE) if settings.scale_loss else None
         )
-        self.model = self._prepare()
+        self.model: nn.Module = self._prepare()
+        self.prefix = self._open_prefix()
         self.result = Result()
         self.step = 0
         self.parts = 1  # in which a micro-batch is computed, one after the other
+        self.growth = 1  # micro-batches of the plan that are computed at once since a cut
+        self._longest: list[int] = []  # the micro-batch by which growth is measured
+        self._first_bytes = 0  # what it took before the cut
+        self._before = 0  # the step before the present one
         self._losses: list[float] = []
 
     def capture(self) -> State:
         """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU."""
         state = capture(self.bare_model, self.method, self.optimizers)
         state.facts |= {"step": self.step, "losses": self._losses, "result": dataclasses.asdict(self.result)}
-        state.facts["parts"] = self.parts
+        state.facts |= {"parts": self.parts, "growth": self.growth, "longest": self._longest, "bytes": self._first_bytes}
         state.facts["scaler"] = self.scaler.state_dict() if self.scaler else None
         return state
 
     def restore(self, state: State) -> None:
         """Go on from a state of the same run; call it before `run`."""
-        restore(state, self.bare_model, self.method, self.optimizers, self._groups)
+        torch.manual_seed(self.settings.dropout_seed)  # for a process more than there were
+        process = self.accelerator.process_index
+        restore(state, self.bare_model, self.method, self.optimizers, self._groups, process=process)
         self.model = self._prepare()
+        self.prefix = self._open_prefix()
         self.step, self.parts, self._losses = state.facts["step"], state.facts["parts"], list(state.facts["losses"])
+        self.growth, self._first_bytes = state.facts["growth"], state.facts["bytes"]
+        self._longest = list(state.facts["longest"])
         events = [Event(**event) for event in state.facts["result"]["events"]]
         self.result = Result(**{**state.facts["result"], "events": events})
         if self.scaler:
@@ -156,20 +182,41 @@ class Trainer:
         losses = self._losses
         log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
         with self._progress() as bar:
-            for step, batches in enumerate(itertools.islice(self._steps(), self.step, None), start=self.step + 1):
+            for step, batches in self._updates():
                 begin = time.perf_counter()
                 losses.append(self._train_step(step, batches))
                 self.result.train_seconds += time.perf_counter() - begin
-                if step % log_every == 0 or step == self.plan.total_steps:
+                self._before, self.step = self.step, step
+                if self.passed(log_every):
                     self.log({"step": step, "loss": sum(losses) / len(losses)})
                     losses.clear()
-                if step % self.plan.eval_every == 0 or step == self.plan.total_steps:
+                if self.passed(self.plan.eval_every):
                     self._evaluate(step)
-                self.step = step
                 if self.on_step is not None:
                     self.on_step(self)
                 self._show(bar, losses)
+        self.result.prefix = self.prefix.facts() if self.prefix else {}
         return self.result
+
+    def passed(self, every: int) -> bool:
+        """Tell whether the update just taken reached or passed a multiple of `every` steps, or the end."""
+        return self.step // every > self._before // every or self.step == self.plan.total_steps
+
+    def _updates(self) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yield the updates to come: the step that each completes, and its micro-batches.
+
+        Once the effective batch has grown, an update takes the rows of several of the plan's steps, up to the end of the
+        epoch, and the learning rate follows the plan as if each had been taken.
+        """
+        gathered: list[list[int]] = []
+        count = 0
+        for step, batches in enumerate(itertools.islice(self._steps(), self.step, None), start=self.step + 1):
+            gathered += batches
+            count += 1
+            wanted = self.growth if self.settings.grow_batch == "effective" else 1
+            if count >= wanted or step % self.plan.steps_per_epoch == 0 or step == self.plan.total_steps:
+                yield step, gathered
+                gathered, count = [], 0
 
     def _steps(self) -> Iterator[list[list[int]]]:
         """Yield the micro-batches of every optimiser step of the run."""
@@ -194,14 +241,12 @@ class Trainer:
             self.bare_model,
             rows=len(self.data.train),
             labels=labels,
-            collate=lambda rows: move(
-                self.task.collate(pick(self.data.train, list(rows)), self.tokenizer), self.accelerator.device
-            ),
+            collate=lambda rows: self._collate(self.data.train, list(rows)),
         )
 
     def _train_step(self, step: int, batches: list[list[int]]) -> float:
         """Take one optimiser step; returns the mean loss over its rows."""
-        self.optimizers.set_schedule(step - 1, warmup=self.plan.warmup, total=self.plan.total_steps)
+        self.optimizers.set_schedule(self.step, warmup=self.plan.warmup, total=self.plan.total_steps)
         loss = float(self._gradients(batches))
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {step} of {self.plan.total_steps}")
@@ -216,7 +261,44 @@ class Trainer:
             self.scaler.update()
         self._restructure(self.method.after_step(step))
         self.optimizers.zero_grad()
+        if self.settings.grow_batch != "off":
+            self._grow(step, batches)
         return loss
+
+    def _grow(self, step: int, batches: list[list[int]]) -> None:
+        """Once the structure is settled, compute as many micro-batches at once as one took before the cut.
+
+        Measured with the longest micro-batch of the first step, which in the first epoch is the longest of all.
+        """
+        if step == 1:
+            self._longest = max(batches, key=lambda batch: max(self.data.train["length"][row] for row in batch))
+            self._first_bytes = self._measure()
+        elif self._first_bytes and self.method.settled(step):
+            now = self._measure()
+            most = self.plan.accumulation_steps if self.settings.grow_batch == "micro" else GROWTH_LIMIT
+            self.growth = min(most, max(1, self._first_bytes // max(1, now)))
+            rows = self.growth * self.plan.batch_size
+            details = {"bytes_before": self._first_bytes, "bytes_after": now, "growth": self.growth, "micro_batch": rows}
+            self.result.events.append(Event(step, "grow_batch", details))
+            self._first_bytes = 0
+
+    def _measure(self) -> int:
+        """Return the memory of the activations of the longest micro-batch; nothing else is left behind."""
+        streams = random_streams()
+        mine = share(self._longest, self.accelerator.process_index, self.accelerator.num_processes) or self._longest[:1]
+        inputs = self._collate(self.data.train, mine)
+        if self.prefix:
+            self.prefix.prepare("train", self.data.train)
+        with self._autocast(), self._replayed(mine, inputs):
+            found = from_main(activation_bytes(self.bare_model, inputs))
+        self.method.forget_backward()
+        self.optimizers.zero_grad()
+        set_random_streams(streams)
+        return found
+
+    def _replayed(self, rows: list[int], inputs: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Let the model go on from stored states in the block, where there are any."""
+        return self.prefix.replay("train", rows, inputs) if self.prefix else contextlib.nullcontext()
 
     def _gradients(self, batches: list[list[int]]) -> Tensor:
         """Leave the gradients of a step's mean loss, and return it.
@@ -246,23 +328,40 @@ class Trainer:
         """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all of them."""
         whole = sum(self.loss_weights[row] for batch in batches for row in batch)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        total = torch.zeros((), device=self.accelerator.device)
-        pieces = [batch[part :: self.parts] for batch in batches for part in range(min(self.parts, len(batch)))]
+        total, tokens = (torch.zeros((), device=self.accelerator.device) for _ in range(2))
+        if self.prefix:
+            self.prefix.prepare("train", self.data.train)
+        pieces = [batch[part :: self.parts] for batch in self._grown(batches) for part in range(min(self.parts, len(batch)))]
         for index, piece in enumerate(pieces):
             mine = share(piece, rank, world)
-            inputs = self.task.collate(pick(self.data.train, mine or piece[:1]), self.tokenizer)
-            inputs = move(inputs, self.accelerator.device)
+            rows = mine or piece[:1]
+            inputs = self._collate(self.data.train, rows)
             last = index == len(pieces) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
                 part = sum(self.loss_weights[row] for row in mine) / whole
-                loss = self.model(**inputs).loss.float() * part
+                with self._replayed(rows, inputs):
+                    loss = self.model(**inputs).loss.float() * part
                 extra = self.method.extra_loss() if last else None
                 # Data-parallel reduction averages over processes; the mean over all is a sum of shares.
                 self._backward(loss * world if extra is None else loss * world + extra)
             total += loss.detach()
             self.result.examples += len(piece)
-            self.result.tokens += int(inputs["attention_mask"].sum()) if mine else 0
-        return total if world == 1 else self.accelerator.reduce(total, "sum")  # type: ignore[return-value]
+            tokens += inputs["attention_mask"].sum() if mine else 0
+        if self.settings.sharded:
+            average_gradients(self.optimizers.parameters())
+        if world > 1:
+            total, tokens = self.accelerator.reduce((total, tokens), "sum")  # type: ignore[misc]
+        self.result.tokens += int(tokens)
+        return total
+
+    def _grown(self, batches: list[list[int]]) -> list[list[int]]:
+        """Put the rows of an update into as few micro-batches as the memory takes, similar lengths together."""
+        if self.growth == 1:
+            return batches
+        lengths = self.data.train["length"]
+        rows = sorted((row for batch in batches for row in batch), key=lambda row: lengths[row])
+        size = math.ceil(len(rows) / math.ceil(len(batches) / self.growth))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(self.scaler.scale(loss) if self.scaler else loss)
@@ -278,15 +377,44 @@ class Trainer:
             if any(event.reset for event in events):
                 self.optimizers.forget()
             self.optimizers.rebuild(self._groups())
+            self._check_processes()
             self.model = self._prepare()
+            self.prefix = self._open_prefix()
+
+    def _open_prefix(self) -> PrefixCache | None:
+        """Return the store of what the layers give that no longer change; the present one if they are still the same."""
+        depth = frozen_depth(self.bare_model) if self.settings.prefix else 0
+        if not self.settings.prefix or not depth:
+            return None
+        present: PrefixCache | None = getattr(self, "prefix", None)
+        if present and present.prefix.depth == depth:
+            return present
+        return PrefixCache(Prefix(self.bare_model, depth), self.settings.prefix, self._collate)
+
+    def _collate(self, features: Dataset, rows: list[int]) -> dict[str, Tensor]:
+        """Return rows of features as the model's inputs, on its device."""
+        return move(self.task.collate(pick(features, rows), self.tokenizer), self.accelerator.device)
 
     def _groups(self) -> list[ParameterGroup]:
         return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.lr)]
 
     def _prepare(self) -> nn.Module:
-        """Wrap the model for several processes; with one there is nothing to wrap."""
-        model: nn.Module = self.bare_model
-        return self.accelerator.prepare_model(model) if self.accelerator.num_processes > 1 else model
+        """Wrap the model for several processes; with one there is nothing to wrap.
+
+        Every wrapping hands the main process's parameters to all, so that what was drawn or decomposed is the same.
+        """
+        self.model = self.bare_model
+        if self.accelerator.num_processes == 1 or self.settings.sharded:
+            return self.model
+        self.accelerator.free_memory()  # the wrapper of before, whose reducer keeps what has left the model
+        wrapped: nn.Module = self.accelerator.prepare_model(self.bare_model)
+        return wrapped
+
+    def _check_processes(self) -> None:
+        """Assert that all processes have the same adapters: parameters of the same shape would be mixed up unseen."""
+        found = gather({name: adapter.rank for name, adapter in self.method.attached().items()})
+        if any(ranks != found[0] for ranks in found):
+            raise AssertionError(f"the processes have different adapters after step {self.step + 1}: {found}")
 
     def _check_trainable(self) -> None:
         """Assert that exactly the intended parameters have gradients and sit in an optimiser.
@@ -311,6 +439,8 @@ class Trainer:
                 self.tokenizer,
                 batch_size=self.settings.eval_batch_size,
                 accelerator=self.accelerator,
+                prefix=self.prefix,
+                together=self.settings.sharded,
             )
         self.result.metrics = metrics
         self.result.eval_seconds += time.perf_counter() - begin

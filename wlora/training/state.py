@@ -18,6 +18,7 @@ from wlora.adapters.structure import describe_adapters, rebuild_adapters
 from wlora.methods.base import Method
 from wlora.methods.importance import Importance
 from wlora.methods.peft_backed import PeftAdapter
+from wlora.processes import gather
 from wlora.training.bench import Bench
 from wlora.training.optimizers import Optimizers, ParameterGroup
 
@@ -35,7 +36,10 @@ class State:
 
 
 def capture(model: nn.Module, method: Method, optimizers: Optimizers) -> State:
-    """Describe adapters, what trains, the method's own state, the optimisers' and the random streams'."""
+    """Describe adapters, what trains, the method's own state, the optimisers' and the random streams'.
+
+    All but the streams is the same in every process.
+    """
     state = State()
     names: dict[Tensor, str] = {value: name for name, value in [*model.named_parameters(), *model.named_buffers()]}
     state.facts["adapters"] = describe_adapters(method.adapters, names)
@@ -47,17 +51,26 @@ def capture(model: nn.Module, method: Method, optimizers: Optimizers) -> State:
     packer = _Packer(state.tensors, names, {module: name for name, module in model.named_modules()})
     state.facts["method"] = {key: packer.pack(value, f"method/{key}") for key, value in vars(method).items()}
     state.facts["optimizers"] = packer.pack(optimizers.state(names), "optimizers")
-    state.facts["random"] = packer.pack(random_streams(), "random")
+    streams = gather(random_streams())
+    state.facts["random"] = packer.pack(streams[0], "random")
+    state.facts["random_of_others"] = packer.pack(streams[1:], "random_of_others")
     return state
 
 
 def restore(
-    state: State, model: nn.Module, method: Method, optimizers: Optimizers, groups: Callable[[], list[ParameterGroup]]
+    state: State,
+    model: nn.Module,
+    method: Method,
+    optimizers: Optimizers,
+    groups: Callable[[], list[ParameterGroup]],
+    *,
+    process: int = 0,
 ) -> None:
     """Bring a model with freshly attached adapters, its method and optimisers to a state.
 
     Args:
         groups: what the optimisers are to update, asked for when the structure is there.
+        process: whose random streams to take; those of one that was not there stay as they are.
 
     Raises:
         KeyError: the state is of another model or method.
@@ -78,20 +91,22 @@ def restore(
         setattr(method, key, unpacker.unpack(packed, getattr(method, key, None)))
     optimizers.rebuild(groups())
     optimizers.load(unpacker.unpack(state.facts["optimizers"], None), parameters)
-    set_random_streams(_Unpacker(state.tensors, {}, {}, torch.device("cpu")).unpack(state.facts["random"], None))
+    streams = [state.facts["random"], *state.facts.get("random_of_others", [])]
+    if process < len(streams):
+        set_random_streams(_Unpacker(state.tensors, {}, {}, torch.device("cpu")).unpack(streams[process], None))
 
 
 def random_streams() -> list[Tensor]:
-    """Return the states of torch's generators: that of the CPU, then those of the GPUs."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    """Return the states of torch's generators: that of the CPU, then that of this process's GPU."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def set_random_streams(states: list[Tensor]) -> None:
-    """Set torch's generators; those of the GPUs only if there are as many."""
+    """Set torch's generators; that of the GPU only where both there and here is one."""
     cpu, *cuda = states
     torch.set_rng_state(cpu)
-    if cuda and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda[0])
 
 
 class _Packer:

@@ -1,0 +1,300 @@
+"""Speed and memory beside PEFT and transformers' Trainer, in one run on one machine. Every figure is a ratio within it.
+
+    python scripts/benchmark.py steps [--repeats 5] [--models minilm deberta bart llama]
+    python scripts/benchmark.py end_to_end --data DIR [--baseline FILE] [--seeds 0 1 2] [--epochs 5]
+
+`steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut, base in float32 and
+bfloat16, without and with stored prefixes; all take turns, and medians count. `end_to_end` trains whole runs on MRPC and
+SST-2 (4,000 rows) with MiniLM, warm-up, cut and the filling of the cache included; runs that are done are not repeated.
+DIR holds mrpc/ and sst2/. Both write JSON and a table to --out [results/benchmarks].
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wlora.config import Config
+from wlora.environment import describe_environment
+from wlora.estimate import TOKENS
+from wlora.experiment import attach, prepare_method
+from wlora.memory import make_batch
+from wlora.models.loading import build_unloaded, head_parameters
+from wlora.models.prefix import Prefix, frozen_depth
+from wlora.models.source import locate
+from wlora.models.targets import FAMILIES, read_architecture
+from wlora.precision import Precision, lower_base
+from wlora.records import RecordStore
+from wlora.sweep import compose
+from wlora.tasks import build_task
+from wlora.training.footprint import saved_bytes
+from wlora.training.optimizers import Optimizers
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the size of its micro-batch, and what a cut leaves: a pattern of module names."""
+
+    words: tuple[str, ...]
+    rows: int
+    tokens: int
+    kept: str
+
+    def words_of(self, method: str) -> list[str]:
+        """Return the overrides of a run with a method."""
+        size = [f"task.batch_size={self.rows}", f"task.max_length={self.tokens}"]
+        target = ["task.max_target_length=64"] if "task=xsum" in self.words else []
+        return [*self.words, *size, *target, f"method={method}", "rank=8"]
+
+
+# Of DeBERTaV3-base what the paper's release keeps; of the others five in the highest layers.
+CASES = {
+    "minilm": Case(("task=mrpc", "model=minilm"), 32, 53, r"\.4\..*\.(key|value)|\.5\..*\.(query|key|value)"),
+    "deberta": Case(("task=rte", "model=deberta_v3_base"), 32, 64, r"\.(8|10|11)\..*\.value_|\.11\..*\.(query|key)_"),
+    "bart": Case(("task=xsum", "model=bart_large"), 8, 64, r"decoder\.layers\.11\.(self_attn\.(q|v)|encoder_attn\..)_proj"),
+    "llama": Case(("task=sst2", "model=smollm2_135m"), 16, 48, r"\.28\..*\.(q|v)_proj|\.29\."),
+}
+
+
+@dataclass
+class Contender:
+    """Something whose steps are timed: `step` takes one, `saved` are the bytes kept for its backward pass."""
+
+    name: str
+    precision: str
+    step: Callable[[], object]
+    saved: int
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    steps = kinds.add_parser("steps")
+    steps.add_argument("--repeats", type=int, default=5)
+    steps.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    whole = kinds.add_parser("end_to_end")
+    whole.add_argument("--data", type=Path, required=True)
+    whole.add_argument("--baseline", type=Path, default=Path(__file__).with_name("peft_baseline.py"))
+    whole.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    whole.add_argument("--epochs", type=float, default=5)
+    for kind in (steps, whole):
+        kind.add_argument("--out", type=Path, default=Path("results/benchmarks"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = time_steps(args) if args.kind == "steps" else time_runs(args)
+    environment = describe_environment("cuda" if torch.cuda.is_available() else "cpu", "as named", 1)
+    content = {"environment": environment, "threads": torch.get_num_threads(), "rows": found}
+    (args.out / f"{args.kind}.json").write_text(json.dumps(content, indent=1) + "\n")
+    table = as_table(found)
+    (args.out / f"{args.kind}.md").write_text(table)
+    print(table)
+
+
+def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time steps of every model; the ratios are to PEFT's LoRA in float32, and to our LoRA in the same precision."""
+    rows: list[dict[str, Any]] = []
+    for name in args.models:
+        case = CASES[name]
+        config = compose(case.words_of("lora"))
+        contenders = [build_peft(config), *(c for precision in DTYPES for c in build_ours(config, case, precision))]
+        for contender in contenders:
+            contender.step()
+        for _ in range(args.repeats):
+            for contender in contenders:
+                begin = time.perf_counter()
+                contender.step()
+                contender.seconds.append(time.perf_counter() - begin)
+        base = {c.name: statistics.median(c.seconds) for c in contenders if c.precision == "fp32"}
+        for contender in contenders:
+            seconds = statistics.median(contender.seconds)
+            rows.append(
+                {
+                    "model": name,
+                    "what": contender.name,
+                    "precision": contender.precision,
+                    "ms": round(1000 * seconds, 1),
+                    "examples_per_s": round(case.rows / seconds, 1),
+                    "tokens_per_s": round(case.rows * case.tokens / seconds),
+                    "saved_mib": round(contender.saved / 2**20, 1),
+                    "time_to_peft": round(seconds / base["PEFT LoRA"], 3),
+                    "bytes_to_peft": round(contender.saved / contenders[0].saved, 3),
+                    "time_to_own_fp32": round(seconds / base.get(contender.name, seconds), 3),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def build_model(config: Config) -> tuple[Any, dict[str, Tensor]]:
+    """Build an architecture with random weights, which cost what trained ones cost, and a full batch without padding."""
+    architecture = {"vocab_size": TOKENS, **read_architecture(config.model)}
+    task = build_task(config.task)
+    torch.manual_seed(0)
+    model = build_unloaded(config.model, architecture, head=task.head, num_labels=task.num_labels, device="cpu")
+    model.config.pad_token_id = 0
+    return model.train(), make_batch(model, config)
+
+
+def build_peft(config: Config) -> Contender:
+    """PEFT's LoRA on the same modules with the same head, stepped as Trainer steps it: clip, AdamW, schedule."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import get_linear_schedule_with_warmup
+
+    model, batch = build_model(config)
+    stacks = FAMILIES[model.config.model_type]
+    suffixes = sorted({suffix.rpartition(".")[2] for stack in stacks for suffix in stack.qkv})
+    head = sorted({name.split(".")[0] if "pooler" not in name else "pooler" for name in head_parameters(model)})
+    adapted = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=suffixes, modules_to_save=head or None)
+    ).train()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    schedule = get_linear_schedule_with_warmup(optimizer, 10, 1000)
+
+    def step() -> None:
+        adapted(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    return Contender("PEFT LoRA", "fp32", step, saved_bytes(adapted, batch))
+
+
+def build_ours(config: Config, case: Case, precision: str) -> list[Contender]:
+    """Our LoRA, WeightLoRA before the cut, after it, and after it with the prefix stored."""
+    found = []
+    plans = (("LoRA", "lora", False), ("WLoRA before the cut", "wlora", False), ("WLoRA cut", "wlora", True))
+    for name, method, cut in plans:
+        ours = compose([*case.words_of(method), "k=5"])
+        model, batch = build_model(ours)
+        policy = prepare_method(ours)
+        attach(model, policy, ours)
+        if cut:
+            for adapter in policy.adapters:
+                if not re.search(case.kept, adapter):
+                    policy.adapters.disconnect(adapter)
+            assert len(policy.adapters) == 5, list(policy.adapters)
+        lower_base(model, Precision(precision, ""))
+        groups = policy.groups(1e-4)
+        groups[0].parameters += list(head_parameters(model).values())
+        optimizers = Optimizers(groups, weight_decay=0.01)
+        found.append(_contender(name, precision, model, batch, optimizers, None))
+        if cut:
+            prefix = Prefix(model, frozen_depth(model))
+            name = f"{name}, prefix of {prefix.depth} stored"
+            found.append(_contender(name, precision, model, batch, optimizers, prefix))
+    return found
+
+
+def _contender(
+    name: str, precision: str, model: Any, batch: dict[str, Tensor], optimizers: Optimizers, prefix: Prefix | None
+) -> Contender:
+    states = prefix.compute(batch) if prefix else None
+
+    def replaced() -> contextlib.AbstractContextManager[None]:
+        return prefix.replaced(states) if prefix and states is not None else contextlib.nullcontext()
+
+    def step() -> None:
+        optimizers.set_schedule(10, warmup=10, total=1000)
+        with replaced():
+            loss = model(**batch).loss
+        loss.backward()
+        optimizers.clip(1.0)
+        optimizers.step()
+        optimizers.zero_grad()
+
+    with replaced():
+        saved = saved_bytes(model, batch)
+    return Contender(name, precision, step, saved)
+
+
+# Every run of `end_to_end`: its name, and its words for `wlora.run`.
+RUNS = {
+    "LoRA": ["method=lora"],
+    "WLoRA": ["method=wlora", "k=5"],
+    "WLoRA, prefix": ["method=wlora", "k=5", "train.prefix_cache=memory"],
+    "WLoRA depth, prefix": ["method=wlora_depth", "k=5", "train.prefix_cache=memory"],
+}
+TASKS = {"sst2": ["task.max_train_rows=4000"], "mrpc": []}
+
+
+def time_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train everything once per seed in turn; seconds are of training, scores of the whole dev set."""
+    rows: list[dict[str, Any]] = []
+    for task, limits in TASKS.items():
+        found: dict[str, list[tuple[float, float]]] = {}
+        for seed in args.seeds:
+            found.setdefault("PEFT + Trainer", []).append(_run_peft(args, task, seed))
+            for name, words in RUNS.items():
+                found.setdefault(name, []).append(_run_ours(args, task, [*limits, *words, f"seed={seed}"]))
+                print(task, seed, name, found[name][-1], flush=True)
+        base = found["PEFT + Trainer"]
+        for name, runs in found.items():
+            rows.append(
+                {
+                    "task": task,
+                    "what": name,
+                    "seeds": len(runs),
+                    "train_s": round(statistics.median(seconds for seconds, _ in runs), 1),
+                    "time_to_peft": round(statistics.median(a / b for (a, _), (b, _) in zip(runs, base, strict=True)), 3),
+                    "mean_accuracy": round(statistics.mean(score for _, score in runs), 4),
+                }
+            )
+    return rows
+
+
+def _run_peft(args: argparse.Namespace, task: str, seed: int) -> tuple[float, float]:
+    """Run the baseline script, or read what it has said before; returns seconds of training and accuracy."""
+    file = args.out / "peft" / f"{task}_{args.epochs:g}_{seed}.json"
+    if not file.exists():
+        model = compose(["model=minilm", f"task={task}"]).model
+        words = [sys.executable, str(args.baseline), "--model", str(locate(model).location), "--task", task]
+        words += ["--data", str(args.data / task), "--epochs", str(args.epochs), "--lr", "1e-3", "--seed", str(seed)]
+        words += ["--bf16", *(["--train-rows", "4000"] if task == "sst2" else [])]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(done.stdout.strip().splitlines()[-1] + "\n")
+    said = json.loads(file.read_text())
+    return said["train_s"], said["score"]
+
+
+def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> tuple[float, float]:
+    """Run one setting in a process of its own, unless its record is there; returns seconds of training and accuracy."""
+    common = ["model=minilm", f"task={task}", f"task.path={args.data / task}", "precision=bf16", "lr=1e-3", "warmup=20"]
+    common += ["task.batch_size=32", "train.accumulation_steps=1", f"task.epochs={args.epochs:g}"]
+    common += [f"results_dir={args.out / 'runs'}", *words]
+    done = subprocess.run([sys.executable, "-m", "wlora.run", *common], check=True, capture_output=True, text=True)
+    (identity,) = set(re.findall(r"^([0-9a-f]{16})(?:: task=| is done)", done.stdout, flags=re.MULTILINE))
+    record = RecordStore(args.out / "runs").read(identity)
+    assert record is not None
+    return record.seconds["train"], record.metrics["accuracy"]
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """Return rows with the same keys as a Markdown table."""
+    keys = list(rows[0])
+    lines = [keys, ["---"] * len(keys), *([str(row[key]) for key in keys] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Two processes on one run (gloo, on the CPU): the numbers of one process, one record, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from wlora.records import Record, RecordStore
+
+from .conftest import ROOT
+from .two_processes import LONG, SETTING, SHARDED, STILL
+
+METHODS = ["wlora", "wlora_plus", "increlora", "lora_drop"]
+# A launcher for GPUs; without any it starts the same processes on the CPU.
+ACCELERATE = [
+    "accelerate.commands.accelerate_cli",
+    "launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+    "0",
+]
+
+
+def launch(*words: str) -> subprocess.Popen[str]:
+    """Start `python -m words` in two processes under a launcher."""
+    settings = {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Run the methods in two processes, once for all tests here; returns the folder and what each process has seen."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_processes"
+    with FileLock(f"{folder}.lock"):  # pytest's own workers share it
+        if not folder.is_dir():
+            torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
+            process = launch(*torchrun, "tests.two_processes", str(folder), *METHODS)
+            out, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, out
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def losses(folder: Path, run_id: str) -> list[float]:
+    """Return the training losses of a learning curve."""
+    points = [json.loads(line) for line in (folder / "records" / f"{run_id}.jsonl").read_text().splitlines()]
+    return [point["loss"] for point in points if "loss" in point]
+
+
+def record_of(folder: Path, method: str) -> Record:
+    (found,) = (record for record in RecordStore(folder) if record.config["method"]["name"] == method)
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_give_the_losses_and_adapters_of_one(
+    method: str, both: tuple[Path, list[dict[str, Any]]], run_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, seen = both
+    one = run_tiny(*SETTING, f"method={method}", *STILL)
+    two = record_of(folder / "still", method)
+    assert two.environment["processes"] == 2 and two.run_id == one.run_id and two.events
+    assert losses(folder / "still", two.run_id) == pytest.approx(losses(tmp_path, one.run_id), rel=2e-4)
+    assert two.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=2e-4)
+    names = [(adapter["name"], adapter["rank"]) for adapter in one.adapters]
+    for rank in range(2):
+        assert [(a["name"], a["rank"]) for a in seen[rank][f"{method} still"]["adapters"]] == names
+    assert two.throughput["tokens_per_second"] * two.seconds["train"] == pytest.approx(
+        one.throughput["tokens_per_second"] * one.seconds["train"]
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_after_a_cut_nothing_is_left_of_the_wrapper_around_the_whole(
+    method: str, both: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    assert [seen[f"{method} still"]["wrappers"] for seen in both[1]] == [1, 1]
+
+
+@pytest.mark.parametrize("method", METHODS[1:])  # the first is stopped by a signal below
+def test_stopped_and_resumed_they_end_as_uninterrupted_with_dropout_of_their_own(
+    method: str, both: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    folder, seen = both
+    whole, parts = record_of(folder / "whole", method), record_of(folder / "parts", method)
+    assert parts.resumed_at == [12]
+    assert (parts.metrics, parts.adapters, parts.events) == (whole.metrics, whole.adapters, whole.events)
+    assert losses(folder / "parts", parts.run_id) == losses(folder / "whole", whole.run_id)
+    streams = [seen[rank][f"{method} whole"]["stream"] for rank in range(2)]
+    assert streams[0] != streams[1] and streams == [seen[rank][f"{method} parts"]["stream"] for rank in range(2)]
+
+
+def test_with_the_base_in_pieces_lora_gives_the_losses_of_one_process_and_resumes(
+    both: tuple[Path, list[dict[str, Any]]], run_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, _ = both
+    one = run_tiny(*SHARDED, "dropout=0")
+    (sharded,) = RecordStore(folder / "sharded")
+    assert sharded.run_id == one.run_id and sharded.parameters == one.parameters
+    assert losses(folder / "sharded", one.run_id) == pytest.approx(losses(tmp_path, one.run_id), rel=2e-4)
+    assert sharded.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=2e-4)
+    (whole,), (parts,) = RecordStore(folder / "sharded_whole"), RecordStore(folder / "sharded_parts")
+    assert parts.resumed_at == [12] and parts.metrics == pytest.approx(whole.metrics, rel=1e-5)
+    assert losses(folder / "sharded_parts", parts.run_id) == pytest.approx(losses(folder / "sharded_whole", whole.run_id))
+
+
+def test_a_signal_to_the_launcher_stops_all_and_the_same_command_goes_on(
+    both: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    words = [*ACCELERATE, "-m", "wlora.run", *LONG, f"results_dir={tmp_path}"]
+    process = launch(*words)
+    deadline = time.monotonic() + 300
+    while not any(file.read_text() for file in tmp_path.glob("records/*.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode != 0
+    (stopped,) = RecordStore(tmp_path)
+    assert stopped.status == "interrupted" and "SIGTERM" in (stopped.error or ""), out
+    again = launch(*words)
+    told, _ = again.communicate(timeout=600)
+    assert again.returncode == 0, told
+    resumed, expected = record_of(tmp_path, "wlora"), record_of(both[0] / "long", "wlora")
+    assert resumed.resumed_at and not expected.resumed_at and resumed.environment["processes"] == 2
+    assert (resumed.metrics, resumed.adapters, resumed.events) == (expected.metrics, expected.adapters, expected.events)
+    assert losses(tmp_path, resumed.run_id) == losses(both[0] / "long", expected.run_id)
+    assert len(list(tmp_path.glob("records/*.json"))) == 1 and told.count("record     ") == 1

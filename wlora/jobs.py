@@ -1,0 +1,340 @@
+"""One run as a job: what a sweep hands to a launcher, which may carry it to another process, and what comes back.
+
+Nothing here imports torch before a run is known to be sound.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wlora.config import METHOD_NOTES, Config, config_folder
+from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
+from wlora.help import show_values
+from wlora.presets import apply_preset
+from wlora.processes import is_main, several
+
+# The plugin's schema of the same name is meant to check what stands in conf/hydra/launcher. Said here, since the processes
+# of launchers import this module before they compose.
+warnings.filterwarnings("ignore", r"(?s).*is validated against ConfigStore schema", UserWarning)
+
+# The extras of the launchers that conf/hydra/launcher has files for.
+EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of a sweep ended.
+
+    Attributes:
+        told: what went wrong, for the summary of a sweep whose launcher keeps the output of its processes to itself.
+    """
+
+    name: str
+    status: str
+    score: float | None
+    exit_code: int
+    told: str = ""
+
+
+@dataclass
+class Desk:
+    """Where the outcomes of this process's command are put down.
+
+    Attributes:
+        command: whether this is the process that was started from the command line, not one of a launcher's.
+    """
+
+    outcomes: list[Outcome]
+    command: bool = False
+
+
+DESK = Desk([])
+
+
+def run_one(composed: DictConfig) -> Outcome:
+    """Run one composed configuration: the function that Hydra calls, in this process or in a launcher's.
+
+    Raises:
+        KeyboardInterrupt: a signal asked the command to stop.
+        SystemExit: it asked a job of submitit to, which may have been requeued.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    # Unresolved: the words may hold interpolations, which mean nothing in Hydra's own configuration.
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    overrides = [str(word) for word in words]
+    name = _name(composed)
+    try:
+        outcome = attempt(name, lambda: _run_composed(name, composed, overrides, in_sweep=in_sweep))
+    except KeyboardInterrupt as stop:
+        if DESK.command:
+            raise
+        outcome = Outcome(name, "interrupted", None, getattr(stop, "exit_code", 130), str(stop))
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            _hand_on(outcome.exit_code)
+    DESK.outcomes.append(outcome)
+    return outcome
+
+
+def _hand_on(exit_code: int) -> None:
+    """Let submitit's handler, in whose place the run's own listened, hear the signal: it requeues the job and exits.
+
+    Where it only notes the signal this process ends as one that was stopped, and leaves no result that says it is done.
+    """
+    handler = signal.getsignal(exit_code - 128)
+    if callable(handler):
+        handler(exit_code - 128, None)
+    sys.exit(exit_code)
+
+
+def attempt(name: str, act: Callable[[], Outcome]) -> Outcome:
+    """Run what `act` does; a failure is told in a line or two and does not stop a sweep.
+
+    It does where it may be that of one process out of several, for which the others wait: their launcher ends them.
+    """
+    try:
+        return act()
+    except (ConfigError, OmegaConfBaseException) as error:
+        mistake = error if isinstance(error, ConfigError) else ConfigError(explain(error))
+        fail(mistake)
+        return Outcome(name, "ConfigError", None, ConfigError.exit_code, str(mistake))
+    except RunFault as error:
+        fail(error)
+        if several() and not error.everywhere:
+            sys.exit(error.exit_code)
+        return Outcome(name, type(error).__name__, None, error.exit_code, str(error))
+    except Exception as error:
+        # A bug, not a mistake of the user: the record says `failed`, the traceback goes to whoever mends it.
+        import traceback
+
+        traceback.print_exc()
+        if several():
+            sys.exit(RunFault.exit_code)
+        return Outcome(name, "failed", None, RunFault.exit_code, f"{type(error).__name__}: {error}")
+
+
+class Collecting:
+    """A launcher that puts down the outcomes which its jobs bring back, and gives sweepers their scores.
+
+    Args:
+        launcher: Hydra's.
+        name: as in the configuration, for messages.
+    """
+
+    def __init__(self, launcher: Any, name: str) -> None:
+        self._launcher, self._name = launcher, name
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        """Launch jobs and wait for them.
+
+        Raises:
+            RunFault: a process of the launcher has gone without an answer.
+        """
+        before = len(DESK.outcomes)
+        try:
+            returned = self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
+        except (ConfigError, OSError, ValueError, TypeError, AttributeError, KeyError, OmegaConfBaseException):
+            raise
+        except Exception as error:  # each launcher has a class of its own
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            raise RunFault(
+                f"hydra/launcher={self._name}: {type(error).__name__}: {reason}\n"
+                "way out: the same command skips the runs that are done and goes on with the others"
+            ) from error
+        found = [job for job in returned if isinstance(getattr(job, "_return_value", None), Outcome)]
+        DESK.outcomes[before:] = [job._return_value for job in found]
+        for job in found:
+            job.return_value = job._return_value.score
+        return list(returned)
+
+
+@contextmanager
+def collecting() -> Iterator[None]:
+    """Let Hydra put down the outcomes of all jobs that it launches, wherever they run.
+
+    Raises:
+        ConfigError: within, for a launcher that is not installed.
+    """
+    from hydra.core.plugins import Plugins
+
+    before = Plugins.instantiate_launcher
+
+    def instantiate(self: Plugins, hydra_context: Any, task_function: Any, config: DictConfig) -> Collecting:
+        name = _require_launcher(config)
+        return Collecting(before(self, hydra_context, task_function, config), name)
+
+    Plugins.instantiate_launcher = instantiate
+    try:
+        yield
+    finally:
+        Plugins.instantiate_launcher = before
+
+
+def _require_launcher(config: DictConfig) -> str:
+    """Return the name of the composed launcher; refuse one whose plugin is not installed."""
+    name = str(config.hydra.runtime.choices["hydra/launcher"])
+    package = str(config.hydra.launcher._target_).split(".")[:2]
+    extra = EXTRAS.get(name.partition("_")[0])
+    try:
+        there = importlib.util.find_spec(".".join(package)) is not None
+    except ModuleNotFoundError:
+        there = False
+    if extra and not there:
+        raise ConfigError(f"hydra/launcher={name}: its plugin is not installed: pip install 'wlora[{extra}]'")
+    return name
+
+
+def _name(composed: DictConfig) -> str:
+    """Name a run for the summary of a sweep; what is missing in a wrong configuration is a question mark."""
+    try:
+        task, method, model = (OmegaConf.select(composed, f"{group}.name") or "?" for group in ("task", "method", "model"))
+        return f"{task} {method} {model} seed={composed.seed}"
+    except OmegaConfBaseException:
+        return "?"
+
+
+def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_sweep: bool) -> Outcome:
+    """Run one composed configuration.
+
+    `overrides` are the words of the command line, or of this run of a sweep: a preset leaves their keys alone.
+    The runs of a sweep share what they load.
+    """
+    from wlora.models.source import locate
+    from wlora.study import fill_tuned
+    from wlora.tasks.data import fingerprint
+    from wlora.validation import resolve
+
+    _refuse_foreign_task(composed)
+    preset = apply_preset(composed, overrides)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    _refuse_added_keys(composed)
+    if preset and is_main():
+        print(f"preset: {show_values(preset)}", flush=True)
+    resolve(config)
+    require_all(config)
+    source, data = locate(config.model), fingerprint(config.task)
+    choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
+    if choice is not None and is_main():
+        where = config.tune_on or config.task.name
+        print(f"tuned: lr={config.lr:g} warmup={config.warmup}, best of {choice.compared} on {where} seed={choice.seed}")
+
+    if config.dry_run:
+        from wlora.dry_run import describe
+
+        print(describe(config))
+        return Outcome(name, "described", None, 0)
+    from wlora.experiment import run
+    from wlora.stock import stock_of_process
+
+    record = run(config, overrides, stock_of_process() if in_sweep else None)
+    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0)
+
+
+def require_all(config: Config) -> None:
+    """Refuse a run for which something is not installed, or neither at hand nor reachable; a dry run needs nothing.
+
+    Raises:
+        ConfigError: what is missing, and the way out.
+    """
+    from wlora.hub import go_offline, require_sources
+    from wlora.models.source import require_extras
+    from wlora.tracking import require_tracker
+
+    if config.offline:
+        go_offline()
+    if not config.dry_run:
+        require_extras(config.model)
+        require_tracker(config.track)
+        require_sources(config)
+
+
+def _refuse_foreign_task(composed: DictConfig) -> None:
+    """Refuse a task for which an experiment, whose figures differ by task, has none."""
+    name = composed.task.name
+    if composed.per_task and name not in composed.per_task:
+        raise wrong_value("task", name, f"{', '.join(composed.per_task)} in this experiment")
+
+
+def _refuse_added_keys(composed: DictConfig) -> None:
+    """Refuse what Hydra's `+key=value` added beside the schema: nothing would read it."""
+    schema = OmegaConf.structured(Config)
+    for parent in ("", "task", "task.generation", "model", "train", "adapter"):
+        allowed = list(_node(schema, parent).keys())  # keys(): a missing value is still a key
+        for name in _node(composed, parent):
+            if name not in allowed:
+                key = f"{parent}.{name!s}".lstrip(".")
+                raise unknown_name(key, key, _sibling_keys(key))
+
+
+def _node(config: DictConfig, parent: str) -> DictConfig:
+    node: DictConfig = OmegaConf.select(config, parent) if parent else config
+    return node
+
+
+def explain(error: Exception) -> str:
+    """Bring an error of Hydra or OmegaConf to one or two lines: the key, the value, what is allowed."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
+    if missing:
+        group, name = missing.groups()
+        return str(unknown_name(f"{group}={name}", name, _group_options(group), say=lambda near: f"{group}={near}"))
+    key = re.search(r"full_key: (\S+)", text)
+    value = re.search(r"Value '([^']*)'|Cannot convert '([^']*)'", text)
+    if key and value:
+        return f"{key[1]}={value[1] or value[2]}: allowed is {_expected(key[1], text)}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        return str(unknown_name(unknown[1], unknown[1], _sibling_keys(unknown[1])))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def _expected(key: str, text: str) -> str:
+    """Say what a key takes: its rule where it has one, else the type that OmegaConf asked for."""
+    from wlora.validation import RULES
+
+    if key in RULES:
+        return RULES[key]
+    match = re.search(r"could not be converted to (\w+)|to supported type '([^']+)'|is not a valid (\w+)", text)
+    return next(filter(None, match.groups())).lower() if match else "a value of another type"
+
+
+def _group_options(group: str) -> list[str]:
+    return [file.stem for file in (config_folder() / group).glob("*.yaml")]
+
+
+def _sibling_keys(key: str) -> list[str]:
+    """List the keys beside a mistyped one, in the schema or (for a method) in the YAML files."""
+    parent, _, _ = key.rpartition(".")
+    if parent == "method":
+        found: set[str] = set()
+        chosen = [word.partition("=")[2] for word in sys.argv if word.startswith("method=")]
+        for file in (config_folder() / "method").glob(f"{chosen[-1] if chosen else '*'}.yaml"):
+            content: Any = OmegaConf.to_container(OmegaConf.load(file))
+            found |= {f"method.{name}" for name in content.get("method", content)}
+        found -= {key, *(f"method.{note}" for note in METHOD_NOTES)}
+        return sorted(found | {"method.preset"})
+    schema = OmegaConf.structured(Config)
+    node = OmegaConf.select(schema, parent) if parent else schema
+    names = list(node) if isinstance(node, DictConfig) else list(schema)
+    return [f"{parent}.{name}" if parent and isinstance(node, DictConfig) else str(name) for name in names]
+
+
+def fail(error: Exception) -> None:
+    """Tell the user what went wrong."""
+    print(f"error: {error}", file=sys.stderr, flush=True)

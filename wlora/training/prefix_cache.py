@@ -1,0 +1,205 @@
+"""What the frozen prefix gives for every row, computed once and stored, in memory or on disk.
+
+    <results_dir>/prefix_cache/<fingerprint>/   states.bin (hidden states, row after row)   manifest.json
+
+A folder is written whole or not at all, believed only if its checksum holds, and used by every later run with the same
+weights beneath, data, depth and dtype. Deleting the folder costs the next run one pass over the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import __version__ as transformers_version
+
+from wlora.console import say
+from wlora.errors import RunFault
+from wlora.fingerprint import hash_file
+from wlora.models.prefix import Prefix
+from wlora.tasks.features import INPUT_TYPES
+from wlora.training.batching import evaluation_batches
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SCHEMA = 1
+_STATES, _MANIFEST = "states.bin", "manifest.json"
+# Rows that are computed together. Always the same ones, so that a row's states do not depend on when it is first needed.
+ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where hidden states are kept, and how.
+
+    Attributes:
+        kind: `memory`, or `disk` for files that are mapped into memory.
+        dtype: of the stored states.
+        limit: bytes, over all splits of a run; rows that do not fit are computed anew every time.
+        folder: of the files.
+    """
+
+    kind: Literal["memory", "disk"]
+    dtype: torch.dtype
+    limit: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Hidden states of a split: those of a row are `states[start:start + length]`; start is -1 where they did not fit."""
+
+    states: Tensor
+    starts: np.ndarray
+    lengths: np.ndarray
+
+
+class PrefixCache:
+    """The states above a frozen prefix for the rows of a run's splits.
+
+    Args:
+        collate: turns features by row index into the model's inputs, on the model's device.
+    """
+
+    def __init__(self, prefix: Prefix, storage: Storage, collate: Callable[[Dataset, list[int]], dict[str, Tensor]]) -> None:
+        self.prefix, self.storage, self._collate = prefix, storage, collate
+        self._splits: dict[str, _Stored] = {}
+        self._model: str | None = None
+
+    def facts(self) -> dict[str, int]:
+        """Return what a record says: layers left out, rows stored, and bytes."""
+        stored = self._splits.values()
+        return {
+            "prefix_layers": self.prefix.depth,
+            "prefix_rows": sum(int((split.starts >= 0).sum()) for split in stored),
+            "prefix_bytes": sum(split.states.nbytes for split in stored),
+        }
+
+    def prepare(self, split: str, features: Dataset) -> None:
+        """Compute or find the states of a split; nothing if that is done.
+
+        Raises:
+            RunFault: the disk is full or the folder cannot be written.
+        """
+        if split in self._splits:
+            return
+        lengths = np.asarray(features["length"], dtype=np.int64)
+        order = [row for batch in evaluation_batches(lengths.tolist(), ROWS_AT_ONCE) for row in batch]
+        token = self.prefix.width * self.storage.dtype.itemsize
+        left = self.storage.limit - sum(stored.states.nbytes for stored in self._splits.values())
+        kept = order[: int(np.searchsorted(np.cumsum(lengths[order]) * token, left, side="right"))]
+        starts = np.full(len(features), -1, dtype=np.int64)
+        starts[kept] = np.cumsum(lengths[kept]) - lengths[kept]
+        if len(kept) < len(order):
+            say(f"notice: train.prefix_cache_gb holds {len(kept)} of {len(order)} rows of {split}, the others run in full")
+        tokens = int(lengths[kept].sum())
+        if self.storage.kind == "disk" and tokens:
+            states = self._open(features, kept, tokens)
+        else:
+            states = torch.empty(tokens, self.prefix.width, dtype=self.storage.dtype)
+            end = 0
+            for piece in self._compute(features, kept):
+                states[end : end + len(piece)] = piece
+                end += len(piece)
+        self._splits[split] = _Stored(states, starts, lengths)
+
+    def replay(self, split: str, rows: list[int], inputs: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Let the model go on from the states of these rows while in the block; `prepare` comes first.
+
+        Args:
+            inputs: the rows collated; the mask says where in [rows, tokens] the states belong.
+        """
+        stored = self._splits[split]
+        if (stored.starts[rows] < 0).any():
+            # Rounded as the stored ones are, so that the limit is no part of the science.
+            return self.prefix.replaced(self.prefix.compute(inputs).to(self.storage.dtype))
+        mask = inputs["attention_mask"].bool()
+        states = torch.zeros(*mask.shape, self.prefix.width, dtype=self.storage.dtype, device=mask.device)
+        ends = stored.starts + stored.lengths
+        pieces = [stored.states[stored.starts[row] : ends[row]] for row in rows]
+        states[mask] = torch.cat(pieces).to(mask.device)
+        return self.prefix.replaced(states)
+
+    def _compute(self, features: Dataset, rows: list[int]) -> Iterator[Tensor]:
+        """Yield the states of rows, [tokens, width], batch after batch, padding left out."""
+        for begin in range(0, len(rows), ROWS_AT_ONCE):
+            inputs = self._collate(features, rows[begin : begin + ROWS_AT_ONCE])
+            states = self.prefix.compute(inputs)
+            yield states[inputs["attention_mask"].bool()].to(self.storage.dtype).cpu()
+
+    def _open(self, features: Dataset, rows: list[int], tokens: int) -> Tensor:
+        """Map the file of these states, which is written first if there is none that holds."""
+        folder = self.storage.folder / self._fingerprint(features, rows)
+        fault = _find_fault(folder)
+        if fault is None:
+            say(f"prefix     {folder} is used again")
+        else:
+            if folder.exists():
+                say(f"notice: the stored prefix {folder} is broken and computed anew ({fault})")
+            self._write(folder, features, rows)
+        flat = torch.from_file(str(folder / _STATES), size=tokens * self.prefix.width, dtype=self.storage.dtype)
+        return flat.view(tokens, self.prefix.width)
+
+    def _write(self, folder: Path, features: Dataset, rows: list[int]) -> None:
+        staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+        digest = hashlib.sha256()
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            try:
+                with (staging / _STATES).open("wb") as stream:
+                    for piece in self._compute(features, rows):
+                        content = piece.contiguous().view(torch.uint8).numpy().tobytes()
+                        digest.update(content)
+                        stream.write(content)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                manifest = {"schema": SCHEMA, "sha256": digest.hexdigest()}
+                (staging / _MANIFEST).write_text(json.dumps(manifest))
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # another run has just written the same
+                    os.replace(staging, folder)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            if (fault := _find_fault(folder)) is not None:
+                raise RunFault(f"the prefix cache {folder} cannot be written ({fault})")
+        except OSError as error:
+            raise RunFault(
+                f"the prefix cache {folder} cannot be written ({error.strerror}): train.prefix_cache=memory needs no disk"
+            ) from error
+
+    def _fingerprint(self, features: Dataset, rows: list[int]) -> str:
+        """Return 16 hex digits of a hash of all that decides the states of these rows."""
+        if self._model is None:
+            self._model = self.prefix.fingerprint()
+        versions = f"{torch.__version__} {transformers_version} {self.storage.dtype} {len(rows)}"
+        digest = hashlib.sha256(f"{SCHEMA} {self._model} {versions}".encode())
+        table = features.with_format("arrow")[:]
+        for key in INPUT_TYPES:
+            if key in table.column_names:
+                for chunk in table[key].chunks:
+                    digest.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=False)).data)
+        digest.update(table["length"].to_numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _find_fault(folder: Path) -> str | None:
+    """Say what is wrong with a stored prefix, None if it is whole."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        if manifest["schema"] != SCHEMA:
+            return f"schema {manifest['schema']}"
+        return None if hash_file(folder / _STATES) == manifest["sha256"] else f"{_STATES} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"

@@ -1,0 +1,50 @@
+"""The frozen base in pieces: FSDP (`torch.distributed.fsdp`) over the processes of a run, for models that fill a GPU.
+
+Only the base is sharded: every process holds a part of each layer and gathers a layer when it is computed. Adapters and
+head are small, stay whole, and are no business of FSDP's: their gradients are averaged here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedModel
+
+from wlora.errors import ConfigError
+from wlora.models.targets import FAMILIES
+from wlora.processes import mean, several
+
+
+def shard_base(model: PreTrainedModel, device: torch.device) -> None:
+    """Spread what does not train over all processes, layer by layer, in place.
+
+    Args:
+        model: as it trains, with its adapters; from here on all processes must call it together.
+        device: of this process; the parts are moved there.
+
+    Raises:
+        ConfigError: there is one process only.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if not several():
+        raise ConfigError("train.fsdp=true: allowed with several processes: accelerate launch --multi_gpu --num_processes N")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    whole = {p for p in model.parameters() if p.requires_grad}
+    for stack in FAMILIES[model.config.model_type]:
+        for layer in model.get_submodule(stack.prefix).children():
+            fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of whole parameters over all processes, in one go."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    averaged = mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = torch.split(averaged, [gradient.numel() for gradient in gradients])  # type: ignore[no-untyped-call]
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
