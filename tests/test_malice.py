@@ -5,6 +5,7 @@ Models and adapters have theirs beside their other tests.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -15,11 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from wlora import run
-from wlora.records import Record, RecordStore
+from wlora.config import config_folder
+from wlora.errors import ConfigError
+from wlora.export import find_record
+from wlora.records import Record, RecordStore, seal
 from wlora.training import guard
 from wlora.training.guard import Interrupted
+
+from .hub_folder import build_folder
 
 CHECKPOINTED = ["method=wlora", "train.checkpoint_every=4", "train.max_steps=12"]
 
@@ -151,3 +158,149 @@ def test_names_in_a_manifest_lead_nowhere(run_tiny: Callable[..., Record], tmp_p
     (folder / "manifest.json").write_text(json.dumps(manifest))
     run_tiny(*CHECKPOINTED, "force=true")
     assert outside.read_text() == "{}"
+
+
+@pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-re"])
+def test_hydras_way_to_start_from_a_pickle_is_closed(
+    flag: str, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Bomb(mark)))
+    words = [flag, str(tmp_path / "config.pickle"), f"results_dir={tmp_path / 'r'}"]
+    code, error = command(*words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and "is never read" in error and not mark.exists()
+
+
+CALL = "_target_: builtins.open\n    file: {mark}\n    mode: w\n"
+SPELT_OTHERWISE = '"\\x5ftarget_": builtins.open\n    file: {mark}\n    mode: w\n'
+LOGGING = "handlers:\n      boom:\n        (): builtins.open\n        file: {mark}\n        mode: w\n"
+CLASS = "handlers:\n      boom:\n        class: logging_.evil.Handler\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "named"),
+    [
+        ("callbacks", f"callbacks:\n  boom:\n    {CALL}", "_target_: builtins.open"),
+        ("callbacks", f"callbacks:\n  boom:\n    {SPELT_OTHERWISE}", "_target_: builtins.open"),
+        ("job_logging", f"job_logging:\n    {LOGGING}", "(): builtins.open"),
+        ("job_logging", f"job_logging:\n    {CLASS}", "class: logging_.evil.Handler"),
+        ("launcher", f"launcher:\n    {CALL}", "_target_: builtins.open"),
+    ],
+)
+@pytest.mark.parametrize("way", ["dir", "path", "searchpath"])
+def test_a_configuration_that_names_something_to_call_is_refused(
+    way: str,
+    kind: str,
+    content: str,
+    named: str,
+    mark: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "conf"
+    (folder / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nhydra:\n  " + content.format(mark=mark).replace("\n  ", "\n    ")
+    (folder / "experiment" / "evil.yaml").write_text(text)
+    chosen = {"dir": f"--config-dir={folder}", "path": f"-cp={folder}", "searchpath": f"hydra.searchpath=[file://{folder}]"}
+    words = [chosen[way], "experiment=evil", f"results_dir={tmp_path / 'r'}", "dry_run=true"]
+    if way == "path":
+        words.append("-cn=experiment/evil")
+    code, error = command(*words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and f"evil.yaml: {named} would run code" in error and len(error.splitlines()) == 1, error
+    assert not mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Callback")
+def test_hydra_would_have_called_it(
+    mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    for kind, content in (("callbacks", f"callbacks:\n  boom:\n    {CALL}"), ("logging", f"job_logging:\n    {LOGGING}")):
+        text = "# @package _global_\nhydra:\n  " + content.format(mark=mark).replace("\n  ", "\n    ")
+        (tmp_path / "experiment" / f"{kind}.yaml").write_text(text)
+        monkeypatch.setattr(run, "refuse_code", lambda words: None)
+        words = [f"--config-dir={tmp_path}", f"experiment={kind}", f"results_dir={tmp_path / 'r'}", "dry_run=true"]
+        command(*words, monkeypatch=monkeypatch, capsys=capsys)
+        assert mark.exists(), f"{kind}: the bomb is a dud, so the tests around show nothing"
+        mark.unlink()
+
+
+def test_a_configuration_from_elsewhere_may_set_things(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /task: story_nli\n  - override /model: tiny_bert\nrank: 3\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    words = [f"--config-dir={tmp_path / 'conf'}", "experiment=mine", f"results_dir={tmp_path}", "dry_run=true"]
+    code, error = command(*words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, error
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "told"),
+    [
+        ("task", "hub_id", "${oc.env:SECRET}", "has an interpolation"),
+        ("method", "select", "${oc.env:SECRET}", "has an interpolation"),
+        ("method", "_target_", "builtins.open", "_target_"),
+        ("method", "name", "../../evil", "method.name=../../evil is unknown"),
+        ("method", "name", "base", "method.name=base is unknown"),
+    ],
+)
+def test_each_trick_in_a_record_is_refused_by_itself(
+    section: str,
+    key: str,
+    value: str,
+    told: str,
+    tmp_path: Path,
+    run_tiny: Callable[..., Record],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SECRET", "whispered")
+    record = run_tiny("method=lora", "train.max_steps=1")
+    record.config[section][key] = value
+    RecordStore(tmp_path).write(record)
+    code, error = command(f"from={record.run_id}", f"results_dir={tmp_path}", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and told in error and "Traceback" not in error and "whispered" not in error, error
+
+
+def test_a_record_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    content = Record(run_id="../../outside", status="success", config={})
+    store.folder.mkdir()
+    store.path("inside").write_text(seal(dataclasses.asdict(content)))
+    with pytest.raises(ConfigError, match="is damaged: it is of run ../../outside"):
+        find_record(str(tmp_path), "inside")
+
+
+def test_shards_outside_the_folder_are_refused(
+    mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"bert.x": Bomb(mark)}, tmp_path / "evil.bin")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / "tiny_bert.yaml").architecture)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"bert.x": "../evil.bin"}}))
+    (folder / "model-1.safetensors").write_bytes(b"")
+    words = ["task=story_nli", "model=tiny_bert", f"model.path={folder}", "method=lora", f"results_dir={tmp_path / 'r'}"]
+    code, error = command(*words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and "model.safetensors.index.json names ../evil.bin" in error and not mark.exists()
+
+
+def test_code_beside_a_models_weights_is_not_run(
+    mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = build_folder(tmp_path / "model")
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nEvil = None\n")
+    for file, entries in (
+        ("config.json", ("AutoConfig", "AutoModelForSequenceClassification")),
+        ("tokenizer_config.json", ("AutoTokenizer",)),
+    ):
+        content = json.loads((folder / file).read_text())
+        content["auto_map"] = dict.fromkeys(entries, "evil.Evil")
+        (folder / file).write_text(json.dumps(content))
+    words = ["task=story_nli", "model=deberta_v3_base", f"model.path={folder}", "method=lora", "train.max_steps=1"]
+    words += ["task.max_train_rows=8", "task.max_eval_rows=8", "task.batch_size=8", "train.accumulation_steps=1"]
+    command(*words, f"results_dir={tmp_path / 'r'}", monkeypatch=monkeypatch, capsys=capsys)
+    assert not mark.exists()

@@ -7,6 +7,7 @@ no table counts the same run twice.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,9 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
     results_dir = next((word.partition("=")[2] for word in overrides if word.startswith("results_dir=")), "results")
     record = find_record(results_dir, origins[0])
     RecordStore(results_dir).read_curve(record)  # a damaged one is told before the run
+    if "${" in json.dumps(record.config):
+        # A run's configuration is resolved. Here it would be so again, with what this machine holds (`${oc.env:...}`).
+        raise ConfigError(f"from={origins[0]}: its record has an interpolation, ${{...}}, which no run has written")
     # How the record's run was asked for is no wish of this one.
     recorded = dataclasses.replace(restore_config(record.config), force=False, offline=False, track="none")
     merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(overrides))

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from wlora.config import config_folder, register_schema
 from wlora.errors import ConfigError, RunFault
+from wlora.foreign import refuse_code
 from wlora.help import register_help
 from wlora.jobs import DESK, Outcome, attempt, collecting, explain, fail, run_one
 from wlora.processes import is_main
@@ -41,6 +42,7 @@ def _run(words: Sequence[str]) -> int:
         if any(word.startswith("from=") for word in words):
             DESK.outcomes.append(attempt("", lambda: _repeat(words)))
         else:
+            refuse_code(words)
             with collecting():
                 hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
     except (HydraException, OmegaConfBaseException) as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
-from wlora.errors import ConfigError
+from wlora.config import config_folder
+from wlora.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from wlora.methods.base import Method
@@ -21,11 +23,14 @@ def build_method(
     weights are packed, `started` for adapters that start from given ones (`adapter.path`).
 
     Raises:
-        ConfigError: the policy reads or changes the weights of the base, and they are packed, or its adapters cannot start
-            from others.
+        ConfigError: there is no such policy, or it has other keys; it reads or changes the weights of the base, and they are
+            packed; its adapters cannot start from others.
     """
     from wlora.methods.base import Method
 
+    known = [file.stem for file in (config_folder() / "method").glob("*.yaml")]
+    if settings["name"] not in known:
+        raise unknown_name(f"method.name={settings['name']}", str(settings["name"]), known)
     module = importlib.import_module(f"wlora.methods.{settings['name']}")
     (policy,) = [
         value
@@ -41,6 +46,11 @@ def build_method(
             f"method={settings['name']}: its adapters have a start of their own: allowed with adapter.path is "
             "lora, wlora, wlora_plus, wlora_depth, rlora, alora, lora_drop"
         )
-    method = policy(**{key: value for key, value in settings.items() if key not in ("name", "targets")})
+    given = {key: value for key, value in settings.items() if key not in ("name", "targets")}
+    try:
+        inspect.signature(policy).bind(**given)
+    except TypeError as error:
+        raise ConfigError(f"method={settings['name']}: {error}") from None
+    method = policy(**given)
     method.release = release
     return method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def locate(model: ModelConfig) -> ModelSource:
     """Find a model's files and check what can be checked about them.
 
     Raises:
-        ConfigError: a folder without config or weights, a package that is not installed, a wrong SHA-256.
+        ConfigError: a folder without config or weights or with a wrong index of shards, a package that is not installed, a
+            wrong SHA-256.
     """
     if model.path is not None and model.gguf_file is not None:
         return ModelSource(model.path, hash_files([find_gguf(model)]))  # configuration and tokenizer are in the file
@@ -47,6 +49,8 @@ def locate(model: ModelConfig) -> ModelSource:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise ConfigError(f"{key}: no weights there (model.safetensors or pytorch_model.bin)")
+    for index in folder.glob("*.index.json"):
+        _refuse_elsewhere(index, key)
     if model.sha256 is not None and hash_file(weights[0]) != model.sha256:
         raise ConfigError(
             f"{key}: {weights[0].name} has sha256 {hash_file(weights[0])[:12]}…, not {model.name}'s {model.sha256[:12]}…\n"
@@ -54,6 +58,17 @@ def locate(model: ModelConfig) -> ModelSource:
         )
     content = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _CONTENT)
     return ModelSource(str(folder), hash_files(content))
+
+
+def _refuse_elsewhere(index: Path, key: str) -> None:
+    """Refuse a list of shards that names a file outside its folder, which the fingerprint would not see."""
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        strange = [name for name in names if name in (".", "..") or Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{key}: {index.name} cannot be read ({type(error).__name__}: {str(error)[:100]})") from None
+    if strange:
+        raise ConfigError(f"{key}: {index.name} names {strange[0]}: allowed are files of the folder")
 
 
 def require_extras(model: ModelConfig) -> None:
