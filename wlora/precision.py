@@ -16,10 +16,15 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """A chosen precision: its name (`fp32`, `bf16`, `fp16`) and why it was chosen."""
+    """A chosen precision: its name (`fp32`, `bf16`, `fp16`) and why it was chosen.
+
+    `emulated` is for processors without bfloat16 products, which take several times as long for one as for a float32
+    product: linears multiply bfloat16 numbers in float32 and round the result, as the hardware with such products does.
+    """
 
     name: str
     reason: str
+    emulated: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -29,6 +34,8 @@ class Precision:
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
     """Choose the precision for a device; `auto` takes the low one where the hardware multiplies it fast."""
+    if requested == "bf16" and device.type == "cpu" and not _cpu_multiplies_bf16():
+        return Precision(requested, "asked for; this processor multiplies it in float32", emulated=True)
     if requested != "auto":
         return Precision(requested, "asked for")
     if device.type == "cuda":
@@ -63,6 +70,12 @@ def lower_base(model: nn.Module, precision: Precision) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and not parameter.requires_grad and id(parameter) not in spared:
             parameter.data = parameter.data.to(precision.dtype)
+    if precision.emulated:
+        for module in model.modules():
+            if type(module) is nn.Linear and module.weight.dtype == precision.dtype:
+                module.float()  # of rounded weights: they are still bfloat16 numbers
+                module.register_forward_pre_hook(_cast_up, with_kwargs=True)
+                module.register_forward_hook(lambda _module, _args, out: out.to(precision.dtype))
     for module in head_modules(model).values():
         module.register_forward_pre_hook(_cast_up, with_kwargs=True)
 
