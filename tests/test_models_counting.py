@@ -234,6 +234,16 @@ def test_targets_stand_in_the_order_of_named_modules_in_which_the_release_number
         assert names == [linear for linear in linears if linear in names]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_target_set_from_a_layer_up_is_its_upper_part(name: str) -> None:
+    architecture = build_tiny(name)[2]
+    whole = list_targets(architecture, "qkv")
+    highest = whole[-1].layer
+    assert list_targets(architecture, "qkv@0") == whole
+    assert list_targets(architecture, f"qkv@{highest}") == [target for target in whole if target.layer == highest]
+    assert list_targets(architecture, f"qkv@{highest + 1}") == []
+
+
 BART_LARGE = {"model_type": "bart", "encoder_layers": 12, "decoder_layers": 12}
 LLAMA3_8B = {"model_type": "llama", "num_hidden_layers": 32}
 

@@ -28,7 +28,7 @@ LABELS = 3
 class Rig:
     """A tiny model with WeightLoRA's adapters, whose B is not zero, in one precision."""
 
-    def __init__(self, name: str, chosen: str, method: str = "wlora") -> None:
+    def __init__(self, name: str, chosen: str, method: str = "wlora", *, emulated: bool = False) -> None:
         config = compose("task=story_nli", f"model={name}", f"method={method}", "rank=4", "k=1", "dropout=0")
         source = ModelSource(None, None)
         self.tokenizer = load_tokenizer(config.model, source)
@@ -41,7 +41,7 @@ class Rig:
         with torch.no_grad():
             for adapter in self.method.adapters.values():
                 adapter.B.normal_(0, 0.05, generator=generator)
-        lower_base(self.model, Precision(chosen, "test"))
+        lower_base(self.model, Precision(chosen, "test", emulated))
         self.model.eval()
 
     def batch(self) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class Rig:
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 def test_what_is_asked_for_is_taken(name: str) -> None:
     chosen = choose_precision(name, CPU)
-    assert (chosen.name, chosen.reason) == (name, "asked for")
+    assert chosen.name == name and chosen.reason.startswith("asked for")
     assert chosen.dtype == {"fp32": torch.float32, **LOW}[name]
 
 
@@ -76,6 +76,14 @@ def test_auto_on_a_processor_takes_what_it_multiplies_fast_and_says_so() -> None
 def test_auto_follows_the_processor(fast: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision_module, "_cpu_multiplies_bf16", lambda: fast)
     assert choose_precision("auto", CPU).name == name
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_emulated_where_it_is_asked_for_and_slow(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision_module, "_cpu_multiplies_bf16", lambda: fast)
+    assert choose_precision("bf16", CPU).emulated is not fast
+    assert not any(choose_precision(name, CPU).emulated for name in ("auto", "fp32", "fp16"))
+    assert not choose_precision("bf16", torch.device("cuda")).emulated
 
 
 @pytest.mark.parametrize(("capability", "name"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")])
@@ -112,6 +120,36 @@ def test_the_base_is_low_and_what_trains_is_float32(name: str, chosen: str) -> N
         assert parameter.dtype == (torch.float32 if spared else LOW[chosen]), parameter_name
         assert parameter.requires_grad == spared, parameter_name
     assert all(a.omega is not None and a.omega.dtype == torch.float32 for a in rig.method.adapters.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_emulated_bfloat16_gives_the_numbers_of_native_bfloat16(name: str) -> None:
+    single, native, emulated = Rig(name, "fp32"), Rig(name, "bf16"), Rig(name, "bf16", emulated=True)
+    weights = dict(native.model.named_parameters())
+    linears = {f"{at}.weight" for at, module in emulated.model.named_modules() if type(module) is torch.nn.Linear}
+    for parameter_name, parameter in emulated.model.named_parameters():
+        assert torch.equal(parameter, weights[parameter_name].to(parameter.dtype)), parameter_name
+        assert parameter.dtype == torch.float32 or parameter_name not in linears
+    losses = []
+    for rig in (single, native, emulated):
+        losses.append(rig.forward().loss)
+        losses[-1].backward()
+    assert abs(losses[2] - losses[1]) < max(2e-4, 0.5 * abs(losses[0] - losses[1]))
+    found, expected = (
+        torch.cat([p.grad.flatten() for p in rig.model.parameters() if p.grad is not None]) for rig in (emulated, native)
+    )
+    assert float(torch.cosine_similarity(expected, found, dim=0)) > 0.99
+
+
+def test_an_emulated_linear_rounds_the_float32_product_once() -> None:
+    rig = Rig("tiny_bert", "bf16", emulated=True)
+    linear = next(m for name, m in rig.model.named_modules() if name.endswith("intermediate.dense"))
+    x = torch.randn(5, linear.in_features).bfloat16().requires_grad_()
+    out = linear(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, torch.nn.functional.linear(x.float(), linear.weight, linear.bias).bfloat16())
+    out.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("chosen", LOW)

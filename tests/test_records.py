@@ -78,12 +78,13 @@ def test_a_record_holds_the_keys_of_the_design(run_tiny: Callable[..., Any], tmp
     assert content["status"] == "success" and content["primary_metric"] in content["metrics"]
     assert set(content["parameters"]) >= {"adapter_initial", "adapter_final", "head", "total", "stored"}
     assert set(content["seconds"]) == {"train", "eval", "total"}
+    assert content["evaluations"][-1] == {"step": content["steps"]["total"], "seconds": content["seconds"]["train"]}
     assert content["resumed_at"] == [] and content["config"]["method"]["k"] == 5
     assert [event["kind"] for event in content["events"]] == ["cut"]
     for adapter in content["adapters"]:
         assert set(adapter) == {"name", "omega", "rank"} and adapter["omega"] > 0 and adapter["rank"] == 8
     assert content["parameters"]["adapter_final"] == len(content["adapters"]) * 8 * 64
-    assert content["environment"]["packages"]["torch"] and content["memory"]["process"] > 0
+    assert content["environment"]["packages"]["torch"] and content["memory"]["process"] > 0 < content["memory"]["saved"]
 
 
 def test_a_finished_run_is_not_repeated_unless_forced(

@@ -388,7 +388,8 @@ def _complete(record: Record, result: Result, method: Method, seconds: float) ->
         "examples_per_second": result.examples / result.train_seconds,
         "tokens_per_second": result.tokens / result.train_seconds,
     }
-    record.memory = peak_memory() | result.prefix
+    record.evaluations = result.evaluations
+    record.memory = peak_memory() | result.memory
 
 
 def _classify(error: BaseException) -> tuple[str, str]:

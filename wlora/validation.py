@@ -29,7 +29,7 @@ RULES = {
     "warmup": "int >= 0 or null or tuned",
     "seed": "int >= 0",
     "k": "int >= 1 or null",
-    "targets": " | ".join(TARGET_SETS),
+    "targets": " | ".join((*TARGET_SETS, "SET@LAYER")),
     "precision": "auto | fp32 | bf16 | fp16",
     "compat": "paper | release",
     "track": " | ".join(TRACKERS),
@@ -77,7 +77,9 @@ def satisfies(value: Any, rule: str) -> bool:
     if rule.startswith("list of "):
         return isinstance(value, list) and len(value) > 0 and all(satisfies(v, rule.removeprefix("list of ")) for v in value)
     if "|" in rule or not re.match(r"(int|float)\b", rule):
-        return str(value).lower() in [word.strip() for word in rule.split("|")]
+        choices = [word.strip() for word in rule.split("|")]
+        name, at, layer = str(value).lower().partition("@")
+        return name in choices and (not at or ("SET@LAYER" in choices and layer.isdecimal()))
     kind, _, bounds = rule.partition(" ")
     if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
         return False

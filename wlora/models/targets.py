@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wlora.config import ModelConfig
 
 TARGET_SETS = ("qkv", "attention", "all", "release")
+"""What `targets` may name; `SET@LAYER` is the part of a set from a layer up."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,18 @@ def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str,
 
 
 def list_targets(architecture: dict[str, Any], targets: str) -> list[Target]:
-    """Enumerate the adapted modules of an architecture from the lowest layer up."""
+    """Enumerate the adapted modules of an architecture from the lowest layer up.
+
+    Args:
+        targets: one of `TARGET_SETS`, or SET@LAYER for its modules from that layer up (counted from 0 over all stacks).
+    """
+    name, _, lowest = targets.partition("@")
     found: list[Target] = []
     layer = 0
     for stack in FAMILIES[architecture["model_type"]]:
         for index in range(int(architecture[stack.depth_key])):
-            found += [Target(f"{stack.prefix}.{index}.{suffix}", layer, suffix) for suffix in stack.suffixes(targets)]
+            if layer >= int(lowest or 0):
+                found += [Target(f"{stack.prefix}.{index}.{suffix}", layer, suffix) for suffix in stack.suffixes(name)]
             layer += 1
     return found
 

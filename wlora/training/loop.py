@@ -27,7 +27,7 @@ from wlora.tasks.features import loss_weights
 from wlora.training.batching import group_for_steps, share, training_batches
 from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
-from wlora.training.footprint import activation_bytes
+from wlora.training.footprint import activation_bytes, saved_bytes
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
 from wlora.training.prefix_cache import PrefixCache, Storage
@@ -99,7 +99,8 @@ class Result:
     eval_seconds: float = 0.0
     examples: int = 0
     tokens: int = 0
-    prefix: dict[str, int] = field(default_factory=dict)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -142,8 +143,7 @@ class Trainer:
         self.step = 0
         self.parts = 1  # in which a micro-batch is computed, one after the other
         self.growth = 1  # micro-batches of the plan that are computed at once since a cut
-        self._longest: list[int] = []  # the micro-batch by which growth is measured
-        self._first_bytes = 0  # what it took before the cut
+        self._first_bytes = 0  # of the longest micro-batch before the cut
         self._before = 0  # the step before the present one
         self._losses: list[float] = []
 
@@ -151,7 +151,7 @@ class Trainer:
         """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU."""
         state = capture(self.bare_model, self.method, self.optimizers)
         state.facts |= {"step": self.step, "losses": self._losses, "result": dataclasses.asdict(self.result)}
-        state.facts |= {"parts": self.parts, "growth": self.growth, "longest": self._longest, "bytes": self._first_bytes}
+        state.facts |= {"parts": self.parts, "growth": self.growth, "bytes": self._first_bytes}
         state.facts["scaler"] = self.scaler.state_dict() if self.scaler else None
         return state
 
@@ -164,7 +164,6 @@ class Trainer:
         self.prefix = self._open_prefix()
         self.step, self.parts, self._losses = state.facts["step"], state.facts["parts"], list(state.facts["losses"])
         self.growth, self._first_bytes = state.facts["growth"], state.facts["bytes"]
-        self._longest = list(state.facts["longest"])
         events = [Event(**event) for event in state.facts["result"]["events"]]
         self.result = Result(**{**state.facts["result"], "events": events})
         if self.scaler:
@@ -195,7 +194,7 @@ class Trainer:
                 if self.on_step is not None:
                     self.on_step(self)
                 self._show(bar, losses)
-        self.result.prefix = self.prefix.facts() if self.prefix else {}
+        self.result.memory = {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
         return self.result
 
     def passed(self, every: int) -> bool:
@@ -262,19 +261,18 @@ class Trainer:
         self._restructure(self.method.after_step(step))
         self.optimizers.zero_grad()
         if self.settings.grow_batch != "off":
-            self._grow(step, batches)
+            self._grow(step)
         return loss
 
-    def _grow(self, step: int, batches: list[list[int]]) -> None:
+    def _grow(self, step: int) -> None:
         """Once the structure is settled, compute as many micro-batches at once as one took before the cut.
 
-        Measured with the longest micro-batch of the first step, which in the first epoch is the longest of all.
+        Measured with the longest rows of all.
         """
         if step == 1:
-            self._longest = max(batches, key=lambda batch: max(self.data.train["length"][row] for row in batch))
-            self._first_bytes = self._measure()
+            self._first_bytes = self._measure(activation_bytes)
         elif self._first_bytes and self.method.settled(step):
-            now = self._measure()
+            now = self._measure(activation_bytes)
             most = self.plan.accumulation_steps if self.settings.grow_batch == "micro" else GROWTH_LIMIT
             self.growth = min(most, max(1, self._first_bytes // max(1, now)))
             rows = self.growth * self.plan.batch_size
@@ -282,15 +280,17 @@ class Trainer:
             self.result.events.append(Event(step, "grow_batch", details))
             self._first_bytes = 0
 
-    def _measure(self) -> int:
-        """Return the memory of the activations of the longest micro-batch; nothing else is left behind."""
+    def _measure(self, measure: Callable[[nn.Module, dict[str, Tensor]], int]) -> int:
+        """Measure a micro-batch of the longest training rows; nothing else is left behind."""
         streams = random_streams()
-        mine = share(self._longest, self.accelerator.process_index, self.accelerator.num_processes) or self._longest[:1]
+        lengths = list(self.data.train["length"])
+        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: math.ceil(self.plan.batch_size / self.parts)]
+        mine = share(longest, self.accelerator.process_index, self.accelerator.num_processes) or longest[:1]
         inputs = self._collate(self.data.train, mine)
         if self.prefix:
             self.prefix.prepare("train", self.data.train)
         with self._autocast(), self._replayed(mine, inputs):
-            found = from_main(activation_bytes(self.bare_model, inputs))
+            found = from_main(measure(self.bare_model, inputs))
         self.method.forget_backward()
         self.optimizers.zero_grad()
         set_random_streams(streams)
@@ -443,6 +443,7 @@ class Trainer:
                 together=self.settings.sharded,
             )
         self.result.metrics = metrics
+        self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
         self.result.eval_seconds += time.perf_counter() - begin
         self.log({"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics})
 
