@@ -3,10 +3,17 @@
     python scripts/benchmark.py steps [--repeats 5] [--models minilm deberta bart llama]
     python scripts/benchmark.py end_to_end --data DIR [--baseline FILE] [--seeds 0 1 2] [--epochs 5]
 
-`steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut, base in float32 and
-bfloat16, without and with stored prefixes; all take turns, and medians count. `end_to_end` trains whole runs on MRPC and
-SST-2 (4,000 rows) with MiniLM, warm-up, cut and the filling of the cache included; runs that are done are not repeated.
-DIR holds mrpc/ and sst2/. Both write JSON and a table to --out [results/benchmarks].
+`steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut, without and with a
+stored prefix, and with the micro-batch grown into the freed memory; in float32, and in bfloat16 where the processor
+multiplies it fast (PEFT's by autocast, which DeBERTa does not survive). All take turns, and medians count. Batches are full,
+so tokens are unpadded ones.
+
+`end_to_end` trains whole runs on MRPC and SST-2 (4,000 rows) with MiniLM in the precision that is fast here, warm-up, cut
+and the filling of the cache included; runs that are done are not repeated. Seconds are of training, evaluations apart. The
+target of `to_target_s` is one point of accuracy below the mean of PEFT's final scores; it counts from the start of training
+to the end of the first epoch that reaches it. DIR holds mrpc/ and sst2/.
+
+Both write JSON and a table to --out [results/benchmarks].
 """
 
 from __future__ import annotations
@@ -37,14 +44,12 @@ from wlora.models.loading import build_unloaded, head_parameters
 from wlora.models.prefix import Prefix, frozen_depth
 from wlora.models.source import locate
 from wlora.models.targets import FAMILIES, read_architecture
-from wlora.precision import Precision, lower_base
+from wlora.precision import Precision, choose_precision, lower_base
 from wlora.records import RecordStore
 from wlora.sweep import compose
 from wlora.tasks import build_task
 from wlora.training.footprint import saved_bytes
 from wlora.training.optimizers import Optimizers
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ class Case:
     tokens: int
     kept: str
 
-    def words_of(self, method: str) -> list[str]:
-        """Return the overrides of a run with a method."""
-        size = [f"task.batch_size={self.rows}", f"task.max_length={self.tokens}"]
+    def words_of(self, method: str, *, growth: int = 1) -> list[str]:
+        """Return the overrides of a run with a method, its micro-batch grown so many times."""
+        size = [f"task.batch_size={growth * self.rows}", f"task.max_length={self.tokens}"]
         target = ["task.max_target_length=64"] if "task=xsum" in self.words else []
         return [*self.words, *size, *target, f"method={method}", "rank=8"]
 
@@ -74,12 +79,21 @@ CASES = {
 
 @dataclass
 class Contender:
-    """Something whose steps are timed: `step` takes one, `saved` are the bytes kept for its backward pass."""
+    """Something whose steps are timed.
+
+    Attributes:
+        step: takes one.
+        rows: of its batch.
+        saved: bytes kept for its backward pass.
+        held: bytes of weights, gradients and moments.
+    """
 
     name: str
     precision: str
     step: Callable[[], object]
+    rows: int
     saved: int
+    held: int
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -109,12 +123,17 @@ def main() -> None:
 
 
 def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time steps of every model; the ratios are to PEFT's LoRA in float32, and to our LoRA in the same precision."""
+    """Time steps of every model; ratios of time are per row, to PEFT's LoRA and to the same in float32."""
     rows: list[dict[str, Any]] = []
+    precisions = dict.fromkeys(["fp32", fast_precision()])
     for name in args.models:
         case = CASES[name]
         config = compose(case.words_of("lora"))
-        contenders = [build_peft(config), *(c for precision in DTYPES for c in build_ours(config, case, precision))]
+        contenders = []
+        for precision in precisions:
+            if precision == "fp32" or name != "deberta":
+                contenders.append(build_peft(config, precision))
+            contenders += build_ours(case, precision)
         for contender in contenders:
             contender.step()
         for _ in range(args.repeats):
@@ -122,25 +141,35 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 begin = time.perf_counter()
                 contender.step()
                 contender.seconds.append(time.perf_counter() - begin)
-        base = {c.name: statistics.median(c.seconds) for c in contenders if c.precision == "fp32"}
+        per_row = {(c.name, c.precision): statistics.median(c.seconds) / c.rows for c in contenders}
+        saved = {(c.name, c.precision): c.saved for c in contenders}
         for contender in contenders:
-            seconds = statistics.median(contender.seconds)
+            seconds = per_row[contender.name, contender.precision]
+            peft, single = ("PEFT LoRA", contender.precision), (contender.name, "fp32")
             rows.append(
                 {
                     "model": name,
                     "what": contender.name,
                     "precision": contender.precision,
-                    "ms": round(1000 * seconds, 1),
-                    "examples_per_s": round(case.rows / seconds, 1),
-                    "tokens_per_s": round(case.rows * case.tokens / seconds),
+                    "batch": f"{contender.rows}×{case.tokens}",
+                    "ms": round(1000 * seconds * contender.rows, 1),
+                    "examples_per_s": round(1 / seconds, 1),
+                    "tokens_per_s": round(case.tokens / seconds),
                     "saved_mib": round(contender.saved / 2**20, 1),
-                    "time_to_peft": round(seconds / base["PEFT LoRA"], 3),
-                    "bytes_to_peft": round(contender.saved / contenders[0].saved, 3),
-                    "time_to_own_fp32": round(seconds / base.get(contender.name, seconds), 3),
+                    "memory_mib": round((contender.saved + contender.held) / 2**20, 1),
+                    "time_to_peft": round(seconds / per_row[peft], 3) if peft in per_row else None,
+                    "time_to_peft_fp32": round(seconds / per_row["PEFT LoRA", "fp32"], 3),
+                    "time_to_own_fp32": round(seconds / per_row[single], 3) if single in per_row else None,
+                    "saved_to_peft": round(contender.saved / saved[peft], 3) if peft in saved else None,
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def fast_precision() -> str:
+    """Return what `precision=auto` chooses here."""
+    return choose_precision("auto", torch.device("cpu")).name
 
 
 def build_model(config: Config) -> tuple[Any, dict[str, Tensor]]:
@@ -153,8 +182,8 @@ def build_model(config: Config) -> tuple[Any, dict[str, Tensor]]:
     return model.train(), make_batch(model, config)
 
 
-def build_peft(config: Config) -> Contender:
-    """PEFT's LoRA on the same modules with the same head, stepped as Trainer steps it: clip, AdamW, schedule."""
+def build_peft(config: Config, precision: str) -> Contender:
+    """PEFT's LoRA on the same modules with the same head, stepped as Trainer steps it: autocast, clip, AdamW, schedule."""
     from peft import LoraConfig, get_peft_model
     from transformers import get_linear_schedule_with_warmup
 
@@ -169,22 +198,45 @@ def build_peft(config: Config) -> Contender:
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     schedule = get_linear_schedule_with_warmup(optimizer, 10, 1000)
 
+    def lowered() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+
     def step() -> None:
-        adapted(**batch).loss.backward()
+        with lowered():
+            loss = adapted(**batch).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
-    return Contender("PEFT LoRA", "fp32", step, saved_bytes(adapted, batch))
+    with lowered():
+        saved = saved_bytes(adapted, batch)
+    return Contender("PEFT LoRA", precision, step, config.task.batch_size, saved, held_bytes(adapted))
 
 
-def build_ours(config: Config, case: Case, precision: str) -> list[Contender]:
-    """Our LoRA, WeightLoRA before the cut, after it, and after it with the prefix stored."""
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of all weights, and of gradient and AdamW's two moments of those that train."""
+    return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+
+
+def build_ours(case: Case, precision: str) -> list[Contender]:
+    """Our LoRA, WeightLoRA before the cut, after it, after it with the prefix stored, and then with more rows at once."""
+    found = build_stages(case, precision, [("LoRA", "lora", False), ("WLoRA before the cut", "wlora", False)])
+    found += build_stages(case, precision, [("WLoRA cut", "wlora", True)])
+    # As `train.grow_batch` does: as many micro-batches at once as one took before the cut.
+    growth = found[1].saved // found[-1].saved
+    if growth > 1:
+        found.append(build_stages(case, precision, [("WLoRA cut", "wlora", True)], growth=growth)[-1])
+        found[-1].name = f"{found[-1].name}, micro-batch grown"
+    return found
+
+
+def build_stages(case: Case, precision: str, plans: list[tuple[str, str, bool]], *, growth: int = 1) -> list[Contender]:
+    """Build contenders: a name, a method, and whether it has cut; of one that has, without and with stored prefix."""
     found = []
-    plans = (("LoRA", "lora", False), ("WLoRA before the cut", "wlora", False), ("WLoRA cut", "wlora", True))
     for name, method, cut in plans:
-        ours = compose([*case.words_of(method), "k=5"])
+        ours = compose([*case.words_of(method, growth=growth), "k=5"])
         model, batch = build_model(ours)
         policy = prepare_method(ours)
         attach(model, policy, ours)
@@ -224,7 +276,7 @@ def _contender(
 
     with replaced():
         saved = saved_bytes(model, batch)
-    return Contender(name, precision, step, saved)
+    return Contender(name, precision, step, len(batch["input_ids"]), saved, held_bytes(model))
 
 
 # Every run of `end_to_end`: its name, and its words for `wlora.run`.
@@ -237,62 +289,92 @@ RUNS = {
 TASKS = {"sst2": ["task.max_train_rows=4000"], "mrpc": []}
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """A finished training: seconds, accuracy on the dev set, peak bytes, and (seconds, accuracy) after every epoch."""
+
+    seconds: float
+    score: float
+    peak: int | None
+    curve: list[tuple[float, float]]
+
+    def seconds_to(self, target: float) -> float | None:
+        """Return the training seconds up to the first epoch that reached a score."""
+        return next((seconds for seconds, score in self.curve if score >= target), None)
+
+
 def time_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train everything once per seed in turn; seconds are of training, scores of the whole dev set."""
     rows: list[dict[str, Any]] = []
     for task, limits in TASKS.items():
-        found: dict[str, list[tuple[float, float]]] = {}
+        found: dict[str, list[Outcome]] = {}
         for seed in args.seeds:
             found.setdefault("PEFT + Trainer", []).append(_run_peft(args, task, seed))
             for name, words in RUNS.items():
                 found.setdefault(name, []).append(_run_ours(args, task, [*limits, *words, f"seed={seed}"]))
-                print(task, seed, name, found[name][-1], flush=True)
+            print(
+                task, seed, {name: (round(runs[-1].seconds, 1), runs[-1].score) for name, runs in found.items()}, flush=True
+            )
         base = found["PEFT + Trainer"]
+        target = statistics.mean(run.score for run in base) - 0.01
         for name, runs in found.items():
+            ratios = [run.seconds / other.seconds for run, other in zip(runs, base, strict=True)]
+            reached = [seconds for run in runs if (seconds := run.seconds_to(target)) is not None]
+            peaks = [run.peak for run in runs if run.peak is not None]
             rows.append(
                 {
                     "task": task,
                     "what": name,
+                    "precision": fast_precision(),
                     "seeds": len(runs),
-                    "train_s": round(statistics.median(seconds for seconds, _ in runs), 1),
-                    "time_to_peft": round(statistics.median(a / b for (a, _), (b, _) in zip(runs, base, strict=True)), 3),
-                    "mean_accuracy": round(statistics.mean(score for _, score in runs), 4),
+                    "train_s": round(statistics.median(run.seconds for run in runs), 1),
+                    "time_to_peft": round(statistics.median(ratios), 3),
+                    "mean_accuracy": round(statistics.mean(run.score for run in runs), 4),
+                    "target": round(target, 4),
+                    "to_target_s": round(statistics.median(reached), 1) if reached else None,
+                    "reached": f"{len(reached)} of {len(runs)}",
+                    "peak_process_mib": round(statistics.median(peaks) / 2**20) if peaks else None,
                 }
             )
     return rows
 
 
-def _run_peft(args: argparse.Namespace, task: str, seed: int) -> tuple[float, float]:
-    """Run the baseline script, or read what it has said before; returns seconds of training and accuracy."""
-    file = args.out / "peft" / f"{task}_{args.epochs:g}_{seed}.json"
+def _run_peft(args: argparse.Namespace, task: str, seed: int) -> Outcome:
+    """Run the baseline script, or read what it has said before."""
+    file = args.out / "peft" / f"{task}_{args.epochs:g}_{fast_precision()}_{seed}.json"
     if not file.exists():
         model = compose(["model=minilm", f"task={task}"]).model
         words = [sys.executable, str(args.baseline), "--model", str(locate(model).location), "--task", task]
         words += ["--data", str(args.data / task), "--epochs", str(args.epochs), "--lr", "1e-3", "--seed", str(seed)]
-        words += ["--bf16", *(["--train-rows", "4000"] if task == "sst2" else [])]
+        words += ["--bf16"] if fast_precision() == "bf16" else []
+        words += ["--train-rows", "4000"] if task == "sst2" else []
         done = subprocess.run(words, check=True, capture_output=True, text=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(done.stdout.strip().splitlines()[-1] + "\n")
     said = json.loads(file.read_text())
-    return said["train_s"], said["score"]
+    peak = said.get("peak_rss_mb")
+    return Outcome(said["train_s"], said["score"], peak and peak * 2**20, said.get("curve", []))
 
 
-def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> tuple[float, float]:
-    """Run one setting in a process of its own, unless its record is there; returns seconds of training and accuracy."""
-    common = ["model=minilm", f"task={task}", f"task.path={args.data / task}", "precision=bf16", "lr=1e-3", "warmup=20"]
-    common += ["task.batch_size=32", "train.accumulation_steps=1", f"task.epochs={args.epochs:g}"]
-    common += [f"results_dir={args.out / 'runs'}", *words]
+def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> Outcome:
+    """Run one setting in a process of its own, unless its record is there."""
+    common = ["model=minilm", f"task={task}", f"task.path={args.data / task}", f"precision={fast_precision()}", "lr=1e-3"]
+    common += ["warmup=20", "task.batch_size=32", "train.accumulation_steps=1", f"task.epochs={args.epochs:g}"]
+    common += [f"results_dir={args.out / 'runs'}", "train.save_adapter=false", *words]
     done = subprocess.run([sys.executable, "-m", "wlora.run", *common], check=True, capture_output=True, text=True)
     (identity,) = set(re.findall(r"^([0-9a-f]{16})(?:: task=| is done)", done.stdout, flags=re.MULTILINE))
-    record = RecordStore(args.out / "runs").read(identity)
+    store = RecordStore(args.out / "runs")
+    record = store.read(identity)
     assert record is not None
-    return record.seconds["train"], record.metrics["accuracy"]
+    scores = {point["step"]: point["metrics"]["accuracy"] for point in store.read_curve(record) if "metrics" in point}
+    curve = [(point["seconds"], scores[int(point["step"])]) for point in record.evaluations]
+    return Outcome(record.seconds["train"], record.metrics["accuracy"], record.memory.get("process"), curve)
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
     """Return rows with the same keys as a Markdown table."""
     keys = list(rows[0])
-    lines = [keys, ["---"] * len(keys), *([str(row[key]) for key in keys] for row in rows)]
+    lines = [keys, ["---"] * len(keys), *(["–" if row[key] is None else str(row[key]) for key in keys] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
