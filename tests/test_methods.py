@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from typing import Any
 
 import pytest
@@ -116,6 +117,22 @@ def test_depth_search_agrees_with_brute_force() -> None:
             sets = [c for size in range(1, k + 1) for c in itertools.combinations(positive, size)]
             worth = max(float(omega[list(c)].sum()) - cost * (4 - min(layers[i] for i in c)) for c in sets)
             assert top_k_above(omega, layers, k, depth_cost=cost, num_layers=4)[1] == pytest.approx(worth, abs=1e-6)
+
+
+def test_depth_decided_once_is_not_projected_and_its_cost_follows_the_spread(run_tiny: Any) -> None:
+    words = ["method=wlora_depth", "k=2", "rank=4", "method.rule=once", "method.select_steps=8"]
+    spreads = []
+    for scale in (1.0, 10.0):  # of the gradients, as another model might have them
+        record = run_tiny(*words, "method.depth_cost=0.5", f"method.lr_omega={scale}")
+        (cut,) = record.events
+        assert all(omega != 0 for omega in cut["omega"].values()), "nothing was set to zero before the cut"
+        spread = statistics.pstdev(cut["omega"].values())
+        best = sum(sorted((cut["omega"][name] for name in cut["kept"]), reverse=True))
+        assert cut["objective"] == pytest.approx(best - 0.5 * spread * cut["layers_to_differentiate"], abs=1e-5)
+        spreads.append(spread)
+    assert spreads[1] > 2 * spreads[0]
+    dear = run_tiny(*words, "method.depth_cost=1e6").events[0]
+    assert dear["layers_to_differentiate"] == 1 and dear["predicted_cost"] == {"stored": 0.5, "recomputed": 0.75}
 
 
 def test_a_free_depth_is_weightlora_and_a_dear_one_cuts_higher(run_tiny: Any) -> None:

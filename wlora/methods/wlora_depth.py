@@ -15,11 +15,14 @@ class WLoRADepth(WLoRA):
     """Keeps at most K adapters with the largest Σω − depth_cost × (layers from the lowest kept one up).
 
     A step costs as many layers as the backward pass must run through, which the lowest kept adapter decides; the paper's
-    rule, depth_cost = 0, does not see that. Every projection until T and the cut at T follow the same objective, by exact
-    search over the depth.
+    rule, depth_cost = 0, does not see that. The best set is found by exact search over the depth.
 
     Args:
-        depth_cost: what one layer costs, in units of ω.
+        depth_cost: what one layer costs, in units of ω, or with `rule=once` of the spread of ω.
+        rule: `projected`: every projection until T and the cut at T follow the objective. An ω set to 0 must then grow by a
+            whole 1 to return, so the first gradient nearly decides. `once`: nothing is projected, and the cut at T alone
+            decides, by what all ω have gathered; a layer costs depth_cost standard deviations of ω, whatever lr_omega and
+            the size of the gradients.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class WLoRADepth(WLoRA):
         select_steps: int | None,
         project_every: int,
         depth_cost: float,
+        rule: str,
     ) -> None:
         super().__init__(
             rank=rank,
@@ -43,7 +47,7 @@ class WLoRADepth(WLoRA):
             select_steps=select_steps,
             project_every=project_every,
         )
-        self.depth_cost = depth_cost
+        self.depth_cost, self.rule = depth_cost, rule
 
     def plan(self, steps: Steps) -> None:
         """Fix T; the release has no such rule to reproduce."""
@@ -67,13 +71,20 @@ class WLoRADepth(WLoRA):
         return [name for name, kept in zip(omega, mask.tolist(), strict=True) if kept]
 
     def cut(self, step: int, survivors: list[str], *, final: bool = True) -> Event:
-        """Cut, and note the objective and how many layers are left to differentiate."""
+        """Cut, and note the objective, how many layers are left to differentiate, and what a step should cost then."""
         event = super().cut(step, survivors, final=final)
         lowest = self.adapters.lowest_layer
         layers = 0 if lowest is None else self.num_layers - lowest
-        event.details.update(objective=self._objective, layers_to_differentiate=layers)
+        # Layers passed forward and backward, of those of a step with every adapter: the prefix stored, or computed anew.
+        cost = {"stored": layers / self.num_layers, "recomputed": (self.num_layers + layers) / (2 * self.num_layers)}
+        event.details.update(objective=self._objective, layers_to_differentiate=layers, predicted_cost=cost)
         return event
+
+    def _project(self, step: int) -> None:
+        if self.rule == "projected":
+            super()._project(step)
 
     def _search(self, omega: Tensor) -> tuple[Tensor, float]:
         layers = [self.adapters.target(name).layer for name in self.adapters]
-        return top_k_above(omega, layers, self.k, depth_cost=self.depth_cost, num_layers=self.num_layers)
+        unit = float(omega.std(correction=0)) if self.rule == "once" else 1.0
+        return top_k_above(omega, layers, self.k, depth_cost=self.depth_cost * unit, num_layers=self.num_layers)
