@@ -42,10 +42,11 @@ stage() {
     queue=()
 }
 
-# finish MODULE NAME KEY=VALUE...: make the table or figure
+# finish MODULE NAME KEY=VALUE...: make the table or figure; after DRY=1 the first one ends the script
 finish() {
     if [ -n "${DRY:-}" ]; then
         printf '%s\n' "${planned[@]}" | python -m wlora.sweep
+        exit
     else
         python -m "$@" "results_dir=$RESULTS"
     fi

@@ -81,6 +81,16 @@ def test_the_small_study_is_legal(name: str, tmp_path: Path) -> None:
     assert re.search(r"task=sst2 model=minilm method=wlora rank=8 k=5 targets=qkv: 0 of 5", done.stdout)
 
 
+@pytest.mark.parametrize(
+    ("name", "scale", "runs"),
+    [("k_curve", "cpu", 48), ("depth_curve", "cpu", 114), ("prefix_cache", "cpu", 10), ("depth_curve", "paper", 300)],
+)
+def test_the_studies_beyond_the_tables_are_legal(name: str, scale: str, runs: int, tmp_path: Path) -> None:
+    done = run_script(name, DRY="1", SCALE=scale, RESULTS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"0 of {runs} runs done" in done.stdout.splitlines()[-1]
+
+
 def test_stages_follow_each_other_and_the_table_comes_last(recorder: Path, tmp_path: Path) -> None:
     done = run_script("table1", "precision=fp16", path=recorder, TASKS="rte mrpc", METHODS="lora", JOBS="2", GPUS="2")
     assert done.returncode == 0, done.stderr

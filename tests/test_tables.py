@@ -401,11 +401,31 @@ def test_the_demos_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "| WLoRA K=5 | 1.00K (0.10%) | 0.7500 (1) |" in capsys.readouterr().out
 
 
+def test_the_summary_has_a_line_per_setting_with_its_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cuts = [{"step": 3, "kind": "cut", "lowest_layer": 2}, {"step": 5, "kind": "cut", "lowest_layer": 4}]
+    for seed, score in enumerate((0.5, 0.7)):
+        record(tmp_path, "lora", "sst2", seed, score)
+        for cost in (0.1, 0.2):
+            words = ("method=wlora_depth", "task=sst2", f"seed={seed}", f"method.depth_cost={cost}")
+            fields = {"memory": {"process": 2**30, "saved": 2**20 * (1 + seed)}, "events": cuts}
+            make_record(tmp_path, *words, metrics=score + cost, **fields)
+    main(["summary", f"results_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "| SST-2 | LoRA | 0.6000 ± 0.1414 (2) | 1.00K |  | 8 |  |" in printed
+    for cost in (0.1, 0.2):
+        assert (
+            f"| WLoRA, depth K=5 depth_cost={cost} | {0.6 + cost:.4f} ± 0.1414 (2) | 1.00K | 4.0 | 8 | 2 | 1024 |" in printed
+        )
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "tables" / "summary.csv").read_text())))
+    assert [row["n"] for row in rows] == ["2"] * 3 and rows[1]["saved_bytes"] == str(1.5 * 2**20)
+    assert (tmp_path / "tables" / "summary.md").is_file() and (tmp_path / "tables" / "summary.tex").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["7"], "table 7 is unknown"),
-        (["1", "2"], "allowed is one of 1, 2, 3, 4, 5, 6, demo, all"),
+        (["1", "2"], "allowed is one of 1, 2, 3, 4, 5, 6, demo, all, summary"),
         (["1", "results_dir=nowhere"], "results_dir=nowhere"),
         (["1", "seeds=0"], "seeds=0: allowed is int >= 1"),
         (["1", "bootstrap_seed=x"], "bootstrap_seed=x"),

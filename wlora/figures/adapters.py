@@ -12,9 +12,10 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
 from wlora.config import restore_config
-from wlora.figures.canvas import COLOURS, COLUMN, PAGE, TITLES, chosen_runs, new_figure, nothing, tasks_of
+from wlora.figures.canvas import COLOURS, COLUMN, PAGE, new_figure, nothing
 from wlora.models.targets import Target, list_targets, read_architecture
 from wlora.study import Run, require_one_setting
+from wlora.tables.settings import TITLES, chosen_runs, tasks_of
 
 # At least this share of the runs keeps a starred adapter.
 STARRED = 0.5

@@ -12,36 +12,33 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from wlora.errors import ConfigError
-from wlora.figures.canvas import (
-    COLUMN,
-    PAGE,
-    TITLES,
-    chosen_runs,
-    count_axis,
-    new_figure,
-    nothing,
-    style_of,
-    tasks_of,
-)
+from wlora.figures.canvas import COLUMN, PAGE, count_axis, new_figure, nothing, style_of
 from wlora.records import RecordStore
 from wlora.statistics import Summary, generator, summarize
 from wlora.study import Run
 from wlora.tables.layouts import LABELS, Row
+from wlora.tables.settings import TITLES, chosen_runs, tasks_of
 
 # Kinds of events that a learning curve marks.
 MARKED = ("cut", "select", "extend", "grow", "prune", "share", "allocate")
 
 
 def pareto(runs: Sequence[Run]) -> Figure:
-    """Draw score against trained parameters and against training seconds, one point per method, with 95 % intervals."""
+    """Draw score against cost, one point per setting, with 95 % intervals.
+
+    Costs are trained parameters, training seconds, and where all records tell them the bytes saved for the backward pass.
+    """
     chosen = chosen_runs(runs)
     if not chosen:
         raise nothing("pareto", "no successful run")
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
     styles = style_of(labels)
-    figure, axes = new_figure(2, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.9)
+    with_memory = all("saved" in run.record.memory for group in chosen.values() for run in group)
+    rows = 3 if with_memory else 2
+    figure, axes = new_figure(rows, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.9)
     for column, task in enumerate(tasks):
-        upper, lower = axes[0][column], axes[1][column]
+        panels = [line[column] for line in axes]
+        upper, lower, *memory = panels
         for label in labels:
             group = chosen.get((label, task))
             if not group:
@@ -57,11 +54,15 @@ def pareto(runs: Sequence[Run]) -> Figure:
             }
             upper.errorbar(parameters, score.mean, yerr=_bars(score), **style)
             lower.errorbar(seconds.mean, score.mean, xerr=_bars(seconds), yerr=_bars(score), **style)
+            for panel in memory:
+                saved = float(np.mean([run.record.memory["saved"] for run in group])) / 2**20
+                panel.errorbar(saved, score.mean, yerr=_bars(score), **style)
+                panel.set_xlabel("MiB saved for the backward pass")
         _count_scale(upper, max(_trained(run) for group in chosen.values() for run in group))
         upper.set_title(TITLES.get(task, task))
         upper.set_xlabel("trained parameters without the head")
         lower.set_xlabel("training seconds")
-        for axis in (upper, lower):
+        for axis in panels:
             axis.set_ylabel(_metric(chosen, task))
     _legend(figure, axes[0])
     return figure

@@ -17,13 +17,15 @@ from wlora.tables.comparisons import compare_rows
 from wlora.tables.grid import draw, draw_companion, draw_comparisons
 from wlora.tables.layouts import LAYOUTS, Layout
 from wlora.tables.paper import paper_table, read_printed, unexplained_averages
-from wlora.tables.writing import companion_csv, comparisons_csv, runs_csv, to_csv, to_latex, to_markdown
+from wlora.tables.summary import draw_summary, summarize_study
+from wlora.tables.writing import companion_csv, comparisons_csv, runs_csv, to_csv, to_latex, to_markdown, write_csv
 
 USAGE = """\
-usage: python -m wlora.tables 1|2|3|4|5|6|all|demo [key=value ...]
+usage: python -m wlora.tables 1|2|3|4|5|6|all|demo|summary [key=value ...]
 
 Reads the records of one study and writes, to <results_dir>/tables, tableN.csv, .md and .tex; tableN_paper.* (the paper's
 figures and the differences), tableN_comparisons.* (WLoRA against RLoRA and LoRA), and runs.csv (one line per run).
+summary.* has a line per task and setting, of runs that fit no table of the paper, too: score, parameters, seconds, memory.
 
   results_dir=results     the study; results/paper sets the paper's own figures
   model=NAME              whose runs; default: the paper's model of each table
@@ -53,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def _write(words: Sequence[str]) -> None:
     defaults = {"results_dir": "results", "model": None, "seeds": None, "bootstrap_seed": "0"}
     names, options, filters = read_words(words, defaults)
-    layouts = _layouts(names)
+    layouts = [] if names == ["summary"] else _layouts(names)
     seeds, bootstrap_seed = _integer("seeds", options["seeds"], 1), _integer("bootstrap_seed", options["bootstrap_seed"], 0)
     results = Path(options["results_dir"] or "results")
     if (results / "table1.csv").is_file() and not (results / "records").is_dir():
@@ -63,6 +65,11 @@ def _write(words: Sequence[str]) -> None:
     everything = read_runs(results)
     _check_model(options["model"], everything)
     runs = select(everything, filters)
+    if not layouts:
+        _write_summary(
+            [run for run in runs if options["model"] in (None, run.model)], results / "tables", bootstrap_seed or 0
+        )
+        return
     for layout in _restrict(layouts, filters):
         model = options["model"] or layout.model
         table = fill(layout, runs, model=model, seeds=seeds, bootstrap_seed=bootstrap_seed or 0)
@@ -72,11 +79,11 @@ def _write(words: Sequence[str]) -> None:
 
 def _layouts(names: Sequence[str]) -> list[Layout]:
     if len(names) != 1:
-        raise ConfigError(f"tables={' '.join(names) or 'none'}: allowed is one of {', '.join(LAYOUTS)}, all")
+        raise ConfigError(f"tables={' '.join(names) or 'none'}: allowed is one of {', '.join(LAYOUTS)}, all, summary")
     if names[0] == "all":
         return [layout for name, layout in LAYOUTS.items() if name != "demo"]
     if names[0] not in LAYOUTS:
-        raise unknown_name(f"table {names[0]}", names[0], [*LAYOUTS, "all"])
+        raise unknown_name(f"table {names[0]}", names[0], [*LAYOUTS, "all", "summary"])
     return [LAYOUTS[names[0]]]
 
 
@@ -145,6 +152,17 @@ def _write_table(table: Table, folder: Path, bootstrap_seed: int, *, shown: bool
         print("\n\n".join([said, text.strip(), *below]) + "\n")
     missing, full = sum(cell.missing for cell in table.cells.values()), sum(bool(c.runs) for c in table.cells.values())
     print(f"{folder / name}.md: {full} of {len(table.cells)} cells, {missing} runs missing", flush=True)
+
+
+def _write_summary(runs: Sequence[Run], folder: Path, bootstrap_seed: int) -> None:
+    """Write and print a line per task and setting."""
+    lines = summarize_study(runs, bootstrap_seed=bootstrap_seed)
+    grid, models = draw_summary(lines), ", ".join(sorted({run.model for run in runs}))
+    said = f"{models}: dev sets, after the last step. Mean ± standard deviation of the primary metric over seeds (runs)."
+    _save(folder / "summary.csv", write_csv(lines))
+    _save(folder / "summary.tex", to_latex(grid, caption=said, label="tab:summary", notes=[]))
+    _save(folder / "summary.md", "\n\n".join(("# Summary", said, to_markdown(grid).strip())) + "\n")
+    print(f"{said}\n\n{to_markdown(grid)}")
 
 
 def _model_note(table: Table) -> str:

@@ -151,7 +151,7 @@ def to_csv(table: Table) -> str:
             line |= _summary_columns("all", mean.summaries[0] if mean else None, decimals(table.layout))
             line |= {"all_runs": mean.summaries[0].n if mean else None, "all_mark": mean.mark if mean else ""}
         lines.append(line)
-    return _write_csv(lines)
+    return write_csv(lines)
 
 
 def _summary_columns(name: str, summary: Summary | None, digits: int) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def comparisons_csv(answers: Sequence[Answer]) -> str:
         line |= _summary_columns("probability", found.probability, 4)
         del line["difference_std"], line["probability_std"]
         lines.append({**line, "tasks": found.tasks, "pairs": found.pairs, "paired": found.paired})
-    return _write_csv(lines)
+    return write_csv(lines)
 
 
 def companion_csv(table: Table, printed: Mapping[Row, PrintedRow]) -> str:
@@ -194,7 +194,7 @@ def companion_csv(table: Table, printed: Mapping[Row, PrintedRow]) -> str:
             difference = None if own is None else f"{own - figure:.6f}"
             found = {"method": row.method, "rank": row.rank, "k": row.k, "figure": name, "paper": figure}
             lines.append({**found, "ours": None if own is None else f"{own:.6f}", "difference": difference})
-    return _write_csv(lines)
+    return write_csv(lines)
 
 
 def runs_csv(runs: Sequence[Run]) -> str:
@@ -212,10 +212,11 @@ def runs_csv(runs: Sequence[Run]) -> str:
         line |= {key: record.environment.get(key) for key in ("git_commit", "git_dirty", "device", "processor")}
         line |= {key: value for key, value in run.setting.items() if not isinstance(value, list) and key not in line}
         lines.append(line)
-    return _write_csv(lines)
+    return write_csv(lines)
 
 
-def _write_csv(lines: Sequence[dict[str, Any]]) -> str:
+def write_csv(lines: Sequence[dict[str, Any]]) -> str:
+    """Write lines as CSV; a column for every key that any of them has."""
     out = io.StringIO()
     names = dict.fromkeys(name for line in lines for name in line)
     writer = csv.DictWriter(out, list(names), lineterminator="\n")
