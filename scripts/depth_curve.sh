@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What a longer frozen prefix costs and brings (beyond the paper): WLoRA that weighs the depth of the backward pass, by both
 # of its rules and for five prices of a layer, beside LoRA, LoRA in the upper layers only (of one of them also at rank 32),
-# and WLoRA; K = 9 asks whether more adapters make up for the depth. The prefix is stored everywhere. Settings: scripts/study.sh. RESULTS is a folder of its own by default: every setting is a row.
+# and WLoRA; K = 9 asks whether more adapters make up for the depth. The prefix is stored everywhere. Settings:
+# scripts/study.sh. RESULTS is a folder of its own by default: every setting is a row.
 RESULTS=${RESULTS:-results/depth_${SCALE:-paper}}
 . "$(dirname "$0")/study.sh"
 
