@@ -352,6 +352,14 @@ def test_the_csv_joins_the_papers(tmp_path: Path) -> None:
     assert (wlora["sst2_runs"], wlora["sst2_diverged"], wlora["mnli_missing"], wlora["mnli_accuracy"]) == ("3", "1", "4", "")
 
 
+def test_several_machines_are_named(tmp_path: Path) -> None:
+    for seed, capability in enumerate(("AVX2", "AVX2", "AVX512")):
+        torch = {"threads": 1, "cpu_capability": capability}
+        record(tmp_path, "lora", "sst2", seed, 0.5, environment={"precision": "fp32", "processor": "P", "torch": torch})
+        below = " ".join(notes(filled(tmp_path, "1")))
+        assert ("P (AVX2, 1 thread) and P (AVX512, 1 thread): seconds" in below) == (seed == 2)
+
+
 def test_the_long_format_has_every_run(tmp_path: Path) -> None:
     study(tmp_path)
     rows = list(csv.DictReader(io.StringIO(runs_csv(read_runs(tmp_path)))))

@@ -77,6 +77,18 @@ def describe_environment(device: str, precision: str, processes: int, *, overrid
     }
 
 
+def name_machine(environment: dict[str, Any]) -> str:
+    """Return what a recorded run computed on, in words: seconds of two names are not comparable."""
+    torch = environment.get("torch", {})
+    if gpus := torch.get("gpus"):
+        return f"{len(gpus)} × {gpus[0]}"
+    processor = environment.get("processor") or "unknown processor"
+    if not torch:
+        return str(processor)
+    threads = torch.get("threads")
+    return f"{processor} ({torch.get('cpu_capability')}, {threads} thread{'' if threads == 1 else 's'})"
+
+
 def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two environments, by dotted key; what only one of them notes is left out."""
     found: dict[str, tuple[Any, Any]] = {}

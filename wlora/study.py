@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wlora.config import Config, restore_config, scientific_fields
+from wlora.environment import name_machine
 from wlora.errors import ConfigError, unknown_name
 from wlora.records import Record, RecordStore
 
@@ -78,6 +79,11 @@ class Run:
         """The number of adapters asked for, None for a method that does not read `k`."""
         method = self.record.config["method"]
         return int(method["k"]) if "k" in method and method.get("schedule", "single") == "single" else None
+
+    @property
+    def machine(self) -> str:
+        """What it ran on."""
+        return name_machine(self.record.environment)
 
     @cached_property
     def score(self) -> float:

@@ -33,6 +33,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
         raise nothing("pareto", "no successful run")
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
     styles = style_of(labels)
+    several = len({run.machine for group in chosen.values() for run in group}) > 1
     with_memory = all("saved" in run.record.memory for group in chosen.values() for run in group)
     rows = 3 if with_memory else 2
     figure, axes = new_figure(rows, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.9)
@@ -61,7 +62,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
         _count_scale(upper, max(_trained(run) for group in chosen.values() for run in group))
         upper.set_title(TITLES.get(task, task))
         upper.set_xlabel("trained parameters without the head")
-        lower.set_xlabel("training seconds")
+        lower.set_xlabel("training seconds" + (", on different machines" if several else ""))
         for axis in panels:
             axis.set_ylabel(_metric(chosen, task))
     _legend(figure, axes[0])

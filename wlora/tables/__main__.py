@@ -11,7 +11,7 @@ from pathlib import Path
 from wlora.config import config_folder
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.study import Run, read_runs, read_words, select
-from wlora.tables.caption import caption, notes
+from wlora.tables.caption import caption, machines, notes
 from wlora.tables.cells import Table, fill
 from wlora.tables.comparisons import compare_rows
 from wlora.tables.grid import draw, draw_companion, draw_comparisons
@@ -159,10 +159,12 @@ def _write_summary(runs: Sequence[Run], folder: Path, bootstrap_seed: int) -> No
     lines = summarize_study(runs, bootstrap_seed=bootstrap_seed)
     grid, models = draw_summary(lines), ", ".join(sorted({run.model for run in runs}))
     said = f"{models}: dev sets, after the last step. Mean ± standard deviation of the primary metric over seeds (runs)."
+    below = machines(runs)
+    page = "\n\n".join([said, to_markdown(grid).strip(), *below])
     _save(folder / "summary.csv", write_csv(lines))
-    _save(folder / "summary.tex", to_latex(grid, caption=said, label="tab:summary", notes=[]))
-    _save(folder / "summary.md", "\n\n".join(("# Summary", said, to_markdown(grid).strip())) + "\n")
-    print(f"{said}\n\n{to_markdown(grid)}")
+    _save(folder / "summary.tex", to_latex(grid, caption=said, label="tab:summary", notes=below))
+    _save(folder / "summary.md", f"# Summary\n\n{page}\n")
+    print(page)
 
 
 def _model_note(table: Table) -> str:

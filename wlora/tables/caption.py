@@ -24,7 +24,7 @@ def caption(table: Table) -> str:
 
 
 def notes(table: Table) -> list[str]:
-    """Return what stands below the table: missing and diverged runs, mixed commits."""
+    """Return what stands below the table: missing and diverged runs, mixed commits and machines."""
     found = []
     missing = sum(cell.missing for cell in table.cells.values())
     if missing:
@@ -39,10 +39,19 @@ def notes(table: Table) -> list[str]:
     commits = sorted({str(environment["git_commit"])[:7] for environment in environments if environment.get("git_commit")})
     if len(commits) > 1:
         found.append(f"The runs come from {len(commits)} commits: {', '.join(commits)}.")
+    found += machines(table.runs())
     dirty = sum(bool(environment.get("git_dirty")) for environment in environments)
     if dirty:
         found.append(f"{dirty} runs come from a checkout with uncommitted changes.")
     return found
+
+
+def machines(runs: Iterable[Run]) -> list[str]:
+    """Say on which machines runs were made, if on several."""
+    names = sorted({run.machine for run in runs})
+    if len(names) < 2:
+        return []
+    return [f"The runs were made on {_join(names)}: seconds of different machines are not comparable."]
 
 
 def _model(table: Table, runs: Sequence[Run]) -> str:
