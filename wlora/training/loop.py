@@ -28,6 +28,7 @@ from wlora.training.batching import group_for_steps, share, training_batches
 from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
 from wlora.training.footprint import activation_bytes, saved_bytes
+from wlora.training.growth import BatchGrowth
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
 from wlora.training.prefix_cache import PrefixCache, Storage
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 # Points of the learning curve over a whole run.
 CURVE_POINTS = 200
-GROWTH_LIMIT = 32
 FP16_FIRST_SCALE = 2.0**14
 
 
@@ -142,8 +142,9 @@ class Trainer:
         self.result = Result()
         self.step = 0
         self.parts = 1  # in which a micro-batch is computed, one after the other
-        self.growth = 1  # micro-batches of the plan that are computed at once since a cut
-        self._first_bytes = 0  # of the longest micro-batch before the cut
+        self.growth = BatchGrowth(
+            settings.grow_batch, batch_size=plan.batch_size, accumulation_steps=plan.accumulation_steps
+        )
         self._before = 0  # the step before the present one
         self._losses: list[float] = []
 
@@ -151,7 +152,7 @@ class Trainer:
         """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU."""
         state = capture(self.bare_model, self.method, self.optimizers)
         state.facts |= {"step": self.step, "losses": self._losses, "result": dataclasses.asdict(self.result)}
-        state.facts |= {"parts": self.parts, "growth": self.growth, "bytes": self._first_bytes}
+        state.facts |= {"parts": self.parts, "growth": self.growth.factor, "bytes": self.growth.before}
         state.facts["scaler"] = self.scaler.state_dict() if self.scaler else None
         return state
 
@@ -163,7 +164,7 @@ class Trainer:
         self.model = self._prepare()
         self.prefix = self._open_prefix()
         self.step, self.parts, self._losses = state.facts["step"], state.facts["parts"], list(state.facts["losses"])
-        self.growth, self._first_bytes = state.facts["growth"], state.facts["bytes"]
+        self.growth.factor, self.growth.before = state.facts["growth"], state.facts["bytes"]
         events = [Event(**event) for event in state.facts["result"]["events"]]
         self.result = Result(**{**state.facts["result"], "events": events})
         if self.scaler:
@@ -212,8 +213,7 @@ class Trainer:
         for step, batches in enumerate(itertools.islice(self._steps(), self.step, None), start=self.step + 1):
             gathered += batches
             count += 1
-            wanted = self.growth if self.settings.grow_batch == "effective" else 1
-            if count >= wanted or step % self.plan.steps_per_epoch == 0 or step == self.plan.total_steps:
+            if count >= self.growth.steps or step % self.plan.steps_per_epoch == 0 or step == self.plan.total_steps:
                 yield step, gathered
                 gathered, count = [], 0
 
@@ -260,25 +260,9 @@ class Trainer:
             self.scaler.update()
         self._restructure(self.method.after_step(step))
         self.optimizers.zero_grad()
-        if self.settings.grow_batch != "off":
-            self._grow(step)
+        grown = self.growth.observe(step, settled=self.method.settled(step), measure=lambda: self._measure(activation_bytes))
+        self.result.events += [grown] if grown else []
         return loss
-
-    def _grow(self, step: int) -> None:
-        """Once the structure is settled, compute as many micro-batches at once as one took before the cut.
-
-        Measured with the longest rows of all.
-        """
-        if step == 1:
-            self._first_bytes = self._measure(activation_bytes)
-        elif self._first_bytes and self.method.settled(step):
-            now = self._measure(activation_bytes)
-            most = self.plan.accumulation_steps if self.settings.grow_batch == "micro" else GROWTH_LIMIT
-            self.growth = min(most, max(1, self._first_bytes // max(1, now)))
-            rows = self.growth * self.plan.batch_size
-            details = {"bytes_before": self._first_bytes, "bytes_after": now, "growth": self.growth, "micro_batch": rows}
-            self.result.events.append(Event(step, "grow_batch", details))
-            self._first_bytes = 0
 
     def _measure(self, measure: Callable[[nn.Module, dict[str, Tensor]], int]) -> int:
         """Measure a micro-batch of the longest training rows; nothing else is left behind."""
@@ -331,7 +315,8 @@ class Trainer:
         total, tokens = (torch.zeros((), device=self.accelerator.device) for _ in range(2))
         if self.prefix:
             self.prefix.prepare("train", self.data.train)
-        pieces = [batch[part :: self.parts] for batch in self._grown(batches) for part in range(min(self.parts, len(batch)))]
+        grown = self.growth.regroup(batches, self.data.train["length"])
+        pieces = [batch[part :: self.parts] for batch in grown for part in range(min(self.parts, len(batch)))]
         for index, piece in enumerate(pieces):
             mine = share(piece, rank, world)
             rows = mine or piece[:1]
@@ -353,15 +338,6 @@ class Trainer:
             total, tokens = self.accelerator.reduce((total, tokens), "sum")  # type: ignore[misc]
         self.result.tokens += int(tokens)
         return total
-
-    def _grown(self, batches: list[list[int]]) -> list[list[int]]:
-        """Put the rows of an update into as few micro-batches as the memory takes, similar lengths together."""
-        if self.growth == 1:
-            return batches
-        lengths = self.data.train["length"]
-        rows = sorted((row for batch in batches for row in batch), key=lambda row: lengths[row])
-        size = math.ceil(len(rows) / math.ceil(len(batches) / self.growth))
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(self.scaler.scale(loss) if self.scaler else loss)

@@ -1,0 +1,64 @@
+"""Batches that grow into the memory that a cut has freed (paper, section 3.3: larger batches after the cut)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from wlora.methods.base import Event
+
+# Micro-batches at once with `effective`, where the plan sets no bound.
+LIMIT = 32
+
+
+class BatchGrowth:
+    """How many of the plan's micro-batches are computed at once, which a measurement after the cut decides.
+
+    Args:
+        kind: `micro` keeps the rows of an optimiser step and takes fewer passes over them, `effective` takes the rows of
+            several steps at once; `off` never grows.
+        batch_size: rows of a micro-batch of the plan.
+        accumulation_steps: micro-batches of a step of the plan.
+
+    Attributes:
+        factor: micro-batches at once.
+    """
+
+    def __init__(self, kind: str, *, batch_size: int, accumulation_steps: int) -> None:
+        self.kind, self.batch_size = kind, batch_size
+        self.most = {"off": 1, "micro": accumulation_steps, "effective": LIMIT}[kind]
+        self.factor = 1
+        self.before = 0  # bytes of the longest micro-batch before the cut, until they have been compared
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the plan whose rows make one update."""
+        return self.factor if self.kind == "effective" else 1
+
+    def observe(self, step: int, *, settled: bool, measure: Callable[[], int]) -> Event | None:
+        """Measure at the first step, and once more when the structure is settled; returns what has grown then.
+
+        Args:
+            settled: no cut is to come.
+            measure: returns the bytes of the longest micro-batch.
+        """
+        if self.kind == "off":
+            return None
+        if step == 1:
+            self.before = measure()
+            return None
+        if not self.before or not settled:
+            return None
+        now = measure()
+        self.factor = min(self.most, max(1, self.before // max(1, now)))
+        details = {"bytes_before": self.before, "bytes_after": now, "growth": self.factor}
+        self.before = 0
+        return Event(step, "grow_batch", details | {"micro_batch": self.factor * self.batch_size})
+
+    def regroup(self, batches: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+        """Put the rows of an update into as few micro-batches as the memory takes, similar lengths together."""
+        if self.factor == 1:
+            return batches
+        rows = sorted((row for batch in batches for row in batch), key=lambda row: lengths[row])
+        size = math.ceil(len(rows) / math.ceil(len(batches) / self.factor))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
