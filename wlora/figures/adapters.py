@@ -42,9 +42,10 @@ def adapters(runs: Sequence[Run]) -> Figure:
                 axis.set_title(f"{TITLES.get(task, task)}, {label}")
             else:
                 axis.set_axis_off()
-    figure.colorbar(
-        image, ax=[axis for line in axes for axis in line], label="share of runs that keep the adapter", shrink=0.8
-    )
+    panels = [axis for line in axes for axis in line]
+    # As tall as at most two rows of panels, whatever the number of rows.
+    height = min(0.8, 2 / len(axes))
+    figure.colorbar(image, ax=panels, label="share of runs that keep the adapter", shrink=height, aspect=15)
     return figure
 
 

@@ -88,4 +88,4 @@ def style_of(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def count_axis(axis: Axes) -> None:
     """Put ticks at whole numbers only."""
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
