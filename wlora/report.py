@@ -185,15 +185,15 @@ def _figures(folder: Path) -> Iterator[str]:
 
 def _environments(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
     """Return the distinct environments, each with the number of its runs."""
-    keys = ("wlora", "git_commit", "git_dirty", "python", "processor", "cpus", "device", "processes", "precision")
+    keys = ("wlora", "git_commit", "git_dirty", "python", "cpus", "device", "processes", "precision")
     packages = ("torch", "transformers", "datasets", "accelerate")
     found: Counter[tuple[str, ...]] = Counter()
     for run in runs:
         environment = run.record.environment
         versions = environment.get("packages", {})
-        values = [environment.get(key) for key in keys] + [versions.get(name) for name in packages]
+        values = [environment.get(key) for key in keys] + [versions.get(name) for name in packages] + [run.machine]
         found[tuple("" if value is None else str(value) for value in values)] += 1
-    return ["runs", *keys, *packages], [[count, *values] for values, count in found.most_common()]
+    return ["runs", *keys, *packages, "machine"], [[count, *values] for values, count in found.most_common()]
 
 
 def _runs(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
