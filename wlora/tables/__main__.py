@@ -66,9 +66,9 @@ def _write(words: Sequence[str]) -> None:
     _check_model(options["model"], everything)
     runs = select(everything, filters)
     if not layouts:
-        _write_summary(
-            [run for run in runs if options["model"] in (None, run.model)], results / "tables", bootstrap_seed or 0
-        )
+        # `single` is one adapter per run, for Figure 2.
+        ours = [run for run in runs if options["model"] in (None, run.model) and run.method != "single"]
+        _write_summary(ours, results / "tables", bootstrap_seed or 0)
         return
     for layout in _restrict(layouts, filters):
         model = options["model"] or layout.model
