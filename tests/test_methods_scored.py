@@ -55,7 +55,9 @@ def scored(name: str, **changed: Any) -> Rig:
         index = torch.tensor(list(rows))
         return {"x": rig.x[index], "y": rig.y[index], "attention_mask": torch.ones(len(index))}
 
-    bench = WholePasses(Called(rig), rows=ROWS, labels=[float(row % 4 == 0) for row in range(ROWS)], collate=collate)
+    bench = WholePasses(
+        Called(rig), lengths=[1] * ROWS, labels=[float(row % 4 == 0) for row in range(ROWS)], collate=collate
+    )
     rig.phases = rig.method.phases(bench, 40)  # type: ignore[attr-defined]
     rig.optimizers.rebuild(rig.method.groups(1e-2))
     return rig
@@ -66,7 +68,7 @@ def total(rig: Rig) -> int:
 
 
 def test_sample_is_stratified_and_without_replacement() -> None:
-    bench = Bench(nn.Identity(), rows=100, labels=[float(row < 20) for row in range(100)], collate=lambda rows: {})
+    bench = Bench(nn.Identity(), lengths=[1] * 100, labels=[float(row < 20) for row in range(100)], collate=lambda rows: {})
     drawn = bench.sample(25, torch.Generator().manual_seed(0))
     assert len(set(drawn)) == 25 and sum(row < 20 for row in drawn) == 5
     assert drawn == bench.sample(25, torch.Generator().manual_seed(0)) != bench.sample(25, torch.Generator().manual_seed(1))

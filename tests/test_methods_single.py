@@ -29,9 +29,11 @@ def with_bench(rig: Rig) -> Single:
             return SimpleNamespace(loss=((self.body(x) - y) ** 2).mean())
 
     assert isinstance(rig.method, Single)
-    rows = list(range(len(rig.x)))
     bench = Bench(
-        WithLoss(), rows=len(rows), labels=None, collate=lambda part: {"x": rig.x[list(part)], "y": rig.y[list(part)]}
+        WithLoss(),
+        lengths=[1] * len(rig.x),
+        labels=None,
+        collate=lambda part: {"x": rig.x[list(part)], "y": rig.y[list(part)]},
     )
     rig.method.phases(bench, 5)
     return rig.method

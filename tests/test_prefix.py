@@ -116,7 +116,7 @@ def test_computing_the_prefix_draws_nothing_and_leaves_the_mode() -> None:
 def test_alora_scores_the_same_from_where_a_component_acts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(name, "alora")
     assert isinstance(rig.method, ALoRA)
-    bench = Bench(rig.model, rows=3, labels=None, collate=lambda rows: rig.batch)
+    bench = Bench(rig.model, lengths=[1] * 3, labels=None, collate=lambda rows: rig.batch)
     found = rig.method.ablation_scores(bench, rig.batch)
     monkeypatch.setattr(Bench, "entering", lambda self, layer, batch: __import__("contextlib").nullcontext)
     assert found == rig.method.ablation_scores(bench, rig.batch)

@@ -56,7 +56,7 @@ class Single(AdapterMethod):
         before = adapter.omega, adapter.positive
         adapter.omega = nn.Parameter(adapter.A.new_zeros(()))
         adapter.positive = False
-        rows = self._bench.sample(self.gradient_rows or self._bench.rows, self.generator)
+        rows = self._bench.by_length(self._bench.sample(self.gradient_rows or self._bench.rows, self.generator))
         total = 0.0
         for start in range(0, len(rows), PRODUCT_BATCH):
             part = rows[start : start + PRODUCT_BATCH]

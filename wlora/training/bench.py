@@ -39,19 +39,28 @@ class Bench:
     Args:
         model: the model, as it is trained.
         labels: the label of every training row, or None where a row has no single one.
-        rows: number of training rows.
+        lengths: tokens of every training row.
         collate: turns row indices into a batch on the model's device.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, rows: int, labels: list[float] | None, collate: Callable[[Sequence[int]], Batch]
+        self,
+        model: PreTrainedModel,
+        *,
+        lengths: Sequence[int],
+        labels: list[float] | None,
+        collate: Callable[[Sequence[int]], Batch],
     ) -> None:
-        self.model, self.rows, self.labels, self._collate = model, rows, labels, collate
+        self.model, self.rows, self.lengths, self.labels, self._collate = model, len(lengths), lengths, labels, collate
 
     def batches(self, rows: Sequence[int], batch_size: int) -> Iterator[Batch]:
         """Yield batches of the given rows, in their order."""
         for start in range(0, len(rows), batch_size):
             yield self._collate(rows[start : start + batch_size])
+
+    def by_length(self, rows: Sequence[int]) -> list[int]:
+        """Return the given rows sorted by length, so that batches of them hold little padding."""
+        return sorted(rows, key=lambda row: self.lengths[row])
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:

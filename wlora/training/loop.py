@@ -238,7 +238,7 @@ class Trainer:
         labels = list(self.data.train["labels"]) if self.task.head == "sequence_classification" else None
         return Bench(
             self.bare_model,
-            rows=len(self.data.train),
+            lengths=list(self.data.train["length"]),
             labels=labels,
             collate=lambda rows: self._collate(self.data.train, list(rows)),
         )
