@@ -35,7 +35,7 @@ print(json.dumps({"said": said, "torch": "torch" in sys.modules}))
 @pytest.fixture(scope="module")
 def answer() -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", ASK, *METHODS], capture_output=True, text=True, check=True, cwd=ROOT, timeout=60
+        [sys.executable, "-c", ASK, *METHODS], capture_output=True, text=True, check=True, cwd=ROOT, timeout=300
     )
     return dict(json.loads(done.stdout))
 

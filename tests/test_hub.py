@@ -45,7 +45,7 @@ def wrapped(home: Path, *words: str, **environment: str) -> tuple[str, list[str]
     env = clean | {"PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
     begin = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", WRAPPER, *words], capture_output=True, text=True, env=env, cwd=home, timeout=60
+        [sys.executable, "-c", WRAPPER, *words], capture_output=True, text=True, env=env, cwd=home, timeout=300
     )
     return done.stdout.strip(), done.stderr.strip().splitlines(), time.perf_counter() - begin
 

@@ -26,7 +26,7 @@ def probe(*words: str, **environment: str) -> tuple[str, str, list[str], int]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, env=env, cwd=ROOT, timeout=60
+        [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, env=env, cwd=ROOT, timeout=300
     )
     *errors, last = done.stderr.strip().splitlines()
     verdict, code = last.split()
