@@ -9,9 +9,9 @@ multiplies it fast (PEFT's by autocast, which DeBERTa does not survive). All tak
 so tokens are unpadded ones.
 
 `end_to_end` trains whole runs on MRPC and SST-2 (4,000 rows) with MiniLM in the precision that is fast here, warm-up, cut
-and the filling of the cache included; runs that are done are not repeated. Seconds are of training, evaluations apart. The
-target of `to_target_s` is one point of accuracy below the mean of PEFT's final scores; it counts from the start of training
-to the end of the first epoch that reaches it. DIR holds mrpc/ and sst2/.
+and the filling of the cache included; runs that are done are not repeated, and those of another machine are refused. Seconds
+are of training, evaluations apart. The target of `to_target_s` is one point of accuracy below the mean of PEFT's final
+scores; it counts from the start of training to the end of the first epoch that reaches it. DIR holds mrpc/ and sst2/.
 
 Both write JSON and a table to --out [results/benchmarks].
 """
@@ -36,12 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from wlora.config import Config
-from wlora.environment import describe_environment
+from wlora.environment import describe_environment, name_machine
 from wlora.estimate import TOKENS
 from wlora.experiment import attach, prepare_method
 from wlora.memory import make_batch
 from wlora.models.loading import build_unloaded, head_parameters
 from wlora.models.prefix import Prefix, frozen_depth
+from wlora.models.readout import first_token_alone
 from wlora.models.source import locate
 from wlora.models.targets import FAMILIES, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
@@ -113,8 +114,10 @@ def main() -> None:
         kind.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    found = time_steps(args) if args.kind == "steps" else time_runs(args)
     environment = describe_environment("cuda" if torch.cuda.is_available() else "cpu", "as named", 1)
+    if args.kind == "end_to_end":
+        refuse_others(args.out, name_machine(environment))
+    found = time_steps(args) if args.kind == "steps" else time_runs(args)
     content = {"environment": environment, "threads": torch.get_num_threads(), "rows": found}
     (args.out / f"{args.kind}.json").write_text(json.dumps(content, indent=1) + "\n")
     table = as_table(found)
@@ -267,14 +270,14 @@ def _contender(
 
     def step() -> None:
         optimizers.set_schedule(10, warmup=10, total=1000)
-        with replaced():
+        with first_token_alone(model), replaced():
             loss = model(**batch).loss
         loss.backward()
         optimizers.clip(1.0)
         optimizers.step()
         optimizers.zero_grad()
 
-    with replaced():
+    with first_token_alone(model), replaced():
         saved = saved_bytes(model, batch)
     return Contender(name, precision, step, len(batch["input_ids"]), saved, held_bytes(model))
 
@@ -301,6 +304,14 @@ class Outcome:
     def seconds_to(self, target: float) -> float | None:
         """Return the training seconds up to the first epoch that reached a score."""
         return next((seconds for seconds, score in self.curve if score >= target), None)
+
+
+def refuse_others(out: Path, machine: str) -> None:
+    """Stop where a folder holds runs of another machine: a ratio of their seconds would be none."""
+    found = {name_machine(record.environment) for record in RecordStore(out / "runs")}
+    found |= {json.loads(file.read_text())["machine"] for file in (out / "peft").glob("*.json")}
+    if others := sorted(found - {machine}):
+        raise SystemExit(f"error: --out {out} holds runs of {', '.join(others)}, and this is {machine}: take another folder")
 
 
 def time_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -350,7 +361,8 @@ def _run_peft(args: argparse.Namespace, task: str, seed: int) -> Outcome:
         words += ["--train-rows", "4000"] if task == "sst2" else []
         done = subprocess.run(words, check=True, capture_output=True, text=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(done.stdout.strip().splitlines()[-1] + "\n")
+        machine = name_machine(describe_environment("cpu", fast_precision(), 1))
+        file.write_text(json.dumps({"machine": machine, **json.loads(done.stdout.strip().splitlines()[-1])}) + "\n")
     said = json.loads(file.read_text())
     peak = said.get("peak_rss_mb")
     return Outcome(said["train_s"], said["score"], peak and peak * 2**20, said.get("curve", []))

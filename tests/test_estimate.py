@@ -12,6 +12,7 @@ from wlora.experiment import attach, prepare_method
 from wlora.memory import make_batch
 from wlora.methods.base import Steps
 from wlora.models.loading import build_unloaded
+from wlora.models.readout import first_token_alone
 from wlora.models.targets import read_architecture
 from wlora.precision import Precision, lower_base
 from wlora.tasks import build_task
@@ -38,7 +39,8 @@ def measure(config: Config, precision: str, keep: slice | None = None) -> int:
     lower_base(model, Precision(precision, ""))
     model.train()
     batch = make_batch(model, config)
-    saved = saved_bytes(model, batch)
+    with first_token_alone(model):
+        saved = saved_bytes(model, batch)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(**batch).loss.backward()
     optimizer.step()

@@ -10,7 +10,7 @@ import torch
 
 from wlora import experiment
 from wlora.errors import ConfigError, RunFault
-from wlora.training import loop
+from wlora.training import batching, loop
 from wlora.training.batching import evaluation_batches, group_for_steps, share, training_batches
 from wlora.training.plan import make_plan
 
@@ -87,7 +87,7 @@ def test_same_seed_gives_bit_equal_results_and_another_does_not(run_tiny: Callab
 
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two micro-batches of 4 train like one of 8 where dropout is off and rows are the same."""
-    monkeypatch.setattr(loop, "training_batches", _plain_batches)
+    monkeypatch.setattr(batching, "training_batches", _plain_batches)
 
     def losses(*overrides: str) -> list[float]:
         architecture = ["+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0"]

@@ -17,6 +17,7 @@ from wlora.experiment import attach, prepare_method
 from wlora.methods.base import Steps
 from wlora.models.loading import build_on_meta, checkpoint_activations
 from wlora.models.quantization import packed_linears
+from wlora.models.readout import first_token_alone
 from wlora.models.targets import read_architecture
 from wlora.precision import Precision, lower_base
 from wlora.tasks import build_task
@@ -128,7 +129,8 @@ def _measure(model: PreTrainedModel, adapters: object, batch: dict[str, Tensor],
     frozen = {p for p in model.parameters() if not p.requires_grad}
     body = model
     try:
-        activations = saved_bytes(body, batch)
+        with first_token_alone(model):
+            activations = saved_bytes(body, batch)
     except DynamicOutputShapeException:  # BART's classification head looks for the ends of the texts
         body = model.base_model
         activations = saved_bytes(body, batch)

@@ -23,6 +23,7 @@ from wlora.config import Config
 from wlora.environment import describe_environment
 from wlora.errors import ConfigError
 from wlora.models.loading import build_unloaded, head_parameters
+from wlora.models.readout import first_token_alone
 from wlora.models.targets import Target, list_targets, read_architecture
 from wlora.precision import choose_precision, lower_base
 from wlora.records import seal
@@ -105,14 +106,9 @@ def measure(model: PreTrainedModel, config: Config, sets: dict[str, list[str]]) 
     for label, names in sets.items():
         adapters = connect(model, [targets[name] for name in names], config)
         order = label.rpartition(" ")[0]
-        points.append(
-            {
-                "order": order,
-                "connected": len(names),
-                "saved_bytes": saved_bytes(model, batch),
-                "peak_bytes": peak_bytes(model, batch),
-            }
-        )
+        with first_token_alone(model):
+            bytes_of = {"saved_bytes": saved_bytes(model, batch), "peak_bytes": peak_bytes(model, batch)}
+        points.append({"order": order, "connected": len(names), **bytes_of})
         for name in names:
             adapters.disconnect(name)
     return points

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
+from wlora.models.readout import every_token
 from wlora.processes import mean
 from wlora.training.bench import Bench, Phase
 
@@ -113,7 +114,7 @@ class LoRADrop(AdapterMethod):
 
         handles = [adapter.register_forward_hook(observe(name)) for name, adapter in self.adapters.items()]
         try:
-            with self._bench.evaluation_mode():
+            with self._bench.evaluation_mode(), every_token(model):
                 for batch in self._bench.batches(self._sample, SCORE_BATCH):
                     mask = batch.get("attention_mask")
                     model(**batch)

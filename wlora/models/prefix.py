@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from wlora.adapters.layer import AdaptedLinear
 from wlora.models.loading import head_modules, head_parameters
+from wlora.models.readout import every_token
 from wlora.models.targets import FAMILIES
 
 # Families whose layers return (hidden states, attention weights).
@@ -82,7 +83,8 @@ class Prefix:
         self.model.eval()
         handle = self._skipped[-1].register_forward_hook(stop)
         try:
-            self.model(**inputs)
+            with every_token(self.model):
+                self.model(**inputs)
         except _Reached:
             pass
         finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from wlora.training.bench import Phase
 
 # Rows are sorted by length within windows of this many batches: wide enough to save padding, narrow enough to mix.
 WINDOW_BATCHES = 50
@@ -39,6 +41,25 @@ def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int
 def group_for_steps(batches: list[list[int]], accumulation_steps: int) -> list[list[list[int]]]:
     """Group micro-batches into optimiser steps; the last step of an epoch may hold fewer."""
     return [batches[i : i + accumulation_steps] for i in range(0, len(batches), accumulation_steps)]
+
+
+def step_batches(
+    phases: Sequence[Phase], lengths: Sequence[int], *, batch_size: int, accumulation_steps: int, seed: int
+) -> Iterator[list[list[int]]]:
+    """Yield the micro-batches of every optimiser step of a run, whose phases each go through rows of their own.
+
+    Args:
+        lengths: tokens of every training row.
+    """
+    epoch = 0
+    for phase in phases:
+        done = 0
+        while done < phase.steps:
+            batches = training_batches([lengths[row] for row in phase.rows], batch_size, seed=seed, epoch=epoch)
+            for group in group_for_steps(batches, accumulation_steps)[: phase.steps - done]:
+                yield [[phase.rows[index] for index in batch] for batch in group]
+                done += 1
+            epoch += 1
 
 
 def share(batch: list[int], rank: int, world: int) -> list[int]:

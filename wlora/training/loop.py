@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wlora.errors import RunFault
 from wlora.methods.base import Event, Method
 from wlora.models.prefix import Prefix, frozen_depth
+from wlora.models.readout import first_token_alone
 from wlora.processes import from_main, gather
 from wlora.tasks import Task
 from wlora.tasks.features import loss_weights
-from wlora.training.batching import group_for_steps, share, training_batches
+from wlora.training.batching import share, step_batches
 from wlora.training.bench import Bench
 from wlora.training.evaluation import Split, evaluate, move, pick
 from wlora.training.footprint import activation_bytes, saved_bytes
@@ -181,7 +182,7 @@ class Trainer:
             torch.manual_seed(self.settings.dropout_seed)
         losses = self._losses
         log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
-        with self._progress() as bar:
+        with self._progress() as bar, first_token_alone(self.bare_model):
             for step, batches in self._updates():
                 begin = time.perf_counter()
                 losses.append(self._train_step(step, batches))
@@ -195,7 +196,7 @@ class Trainer:
                 if self.on_step is not None:
                     self.on_step(self)
                 self._show(bar, losses)
-        self.result.memory = {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
+            self.result.memory = {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
         return self.result
 
     def passed(self, every: int) -> bool:
@@ -210,27 +211,19 @@ class Trainer:
         """
         gathered: list[list[int]] = []
         count = 0
-        for step, batches in enumerate(itertools.islice(self._steps(), self.step, None), start=self.step + 1):
+        steps = step_batches(
+            self.phases,
+            list(self.data.train["length"]),
+            batch_size=self.plan.batch_size,
+            accumulation_steps=self.plan.accumulation_steps,
+            seed=self.settings.order_seed,
+        )
+        for step, batches in enumerate(itertools.islice(steps, self.step, None), start=self.step + 1):
             gathered += batches
             count += 1
             if count >= self.growth.steps or step % self.plan.steps_per_epoch == 0 or step == self.plan.total_steps:
                 yield step, gathered
                 gathered, count = [], 0
-
-    def _steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of every optimiser step of the run."""
-        lengths = list(self.data.train["length"])
-        epoch = 0
-        for phase in self.phases:
-            done = 0
-            while done < phase.steps:
-                batches = training_batches(
-                    [lengths[row] for row in phase.rows], self.plan.batch_size, seed=self.settings.order_seed, epoch=epoch
-                )
-                for group in group_for_steps(batches, self.plan.accumulation_steps)[: phase.steps - done]:
-                    yield [[phase.rows[index] for index in batch] for batch in group]
-                    done += 1
-                epoch += 1
 
     def _bench(self) -> Bench:
         """Offer the method batches of training rows."""
@@ -250,7 +243,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {step} of {self.plan.total_steps}")
         if step == 1:
-            self._check_trainable()
+            self.optimizers.check(self.bare_model)
         if self.scaler:
             self.optimizers.unscale(self.scaler)
         self.optimizers.clip(self.settings.max_grad_norm)
@@ -391,19 +384,6 @@ class Trainer:
         found = gather({name: adapter.rank for name, adapter in self.method.attached().items()})
         if any(ranks != found[0] for ranks in found):
             raise AssertionError(f"the processes have different adapters after step {self.step + 1}: {found}")
-
-    def _check_trainable(self) -> None:
-        """Assert that exactly the intended parameters have gradients and sit in an optimiser.
-
-        This is what would have shown the release's frozen head.
-        """
-        updated = {id(p) for p in self.optimizers.parameters()}
-        for name, parameter in self.bare_model.named_parameters():
-            state = (parameter.requires_grad, parameter.grad is not None, id(parameter) in updated)
-            if len(set(state)) > 1:
-                raise AssertionError(
-                    f"{name}: requires_grad={state[0]}, has a gradient={state[1]}, is in an optimiser={state[2]}"
-                )
 
     def _evaluate(self, step: int) -> None:
         begin = time.perf_counter()

@@ -161,6 +161,19 @@ class Optimizers:
         """Return every parameter that is updated."""
         return [p for group in self.groups for p in group.parameters]
 
+    def check(self, model: nn.Module) -> None:
+        """Assert that exactly the parameters meant to train have gradients and are here.
+
+        This is what would have shown the release's frozen head.
+        """
+        updated = {id(p) for p in self.parameters()}
+        for name, parameter in model.named_parameters():
+            state = (parameter.requires_grad, parameter.grad is not None, id(parameter) in updated)
+            if len(set(state)) > 1:
+                raise AssertionError(
+                    f"{name}: requires_grad={state[0]}, has a gradient={state[1]}, is in an optimiser={state[2]}"
+                )
+
     def holds_state(self, parameter: nn.Parameter) -> bool:
         """Tell whether some optimiser still keeps state for a parameter."""
         return any(parameter in optimizer.state for optimizer in self._rules.values())
