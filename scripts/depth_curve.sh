@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # What a longer frozen prefix costs and brings (beyond the paper): WLoRA that weighs the depth of the backward pass, by both
-# of its rules and for five prices of a layer, beside LoRA, LoRA in the upper layers only (of one of them also at rank 32),
+# of its rules and for several prices of a layer, beside LoRA, LoRA in the upper layers only (of one of them also at rank 32),
 # and WLoRA; K = 9 asks whether more adapters make up for the depth. The prefix is stored everywhere. Settings:
 # scripts/study.sh. RESULTS is a folder of its own by default: every setting is a row.
 RESULTS=${RESULTS:-results/depth_${SCALE:-paper}}
 . "$(dirname "$0")/study.sh"
 
-prices_projected=1e-5,1e-4,1e-3,1e-2,1e-1 prices_once=0.03,0.1,0.3,1,3
+prices=1e-5,1e-4,1e-3,1e-2,1e-1
 case $SCALE in
 paper)
-    tasks="rte mrpc sst2" uppers=qkv@2,qkv@4,qkv@6,qkv@8,qkv@10 high=qkv@8
+    tasks="rte mrpc sst2" uppers=qkv@2,qkv@4,qkv@6,qkv@8,qkv@10 high=qkv@8 prices_once=0.03,0.1,0.3,1,3 more=0.3,1
     setting="experiment=table1 lr=8e-4 seed=range(5)"
     ;;
 cpu)
-    tasks="sst2 mrpc" uppers=qkv@2,qkv@3,qkv@4,qkv@5 high=qkv@4
+    tasks="sst2 mrpc" uppers=qkv@3,qkv@4,qkv@5 high=qkv@4 prices_once=0.1,0.3,1 more=0.3
     setting="model=minilm task.batch_size=32 train.accumulation_steps=1 task.epochs=3 lr=1e-3 seed=range(3)"
     ;;
 esac
@@ -24,9 +24,9 @@ for task in $tasks; do
     sweep "$task" lora $shared targets=$uppers
     sweep "$task" lora $shared targets=$high rank=32
     sweep "$task" wlora $shared k=5
-    sweep "$task" wlora_depth $shared k=5 method.depth_cost=$prices_projected
+    sweep "$task" wlora_depth $shared k=5 method.depth_cost=$prices
     sweep "$task" wlora_depth $shared k=5 method.rule=once method.depth_cost=$prices_once
-    sweep "$task" wlora_depth $shared k=9 method.rule=once method.depth_cost=0.3,1
+    sweep "$task" wlora_depth $shared k=9 method.rule=once method.depth_cost=$more
 done
 stage
 finish wlora.tables summary

@@ -83,7 +83,7 @@ def test_the_small_study_is_legal(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "scale", "runs"),
-    [("k_curve", "cpu", 48), ("depth_curve", "cpu", 114), ("prefix_cache", "cpu", 10), ("depth_curve", "paper", 300)],
+    [("k_curve", "cpu", 48), ("depth_curve", "cpu", 90), ("prefix_cache", "cpu", 10), ("depth_curve", "paper", 300)],
 )
 def test_the_studies_beyond_the_tables_are_legal(name: str, scale: str, runs: int, tmp_path: Path) -> None:
     done = run_script(name, DRY="1", SCALE=scale, RESULTS=str(tmp_path))
