@@ -417,6 +417,7 @@ def test_the_summary_has_a_line_per_setting_with_its_costs(tmp_path: Path, capsy
             words = ("method=wlora_depth", "task=sst2", f"seed={seed}", f"method.depth_cost={cost}")
             fields = {"memory": {"process": 2**30, "saved": 2**20 * (1 + seed)}, "events": cuts}
             make_record(tmp_path, *words, metrics=score + cost, **fields)
+    make_record(tmp_path, "method=single", "method.index=3", "task=sst2", metrics=0.4)  # Figure 2's
     main(["summary", f"results_dir={tmp_path}"])
     printed = capsys.readouterr().out
     assert "| SST-2 | LoRA | 0.6000 ± 0.1414 (2) | 1.00K |  | 8 |  |" in printed

@@ -17,7 +17,7 @@ HEADINGS = ("Task", "Setting", "Score", "# Params", "Lowest layer", "Train s", "
 
 
 def summarize_study(runs: Sequence[Run], *, bootstrap_seed: int = 0) -> list[dict[str, Any]]:
-    """Return a line per task and setting, at the chosen learning rate and warm-up.
+    """Return a line per task and setting, at the chosen learning rate and warm-up; Figure 2's runs are left out.
 
     Scores are means of the primary metric over seeds, with sample deviation and 95 % interval; seconds and bytes are
     medians. `lowest_layer` is the mean over seeds of the lowest layer that kept an adapter at the last cut, `saved_bytes`
@@ -26,7 +26,7 @@ def summarize_study(runs: Sequence[Run], *, bootstrap_seed: int = 0) -> list[dic
     Raises:
         ConfigError: no successful run.
     """
-    chosen = chosen_runs(runs)
+    chosen = chosen_runs([run for run in runs if run.method != "single"])
     if not chosen:
         raise ConfigError("summary: no successful run")
     lines = []
