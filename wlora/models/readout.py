@@ -39,11 +39,11 @@ def first_token_alone(model: PreTrainedModel) -> Iterator[None]:
 def every_token(model: PreTrainedModel) -> Iterator[None]:
     """Let the last layer run for all tokens in this block, inside one of `first_token_alone`, too."""
     part = _behind_attention(model)
-    first = part.__dict__.pop("forward", None) if part else None
+    first = part.__dict__.pop("forward", None) if part is not None else None
     try:
         yield
     finally:
-        if part and first:
+        if part is not None and first is not None:
             part.forward = first
 
 
