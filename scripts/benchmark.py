@@ -1,19 +1,19 @@
 """Speed and memory beside PEFT and transformers' Trainer, in one run on one machine. Every figure is a ratio within it.
 
-    python scripts/benchmark.py steps [--repeats 5] [--models minilm deberta bart llama]
-    python scripts/benchmark.py end_to_end --data DIR [--baseline FILE] [--seeds 0 1 2] [--epochs 5]
+    python scripts/benchmark.py steps [--repeats 5] [--models minilm deberta bart llama] [--times 1]
+    python scripts/benchmark.py end_to_end --data DIR [--baseline FILE] [--tasks sst2 mrpc] [--seeds 0 1 2] [--epochs 5]
 
 `steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut, without and with a
-stored prefix, and with the micro-batch grown into the freed memory; in float32, and in bfloat16 where the processor
-multiplies it fast (PEFT's by autocast, which DeBERTa does not survive). All take turns, and medians count. Batches are full,
-so tokens are unpadded ones.
+stored prefix, and with the micro-batch grown into the freed memory; in float32, and in the low precision that the GPU or
+processor multiplies fast (PEFT's by autocast, where the model survives it). All take turns, and medians count. Batches are
+full, so tokens are unpadded ones; `--times` makes every batch so many times larger.
 
 `end_to_end` trains whole runs on MRPC and SST-2 (4,000 rows) with MiniLM in the precision that is fast here, warm-up, cut
 and the filling of the cache included; runs that are done are not repeated, and those of another machine are refused. Seconds
 are of training, evaluations apart. The target of `to_target_s` is one point of accuracy below the mean of PEFT's final
 scores; it counts from the start of training to the end of the first epoch that reaches it. DIR holds mrpc/ and sst2/.
 
-Both write JSON and a table to --out [results/benchmarks].
+Both run on the GPU if there is one, and write JSON and a table to --out [results/benchmarks].
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ from wlora.precision import Precision, choose_precision, lower_base
 from wlora.records import RecordStore
 from wlora.sweep import compose
 from wlora.tasks import build_task
-from wlora.training.footprint import saved_bytes
+from wlora.training.footprint import activation_bytes, saved_bytes
 from wlora.training.optimizers import Optimizers
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ class Case:
     tokens: int
     kept: str
 
-    def words_of(self, method: str, *, growth: int = 1) -> list[str]:
-        """Return the overrides of a run with a method, its micro-batch grown so many times."""
-        size = [f"task.batch_size={growth * self.rows}", f"task.max_length={self.tokens}"]
+    def words_of(self, method: str) -> list[str]:
+        """Return the overrides of a run with a method."""
+        size = [f"task.batch_size={self.rows}", f"task.max_length={self.tokens}"]
         target = ["task.max_target_length=64"] if "task=xsum" in self.words else []
         return [*self.words, *size, *target, f"method={method}", "rank=8"]
 
@@ -78,6 +80,10 @@ CASES = {
 }
 
 
+# Steps before the clock: on a GPU the first ones choose kernels and fill the allocator.
+WARM_UP = 5 if DEVICE.type == "cuda" else 1
+
+
 @dataclass
 class Contender:
     """Something whose steps are timed.
@@ -86,7 +92,7 @@ class Contender:
         step: takes one.
         rows: of its batch.
         saved: bytes kept for its backward pass.
-        held: bytes of weights, gradients and moments.
+        memory: bytes of weights, gradients, moments and what comes and goes in a step.
     """
 
     name: str
@@ -94,7 +100,7 @@ class Contender:
     step: Callable[[], object]
     rows: int
     saved: int
-    held: int
+    memory: int
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -105,16 +111,18 @@ def main() -> None:
     steps = kinds.add_parser("steps")
     steps.add_argument("--repeats", type=int, default=5)
     steps.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    steps.add_argument("--times", type=int, default=1)
     whole = kinds.add_parser("end_to_end")
     whole.add_argument("--data", type=Path, required=True)
     whole.add_argument("--baseline", type=Path, default=Path(__file__).with_name("peft_baseline.py"))
     whole.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     whole.add_argument("--epochs", type=float, default=5)
+    whole.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     for kind in (steps, whole):
         kind.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    environment = describe_environment("cuda" if torch.cuda.is_available() else "cpu", "as named", 1)
+    environment = describe_environment(DEVICE.type, "as named", 1)
     if args.kind == "end_to_end":
         refuse_others(args.out, name_machine(environment))
     found = time_steps(args) if args.kind == "steps" else time_runs(args)
@@ -131,18 +139,23 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     precisions = dict.fromkeys(["fp32", fast_precision()])
     for name in args.models:
         case = CASES[name]
-        config = compose(case.words_of("lora"))
+        case = dataclasses.replace(case, rows=args.times * case.rows)
         contenders = []
         for precision in precisions:
-            if precision == "fp32" or name != "deberta":
-                contenders.append(build_peft(config, precision))
+            try:
+                contenders.append(build_peft(case, precision))
+            except RuntimeError as error:
+                print(f"{name}, PEFT LoRA, {precision}: {error}", file=sys.stderr)
             contenders += build_ours(case, precision)
-        for contender in contenders:
-            contender.step()
+        for _ in range(WARM_UP):
+            for contender in contenders:
+                contender.step()
         for _ in range(args.repeats):
             for contender in contenders:
+                synchronize()
                 begin = time.perf_counter()
                 contender.step()
+                synchronize()
                 contender.seconds.append(time.perf_counter() - begin)
         per_row = {(c.name, c.precision): statistics.median(c.seconds) / c.rows for c in contenders}
         saved = {(c.name, c.precision): c.saved for c in contenders}
@@ -159,7 +172,7 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "examples_per_s": round(1 / seconds, 1),
                     "tokens_per_s": round(case.tokens / seconds),
                     "saved_mib": round(contender.saved / 2**20, 1),
-                    "memory_mib": round((contender.saved + contender.held) / 2**20, 1),
+                    "memory_mib": round(contender.memory / 2**20, 1),
                     "time_to_peft": round(seconds / per_row[peft], 3) if peft in per_row else None,
                     "time_to_peft_fp32": round(seconds / per_row["PEFT LoRA", "fp32"], 3),
                     "time_to_own_fp32": round(seconds / per_row[single], 3) if single in per_row else None,
@@ -172,7 +185,13 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def fast_precision() -> str:
     """Return what `precision=auto` chooses here."""
-    return choose_precision("auto", torch.device("cpu")).name
+    return choose_precision("auto", DEVICE).name
+
+
+def synchronize() -> None:
+    """Wait for what the GPU has been given to do."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def build_model(config: Config) -> tuple[Any, dict[str, Tensor]]:
@@ -180,17 +199,21 @@ def build_model(config: Config) -> tuple[Any, dict[str, Tensor]]:
     architecture = {"vocab_size": TOKENS, **read_architecture(config.model)}
     task = build_task(config.task)
     torch.manual_seed(0)
-    model = build_unloaded(config.model, architecture, head=task.head, num_labels=task.num_labels, device="cpu")
+    model = build_unloaded(config.model, architecture, head=task.head, num_labels=task.num_labels, device=str(DEVICE))
     model.config.pad_token_id = 0
     return model.train(), make_batch(model, config)
 
 
-def build_peft(config: Config, precision: str) -> Contender:
-    """PEFT's LoRA on the same modules with the same head, stepped as Trainer steps it: autocast, clip, AdamW, schedule."""
+def build_peft(case: Case, precision: str) -> Contender:
+    """PEFT's LoRA on the same modules with the same head, stepped as Trainer steps it: autocast, clip, AdamW, schedule.
+
+    Raises:
+        RuntimeError: the model does not survive autocast.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import get_linear_schedule_with_warmup
 
-    model, batch = build_model(config)
+    model, batch = build_model(compose(case.words_of("lora")))
     stacks = FAMILIES[model.config.model_type]
     suffixes = sorted({suffix.rpartition(".")[2] for stack in stacks for suffix in stack.qkv})
     head = sorted({name.split(".")[0] if "pooler" not in name else "pooler" for name in head_parameters(model)})
@@ -202,7 +225,7 @@ def build_peft(config: Config, precision: str) -> Contender:
     schedule = get_linear_schedule_with_warmup(optimizer, 10, 1000)
 
     def lowered() -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+        return torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def step() -> None:
         with lowered():
@@ -214,13 +237,19 @@ def build_peft(config: Config, precision: str) -> Contender:
         optimizer.zero_grad()
 
     with lowered():
-        saved = saved_bytes(adapted, batch)
-    return Contender("PEFT LoRA", precision, step, config.task.batch_size, saved, held_bytes(adapted))
+        saved, memory = measure(adapted, batch)
+    return Contender("PEFT LoRA", precision, step, case.rows, saved, memory)
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Return the bytes of all weights, and of gradient and AdamW's two moments of those that train."""
-    return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+def measure(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
+    """Return the bytes kept for the backward pass, and with weights, gradients and AdamW's moments all of a step."""
+    held = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+    saved = saved_bytes(model, batch)
+    if DEVICE.type == "cpu":
+        return saved, saved + held
+    memory = activation_bytes(model, batch) + held
+    model.zero_grad()
+    return saved, memory
 
 
 def build_ours(case: Case, precision: str) -> list[Contender]:
@@ -230,16 +259,17 @@ def build_ours(case: Case, precision: str) -> list[Contender]:
     # As `train.grow_batch` does: as many micro-batches at once as one took before the cut.
     growth = found[1].saved // found[-1].saved
     if growth > 1:
-        found.append(build_stages(case, precision, [("WLoRA cut", "wlora", True)], growth=growth)[-1])
+        grown = dataclasses.replace(case, rows=growth * case.rows)
+        found.append(build_stages(grown, precision, [("WLoRA cut", "wlora", True)])[-1])
         found[-1].name = f"{found[-1].name}, micro-batch grown"
     return found
 
 
-def build_stages(case: Case, precision: str, plans: list[tuple[str, str, bool]], *, growth: int = 1) -> list[Contender]:
+def build_stages(case: Case, precision: str, plans: list[tuple[str, str, bool]]) -> list[Contender]:
     """Build contenders: a name, a method, and whether it has cut; of one that has, without and with stored prefix."""
     found = []
     for name, method, cut in plans:
-        ours = compose([*case.words_of(method, growth=growth), "k=5"])
+        ours = compose([*case.words_of(method), "k=5"])
         model, batch = build_model(ours)
         policy = prepare_method(ours)
         attach(model, policy, ours)
@@ -278,8 +308,8 @@ def _contender(
         optimizers.zero_grad()
 
     with first_token_alone(model), replaced():
-        saved = saved_bytes(model, batch)
-    return Contender(name, precision, step, len(batch["input_ids"]), saved, held_bytes(model))
+        saved, memory = measure(model, batch)
+    return Contender(name, precision, step, len(batch["input_ids"]), saved, memory)
 
 
 # Every run of `end_to_end`: its name, and its words for `wlora.run`.
@@ -317,7 +347,8 @@ def refuse_others(out: Path, machine: str) -> None:
 def time_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train everything once per seed in turn; seconds are of training, scores of the whole dev set."""
     rows: list[dict[str, Any]] = []
-    for task, limits in TASKS.items():
+    for task in args.tasks:
+        limits = TASKS[task]
         found: dict[str, list[Outcome]] = {}
         for seed in args.seeds:
             found.setdefault("PEFT + Trainer", []).append(_run_peft(args, task, seed))
@@ -344,7 +375,7 @@ def time_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "target": round(target, 4),
                     "to_target_s": round(statistics.median(reached), 1) if reached else None,
                     "reached": f"{len(reached)} of {len(runs)}",
-                    "peak_process_mib": round(statistics.median(peaks) / 2**20) if peaks else None,
+                    "peak_mib": round(statistics.median(peaks) / 2**20) if peaks else None,
                 }
             )
     return rows
@@ -361,10 +392,10 @@ def _run_peft(args: argparse.Namespace, task: str, seed: int) -> Outcome:
         words += ["--train-rows", "4000"] if task == "sst2" else []
         done = subprocess.run(words, check=True, capture_output=True, text=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        machine = name_machine(describe_environment("cpu", fast_precision(), 1))
+        machine = name_machine(describe_environment(DEVICE.type, fast_precision(), 1))
         file.write_text(json.dumps({"machine": machine, **json.loads(done.stdout.strip().splitlines()[-1])}) + "\n")
     said = json.loads(file.read_text())
-    peak = said.get("peak_rss_mb")
+    peak = said.get("peak_mb" if DEVICE.type == "cuda" else "peak_rss_mb")
     return Outcome(said["train_s"], said["score"], peak and peak * 2**20, said.get("curve", []))
 
 
@@ -380,7 +411,8 @@ def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> Outcome:
     assert record is not None
     scores = {point["step"]: point["metrics"]["accuracy"] for point in store.read_curve(record) if "metrics" in point}
     curve = [(point["seconds"], scores[int(point["step"])]) for point in record.evaluations]
-    return Outcome(record.seconds["train"], record.metrics["accuracy"], record.memory.get("process"), curve)
+    peak = record.memory.get("device", record.memory.get("process"))
+    return Outcome(record.seconds["train"], record.metrics["accuracy"], peak, curve)
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

@@ -3,8 +3,8 @@
     python scripts/peft_baseline.py --model DIR --data DIR/mrpc --task mrpc --epochs 3
 
 Rank 8 on query, key and value, alpha 32, dropout 0.05, pooler and classifier trained: the work of `method=lora`. Prints
-one JSON line: score (accuracy), train_s (seconds of training, evaluation apart), examples_per_s, peak_rss_mb, trainable
-parameters, and curve: training seconds and accuracy after every epoch.
+one JSON line: score (accuracy), train_s (seconds of training, evaluation apart), examples_per_s, peak_rss_mb (of the
+process) or peak_mb (of the GPU), trainable parameters, and curve: training seconds and accuracy after every epoch.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ def main() -> None:
         "curve": trainer.curve,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+    if torch.cuda.is_available():
+        result["peak_mb"] = torch.cuda.max_memory_allocated() // 2**20
     print(json.dumps(result))
 
 

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Numbers are compared to the last bit, and with a second process on the same machine: all but test_gpu.py runs on the CPU.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 TINY = [
     "task=story_nli",
     "model=tiny_bert",

@@ -28,7 +28,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int, float]
     passes: list[int] = []
 
     def accumulate(self: Trainer, batches: list[list[int]]) -> Any:
-        passes.append(len(self.growth.regroup(batches, self.data.train["length"])))
+        passes.append(len(self.growth.regroup(batches, self.data.train.lengths)))
         rate = self.optimizers._rules["adamw"].param_groups[0]["lr"]
         seen.append((self.step, passes[-1], sum(map(len, batches)), rate))
         return before(self, batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -15,6 +16,7 @@ from wlora.config import TaskConfig
 from wlora.errors import ConfigError
 from wlora.tasks import build_task
 from wlora.tasks.classification import SequenceClassification
+from wlora.tasks.features import Features, pad
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "was", "good", "bad", "very"]
 PAD, UNK, CLS, SEP, THE, FILM, WAS, GOOD, BAD, VERY = range(len(WORDS))
@@ -63,8 +65,8 @@ def _predict(task: SequenceClassification, logits: torch.Tensor) -> torch.Tensor
 
 
 def _score(task: SequenceClassification, split: str, predictions: list[Any], labels: list[Any]) -> dict[str, float]:
-    features = Dataset.from_dict({"labels": labels})
-    return task.score(split, predictions, features, rows=features)
+    features = Features([pa.table({"labels": labels})])
+    return task.score(split, predictions, features, rows=Dataset.from_dict({"labels": labels}))
 
 
 SENTENCES = Dataset.from_dict({"sentence": ["the film was very good", "bad"], "label": [1, 0]})
@@ -76,9 +78,9 @@ def test_single_sentences(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task()
     encoded = task.encode(SENTENCES, tokenizer, training=True)
     assert (task.head, task.num_labels, task.primary_metric) == ("sequence_classification", 2, "accuracy")
-    assert encoded[:]["input_ids"] == [[CLS, THE, FILM, WAS, VERY, GOOD, SEP], [CLS, BAD, SEP]]
-    assert encoded[:]["length"] == [7, 3]
-    batch = task.collate([encoded[0], encoded[1]], tokenizer)
+    assert encoded.column("input_ids") == [[CLS, THE, FILM, WAS, VERY, GOOD, SEP], [CLS, BAD, SEP]]
+    assert encoded.column("length") == [7, 3]
+    batch = task.collate(encoded.rows([0, 1]), tokenizer)
     assert batch["input_ids"].tolist()[1] == [CLS, BAD, SEP, PAD, PAD, PAD, PAD]
     assert batch["attention_mask"].sum(dim=1).tolist() == [7, 3]
     assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == [1, 0]
@@ -89,9 +91,9 @@ def test_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task(columns=["premise", "hypothesis"], labels=["entailment", "neutral", "contradiction"])
     encoded = task.encode(PAIRS, tokenizer, training=True)
     assert task.num_labels == 3
-    assert encoded[0]["input_ids"] == [CLS, VERY, GOOD, SEP, GOOD, SEP]
-    assert encoded[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
-    batch = task.collate([encoded[0], encoded[1]], tokenizer)
+    assert encoded.column("input_ids")[0] == [CLS, VERY, GOOD, SEP, GOOD, SEP]
+    assert encoded.column("token_type_ids")[0] == [0, 0, 0, 0, 1, 1]
+    batch = task.collate(encoded.rows([0, 1]), tokenizer)
     assert batch["input_ids"].shape == (2, 8)
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]]
 
@@ -101,7 +103,7 @@ def test_regression(tokenizer: PreTrainedTokenizerFast) -> None:
         columns=["sentence1", "sentence2"], labels=[], metrics=["pearson", "spearman", "corr"], primary_metric="corr"
     )
     encoded = task.encode(VALUES, tokenizer, training=True)
-    batch = task.collate([encoded[0]], tokenizer)
+    batch = task.collate(encoded.rows([0]), tokenizer)
     assert task.num_labels == 1
     assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [3.75]
     predictions = _predict(task, torch.tensor([[0.5], [2.0]], dtype=torch.bfloat16))
@@ -113,8 +115,19 @@ def test_regression(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_a_batch_is_as_long_as_its_longest_row(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task()
     encoded = task.encode(SENTENCES, tokenizer, training=True)
-    assert task.collate([encoded[1]], tokenizer)["input_ids"].shape == (1, 3)
-    assert task.collate([encoded[1], encoded[0]], tokenizer)["input_ids"].shape == (2, 7)
+    assert task.collate(encoded.rows([1]), tokenizer)["input_ids"].shape == (1, 3)
+    assert task.collate(encoded.rows([1, 0]), tokenizer)["input_ids"].shape == (2, 7)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast, side: str) -> None:
+    encoded = _task().encode(SENTENCES, tokenizer, training=True)
+    rows = [{key: row[key] for key in row if key not in ("labels", "length")} for row in encoded.table.to_pylist()]
+    expected = tokenizer.pad(rows, padding_side=side, return_tensors="pt")
+    found = pad(encoded.rows([0, 1]), tokenizer, side=side)
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert tensor.dtype == expected[key].dtype and torch.equal(tensor, expected[key])
 
 
 def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -124,15 +137,15 @@ def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task(max_length=6)
     encoded = task.encode(SENTENCES, tokenizer, training=True)
     assert task.truncated_share == 0.5
-    assert encoded[:]["length"] == [6, 3]
+    assert encoded.column("length") == [6, 3]
 
 
 def test_many_rows_stay_in_order(tokenizer: PreTrainedTokenizerFast) -> None:
     labels = [row % 2 for row in range(5000)]
     rows = Dataset.from_dict({"sentence": [WORDS[GOOD + label] for label in labels], "label": labels})
     encoded = _task().encode(rows, tokenizer, training=True)
-    assert encoded[:]["labels"] == labels
-    assert [ids[1] - GOOD for ids in encoded[:]["input_ids"]] == labels
+    assert encoded.column("labels") == labels
+    assert [ids[1] - GOOD for ids in encoded.column("input_ids")] == labels
 
 
 def test_classes_are_predicted_by_the_highest_logit() -> None:

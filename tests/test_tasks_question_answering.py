@@ -93,20 +93,20 @@ def make_rows(*answers: Answers, question: str = "who is", context: str = CONTEX
 
 
 def positions(features: Dataset) -> list[tuple[int, int]]:
-    return list(zip(features[:]["start_positions"], features[:]["end_positions"], strict=True))
+    return list(zip(features.column("start_positions"), features.column("end_positions"), strict=True))
 
 
 def test_a_long_context_is_cut_into_windows_that_share_the_stride(tokenizer: PreTrainedTokenizerFast) -> None:
     task = make_task()
     features = task.encode(make_rows(NONE), tokenizer, training=False)
     # [CLS] who is [SEP] and [SEP] leave 11 of 16 tokens; the next window begins 11 - 4 = 7 tokens later.
-    assert features[:]["length"] == [16, 16, 11]
-    assert features[:]["row"] == [0, 0, 0] and features[:]["context"] == [4, 4, 4]
+    assert features.column("length") == [16, 16, 11]
+    assert features.column("row") == [0, 0, 0] and features.column("context") == [4, 4, 4]
     begins = [n // 2 * 3 + n % 2 for n in range(20)]
-    assert features[:]["starts"] == [begins[0:11], begins[7:18], begins[14:20]]
-    assert [ends[-1] for ends in features[:]["ends"]] == [5 * 3 + 1, 8 * 3 + 2, 29]
-    assert features[0]["input_ids"][:6] == [CLS, WHO, IS, SEP, W, WORDS.index("##0")]
-    assert features[0]["token_type_ids"] == [0] * 4 + [1] * 12
+    assert features.column("starts") == [begins[0:11], begins[7:18], begins[14:20]]
+    assert [ends[-1] for ends in features.column("ends")] == [5 * 3 + 1, 8 * 3 + 2, 29]
+    assert features.column("input_ids")[0][:6] == [CLS, WHO, IS, SEP, W, WORDS.index("##0")]
+    assert features.column("token_type_ids")[0] == [0] * 4 + [1] * 12
     assert task.truncated_share == 0.0
 
 
@@ -130,7 +130,7 @@ def test_answers_become_tokens(tokenizer: PreTrainedTokenizerFast, answer: Answe
     context = {" w0 ": " w0 w1 ", "\u200bw1": "w0 \u200bw1"}.get(text, CONTEXT)
     features = make_task().encode(make_rows(answer, context=context), tokenizer, training=True)
     assert positions(features) == expected
-    for (start, end), ids in zip(positions(features), features[:]["input_ids"], strict=True):
+    for (start, end), ids in zip(positions(features), features.column("input_ids"), strict=True):
         if end and len(text.strip()) > 1:
             assert tokenizer.decode(ids[start : end + 1]).replace(" ##", "") == text.strip(" \u200b")
 
@@ -148,12 +148,12 @@ def test_answers_that_no_window_holds_whole_are_counted(tokenizer: PreTrainedTok
 def test_batches_are_padded_on_the_right_and_hold_positions_only_for_training(tokenizer: PreTrainedTokenizerFast) -> None:
     task, rows = make_task(), make_rows(find("w8 w9"))
     train, validation = (task.encode(rows, tokenizer, training=training) for training in (True, False))
-    batch = task.collate([train[2], train[0]], tokenizer)
+    batch = task.collate(train.rows([2, 0]), tokenizer)
     assert batch["input_ids"].shape == (2, 16) and batch["input_ids"][0, 11:].tolist() == [PAD] * 5
     assert batch["start_positions"].tolist() == [6, 0] and batch["end_positions"].dtype == torch.int64
     inputs = {"input_ids", "token_type_ids", "attention_mask"}
     assert set(batch) == inputs | {"start_positions", "end_positions"}
-    assert set(task.collate([validation[0]], tokenizer)) == inputs
+    assert set(task.collate(validation.rows([0]), tokenizer)) == inputs
 
 
 def test_a_question_without_room_for_more_than_the_stride_is_cut_after_a_word(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -167,9 +167,9 @@ def test_a_question_without_room_for_more_than_the_stride_is_cut_after_a_word(to
     ):
         features = task.encode(make_rows(NONE, question=question), tokenizer, training=False)
         assert task.truncated_share == (question != "w1 w2 w3 w4")
-        assert set(features[:]["context"]) == {kept + 2}
-        assert features[:]["starts"][0][0] == 0 and features[:]["ends"][-1][-1] == len(CONTEXT)
-        assert max(features[:]["length"]) == 16
+        assert set(features.column("context")) == {kept + 2}
+        assert features.column("starts")[0][0] == 0 and features.column("ends")[-1][-1] == len(CONTEXT)
+        assert max(features.column("length")) == 16
 
 
 def test_positions_of_a_tokenizer_of_pieces_lead_back_to_the_answers(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_positions_of_a_tokenizer_of_pieces_lead_back_to_the_answers(tmp_path: P
     tokenizer = load_tokenizer(config.model, locate(config.model))
     rows = load_splits(config.task, offline=True).rows["validation"]
     task = build_task(config.task)
-    train, places = (task.encode(rows, tokenizer, training=training)[:] for training in (True, False))
+    train, places = (task.encode(rows, tokenizer, training=training).table.to_pydict() for training in (True, False))
     found = set()
     for index, row in enumerate(places["row"]):
         if start := train["start_positions"][index]:
@@ -193,9 +193,9 @@ def test_positions_of_a_tokenizer_of_pieces_lead_back_to_the_answers(tmp_path: P
 
 def test_rows_of_many_calls_keep_their_numbers(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows(*[find(f"w{n}") for n in range(5)])
-    whole = make_task().encode(rows, tokenizer, training=False)[:]
+    whole = make_task().encode(rows, tokenizer, training=False).table.to_pydict()
     monkeypatch.setattr("wlora.tasks.question_answering.ROWS_AT_ONCE", 2)
-    assert make_task().encode(rows, tokenizer, training=False)[:] == whole
+    assert make_task().encode(rows, tokenizer, training=False).table.to_pydict() == whole
     assert whole["row"] == [row for row in range(5) for _ in range(3)]
 
 
@@ -212,7 +212,7 @@ def logits_for(features: list[dict[str, Any]], spans: list[tuple[int, int, float
 
 def predict(task: QuestionAnswering, features: Dataset, spans: list[Any], silent: float) -> list[Any]:
     model: Any = None
-    listed = [features[index] for index in range(len(features))]
+    listed = features.rows(range(len(features)))
     return list(task.predict(model, listed, {}, logits_for(listed, spans, silent)).numpy())
 
 
@@ -243,7 +243,7 @@ def test_uneven_shards_score_as_one(tokenizer: PreTrainedTokenizerFast) -> None:
     task = make_task()
     rows = make_rows(*[find(f"w{n}") if n % 3 else NONE for n in range(10)])
     features = task.encode(rows, tokenizer, training=False)
-    listed = [features[index] for index in range(len(features))]
+    listed = features.rows(range(len(features)))
     generator = torch.Generator().manual_seed(0)
     logits = {name: torch.randn(len(features), 16, generator=generator) for name in ("start_logits", "end_logits")}
     model: Any = None

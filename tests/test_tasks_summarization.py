@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -25,7 +26,7 @@ from wlora.models.tiny import build_tokenizer
 from wlora.precision import Precision, lower_base
 from wlora.tasks import build_task
 from wlora.tasks.data import load_splits
-from wlora.tasks.features import loss_weights
+from wlora.tasks.features import Features
 from wlora.tasks.summarization import IGNORED, Summarization
 
 from .conftest import ROOT, TINY, compose
@@ -62,16 +63,16 @@ def make_model(**changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def encode(task: Summarization, rows: Dataset = ROWS) -> tuple[Dataset, dict[str, torch.Tensor]]:
+def encode(task: Summarization, rows: Dataset = ROWS) -> tuple[Features, dict[str, torch.Tensor]]:
     features = task.encode(rows, TOKENIZER, training=True)
-    return features, task.collate(features.to_list(), TOKENIZER)
+    return features, task.collate(features.rows(range(len(features))), TOKENIZER)
 
 
 def test_padded_labels_are_ignored_and_empty_texts_are_kept() -> None:
     features, batch = encode(make_task())
     start, end = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
     lengths = [8, 14, 2]  # words and stops, and the two ends
-    assert features["loss_tokens"][:] == lengths and features["length"][:] == [13, 2, 7]
+    assert features.column("loss_tokens") == lengths and features.column("length") == [13, 2, 7]
     assert batch["labels"].shape == (3, 14) and batch["labels"].dtype == torch.int64
     assert (batch["labels"] != IGNORED).sum(dim=1).tolist() == lengths
     assert batch["labels"][2].tolist() == [start, end, *[IGNORED] * 12]
@@ -98,9 +99,9 @@ def test_the_model_shifts_the_labels_right_and_leaves_padding_out_of_the_loss() 
 def test_documents_and_summaries_are_cut_and_the_cut_rows_counted() -> None:
     task = make_task(max_length=8, max_target_length=10)
     features, _ = encode(task)
-    assert features["length"][:] == [8, 2, 7] and features["loss_tokens"][:] == [8, 10, 2]
+    assert features.column("length") == [8, 2, 7] and features.column("loss_tokens") == [8, 10, 2]
     assert task.truncated_share == pytest.approx(2 / 3)
-    assert all(ids[-1] == TOKENIZER.eos_token_id for ids in features["labels"])
+    assert all(ids[-1] == TOKENIZER.eos_token_id for ids in features.column("labels"))
     task = make_task(max_length=13, max_target_length=14)
     encode(task)
     assert task.truncated_share == 0
@@ -109,10 +110,10 @@ def test_documents_and_summaries_are_cut_and_the_cut_rows_counted() -> None:
 def test_a_step_is_the_same_however_its_rows_are_cut_into_micro_batches() -> None:
     task, model = make_task(), make_model()
     features, batch = encode(task)
-    weights = loss_weights(features)
-    parts = [model(**task.collate([features[row]], TOKENIZER)).loss * weights[row] for row in range(3)]
+    weights = features.loss_weights
+    parts = [model(**task.collate(features.rows([row]), TOKENIZER)).loss * weights[row] for row in range(3)]
     assert torch.allclose(model(**batch).loss, sum(parts) / sum(weights), atol=1e-6)
-    assert loss_weights(Dataset.from_dict({"labels": [1, 0]})) == [1, 1]
+    assert Features([pa.table({"labels": [1, 0]})]).loss_weights == [1, 1]
 
 
 def generate(task: Summarization, model: PreTrainedModel) -> tuple[list[str], list[dict[str, Any]]]:
@@ -128,7 +129,7 @@ def generate(task: Summarization, model: PreTrainedModel) -> tuple[list[str], li
 
     model._prepare_generation_config = spy  # type: ignore[method-assign]
     with torch.no_grad():
-        return task.predict(model, features.to_list(), batch, model(**batch)), seen
+        return task.predict(model, features.rows(range(len(features))), batch, model(**batch)), seen
 
 
 def test_the_models_own_generation_settings_hold_where_nothing_is_overridden() -> None:

@@ -192,12 +192,12 @@ def test_out_of_memory_a_step_is_tried_again_in_parts(
             raise torch.OutOfMemoryError("as on a small GPU")
         before(self, loss)
 
-    def pick(features: Any, rows: list[int]) -> Any:
+    def collate(self: loop.Trainer, features: Any, rows: list[int]) -> Any:
         sizes.append(len(rows))
-        return kept_pick(features, rows)
+        return kept_collate(self, features, rows)
 
-    kept_pick = loop.pick
-    monkeypatch.setattr(loop, "pick", pick)
+    kept_collate = loop.Trainer._collate
+    monkeypatch.setattr(loop.Trainer, "_collate", collate)
     monkeypatch.setattr(loop.Trainer, "_backward", backward)
     parts = run_tiny(f"method={method}", *STILL, "precision=fp32", results=tmp_path / "parts")
     assert [event for event in parts.events if event["kind"] == "out_of_memory"] == [

@@ -246,15 +246,10 @@ def _lines(points: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Return peak bytes: `process` (resident), and `device` where a GPU is used."""
-    import torch
+    """Return the peak of the process's resident bytes, as `process`; nothing on Windows."""
+    if sys.platform == "win32":
+        return {}
+    import resource
 
-    found: dict[str, int] = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        found["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_available():
-        found["device"] = int(torch.cuda.max_memory_allocated())
-    return found
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

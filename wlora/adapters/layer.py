@@ -212,4 +212,4 @@ def _cut(parameter: nn.Parameter, select: Callable[[Tensor], Tensor]) -> nn.Para
 
 def _positive_part(omega: Tensor) -> Tensor:
     """Return max(ω, 0) whose gradient with respect to ω is 1 everywhere (straight-through)."""
-    return omega + (omega.clamp(min=0) - omega).detach()
+    return omega - omega.detach().clamp(max=0)

@@ -111,7 +111,7 @@ class FlexLoRA(AdapterMethod):
         for name, adapter in self.adapters.items():
             adapter.scale = self.alpha / rank
             if self._global is None:
-                A = self._first[name][:rank]
+                A = self._first[name][:rank].to(adapter.A.device)  # they were drawn before the model moved there
                 if rank > len(A):
                     extra = torch.randn(rank - len(A), A.shape[1], generator=self.generator).to(A) / A.shape[1] ** 0.5
                     A = torch.cat([A, extra])

@@ -36,7 +36,7 @@ class MiLoRA(AdapterMethod):
         """Return s·(B A − B₀A₀), of twice the rank."""
         found = {}
         for name, (A, B, scale) in super().factors().items():
-            first_A, first_B = self._start[name]
+            first_A, first_B = (first.to(A.device) for first in self._start[name])
             found[name] = Factors(torch.cat([A, first_A]), torch.cat([B, -first_B], dim=1), scale)
         return found
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from wlora.config import TaskConfig
+    from wlora.tasks.features import Features
 
 
 class Kind(NamedTuple):
@@ -53,7 +54,7 @@ class Task(Protocol):
     truncated_share: float
     lost_answers: int
 
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Tokenise rows into features.
 
         Returns:
@@ -85,7 +86,7 @@ class Task(Protocol):
         """
         ...
 
-    def score(self, split: str, predictions: Sequence[Any], features: Dataset, rows: Dataset) -> dict[str, float]:
+    def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
         """Return the metrics of one whole validation split.
 
         Args:

@@ -15,7 +15,7 @@ from wlora.config import TaskConfig
 from wlora.errors import wrong_value
 from wlora.metrics import check_names, compute
 from wlora.tasks.checks import LABEL
-from wlora.tasks.features import ROWS_AT_ONCE, find_truncated, input_columns, join, pad
+from wlora.tasks.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad
 
 
 class SequenceClassification:
@@ -44,7 +44,7 @@ class SequenceClassification:
         self.primary_metric = config.primary_metric
         self.truncated_share, self.lost_answers = 0.0, 0
 
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Tokenise rows, cut to `task.max_length` tokens and not padded.
 
         Returns:
@@ -63,7 +63,7 @@ class SequenceClassification:
             labels = pa.array(texts[LABEL], pa.float32() if self.regression else pa.int64())
             pieces.append(pa.table({**input_columns(encoded), "labels": labels}))
         self.truncated_share = truncated / len(rows)
-        return join(pieces)
+        return Features(pieces)
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Pad features to the longest of them; labels have shape [rows], int64 or float32 for regression."""
@@ -79,12 +79,12 @@ class SequenceClassification:
         logits: torch.Tensor = outputs.logits.float()
         return logits.squeeze(-1) if self.regression else logits.argmax(dim=-1)
 
-    def score(self, split: str, predictions: Sequence[Any], features: Dataset, rows: Dataset) -> dict[str, float]:
+    def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
         """Return `task.metrics` of a split; keys of any but the first split end in its name.
 
         So MNLI has `accuracy` (matched) and `accuracy_mismatched`.
         """
-        found = compute(self.config.metrics, np.asarray(predictions), features.with_format("numpy")["labels"][:])
+        found = compute(self.config.metrics, np.asarray(predictions), np.asarray(features.column("labels")))
         if split == self.config.validation[0]:
             return found
         suffix = split.removeprefix("validation_")

@@ -15,7 +15,7 @@ from wlora.config import TaskConfig
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS, score_answers, score_answers_or_none
 from wlora.tasks.checks import ANSWERS
-from wlora.tasks.features import ROWS_AT_ONCE, input_columns, join, pad
+from wlora.tasks.features import ROWS_AT_ONCE, Features, input_columns, pad
 from wlora.tasks.spans import Windows, choose_answers, find_best_spans
 
 _MIN_QUESTION = 4
@@ -65,7 +65,7 @@ class QuestionAnswering:
         self.primary_metric = config.primary_metric
         self.truncated_share, self.lost_answers = 0.0, 0
 
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Cut rows into windows and tokenise them.
 
         A question that would leave no room for a context of more than `task.stride` tokens is cut.
@@ -115,7 +115,7 @@ class QuestionAnswering:
                 columns["row"] = pa.array(np.asarray(row_of) + first_row, pa.int32())
             pieces.append(pa.table(columns))
         self.truncated_share, self.lost_answers = cut / len(rows), lost
-        return join(pieces)
+        return Features(pieces)
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Pad features to the longest of them; positions, where there are any, have shape [features], int64."""
@@ -139,7 +139,7 @@ class QuestionAnswering:
             max_answer_length=self.config.max_answer_length,
         )
 
-    def score(self, split: str, predictions: Sequence[Any], features: Dataset, rows: Dataset) -> dict[str, float]:
+    def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
         """Return `task.metrics` of a split; keys of any but the first split end in its name."""
         texts, no_answer = choose_answers(np.stack(predictions), _windows(features), rows[self.context][:])
         answers = [answer["text"] for answer in rows[ANSWERS][:]]
@@ -205,8 +205,8 @@ def _token_places(encodings: Sequence[Any]) -> dict[str, pa.Array]:
     return {"context": pa.array(context, pa.int32()), "starts": pa.array(starts, kind), "ends": pa.array(ends, kind)}
 
 
-def _windows(features: Dataset) -> Windows:
-    columns = {name: features.data.column(name).combine_chunks() for name in ("row", "context", "starts", "ends")}
+def _windows(features: Features) -> Windows:
+    columns = {name: features.table[name].combine_chunks() for name in ("row", "context", "starts", "ends")}
     return Windows(
         row=columns["row"].to_numpy(),
         context=columns["context"].to_numpy(),

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from wlora.config import TaskConfig
 from wlora.errors import ConfigError, wrong_value
 from wlora.rouge import check_rouge_names, compute_rouge
-from wlora.tasks.features import ROWS_AT_ONCE, find_truncated, input_columns, join, pad
+from wlora.tasks.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad, stack
 
 IGNORED = -100
 """The label of a padded position: torch's cross-entropy leaves it out, and the model shifts it in as padding."""
@@ -48,7 +48,7 @@ class Summarization:
         self.truncated_share, self.lost_answers = 0.0, 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Dataset:
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Tokenise rows, cut to `task.max_length` and `task.max_target_length` tokens and not padded.
 
         Empty documents and summaries, of which the benchmarks have a few, are encoded as such.
@@ -72,7 +72,7 @@ class Summarization:
             labels = pa.array(target["input_ids"], pa.list_(pa.int32()))
             pieces.append(pa.table({**input_columns(inputs), "labels": labels, "loss_tokens": labels.value_lengths()}))
         self.truncated_share = truncated / len(rows)
-        return join(pieces)
+        return Features(pieces)
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Pad documents and summaries to the longest of each; padded labels are ignored by the loss.
@@ -80,11 +80,7 @@ class Summarization:
         There are no decoder inputs: the model makes them, the labels shifted right.
         """
         batch = pad(features, tokenizer)
-        longest = max(len(feature["labels"]) for feature in features)
-        labels = torch.full((len(features), longest), IGNORED)
-        for row, feature in enumerate(features):
-            labels[row, : len(feature["labels"])] = torch.tensor(feature["labels"])
-        batch["labels"] = labels
+        batch["labels"] = stack([feature["labels"] for feature in features], IGNORED, "right")
         return batch
 
     def predict(
@@ -97,7 +93,7 @@ class Summarization:
         tokens = model.generate(encoder_outputs=encoded, attention_mask=inputs["attention_mask"])
         return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
-    def score(self, split: str, predictions: Sequence[Any], features: Dataset, rows: Dataset) -> dict[str, float]:
+    def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
         """Return `task.metrics` with their intervals, against the whole summaries as published."""
         return compute_rouge(self.config.metrics, predictions, rows[self.config.columns[1]])
 

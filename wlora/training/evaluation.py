@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.metrics import merge_shards
 from wlora.tasks import Task
-from wlora.tasks.features import loss_weights
+from wlora.tasks.features import Features
 from wlora.training.batching import evaluation_batches, share
 from wlora.training.prefix_cache import PrefixCache
 
@@ -28,7 +28,7 @@ class Split:
     """A validation split: its checked rows, and the features they were encoded into."""
 
     rows: Dataset
-    features: Dataset
+    features: Features
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def evaluate(
 def _predict(
     model: PreTrainedModel,
     task: Task,
-    features: Dataset,
+    features: Features,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
@@ -83,33 +83,27 @@ def _predict(
     indices: list[int] = []
     found: list[torch.Tensor | Sequence[Any]] = []
     losses: list[torch.Tensor] = []
-    weights = loss_weights(features)
-    for batch in evaluation_batches(list(features["length"]), batch_size):
+    for batch in evaluation_batches(features.lengths, batch_size):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
         if not mine:
             if together:
-                model(**move(task.collate(pick(features, batch[:1]), tokenizer), accelerator.device))
+                model(**move(task.collate(features.rows(batch[:1]), tokenizer), accelerator.device))
             continue
-        picked = pick(features, mine)
+        picked = features.rows(mine)
         inputs = move(task.collate(picked, tokenizer), accelerator.device)
         with replay(mine, inputs):
             outputs = model(**inputs)
             found.append(task.predict(model, picked, inputs, outputs))
         indices += mine
         if outputs.get("loss") is not None:
-            losses.append(outputs.loss.double() * sum(weights[index] for index in mine))
+            losses.append(outputs.loss.double() * sum(features.loss_weights[index] for index in mine))
     # Tensors stay on the device until here, so that no batch waits for the one before.
     predictions = [item for part in found for item in (part.cpu().numpy() if isinstance(part, torch.Tensor) else part)]
     total = float(torch.stack(losses).sum()) if losses else None
     several = accelerator.num_processes > 1
     shards = gather_object([(indices, predictions)]) if several else [(indices, predictions)]
     totals = [part for part in (gather_object([total]) if several else [total]) if part is not None]
-    return merge_shards(shards, count=len(features)), sum(totals) / sum(weights) if totals else None
-
-
-def pick(features: Dataset, indices: list[int]) -> list[dict[str, Any]]:
-    """Return features by index."""
-    return features.__getitems__(indices)  # type: ignore[no-any-return]
+    return merge_shards(shards, count=len(features)), sum(totals) / sum(features.loss_weights) if totals else None
 
 
 def move(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

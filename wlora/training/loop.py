@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,10 +24,10 @@ from wlora.models.prefix import Prefix, frozen_depth
 from wlora.models.readout import first_token_alone
 from wlora.processes import from_main, gather
 from wlora.tasks import Task
-from wlora.tasks.features import loss_weights
+from wlora.tasks.features import Features
 from wlora.training.batching import share, step_batches
 from wlora.training.bench import Bench
-from wlora.training.evaluation import Split, evaluate, move, pick
+from wlora.training.evaluation import Split, evaluate, move
 from wlora.training.footprint import activation_bytes, saved_bytes
 from wlora.training.growth import BatchGrowth
 from wlora.training.optimizers import Optimizers, ParameterGroup
@@ -35,9 +35,6 @@ from wlora.training.plan import Plan
 from wlora.training.prefix_cache import PrefixCache, Storage
 from wlora.training.sharding import average_gradients
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 # Points of the learning curve over a whole run.
 CURVE_POINTS = 200
@@ -54,7 +51,7 @@ class Diverged(RunFault):
 class Data:
     """Training features, and every validation split by name."""
 
-    train: Dataset
+    train: Features
     validation: dict[str, Split]
 
 
@@ -132,7 +129,6 @@ class Trainer:
         self.task, self.tokenizer, self.data = task, tokenizer, data
         self.plan, self.settings, self.accelerator, self.log = plan, settings, accelerator, log
         self.on_step = on_step
-        self.loss_weights = loss_weights(data.train)
         self.phases = method.phases(self._bench(), plan.total_steps)
         self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=method.release_adamw)
         self.scaler = (
@@ -151,6 +147,7 @@ class Trainer:
 
     def capture(self) -> State:
         """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU."""
+        self._note_peak()
         state = capture(self.bare_model, self.method, self.optimizers)
         state.facts |= {"step": self.step, "losses": self._losses, "result": dataclasses.asdict(self.result)}
         state.facts |= {"parts": self.parts, "growth": self.growth.factor, "bytes": self.growth.before}
@@ -178,6 +175,8 @@ class Trainer:
             Diverged: a loss that is not finite.
         """
         self.bare_model.train()  # transformers hands out loaded models in evaluation mode
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of the run before, in a sweep
         if self.step == 0:
             torch.manual_seed(self.settings.dropout_seed)
         losses = self._losses
@@ -196,7 +195,7 @@ class Trainer:
                 if self.on_step is not None:
                     self.on_step(self)
                 self._show(bar, losses)
-            self.result.memory = {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
+            self.result.memory |= {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
         return self.result
 
     def passed(self, every: int) -> bool:
@@ -213,7 +212,7 @@ class Trainer:
         count = 0
         steps = step_batches(
             self.phases,
-            list(self.data.train["length"]),
+            self.data.train.lengths,
             batch_size=self.plan.batch_size,
             accumulation_steps=self.plan.accumulation_steps,
             seed=self.settings.order_seed,
@@ -228,10 +227,10 @@ class Trainer:
     def _bench(self) -> Bench:
         """Offer the method batches of training rows."""
         # Spans and texts are no classes that a sample could be stratified by.
-        labels = list(self.data.train["labels"]) if self.task.head == "sequence_classification" else None
+        labels = self.data.train.column("labels") if self.task.head == "sequence_classification" else None
         return Bench(
             self.bare_model,
-            lengths=list(self.data.train["length"]),
+            lengths=self.data.train.lengths,
             labels=labels,
             collate=lambda rows: self._collate(self.data.train, list(rows)),
         )
@@ -259,8 +258,9 @@ class Trainer:
 
     def _measure(self, measure: Callable[[nn.Module, dict[str, Tensor]], int]) -> int:
         """Measure a micro-batch of the longest training rows; nothing else is left behind."""
+        self._note_peak()
         streams = random_streams()
-        lengths = list(self.data.train["length"])
+        lengths = self.data.train.lengths
         longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: math.ceil(self.plan.batch_size / self.parts)]
         mine = share(longest, self.accelerator.process_index, self.accelerator.num_processes) or longest[:1]
         inputs = self._collate(self.data.train, mine)
@@ -272,6 +272,12 @@ class Trainer:
         self.optimizers.zero_grad()
         set_random_streams(streams)
         return found
+
+    def _note_peak(self) -> None:
+        """Keep the peak of the GPU's memory in bytes: a measurement starts it again, and so does a resumed run."""
+        if self.accelerator.device.type == "cuda":
+            peak = int(torch.cuda.max_memory_allocated())
+            self.result.memory["device"] = max(peak, self.result.memory.get("device", 0))
 
     def _replayed(self, rows: list[int], inputs: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
         """Let the model go on from stored states in the block, where there are any."""
@@ -303,20 +309,21 @@ class Trainer:
 
     def _accumulate(self, batches: list[list[int]]) -> Tensor:
         """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all of them."""
-        whole = sum(self.loss_weights[row] for batch in batches for row in batch)
+        train = self.data.train
+        whole = sum(train.loss_weights[row] for batch in batches for row in batch)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        total, tokens = (torch.zeros((), device=self.accelerator.device) for _ in range(2))
+        total = torch.zeros((), device=self.accelerator.device)
         if self.prefix:
-            self.prefix.prepare("train", self.data.train)
-        grown = self.growth.regroup(batches, self.data.train["length"])
+            self.prefix.prepare("train", train)
+        grown = self.growth.regroup(batches, train.lengths)
         pieces = [batch[part :: self.parts] for batch in grown for part in range(min(self.parts, len(batch)))]
         for index, piece in enumerate(pieces):
             mine = share(piece, rank, world)
             rows = mine or piece[:1]
-            inputs = self._collate(self.data.train, rows)
+            inputs = self._collate(train, rows)
             last = index == len(pieces) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
-                part = sum(self.loss_weights[row] for row in mine) / whole
+                part = sum(train.loss_weights[row] for row in mine) / whole
                 with self._replayed(rows, inputs):
                     loss = self.model(**inputs).loss.float() * part
                 extra = self.method.extra_loss() if last else None
@@ -324,12 +331,11 @@ class Trainer:
                 self._backward(loss * world if extra is None else loss * world + extra)
             total += loss.detach()
             self.result.examples += len(piece)
-            tokens += inputs["attention_mask"].sum() if mine else 0
+            self.result.tokens += sum(train.lengths[row] for row in piece)
         if self.settings.sharded:
             average_gradients(self.optimizers.parameters())
         if world > 1:
-            total, tokens = self.accelerator.reduce((total, tokens), "sum")  # type: ignore[misc]
-        self.result.tokens += int(tokens)
+            total = self.accelerator.reduce(total, "sum")
         return total
 
     def _backward(self, loss: Tensor) -> None:
@@ -360,9 +366,9 @@ class Trainer:
             return present
         return PrefixCache(Prefix(self.bare_model, depth), self.settings.prefix, self._collate)
 
-    def _collate(self, features: Dataset, rows: list[int]) -> dict[str, Tensor]:
+    def _collate(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
         """Return rows of features as the model's inputs, on its device."""
-        return move(self.task.collate(pick(features, rows), self.tokenizer), self.accelerator.device)
+        return move(self.task.collate(features.rows(rows), self.tokenizer), self.accelerator.device)
 
     def _groups(self) -> list[ParameterGroup]:
         return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.lr)]

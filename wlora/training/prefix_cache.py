@@ -27,11 +27,11 @@ from wlora.console import say
 from wlora.errors import RunFault
 from wlora.fingerprint import hash_file
 from wlora.models.prefix import Prefix
-from wlora.tasks.features import INPUT_TYPES
+from wlora.tasks.features import INPUT_TYPES, Features
 from wlora.training.batching import evaluation_batches
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 SCHEMA = 1
 _STATES, _MANIFEST = "states.bin", "manifest.json"
@@ -72,7 +72,9 @@ class PrefixCache:
         collate: turns features by row index into the model's inputs, on the model's device.
     """
 
-    def __init__(self, prefix: Prefix, storage: Storage, collate: Callable[[Dataset, list[int]], dict[str, Tensor]]) -> None:
+    def __init__(
+        self, prefix: Prefix, storage: Storage, collate: Callable[[Features, list[int]], dict[str, Tensor]]
+    ) -> None:
         self.prefix, self.storage, self._collate = prefix, storage, collate
         self._splits: dict[str, _Stored] = {}
         self._model: str | None = None
@@ -86,7 +88,7 @@ class PrefixCache:
             "prefix_bytes": sum(split.states.nbytes for split in stored),
         }
 
-    def prepare(self, split: str, features: Dataset) -> None:
+    def prepare(self, split: str, features: Features) -> None:
         """Compute or find the states of a split; nothing if that is done.
 
         Raises:
@@ -94,7 +96,7 @@ class PrefixCache:
         """
         if split in self._splits:
             return
-        lengths = np.asarray(features["length"], dtype=np.int64)
+        lengths = np.asarray(features.lengths)
         order = [row for batch in evaluation_batches(lengths.tolist(), ROWS_AT_ONCE) for row in batch]
         token = self.prefix.width * self.storage.dtype.itemsize
         left = self.storage.limit - sum(stored.states.nbytes for stored in self._splits.values())
@@ -126,19 +128,19 @@ class PrefixCache:
             return self.prefix.replaced(self.prefix.compute(inputs).to(self.storage.dtype))
         mask = inputs["attention_mask"].bool()
         states = torch.zeros(*mask.shape, self.prefix.width, dtype=self.storage.dtype, device=mask.device)
-        ends = stored.starts + stored.lengths
-        pieces = [stored.states[stored.starts[row] : ends[row]] for row in rows]
+        spans = zip(stored.starts[rows].tolist(), stored.lengths[rows].tolist(), strict=True)
+        pieces = [stored.states[start : start + length] for start, length in spans]
         states[mask] = torch.cat(pieces).to(mask.device)
         return self.prefix.replaced(states)
 
-    def _compute(self, features: Dataset, rows: list[int]) -> Iterator[Tensor]:
+    def _compute(self, features: Features, rows: list[int]) -> Iterator[Tensor]:
         """Yield the states of rows, [tokens, width], batch after batch, padding left out."""
         for begin in range(0, len(rows), ROWS_AT_ONCE):
             inputs = self._collate(features, rows[begin : begin + ROWS_AT_ONCE])
             states = self.prefix.compute(inputs)
             yield states[inputs["attention_mask"].bool()].to(self.storage.dtype).cpu()
 
-    def _open(self, features: Dataset, rows: list[int], tokens: int) -> Tensor:
+    def _open(self, features: Features, rows: list[int], tokens: int) -> Tensor:
         """Map the file of these states, which is written first if there is none that holds."""
         folder = self.storage.folder / self._fingerprint(features, rows)
         fault = _find_fault(folder)
@@ -151,7 +153,7 @@ class PrefixCache:
         flat = torch.from_file(str(folder / _STATES), size=tokens * self.prefix.width, dtype=self.storage.dtype)
         return flat.view(tokens, self.prefix.width)
 
-    def _write(self, folder: Path, features: Dataset, rows: list[int]) -> None:
+    def _write(self, folder: Path, features: Features, rows: list[int]) -> None:
         staging = folder.with_name(f".{folder.name}.{os.getpid()}")
         digest = hashlib.sha256()
         try:
@@ -179,18 +181,16 @@ class PrefixCache:
                 f"the prefix cache {folder} cannot be written ({error.strerror}): train.prefix_cache=memory needs no disk"
             ) from error
 
-    def _fingerprint(self, features: Dataset, rows: list[int]) -> str:
+    def _fingerprint(self, features: Features, rows: list[int]) -> str:
         """Return 16 hex digits of a hash of all that decides the states of these rows."""
         if self._model is None:
             self._model = self.prefix.fingerprint()
         versions = f"{torch.__version__} {transformers_version} {self.storage.dtype} {len(rows)}"
         digest = hashlib.sha256(f"{SCHEMA} {self._model} {versions}".encode())
-        table = features.with_format("arrow")[:]
         for key in INPUT_TYPES:
-            if key in table.column_names:
-                for chunk in table[key].chunks:
-                    digest.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=False)).data)
-        digest.update(table["length"].to_numpy().tobytes())
+            if key in features.table.column_names:
+                digest.update(features.table[key].combine_chunks().flatten().to_numpy().data)
+        digest.update(np.asarray(features.lengths, dtype=np.int32).data)
         return digest.hexdigest()[:16]
 
 

@@ -1,0 +1,71 @@
+"""The runner on a GPU, in processes of its own: what a CPU cannot show. Skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import GPUS, ROOT, TINY
+from tests.test_methods_run import METHODS
+from wlora.records import Record, RecordStore
+
+DROPOUT = {name: ["hidden_dropout_prob", "attention_probs_dropout_prob"] for name in ("tiny_bert", "tiny_deberta")}
+DROPOUT["tiny_bart"] = ["dropout"]
+VISIBLE = {key: value for key, value in {**os.environ, "CUDA_VISIBLE_DEVICES": GPUS}.items() if value is not None}
+
+
+def python(*words: str, hidden: bool = False) -> subprocess.CompletedProcess[str]:
+    env = VISIBLE | {"PYTHONPATH": str(ROOT)} | ({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+
+
+def has_gpu() -> bool:
+    check = "import torch; assert torch.cuda.is_available()"
+    return torch.version.cuda is not None and python("-c", check).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not has_gpu(), reason="there is no GPU")
+
+
+def run(results: Path, *words: str, hidden: bool = False) -> list[Record]:
+    done = python("-m", "wlora.run", "-m", *TINY, f"results_dir={results}", *words, hidden=hidden)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return list(RecordStore(results))
+
+
+def test_every_method_trains_and_repeats(tmp_path: Path) -> None:
+    methods = ",".join(name for name in METHODS if name != "nora")  # its frame is wider than a tiny model
+    first, again = (run(tmp_path / folder, f"method={methods}", "rank=4") for folder in ("a", "b"))
+    assert len(first) == len(METHODS) - 1
+    for one, other in zip(first, again, strict=True):
+        assert one.environment["device"].startswith("cuda") and one.memory["device"] > 0
+        assert (one.run_id, one.metrics, one.curve) == (other.run_id, other.metrics, other.curve)
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_deberta", "tiny_llama", "tiny_bart"])
+def test_float32_agrees_with_the_cpu(tmp_path: Path, model: str) -> None:
+    words = [f"model={model}", "method=rlora", "k=2", "seed=4", "precision=fp32", "dropout=0", "task.epochs=1"]
+    words += ["train.prefix_cache=memory", "train.prefix_cache_dtype=fp32"]
+    words += [f"++model.architecture.{name}=0" for name in DROPOUT.get(model, [])]
+    (here,) = run(tmp_path / "gpu", *words)
+    (there,) = run(tmp_path / "cpu", *words, hidden=True)
+    assert here.metrics["loss"] == pytest.approx(there.metrics["loss"], rel=1e-3)
+    assert [a["name"] for a in here.adapters] == [a["name"] for a in there.adapters]
+
+
+def test_batches_grow_by_measured_memory(tmp_path: Path) -> None:
+    words = ["method=wlora", "k=1", "train.grow_batch=micro", "train.accumulation_steps=4", "task.epochs=4"]
+    (record,) = run(tmp_path, *words, "task.batch_size=32", "task.max_train_rows=512")
+    (grown,) = [event for event in record.events if event["kind"] == "grow_batch"]
+    assert grown["bytes_before"] > grown["bytes_after"] > 0 and record.memory["device"] >= grown["bytes_before"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_packed_bases_train(tmp_path: Path, kind: str) -> None:
+    (record,) = run(tmp_path, "model=tiny_llama", "method=wlora", "k=2", f"model.quantization={kind}")
+    assert record.status == "success" and record.parameters["stored"] < record.parameters["total"]
