@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Numbers are compared to the last bit, and with a second process on the same machine: all but test_gpu.py runs on the CPU.
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+# Kept in the environment, which the processes of xdist inherit.
+GPUS = os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 TINY = [
     "task=story_nli",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -28,6 +29,22 @@ def test_fewer_adapters_take_less_and_those_on_top_least(points: dict[tuple[str,
     assert points["lowest first", n] == points["highest first", n]
     assert points["highest first", 1] < points["lowest first", 1] <= points["lowest first", n]
     assert points["highest first", 0] == points["lowest first", 0] < points["highest first", 1]
+
+
+def test_measuring_leaves_nothing_in_memory() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def tensors() -> int:
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()  # on a GPU, memory that waits for a collection is memory that is missing
+    try:
+        before = tensors()
+        assert saved_bytes(model, {"input": torch.ones(2, 4)}) > 0
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 def test_saved_bytes_are_those_of_the_storages_that_the_backward_pass_needs() -> None:

@@ -32,13 +32,14 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     owned = {_identity(tensor) for tensor in [*model.parameters(), *batch.values()]}
     kept: dict[int, Any] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         if _identity(tensor) not in owned:
             # Holding the storage keeps another from being put in its place.
             kept[_identity(tensor)] = tensor.untyped_storage()
-        return tensor
+        # There is no backward pass. A tensor given back here would hold the step that made it, which holds the tensor: all
+        # of this memory would stay taken until the next garbage collection.
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         model(**batch)
     return sum(storage.nbytes() for storage in kept.values())
 
