@@ -1,6 +1,6 @@
 """Speed and memory beside PEFT and transformers' Trainer, in one run on one machine. Every figure is a ratio within it.
 
-    python scripts/benchmark.py steps [--repeats 5] [--models minilm deberta bart llama] [--times 1]
+    python scripts/benchmark.py steps [--repeats 3] [--models minilm deberta bart llama] [--times 1]
     python scripts/benchmark.py end_to_end --data DIR [--baseline FILE] [--tasks sst2 mrpc] [--seeds 0 1 2] [--epochs 5]
 
 `steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut, without and with a
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     steps = kinds.add_parser("steps")
-    steps.add_argument("--repeats", type=int, default=5)
+    steps.add_argument("--repeats", type=int, default=3)
     steps.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     steps.add_argument("--times", type=int, default=1)
     whole = kinds.add_parser("end_to_end")
