@@ -1,0 +1,85 @@
+"""The benchmark runs, and the README quotes what it wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+CUT = "WLoRA cut"
+STAGES = ["PEFT LoRA", "LoRA", "WLoRA before the cut", CUT, f"{CUT}, prefix", f"{CUT}, prefix, micro-batch grown"]
+    "PEFT LoRA",
+    "LoRA",
+    "WLoRA before the cut",
+    "WLoRA cut",
+    "WLoRA cut, prefix",
+    "WLoRA cut, prefix, micro-batch grown",
+]
+MODELS = {"DeBERTaV3-base": "deberta", "BART-large": "bart", "SmolLM2-135M": "llama", "MiniLM-L6": "minilm"}
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_script", ROOT / "scripts" / "benchmark.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def stage(what: str) -> str:
+    return re.sub(r" of \d+ stored", "", what)
+
+
+def test_steps_are_timed_and_compared_with_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = load()
+    words = ("task=mrpc", "model=tiny_bert", "model.architecture.num_hidden_layers=4")
+    kept = r"\.2\..*\.(key|value)|\.3\."
+    monkeypatch.setattr(benchmark, "CASES", {"tiny": benchmark.Case(words, 8, 16, kept)})
+    monkeypatch.setattr(benchmark, "fast_precision", lambda: "bf16")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "steps", "--repeats", "1", "--times", "2", "--out", str(tmp_path)])
+    benchmark.main()
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert [(stage(row["what"]), row["precision"]) for row in rows] == [(s, p) for p in ("fp32", "bf16") for s in STAGES]
+    found = {(stage(row["what"]), row["precision"]): row for row in rows}
+    assert found["PEFT LoRA", "fp32"]["time_to_peft"] == 1 and found["LoRA", "fp32"]["batch"] == "16×16"
+    assert found["WLoRA cut", "fp32"]["saved_to_peft"] < found["LoRA", "fp32"]["saved_to_peft"] <= 1
+    assert found["LoRA", "bf16"]["saved_mib"] < found["LoRA", "fp32"]["saved_mib"]
+    assert (tmp_path / "steps.md").read_text().count("\n") == len(rows) + 2
+
+
+def test_runs_of_two_machines_are_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "mrpc.json").write_text('{"machine": "1 × a GPU"}')
+    with pytest.raises(SystemExit, match="holds runs of 1 × a GPU, and this is 1 × another"):
+        load().refuse_others(tmp_path, "1 × another")
+
+
+@pytest.mark.parametrize(
+    ("heading", "folders", "precision"),
+    [("H100, bfloat16", ["h100", "h100_minilm"], "bf16"), ("2 cores (AVX2), float32", ["zen3"], "fp32")],
+)
+def test_the_readme_quotes_what_was_measured(heading: str, folders: list[str], precision: str) -> None:
+    files = [ROOT / "results" / "benchmarks" / folder / "steps.json" for folder in folders]
+    if not all(file.is_file() for file in files):
+        pytest.skip("an sdist has no results")
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"] if row["precision"] == precision]
+    found = {(row["model"], stage(row["what"])): row for row in rows}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, rest = readme.partition(f"| {heading} |")
+    lines = rest.split("\n\n", 1)[0].splitlines()[2:]
+    assert len(lines) == len(MODELS)
+    for line in lines:
+        title, peft, *ratios = (cell.strip() for cell in line.strip("| ").split("|"))
+        name, batch = title.split(", ")
+        first = found[MODELS[name], "PEFT LoRA"]
+        assert (peft, batch) == (f"{first['ms']:,} ms", first["batch"])
+        expected = [found[MODELS[name], what]["time_to_peft"] for what in STAGES[1:]]
+        assert ratios == [f"{ratio:.3f}" for ratio in [*expected, found[MODELS[name], CUT]["saved_to_peft"]]]
