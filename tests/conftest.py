@@ -72,6 +72,24 @@ def run_tiny(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs the entry point in this process, which spares the imports of a fresh one.
+
+    Its result is exit code, output and errors.
+    """
+    from wlora import run
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        with pytest.raises(SystemExit) as end:
+            run.main()
+        return (int(end.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
 def run_cli(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m wlora.run` in a fresh process that cannot reach a hub."""
     settings = {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}

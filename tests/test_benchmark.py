@@ -15,13 +15,6 @@ from tests.conftest import ROOT
 
 CUT = "WLoRA cut"
 STAGES = ["PEFT LoRA", "LoRA", "WLoRA before the cut", CUT, f"{CUT}, prefix", f"{CUT}, prefix, micro-batch grown"]
-    "PEFT LoRA",
-    "LoRA",
-    "WLoRA before the cut",
-    "WLoRA cut",
-    "WLoRA cut, prefix",
-    "WLoRA cut, prefix, micro-batch grown",
-]
 MODELS = {"DeBERTaV3-base": "deberta", "BART-large": "bart", "SmolLM2-135M": "llama", "MiniLM-L6": "minilm"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from wlora.models.targets import read_architecture
 from wlora.precision import Precision, lower_base
 
 from .bart_folder import build_bart_folder
-from .conftest import TINY, compose, run_cli
+from .conftest import TINY, compose
 from .hub_folder import build_folder
 from .llama_folder import build_llama_folder, llama_weights
 
@@ -205,9 +205,12 @@ def test_a_disconnected_adapter_leaves_the_packed_linear_and_folding_is_refused(
 
 @pytest.mark.parametrize("method", ["full", "milora", "nora", "dora"])
 @pytest.mark.parametrize("dry_run", ["true", "false"])
-def test_methods_that_need_the_bases_own_weights_are_refused_before_loading(method: str, dry_run: str) -> None:
-    done = run_cli("model=minilm", "model.quantization=nf4", f"method={method}", *TINY[:1], f"dry_run={dry_run}")
-    assert done.returncode == 2 and done.stderr.splitlines() == [
+def test_methods_that_need_the_bases_own_weights_are_refused_before_loading(
+    method: str, dry_run: str, run_main: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wlora.stock.load_base", None)
+    code, _, errors = run_main("model=minilm", "model.quantization=nf4", f"method={method}", *TINY[:1], f"dry_run={dry_run}")
+    assert code == 2 and errors.splitlines() == [
         f"error: method={method}: reads or trains the base's own weights: allowed is model.quantization=none"
     ]
 
@@ -219,20 +222,17 @@ def test_random_weights_and_unknown_kinds_are_refused() -> None:
         compose("model=minilm", "model.quantization=fp4")
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_package_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
     import importlib.util
-
-    from wlora import run
 
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
     )
-    monkeypatch.setattr(sys, "argv", ["run.py", "model=minilm", "task=story_nli", "model.quantization=nf4"])
-    with pytest.raises(SystemExit) as end:
-        run.main()
-    assert end.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [
+    code, _, errors = run_main("model=minilm", "task=story_nli", "model.quantization=nf4")
+    assert code == 2 and errors.splitlines() == [
         "error: model.quantization=nf4: the package bitsandbytes is not installed",
         "way out: pip install 'wlora[quantization]'",
     ]

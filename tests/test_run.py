@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,11 +103,14 @@ def test_no_network_is_refused_at_once_with_the_ways_out() -> None:
         (["targets=release"], "479,232 adapter parameters (0.260%"),
     ],
 )
-def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(words: list[str], trainable: str, tmp_path: Path) -> None:
+def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(
+    words: list[str], trainable: str, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
     folder = tmp_path / "results"
-    done = run_cli("task=rte", "method=wlora_plus", "rank=4", "dry_run=true", f"results_dir={folder}", *words)
-    assert done.returncode == 0, done.stderr
-    assert trainable in done.stdout and "no record yet" in done.stdout and not folder.exists()
+    words = ["task=rte", "method=wlora_plus", "rank=4", "dry_run=true", f"results_dir={folder}", *words]
+    code, printed, errors = run_main(*words)
+    assert code == 0, errors
+    assert trainable in printed and "no record yet" in printed and not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -128,9 +132,11 @@ def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(words: list[s
         (["experiment=table4", "task=squad_v2"], ["60 of method=lora", "at least 61095 (130,319 rows"]),
     ],
 )
-def test_dry_run_has_the_papers_n_and_percentages_of_the_other_tables(words: list[str], lines: list[str]) -> None:
-    done = run_cli(*words, "method=lora", "dry_run=true")
-    assert done.returncode == 0 and done.stderr == "" and all(line in done.stdout for line in lines), done.stdout
+def test_dry_run_has_the_papers_n_and_percentages_of_the_other_tables(
+    words: list[str], lines: list[str], run_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, printed, errors = run_main(*words, "method=lora", "dry_run=true")
+    assert code == 0 and errors == "" and all(line in printed for line in lines), printed
 
 
 def test_a_sweep_trains_every_cell_once_and_a_failing_cell_does_not_stop_it(tmp_path: Path) -> None:
