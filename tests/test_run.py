@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, TINY, run_cli
+from .conftest import ROOT, TINY
 
 PROBE = (
     "import sys, runpy\n"
@@ -139,15 +139,16 @@ def test_dry_run_has_the_papers_n_and_percentages_of_the_other_tables(
     assert code == 0 and errors == "" and all(line in printed for line in lines), printed
 
 
-def test_a_sweep_trains_every_cell_once_and_a_failing_cell_does_not_stop_it(tmp_path: Path) -> None:
+def test_a_sweep_trains_every_cell_once_and_a_failing_cell_does_not_stop_it(
+    tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
     words = ["-m", *TINY, "method=lora,probe", "seed=0,1", f"results_dir={tmp_path}"]
-    first = run_cli(*words)
-    assert first.returncode == 0, first.stderr
-    assert len(list((tmp_path / "records").glob("*.json"))) == 4 and first.stdout.count("success") == 4
-    again = run_cli(*words)
-    assert again.stdout.count("is done") == 4
-    broken = run_cli("-m", *TINY, "method=lora", "seed=-1,0", f"results_dir={tmp_path}")
-    assert broken.returncode == 2 and "ConfigError" in broken.stdout and "is done" in broken.stdout
+    code, printed, errors = run_main(*words)
+    assert code == 0, errors
+    assert len(list((tmp_path / "records").glob("*.json"))) == 4 and printed.count("success") == 4
+    assert run_main(*words)[1].count("is done") == 4
+    code, printed, _ = run_main("-m", *TINY, "method=lora", "seed=-1,0", f"results_dir={tmp_path}")
+    assert code == 2 and "ConfigError" in printed and "is done" in printed
 
 
 def test_a_bug_ends_with_a_traceback_and_a_record_that_says_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

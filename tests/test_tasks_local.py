@@ -11,8 +11,6 @@ import pytest
 
 from wlora.squad import UNANSWERABLE_METRICS
 
-from .conftest import run_cli
-
 Row = dict[str, Any]
 STORY = "Anna went to the library. Ben took the lamp."
 PAIRS = [("Anna is in the library.", "Anna went to the library."), ("Ben took the lamp.", "Anna is in the garden.")]
@@ -115,9 +113,13 @@ def test_the_record_has_the_share_of_every_split_and_the_answers_no_window_holds
         ({**SQUAD_V2[0], "answers": {"text": ["Ben"], "answer_start": [3]}}, "row 4 has the answer 'Ben' at 3, where"),
     ],
 )
-def test_bad_rows_end_with_one_line_before_any_weights(row: Row, message: str, tmp_path: Path) -> None:
+def test_bad_rows_end_with_one_line_before_any_weights(
+    row: Row, message: str, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wlora.stock.load_base", None)
     folder = write(tmp_path / "squad", [*SQUAD_V2, row])
-    done = run_cli("task=squad_v2", "model=minilm", f"task.path={folder}", "method=lora", f"results_dir={tmp_path / 'out'}")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"error: task.path={folder}: ") and message in done.stderr
+    words = ["task=squad_v2", "model=minilm", f"task.path={folder}", "method=lora", f"results_dir={tmp_path / 'out'}"]
+    code, _, errors = run_main(*words)
+    assert code == 2 and len(errors.splitlines()) == 1
+    assert errors.startswith(f"error: task.path={folder}: ") and message in errors
     assert not list((tmp_path / "out").rglob("*.*")), "neither a record nor a lock is left"
