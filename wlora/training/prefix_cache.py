@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from wlora.fingerprint import hash_file
 from wlora.models.prefix import Prefix
 from wlora.tasks.features import INPUT_TYPES, Features
 from wlora.training.batching import evaluation_batches
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = 1
 _STATES, _MANIFEST = "states.bin", "manifest.json"
