@@ -53,6 +53,8 @@ from wlora.training.footprint import activation_bytes, saved_bytes
 from wlora.training.optimizers import Optimizers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Steps before the clock: on a GPU the first ones choose kernels and fill the allocator.
+WARM_UP = 5 if DEVICE.type == "cuda" else 1
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,6 @@ CASES = {
     "bart": Case(("task=xsum", "model=bart_large"), 8, 64, r"decoder\.layers\.11\.(self_attn\.(q|v)|encoder_attn\..)_proj"),
     "llama": Case(("task=sst2", "model=smollm2_135m"), 16, 48, r"\.28\..*\.(q|v)_proj|\.29\."),
 }
-
-
-# Steps before the clock: on a GPU the first ones choose kernels and fill the allocator.
-WARM_UP = 5 if DEVICE.type == "cuda" else 1
 
 
 @dataclass
@@ -138,8 +136,7 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     precisions = dict.fromkeys(["fp32", fast_precision()])
     for name in args.models:
-        case = CASES[name]
-        case = dataclasses.replace(case, rows=args.times * case.rows)
+        case = dataclasses.replace(CASES[name], rows=args.times * CASES[name].rows)
         contenders = []
         for precision in precisions:
             try:

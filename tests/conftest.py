@@ -72,22 +72,21 @@ def run_tiny(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-@pytest.fixture
-def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Return a function that runs the entry point in this process, which spares the imports of a fresh one.
-
-    Its result is exit code, output and errors.
-    """
+def enter_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the entry point in this process, which spares the imports of a fresh one; returns the exit code."""
     from wlora import run
 
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["run.py", *words])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        with pytest.raises(SystemExit) as end:
-            run.main()
-        return (int(end.value.code or 0), *capsys.readouterr())
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the entry point sets it; the test restores it
+    with pytest.raises(SystemExit) as end:
+        run.main()
+    return int(end.value.code or 0)
 
-    return call
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Return `enter_main` with the test's own `monkeypatch`; its result is exit code, output and errors."""
+    return lambda *words: (enter_main(monkeypatch, *words), *capsys.readouterr())
 
 
 def run_cli(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

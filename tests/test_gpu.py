@@ -25,12 +25,12 @@ def python(*words: str, hidden: bool = False) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
 
 
-def has_gpu() -> bool:
+@pytest.fixture(scope="module", autouse=True)
+def _gpu() -> None:
+    """Skip all without a GPU; asked here and not on import, which every process of the suite does."""
     check = "import torch; assert torch.cuda.is_available()"
-    return torch.version.cuda is not None and python("-c", check).returncode == 0
-
-
-pytestmark = pytest.mark.skipif(not has_gpu(), reason="there is no GPU")
+    if torch.version.cuda is None or python("-c", check).returncode != 0:
+        pytest.skip("there is no GPU")
 
 
 def run(results: Path, *words: str, hidden: bool = False) -> list[Record]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from wlora import experiment, memory, run
+from wlora import experiment, memory
 from wlora import export as exports
 from wlora.config import ModelConfig, config_folder
 from wlora.figures import __main__ as figures
@@ -27,7 +27,7 @@ from wlora.models.source import locate
 from wlora.records import Record, RecordStore
 from wlora.tables import __main__ as tables
 
-from .conftest import ROOT, compose
+from .conftest import ROOT, compose, enter_main
 from .llama_folder import build_llama_folder, write_gguf
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,17 +88,11 @@ def enter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Enter]:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", hub.HF_HUB_OFFLINE)  # offline=true sets these; the test restores them
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HYDRA_FULL_ERROR"):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "0")
     monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
 
-    def call(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["run.py", *words])
-        with pytest.raises(SystemExit) as end:
-            run.main()
-        return int(end.value.code or 0)
-
-    return call
+    return lambda *words: enter_main(monkeypatch, *words)
 
 
 def minilm() -> str:

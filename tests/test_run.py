@@ -1,4 +1,4 @@
-"""The command line in fresh processes: what a user types and reads."""
+"""The command line: what a user types and reads."""
 
 from __future__ import annotations
 

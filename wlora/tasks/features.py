@@ -33,9 +33,13 @@ class Features:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
+    def array(self, name: str) -> pa.Array:
+        """Return a column in one piece."""
+        return self.table[name].combine_chunks()
+
     def column(self, name: str) -> list[Any]:
         """Return a column as Python objects."""
-        return self.table[name].to_pylist()  # type: ignore[no-any-return]
+        return self.array(name).to_pylist()  # type: ignore[no-any-return]
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -63,7 +67,7 @@ class Features:
         """By name, numbers and None, or the numbers of all lists and where each of these ends, from 0 on."""
         columns: dict[str, tuple[Any, list[int] | None]] = {}
         for name in self.table.column_names:
-            column = self.table[name].combine_chunks()
+            column = self.array(name)
             if pa.types.is_list(column.type):
                 columns[name] = column.values.to_numpy(), column.offsets.to_pylist()
             else:

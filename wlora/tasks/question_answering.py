@@ -206,7 +206,7 @@ def _token_places(encodings: Sequence[Any]) -> dict[str, pa.Array]:
 
 
 def _windows(features: Features) -> Windows:
-    columns = {name: features.table[name].combine_chunks() for name in ("row", "context", "starts", "ends")}
+    columns = {name: features.array(name) for name in ("row", "context", "starts", "ends")}
     return Windows(
         row=columns["row"].to_numpy(),
         context=columns["context"].to_numpy(),

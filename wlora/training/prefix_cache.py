@@ -94,7 +94,7 @@ class PrefixCache:
         if split in self._splits:
             return
         lengths = np.asarray(features.lengths)
-        order = [row for batch in evaluation_batches(lengths.tolist(), ROWS_AT_ONCE) for row in batch]
+        order = [row for batch in evaluation_batches(features.lengths, ROWS_AT_ONCE) for row in batch]
         token = self.prefix.width * self.storage.dtype.itemsize
         left = self.storage.limit - sum(stored.states.nbytes for stored in self._splits.values())
         kept = order[: int(np.searchsorted(np.cumsum(lengths[order]) * token, left, side="right"))]
@@ -186,7 +186,7 @@ class PrefixCache:
         digest = hashlib.sha256(f"{SCHEMA} {self._model} {versions}".encode())
         for key in INPUT_TYPES:
             if key in features.table.column_names:
-                digest.update(features.table[key].combine_chunks().flatten().to_numpy().data)
+                digest.update(features.array(key).flatten().to_numpy().data)
         digest.update(np.asarray(features.lengths, dtype=np.int32).data)
         return digest.hexdigest()[:16]
 
