@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from wlora.records import Record, RecordStore, seal
 from wlora.training import guard
 from wlora.training.guard import Interrupted
 
+from .conftest import enter_main
 from .hub_folder import build_folder
 
 CHECKPOINTED = ["method=wlora", "train.checkpoint_every=4", "train.max_steps=12"]
@@ -53,11 +53,8 @@ def mark(tmp_path: Path) -> Path:
 
 def command(*words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Run the entry point in this process; returns its exit code and what it said of errors."""
-    monkeypatch.setattr(sys, "argv", ["run", *words])
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run.main()
-    return int(end.value.code or 0), capsys.readouterr().err
+    return enter_main(monkeypatch, *words), capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle"])

@@ -24,7 +24,7 @@ from wlora.models.quantization import count_model
 from wlora.models.source import locate
 from wlora.models.targets import Target, count_targets, read_architecture
 
-from .conftest import TINY, compose, run_cli
+from .conftest import TINY, compose, enter_main, run_cli
 from .llama_folder import BOS, EOS, LAYERS, WORDS, build_llama_folder, llama_weights, write_gguf
 
 FILE = "model.Q8_0.gguf"
@@ -122,14 +122,9 @@ def test_a_gguf_file_is_not_quantised_again(folder: Path) -> None:
 def test_without_the_package_the_extra_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from wlora import run
-
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["run.py", *words(folder), "task=story_nli"])
-    with pytest.raises(SystemExit) as end:
-        run.main()
-    assert end.value.code == 2
+    assert enter_main(monkeypatch, *words(folder), "task=story_nli") == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: model.gguf_file={FILE}: the package gguf is not installed",
         "way out: pip install 'wlora[quantization]'",

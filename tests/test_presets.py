@@ -17,7 +17,7 @@ from wlora.records import RecordStore
 from wlora.training.plan import make_plan
 from wlora.validation import RULES, satisfies
 
-from .conftest import ROOT, TINY, compose
+from .conftest import ROOT, TINY, compose, enter_main
 from .test_conf import METHODS, options, read_method
 
 PRESETS = [(name, preset) for name in METHODS for preset in read_method(name).get("presets", {})]
@@ -121,15 +121,8 @@ def test_a_run_with_a_preset_trains_and_says_what_was_set(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through the entry point, where explicit keys come from Hydra, in a sweep those of each run."""
-    import sys
-
-    from wlora import run
-
     words = [*TINY, "method=lora_drop", f"{AUTHORS},null", "method.share=false", f"results_dir={tmp_path}", "lr=1e-3,2e-3"]
-    monkeypatch.setattr(sys, "argv", ["run", "-m", *words])
-    with pytest.raises(SystemExit) as end:
-        run.main()
-    assert not end.value.code
+    assert enter_main(monkeypatch, "-m", *words) == 0
     records = list(RecordStore(tmp_path))
     found = sorted((r.config["lr"], r.config["method"]["threshold"] or 0, r.config["method"]["share"]) for r in records)
     assert found == [(1e-3, 0, False), (1e-3, 0.9, False), (2e-3, 0, False), (2e-3, 0.9, False)]

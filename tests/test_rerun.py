@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from wlora import run
 from wlora.environment import compare_environments, describe_environment
 from wlora.records import RecordStore
 
@@ -19,16 +18,12 @@ from .conftest import run_cli
 
 
 @pytest.fixture
-def enter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def enter(run_main: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """Return a function that calls the entry point in this process; it returns exit code, output and errors."""
 
     def call(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["run.py", *words, f"results_dir={tmp_path}"])
-        with pytest.raises(SystemExit) as end:
-            run.main()
-        told = capsys.readouterr()
-        return int(end.value.code or 0), told.out, told.err
+        return run_main(*words, f"results_dir={tmp_path}")  # type: ignore[no-any-return]
 
     return call
 
