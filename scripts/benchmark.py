@@ -37,19 +37,16 @@ from torch import Tensor, nn
 
 from wlora.config import Config
 from wlora.environment import describe_environment, name_machine
-from wlora.estimate import TOKENS
 from wlora.experiment import attach, prepare_method
-from wlora.memory import make_batch
-from wlora.models.loading import build_unloaded, head_parameters
+from wlora.models.loading import head_parameters
 from wlora.models.prefix import Prefix, frozen_depth
 from wlora.models.readout import first_token_alone
 from wlora.models.source import locate
-from wlora.models.targets import FAMILIES, read_architecture
+from wlora.models.targets import FAMILIES
 from wlora.precision import Precision, choose_precision, lower_base
 from wlora.records import RecordStore
 from wlora.sweep import compose
-from wlora.tasks import build_task
-from wlora.training.footprint import activation_bytes, saved_bytes
+from wlora.training.footprint import activation_bytes, build_example, make_batch, saved_bytes
 from wlora.training.optimizers import Optimizers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,11 +190,8 @@ def synchronize() -> None:
 
 def build_model(config: Config) -> tuple[Any, dict[str, Tensor]]:
     """Build an architecture with random weights, which cost what trained ones cost, and a full batch without padding."""
-    architecture = {"vocab_size": TOKENS, **read_architecture(config.model)}
-    task = build_task(config.task)
     torch.manual_seed(0)
-    model = build_unloaded(config.model, architecture, head=task.head, num_labels=task.num_labels, device=str(DEVICE))
-    model.config.pad_token_id = 0
+    model = build_example(config, str(DEVICE))
     return model.train(), make_batch(model, config)
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from hydra._internal.hydra import Hydra
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -17,7 +13,6 @@ from omegaconf import OmegaConf
 
 from wlora import run
 from wlora.config import config_folder
-from wlora.tasks import data
 from wlora.validation import RULES
 
 METHODS = {file.stem: OmegaConf.load(file) for file in sorted((config_folder() / "method").glob("*.yaml"))}
@@ -39,22 +34,9 @@ lines = st.tuples(st.sampled_from(sorted(METHODS)).map("method={}".format), st.l
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_done_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of a command line's time goes into what is the same every time: YAML, synthetic rows, and a first composition.
-
-    Hydra composes the whole once to look for `hydra.mode`, which no line here has, and then again.
-    """
-    parse, parsed = yaml.load, dict[str, Any]()
-
-    def load(stream: Any, Loader: Any) -> Any:
-        text = stream if isinstance(stream, str) else stream.read()
-        if text not in parsed:
-            parsed[text] = parse(text, Loader=Loader)
-        return copy.deepcopy(parsed[text])
-
-    monkeypatch.setattr(yaml, "load", load)
+def _a_line_is_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra composes the whole once to look for `hydra.mode`, which no line here has, and then again."""
     monkeypatch.setattr(Hydra, "get_mode", lambda *given, **named: None)
-    monkeypatch.setattr(data, "_generate", functools.cache(data._generate))
 
 
 @settings(

@@ -9,14 +9,10 @@ from wlora.config import Config
 from wlora.dry_run import describe
 from wlora.estimate import Memory, estimate, tell
 from wlora.experiment import attach, prepare_method
-from wlora.memory import make_batch
 from wlora.methods.base import Steps
-from wlora.models.loading import build_unloaded
 from wlora.models.readout import first_token_alone
-from wlora.models.targets import read_architecture
 from wlora.precision import Precision, lower_base
-from wlora.tasks import build_task
-from wlora.training.footprint import saved_bytes
+from wlora.training.footprint import build_example, make_batch, saved_bytes
 
 from .conftest import compose
 
@@ -26,10 +22,7 @@ SMALL = ["task.batch_size=8", "task.max_length=64"]
 
 def measure(config: Config, precision: str, keep: slice | None = None) -> int:
     """Return the bytes of weights, gradients, moments and saved activations of a real step."""
-    task = build_task(config.task)
-    architecture = {"vocab_size": 100, **read_architecture(config.model)}
-    model = build_unloaded(config.model, architecture, head=task.head, num_labels=task.num_labels, device="cpu")
-    model.config.pad_token_id = 0
+    model = build_example(config, "cpu")
     method = prepare_method(config)
     attach(model, method, config)
     names = list(method.adapters)

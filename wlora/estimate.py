@@ -15,16 +15,13 @@ from wlora.adapters.attach import AdapterSet
 from wlora.config import Config
 from wlora.experiment import attach, prepare_method
 from wlora.methods.base import Steps
-from wlora.models.loading import build_on_meta, checkpoint_activations
+from wlora.models.loading import checkpoint_activations
 from wlora.models.quantization import packed_linears
 from wlora.models.readout import first_token_alone
-from wlora.models.targets import read_architecture
 from wlora.precision import Precision, lower_base
 from wlora.tasks import build_task
-from wlora.training.footprint import saved_bytes
+from wlora.training.footprint import build_example, make_batch, saved_bytes
 
-# Any vocabulary has as many.
-TOKENS = 100
 # float32 value, gradient and AdamW's two moments.
 TRAINED_BYTES = 16
 # bitsandbytes keeps a float32 scale per so many nf4 weights.
@@ -72,10 +69,7 @@ def estimate(config: Config, precision: Precision, steps: Steps) -> list[Memory]
         RuntimeError: the method computes with numbers that are not there.
     """
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization="none"))
-    task = build_task(config.task)
-    architecture = {"vocab_size": TOKENS, **read_architecture(config.model)}
-    model = build_on_meta(plain.model, architecture, head=task.head, num_labels=task.num_labels)
-    model.config.pad_token_id = 0
+    model = build_example(plain, "meta")
     method = prepare_method(plain)
     method.plan(steps)
     attach(model, method, plain)
@@ -86,6 +80,9 @@ def estimate(config: Config, precision: Precision, steps: Steps) -> list[Memory]
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_shapes(model)
         batch = make_batch(model, config)
+        if build_task(config.task).head != "seq2seq":
+            # Labels add next to nothing, and some heads look into them; a text's loss over the whole vocabulary counts.
+            batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
         found = [_measure(model, method.attached(), batch, config)]
         k = config.method.get("k")
         if k is None or len(method.adapters) <= k:
@@ -148,19 +145,6 @@ def _stored_bytes(model: nn.Module, parameters: set[nn.Parameter], quantization:
     elements = sum(p.numel() for p in packed)
     dense = sum(p.numel() * p.element_size() for p in parameters - packed)
     return dense + (elements // 2 + 4 * elements // NF4_BLOCK if quantization == "nf4" else elements)
-
-
-def make_batch(model: PreTrainedModel, config: Config) -> dict[str, Tensor]:
-    """Return a micro-batch of `task.batch_size` rows of `task.max_length` random tokens, without labels.
-
-    Labels add next to nothing, and some heads look into them; a text's loss over the whole vocabulary counts.
-    """
-    rows, length = config.task.batch_size, config.task.max_length
-    ids = torch.randint(5, TOKENS, (rows, length))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if build_task(config.task).head == "seq2seq":
-        batch["labels"] = ids[:, : config.task.max_target_length or length].contiguous()
-    return batch
 
 
 def tell(found: list[Memory], config: Config) -> list[str]:

@@ -22,20 +22,17 @@ from wlora.adapters.layer import LowRankAdapter
 from wlora.config import Config
 from wlora.environment import describe_environment
 from wlora.errors import ConfigError
-from wlora.models.loading import build_unloaded, head_parameters
+from wlora.models.loading import head_parameters
 from wlora.models.readout import first_token_alone
 from wlora.models.targets import Target, list_targets, read_architecture
 from wlora.precision import choose_precision, lower_base
 from wlora.records import seal
 from wlora.study import read_runs
 from wlora.sweep import compose
-from wlora.tasks import build_task
-from wlora.training.footprint import saved_bytes
+from wlora.training.footprint import build_example, make_batch, saved_bytes
 
 # Numbers of adapters measured on the way from none to all.
 STOPS = 12
-# Any vocabulary has as many.
-TOKENS = 100
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -67,9 +64,7 @@ def write(config: Config) -> Path:
 
 def build(config: Config, device: torch.device) -> PreTrainedModel:
     """Build the model with a trainable head, ready to train."""
-    architecture = {"vocab_size": TOKENS, **read_architecture(config.model)}
-    task = build_task(config.task)
-    model = build_unloaded(config.model, architecture, head=task.head, num_labels=task.num_labels, device=str(device))
+    model = build_example(config, str(device))
     for parameter in head_parameters(model).values():
         parameter.requires_grad_(True)
     return model.train()
@@ -125,21 +120,6 @@ def connect(model: nn.Module, targets: Sequence[Target], config: Config) -> Adap
             ),
         )
     return adapters
-
-
-def make_batch(model: PreTrainedModel, config: Config) -> dict[str, Tensor]:
-    """Return a full batch of `task.batch_size` rows of `task.max_length` random tokens."""
-    rows, length = config.task.batch_size, config.task.max_length
-    device = next(model.parameters()).device
-    ids = torch.randint(5, TOKENS, (rows, length), device=device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-    head = build_task(config.task).head
-    if head == "question_answering":
-        return {**batch, "start_positions": zeros, "end_positions": zeros}
-    if head == "seq2seq":
-        return {**batch, "labels": ids[:, : config.task.max_target_length or length].contiguous()}
-    return {**batch, "labels": zeros if config.task.labels else zeros.float()}
 
 
 def peak_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int | None:

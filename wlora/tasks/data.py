@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ def _read_local(task: TaskConfig, split: str) -> pa.Table:
         raise files.fault(found[0], "its columns and those of the other shards differ in type") from error
 
 
+@functools.cache
 def _generate(generator: str, split: str) -> pa.Table:
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""What a micro-batch keeps in memory between its forward and its backward pass."""
+"""What a micro-batch keeps in memory between its forward and its backward pass, and an example to measure it on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from wlora.config import Config
+from wlora.models.loading import build_unloaded
+from wlora.models.targets import read_architecture
+from wlora.tasks import build_task
+
+# Any vocabulary has as many.
+TOKENS = 100
+
+
+def build_example(config: Config, device: str) -> PreTrainedModel:
+    """Build the configured model without its weights, on which memory and time do not depend, all parameters frozen.
+
+    Args:
+        device: where random weights take their place; on `meta` there are none.
+    """
+    architecture = {"vocab_size": TOKENS, **read_architecture(config.model)}
+    task = build_task(config.task)
+    model = build_unloaded(config.model, architecture, head=task.head, num_labels=task.num_labels, device=device)
+    model.config.pad_token_id = 0  # no token of `make_batch`
+    return model
+
+
+def make_batch(model: PreTrainedModel, config: Config) -> dict[str, Tensor]:
+    """Return a full batch of `task.batch_size` rows of `task.max_length` random tokens: what takes the most memory."""
+    rows, length = config.task.batch_size, config.task.max_length
+    device = next(model.parameters()).device
+    ids = torch.randint(5, TOKENS, (rows, length), device=device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+    head = build_task(config.task).head
+    if head == "question_answering":
+        return {**batch, "start_positions": zeros, "end_positions": zeros}
+    if head == "seq2seq":
+        return {**batch, "labels": ids[:, : config.task.max_target_length or length].contiguous()}
+    return {**batch, "labels": zeros if config.task.labels else zeros.float()}
 
 
 def activation_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
