@@ -315,10 +315,19 @@ TASKS = {"sst2": ["task.max_train_rows=4000"], "mrpc": []}
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished training: seconds, accuracy on the dev set, peak bytes, and (seconds, accuracy) after every epoch."""
+    """A finished training.
+
+    Attributes:
+        seconds: of training, evaluations apart.
+        score: accuracy on the dev set.
+        trained: parameters that train in the end, those of the head included.
+        peak: bytes.
+        curve: (seconds, accuracy) after every epoch.
+    """
 
     seconds: float
     score: float
+    trained: int
     peak: int | None
     curve: list[tuple[float, float]]
 
@@ -362,6 +371,7 @@ def time_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "seeds": len(runs),
                     "train_s": round(statistics.median(run.seconds for run in runs), 1),
                     "time_to_peft": round(statistics.median(ratios), 3),
+                    "trained": round(statistics.mean(run.trained for run in runs)),
                     "mean_accuracy": round(statistics.mean(run.score for run in runs), 4),
                     "target": round(target, 4),
                     "to_target_s": round(statistics.median(reached), 1) if reached else None,
@@ -387,7 +397,7 @@ def _run_peft(args: argparse.Namespace, task: str, seed: int) -> Outcome:
         file.write_text(json.dumps({"machine": machine, **json.loads(done.stdout.strip().splitlines()[-1])}) + "\n")
     said = json.loads(file.read_text())
     peak = said.get("peak_mb" if DEVICE.type == "cuda" else "peak_rss_mb")
-    return Outcome(said["train_s"], said["score"], peak and peak * 2**20, said.get("curve", []))
+    return Outcome(said["train_s"], said["score"], said["trainable"], peak and peak * 2**20, said.get("curve", []))
 
 
 def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> Outcome:
@@ -403,7 +413,8 @@ def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> Outcome:
     scores = {point["step"]: point["metrics"]["accuracy"] for point in store.read_curve(record) if "metrics" in point}
     curve = [(point["seconds"], scores[int(point["step"])]) for point in record.evaluations]
     peak = record.memory.get("device", record.memory.get("process"))
-    return Outcome(record.seconds["train"], record.metrics["accuracy"], peak, curve)
+    trained = record.parameters["adapter_final"] + record.parameters["head"]
+    return Outcome(record.seconds["train"], record.metrics["accuracy"], trained, peak, curve)
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

@@ -76,3 +76,18 @@ def test_the_readme_quotes_what_was_measured(heading: str, folders: list[str], p
         assert (peft, batch) == (f"{first['ms']:,} ms", first["batch"])
         expected = [found[MODELS[name], what]["time_to_peft"] for what in STAGES[1:]]
         assert ratios == [f"{ratio:.3f}" for ratio in [*expected, found[MODELS[name], CUT]["saved_to_peft"]]]
+
+
+def test_the_readme_quotes_the_whole_runs() -> None:
+    file = ROOT / "results" / "benchmarks" / "zen3" / "end_to_end.json"
+    if not file.is_file():
+        pytest.skip("an sdist has no results")
+    titles, expected = {"sst2": "SST-2", "mrpc": "MRPC"}, []
+    for row in json.loads(file.read_text())["rows"]:
+        cells = [f"{titles[row['task']]}, {row['what']}", f"{row['train_s']:.0f}", f"{row['time_to_peft']:.3f}"]
+        cells.append(f"{row['mean_accuracy']:.4f}")
+        cells.append("–" if row["to_target_s"] is None else f"{row['to_target_s']:.0f} ({row['reached']})")
+        expected.append([*cells, f"{row['trained']:,}"])
+    _, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition("| 2 cores (AVX2), float32 | Train s |")
+    shown = [line.strip("| ").split(" | ") for line in rest.split("\n\n", 1)[0].splitlines()[2:]]
+    assert shown == expected

@@ -107,6 +107,16 @@ def test_pareto_draws_means_over_seeds_against_parameters_and_seconds(tmp_path: 
     assert lower.lines[0].get_xydata().tolist() == [pytest.approx([11, 0.8])]
 
 
+def test_a_legend_of_long_names_stays_on_the_page(tmp_path: Path) -> None:
+    for cost in (1e-4, 1e-3, 1e-2, 1e-1):
+        for rule in ("once", "projected"):
+            words = ("method=wlora_depth", "task=sst2", f"method.depth_cost={cost}", f"method.rule={rule}")
+            make_record(tmp_path, *words, metrics=0.8)
+    (legend,) = scores.pareto(read_runs(tmp_path)).legends
+    box, page = legend.get_window_extent(), legend.figure.bbox
+    assert len(legend.get_texts()) == 8 and box.x0 >= page.x0 and box.x1 <= page.x1
+
+
 def test_dot_products_are_absolute_means_and_kept_adapters_have_stars(tmp_path: Path) -> None:
     one_of_each(tmp_path, 3)
     (axis,) = adapters.dot_products(read_runs(tmp_path)).axes

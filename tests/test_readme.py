@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import os
 import re
 import runpy
@@ -199,16 +200,18 @@ def test_completion_can_be_installed(enter: Enter, capsys: pytest.CaptureFixture
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0 and "complete" in script
 
 
-def in_this_process(enter: Enter, *overrides: str) -> Callable[..., Any]:
-    """Stand in for `subprocess.run` of `python -m wlora.run`: no start of a process per run, smaller runs."""
+def in_this_process(enter: Enter) -> Callable[..., Any]:
+    """Stand in for `subprocess.run` of `python -m wlora.run`: no start of a process per run."""
     start = subprocess.run
 
     def stand_in(words: list[str], **options: Any) -> Any:
         if words[1:3] != ["-m", "wlora.run"]:
             return start(words, **options)
-        if enter(*words[3:], *overrides) != 0:
-            raise subprocess.CalledProcessError(1, words)
-        return None
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = enter(*words[3:])
+        if code != 0:
+            raise subprocess.CalledProcessError(code, words)
+        return subprocess.CompletedProcess(words, code, out.getvalue())
 
     return stand_in
 
@@ -252,6 +255,12 @@ def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
     assert list((tmp_path / "small" / "memory").glob("tiny_bert*.json"))
 
 
+def test_every_score_that_is_shown_stands_in_a_committed_table() -> None:
+    made = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "results").glob("*/tables/*.md"))
+    shown = re.findall(r"0\.\d{4} ± 0\.\d{4}", README)
+    assert len(shown) > 50 and [score for score in shown if score not in made] == []
+
+
 def test_the_study_that_is_shown_is_the_committed_one() -> None:
     section = README.split("## CPU study", 1)[1].split("\n## ", 1)[0]
     stretches = itertools.groupby(section.splitlines(), lambda line: line.startswith("| "))
@@ -273,17 +282,28 @@ def test_table_scripts_are_there_and_list_their_cells(line: str, tmp_path: Path)
     assert done.returncode == 0 and " runs done; " in done.stdout, done.stderr
 
 
-def test_the_comparison_with_peft_runs(enter: Enter, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (line,) = (line for line in SCRIPTS if "compare_with_peft" in line)
-    monkeypatch.setattr(subprocess, "run", in_this_process(enter))
+def test_the_comparison_of_whole_runs_with_peft_runs_once(
+    enter: Enter, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = (line for line in SCRIPTS if " end_to_end " in line)
+    started: list[list[str]] = []
+    here = in_this_process(enter)
+    monkeypatch.setattr(subprocess, "run", lambda words, **options: started.append(words) or here(words, **options))
     monkeypatch.setattr(sys, "argv", sys.argv)
-    # Its warm-up of 20 steps needs 21 epochs of so few rows.
-    printed = run_script(line, data, "--epochs", "21", "--seeds", "0")
-    assert "median ratio of training time" in printed and "trainable parameters" in printed
+    # The warm-up of 20 steps and the selection need as many epochs of so few rows.
+    small = ["--tasks", "mrpc", "--seeds", "0", "--epochs", "24", "--out", str(tmp_path / "out")]
+    printed = run_script(line, data, *small)
+    rows = {row["what"]: row for row in json.loads((tmp_path / "out" / "end_to_end.json").read_text())["rows"]}
+    peft = rows.pop("PEFT + Trainer")
+    assert peft["time_to_peft"] == 1 and peft["trained"] == rows["LoRA"]["trained"] > rows["WLoRA"]["trained"]
+    assert len(rows) == 4 and all(f"| {name} |" in printed and row["peak_mib"] for name, row in rows.items())
+    assert run_script(line, data, *small) == printed
+    assert len(list((tmp_path / "out" / "runs" / "records").glob("*.json"))) == len(rows)
+    assert sum(str(words[1]).endswith("peft_baseline.py") for words in started if len(words) > 1) == 1
 
 
 def test_every_script_of_the_readme_is_run_here_or_in_test_benchmark() -> None:
-    assert {shlex.split(line)[1] for line in SCRIPTS} == {"scripts/compare_with_peft.py", "scripts/benchmark.py"}
+    assert {shlex.split(line)[1] for line in SCRIPTS} == {"scripts/benchmark.py"}
 
 
 def tree() -> set[str]:

@@ -430,6 +430,14 @@ def test_the_summary_has_a_line_per_setting_with_its_costs(tmp_path: Path, capsy
     assert (tmp_path / "tables" / "summary.md").is_file() and (tmp_path / "tables" / "summary.tex").is_file()
 
 
+def test_the_summary_tells_all_settings_of_a_method_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, "lora", "sst2", 0, 0.5)
+    make_record(tmp_path, "method=lora", "task=sst2", "rank=32", "targets=qkv@4", metrics=0.6)
+    main(["summary", f"results_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "| LoRA r=8 targets=qkv | 0.5000" in printed and "| LoRA r=32 targets=qkv@4 | 0.6000" in printed
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

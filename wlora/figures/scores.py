@@ -243,10 +243,14 @@ def _bars(summary: Summary) -> np.ndarray | None:
 
 
 def _legend(figure: Figure, axes: Sequence[Axes], more: dict[str, Any] | None = None) -> None:
-    """Put one legend for all panels below them."""
+    """Put one legend for all panels below them, in as many columns as the page takes."""
     once: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             once.setdefault(label, handle)
     once |= more or {}
-    figure.legend(list(once.values()), list(once), loc="outside lower center", ncols=min(len(once), 4) or 1)
+    for columns in range(min(len(once), 4), 0, -1):
+        legend = figure.legend(list(once.values()), list(once), loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()

@@ -19,7 +19,7 @@ def tasks_of(runs: Iterable[Run]) -> list[str]:
 def chosen_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
     """Return, by label and task, the successful runs at the chosen learning rate and warm-up of each setting.
 
-    Settings that differ within a method, rank and K are told apart in the label by the fields that differ.
+    Settings of a method are told apart in the label by rank, K, and any other field in which they differ on the task.
     """
     settings: dict[tuple[str, Row, str], list[Run]] = {}
     for run in runs:
@@ -39,7 +39,12 @@ def chosen_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
         choice = choose_point(group)
         if choice is None:
             continue
-        alike = [other for (name, same, _), others in settings.items() if (name, same) == (task, row) for other in others]
+        alike = [
+            run
+            for (name, same, _), others in settings.items()
+            if (name, same.method) == (task, row.method)
+            for run in others
+        ]
         label = (
             row.label + (f" r={row.rank}" if len(ranks) > 1 and row.rank is not None else "") + _difference(group[0], alike)
         )
@@ -49,6 +54,7 @@ def chosen_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def _difference(run: Run, alike: Sequence[Run]) -> str:
-    """Name the fields in which a run differs from others of its method, rank and K."""
-    differing = [key for key in run.setting if any(other.setting.get(key) != run.setting[key] for other in alike)]
-    return "".join(f" {key.rpartition('.')[2]}={run.setting[key]}" for key in differing if key != "method.k")
+    """Name the fields besides rank and K in which a run differs from others of its method."""
+    others = [key for key in run.setting if key not in ("method.rank", "method.k")]
+    differing = [key for key in others if any(other.setting.get(key) != run.setting[key] for other in alike)]
+    return "".join(f" {key.rpartition('.')[2]}={run.setting[key]}" for key in differing)
