@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -391,10 +392,10 @@ def _run_peft(args: argparse.Namespace, task: str, seed: int) -> Outcome:
         words += ["--data", str(args.data / task), "--epochs", str(args.epochs), "--lr", "1e-3", "--seed", str(seed)]
         words += ["--bf16"] if fast_precision() == "bf16" else []
         words += ["--train-rows", "4000"] if task == "sst2" else []
-        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        said_last = _call(words).strip().splitlines()[-1]
         file.parent.mkdir(parents=True, exist_ok=True)
         machine = name_machine(describe_environment(DEVICE.type, fast_precision(), 1))
-        file.write_text(json.dumps({"machine": machine, **json.loads(done.stdout.strip().splitlines()[-1])}) + "\n")
+        file.write_text(json.dumps({"machine": machine, **json.loads(said_last)}) + "\n")
     said = json.loads(file.read_text())
     peak = said.get("peak_mb" if DEVICE.type == "cuda" else "peak_rss_mb")
     return Outcome(said["train_s"], said["score"], said["trainable"], peak and peak * 2**20, said.get("curve", []))
@@ -405,8 +406,8 @@ def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> Outcome:
     common = ["model=minilm", f"task={task}", f"task.path={args.data / task}", f"precision={fast_precision()}", "lr=1e-3"]
     common += ["warmup=20", "task.batch_size=32", "train.accumulation_steps=1", f"task.epochs={args.epochs:g}"]
     common += [f"results_dir={args.out / 'runs'}", "train.save_adapter=false", *words]
-    done = subprocess.run([sys.executable, "-m", "wlora.run", *common], check=True, capture_output=True, text=True)
-    (identity,) = set(re.findall(r"^([0-9a-f]{16})(?:: task=| is done)", done.stdout, flags=re.MULTILINE))
+    printed = _call([sys.executable, "-m", "wlora.run", *common])
+    (identity,) = set(re.findall(r"^([0-9a-f]{16})(?:: task=| is done)", printed, flags=re.MULTILINE))
     store = RecordStore(args.out / "runs")
     record = store.read(identity)
     assert record is not None
@@ -415,6 +416,14 @@ def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> Outcome:
     peak = record.memory.get("device", record.memory.get("process"))
     trained = record.parameters["adapter_final"] + record.parameters["head"]
     return Outcome(record.seconds["train"], record.metrics["accuracy"], trained, peak, curve)
+
+
+def _call(words: list[str]) -> str:
+    """Run a command; returns what it prints, or stops with what it says is wrong."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"error: {shlex.join(words)} ended with {done.returncode}\n{done.stderr.strip()[-2000:]}")
+    return done.stdout
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
