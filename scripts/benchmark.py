@@ -310,13 +310,6 @@ RUNS = {
     "WLoRA": ["method=wlora", "k=5"],
     "WLoRA, prefix": ["method=wlora", "k=5", "train.prefix_cache=memory"],
     "WLoRA depth, prefix": ["method=wlora_depth", "k=5", "train.prefix_cache=memory"],
-    "WLoRA depth once, prefix": [
-        "method=wlora_depth",
-        "method.rule=once",
-        "method.depth_cost=0.3",
-        "k=5",
-        "train.prefix_cache=memory",
-    ],
 }
 TASKS = {"sst2": ["task.max_train_rows=4000"], "mrpc": []}
 
