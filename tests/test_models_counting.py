@@ -20,7 +20,7 @@ from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.wlora import WLoRA
 from wlora.methods.wlora_plus import WLoRAPlus
-from wlora.models.loading import build_on_meta, head_parameters
+from wlora.models.loading import build_unloaded, head_parameters
 from wlora.models.source import ModelSource
 from wlora.models.targets import TARGET_SETS, Target, count_targets, list_targets
 
@@ -39,7 +39,7 @@ def attach_on_meta(*overrides: str) -> tuple[PreTrainedModel, Method, dict[str, 
     if not any(word.startswith("model=") for word in overrides):
         overrides = ("model=deberta_v3_base", *overrides)
     config: Config = compose("task=rte", *overrides)
-    model = build_on_meta(config.model, config.model.architecture, head="sequence_classification", num_labels=2)
+    model = build_unloaded(config.model, config.model.architecture, head="sequence_classification", num_labels=2)
     method = build_method(config.method, release=config.compat == "release")
     method.plan(Steps(total=1000, per_epoch=100))
     head = attach(model, method, config)

@@ -16,7 +16,7 @@ from wlora.experiment import attach, count_parameters
 from wlora.methods import build_method
 from wlora.methods.base import Method
 from wlora.methods.milora import decompose_base
-from wlora.models.loading import build_on_meta, head_parameters, load_model, load_tokenizer
+from wlora.models.loading import build_unloaded, head_parameters, load_model, load_tokenizer
 from wlora.models.source import locate
 from wlora.models.targets import read_architecture
 from wlora.precision import Precision, lower_base
@@ -125,7 +125,7 @@ def test_the_packed_weights_are_the_folders_within_their_steps(folders: dict[str
 def test_a_dry_run_counts_what_a_run_finds_in_memory(name: str, quantization: str, folders: dict[str, Path]) -> None:
     rig = Rig(folders[name], name, quantization)
     architecture = read_architecture(rig.config.model)
-    on_meta = build_on_meta(rig.config.model, architecture, head="sequence_classification", num_labels=3)
+    on_meta = build_unloaded(rig.config.model, architecture, head="sequence_classification", num_labels=3)
     method = build_method(rig.config.method)
     assert count_parameters(on_meta, method, attach(on_meta, method, rig.config)) == rig.counts
     packed = sum(base(rig, target).weight.numel() for target in rig.method.adapters) if quantization == "nf4" else 0

@@ -13,7 +13,7 @@ from wlora.errors import ConfigError
 from wlora.estimate import estimate, tell
 from wlora.experiment import attach, count_parameters, open_record, prepare_method
 from wlora.methods.base import Steps
-from wlora.models.loading import build_on_meta, load_tokenizer
+from wlora.models.loading import build_unloaded, load_tokenizer
 from wlora.models.source import ModelSource, locate
 from wlora.models.targets import read_architecture
 from wlora.precision import Precision, choose_precision
@@ -37,7 +37,7 @@ def describe(config: Config) -> str:
     if rows is not None:
         plan = make_plan(config, rows)
         method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
-    model = build_on_meta(config.model, _countable(config, source), head=task.head, num_labels=task.num_labels)
+    model = build_unloaded(config.model, _countable(config, source), head=task.head, num_labels=task.num_labels)
     head = attach(model, method, config)
     counts = count_parameters(model, method, head)
     trainable = counts["adapter_initial"] + counts["base"]

@@ -208,15 +208,10 @@ def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
                     getattr(part, name).data.copy_(parameter.data)
 
 
-def build_on_meta(model: ModelConfig, architecture: dict[str, Any], *, head: str, num_labels: int) -> PreTrainedModel:
-    """Build an architecture without memory or weights, for counting."""
-    return build_unloaded(model, architecture, head=head, num_labels=num_labels, device="meta")
-
-
 def build_unloaded(
-    model: ModelConfig, architecture: dict[str, Any], *, head: str, num_labels: int, device: str
+    model: ModelConfig, architecture: dict[str, Any], *, head: str, num_labels: int, device: str = "meta"
 ) -> PreTrainedModel:
-    """Build an architecture with random weights on a device, all parameters frozen."""
+    """Build an architecture, all parameters frozen: with random weights on a device, with none on `meta`, for counting."""
     config = _make_config(model, architecture, num_labels)
     with torch.device(device):
         built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
