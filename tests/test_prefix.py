@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.prefix import Prefix, frozen_depth
 from wlora.models.source import ModelSource
 from wlora.records import Record
+from wlora.tasks.features import Features
 from wlora.training.bench import Bench
 from wlora.training.guard import Interrupted
+from wlora.training.prefix_cache import PrefixCache
 
 from .conftest import compose
 
@@ -118,7 +121,7 @@ def test_alora_scores_the_same_from_where_a_component_acts(name: str, monkeypatc
     assert isinstance(rig.method, ALoRA)
     bench = Bench(rig.model, lengths=[1] * 3, labels=None, collate=lambda rows: rig.batch)
     found = rig.method.ablation_scores(bench, rig.batch)
-    monkeypatch.setattr(Bench, "entering", lambda self, layer, batch: __import__("contextlib").nullcontext)
+    monkeypatch.setattr(Bench, "entering", lambda self, layer, batch: contextlib.nullcontext)
     assert found == rig.method.ablation_scores(bench, rig.batch)
 
 
@@ -182,6 +185,27 @@ def test_a_limit_changes_nothing_but_what_is_stored(
     assert "the others run in full" in capsys.readouterr().out
     assert 0 < part.memory["prefix_bytes"] <= 1e-4 * 2**30 < whole.memory["prefix_bytes"]
     assert part.metrics == pytest.approx(whole.metrics, rel=1e-3) and part.run_id == whole.run_id
+
+
+def test_runs_that_store_the_same_at_once_do_not_take_it_from_each_other(
+    run_tiny: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_tiny(*WLORA, "train.prefix_cache=memory", results=tmp_path / "a")
+    compute, written = PrefixCache._compute, list[int]()
+
+    def overtaken(self: PrefixCache, features: Features, rows: list[int]) -> Iterator[torch.Tensor]:
+        """Let another run begin after this one and end before it."""
+        yield from compute(self, features, rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(PrefixCache, "_compute", compute)
+            PrefixCache(self.prefix, self.storage, self._collate).prepare("faster", features)
+        (folder,) = (f for f in self.storage.folder.glob("[!.]*") if f.stat().st_ino not in written)
+        written.append(folder.stat().st_ino)
+
+    monkeypatch.setattr(PrefixCache, "_compute", overtaken)
+    assert same(expected, run_tiny(*WLORA, "train.prefix_cache=disk", results=tmp_path / "b"))
+    left = [path.stat().st_ino for path in (tmp_path / "b" / "prefix_cache").iterdir()]
+    assert len(written) == 2 and sorted(left) == sorted(written)
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import __version__ as transformers_version
 from wlora.console import say
 from wlora.errors import RunFault
 from wlora.fingerprint import hash_file
+from wlora.locks import remove_path
 from wlora.models.prefix import Prefix
 from wlora.tasks.features import INPUT_TYPES, Features
 from wlora.training.batching import evaluation_batches
@@ -146,15 +148,16 @@ class PrefixCache:
         else:
             if folder.exists():
                 say(f"notice: the stored prefix {folder} is broken and computed anew ({fault})")
+                remove_path(folder)
             self._write(folder, features, rows)
         flat = torch.from_file(str(folder / _STATES), size=tokens * self.prefix.width, dtype=self.storage.dtype)
         return flat.view(tokens, self.prefix.width)
 
     def _write(self, folder: Path, features: Features, rows: list[int]) -> None:
-        staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+        """Write the states, unless another run, perhaps on another machine, was faster: its folder stays."""
+        staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:16]}")
         digest = hashlib.sha256()
         try:
-            shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
             try:
                 with (staging / _STATES).open("wb") as stream:
@@ -166,8 +169,7 @@ class PrefixCache:
                     os.fsync(stream.fileno())
                 manifest = {"schema": SCHEMA, "sha256": digest.hexdigest()}
                 (staging / _MANIFEST).write_text(json.dumps(manifest))
-                shutil.rmtree(folder, ignore_errors=True)
-                with contextlib.suppress(OSError):  # another run has just written the same
+                with contextlib.suppress(OSError):  # a folder with files is never replaced
                     os.replace(staging, folder)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
