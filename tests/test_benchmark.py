@@ -76,6 +76,9 @@ def test_the_readme_quotes_what_was_measured(heading: str, folders: list[str], p
         assert (peft, batch) == (f"{first['ms']:,} ms", first["batch"])
         expected = [found[MODELS[name], what]["time_to_peft"] for what in STAGES[1:]]
         assert ratios == [f"{ratio:.3f}" for ratio in [*expected, found[MODELS[name], CUT]["saved_to_peft"]]]
+    if precision == "bf16":
+        shares = sorted(found[name, "LoRA"]["time_to_own_fp32"] for name in MODELS.values())
+        assert f"bfloat16 takes {shares[0]:.2f} to {shares[-1]:.2f} of float32's time" in readme
 
 
 def test_the_readme_quotes_the_whole_runs() -> None:
