@@ -56,6 +56,7 @@ def test_an_override_is_understood_or_refused_in_a_line_or_two(
         words = [prefix + words[0], *words[1:]]
     start = ["task=story_nli", "model=tiny_bert", method, *words, "dry_run=true", "offline=true", f"results_dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["run", *start])
+    monkeypatch.chdir(tmp_path)  # hydra.run.dir is among the keys, and is made
     capfd.readouterr()
     with pytest.raises(SystemExit) as end:
         run.main()
