@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from wlora.config import config_folder
-from wlora.locks import RunLock, remove_leftovers
+from wlora.locks import RunLock
 from wlora.records import Record, RecordStore
+from wlora.staging import remove_leftovers
 
 STEPS = 80
 SETTING = [

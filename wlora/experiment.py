@@ -23,7 +23,7 @@ from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.console import announce, say, summarize
 from wlora.environment import describe_environment
 from wlora.errors import ConfigError, RunFault
-from wlora.locks import RunLock, remove_leftovers
+from wlora.locks import RunLock
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
 from wlora.models.loading import checkpoint_activations, head_parameters
@@ -34,6 +34,7 @@ from wlora.models.targets import list_targets, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
 from wlora.processes import from_main, gather
 from wlora.records import Record, RecordStore, peak_memory
+from wlora.staging import remove_leftovers
 from wlora.stock import Stock
 from wlora.tasks import Task
 from wlora.tasks.data import fingerprint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,23 +110,3 @@ class RunLock:
 
     def _lose(self, compromise: LeaseCompromise) -> None:
         self.lost = True
-
-
-def remove_leftovers(results_dir: str | Path, run_id: str) -> None:
-    """Remove what killed processes of a run have left half-written, which nothing reads.
-
-    Only for the holder of the run's lock: nobody else writes for the run, so no living process owns any of it.
-    """
-    results = Path(results_dir)
-    found = [path for part in ("models", "adapters", "records") for path in (results / part).glob(f".{run_id}.*")]
-    for path in [*found, *(results / "checkpoints" / run_id).glob(".step-*")]:
-        remove_path(path)
-
-
-def remove_path(path: Path) -> None:
-    """Remove a file, a folder with all in it, or a link and not what it points to; what cannot be removed stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()

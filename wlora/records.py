@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wlora.errors import ConfigError, RunFault
+from wlora.staging import staged
 
 SCHEMA = 1
 STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed")
@@ -155,17 +156,13 @@ class RecordStore:
         """
         text = seal(asdict(record))
         target = self.path(record.run_id)
-        staging = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with staged(target) as staging:
                 with open(staging, "w") as stream:
                     stream.write(text)
                     stream.flush()
                     os.fsync(stream.fileno())
                 os.replace(staging, target)
-            finally:
-                staging.unlink(missing_ok=True)
         except OSError as error:
             raise RunFault(
                 f"the record {target} cannot be written ({error.strerror}); an older one stays as it was"

@@ -22,6 +22,7 @@ from string import Template
 from typing import Any
 
 from wlora.errors import ConfigError
+from wlora.staging import staged
 from wlora.study import Run, read_study, read_words, select
 
 USAGE = """\
@@ -135,10 +136,10 @@ def write(words: Sequence[str]) -> Path:
         runs=_table(*_runs(runs)),
     )
     target = results / "report.html"
-    staging = target.with_name(f".{os.getpid()}.{target.name}")
     try:
-        staging.write_text(page, encoding="utf-8")
-        os.replace(staging, target)
+        with staged(target) as staging:
+            staging.write_text(page, encoding="utf-8")
+            os.replace(staging, target)
     except OSError as error:
         raise ConfigError(f"results_dir: {results} cannot be written ({error.strerror})") from error
     return target

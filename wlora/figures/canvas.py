@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from wlora.errors import ConfigError
+from wlora.staging import staged
 
 matplotlib.use("Agg")
 
@@ -61,12 +62,12 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """
     files = [folder / f"{name}.{kind}" for kind in ("png", "pdf")]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for file in files:
-            staging = file.with_name(f".{os.getpid()}.{file.name}")
             # Without a date the same records give the same file.
-            figure.savefig(staging, metadata={"CreationDate": None} if file.suffix == ".pdf" else {"Software": None})
-            os.replace(staging, file)
+            metadata = {"CreationDate": None} if file.suffix == ".pdf" else {"Software": None}
+            with staged(file) as staging:
+                figure.savefig(staging, format=file.suffix[1:], metadata=metadata)
+                os.replace(staging, file)
     except OSError as error:
         raise ConfigError(f"results_dir: {folder} cannot be written ({error.strerror})") from error
     finally:

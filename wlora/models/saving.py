@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from wlora.adapters.peft_format import write_adapter
 from wlora.errors import RunFault
 from wlora.models.loading import head_modules, quiet
+from wlora.staging import staged
 
 if TYPE_CHECKING:
     from wlora.methods.base import Method
@@ -81,16 +82,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     Raises:
         RunFault: the disk is full or the folder cannot be written.
     """
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        try:
-            shutil.rmtree(staging, ignore_errors=True)
+        with staged(folder) as staging:
             yield staging
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise RunFault(
             f"{folder} cannot be written ({error.strerror or error}); an older one stays, and so does the run's record"

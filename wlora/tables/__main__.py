@@ -10,6 +10,7 @@ from pathlib import Path
 
 from wlora.config import config_folder
 from wlora.errors import ConfigError, unknown_name, wrong_value
+from wlora.staging import staged
 from wlora.study import Run, read_runs, read_words, select
 from wlora.tables.caption import caption, machines, notes
 from wlora.tables.cells import Table, fill
@@ -203,14 +204,10 @@ def _write_paper(layout: Layout, folder: Path) -> None:
 
 def _save(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with staged(file) as staging:
             staging.write_text(text, encoding="utf-8")
             os.replace(staging, file)
-        finally:
-            staging.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"results_dir: {file} cannot be written ({error.strerror})") from error
 

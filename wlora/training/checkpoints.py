@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from wlora.errors import RunFault
-from wlora.locks import remove_path
+from wlora.staging import remove_path, staged
 from wlora.training.state import State
 
 SCHEMA = 1
@@ -46,7 +46,6 @@ class CheckpointStore:
             RunFault: the disk is full or the folder cannot be written; older checkpoints stay.
         """
         target = self.folder / f"step-{state.facts['step']:08d}"
-        staging = self.folder / f".{target.name}.{os.getpid()}"
         contents = {
             _TENSORS: save({name: tensor.cpu().contiguous() for name, tensor in state.tensors.items()}),
             _FACTS: json.dumps(state.facts).encode(),
@@ -54,17 +53,14 @@ class CheckpointStore:
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         contents[_MANIFEST] = json.dumps({"schema": SCHEMA, "run_id": self.run_id, "sha256": sums}, indent=1).encode()
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            try:
+            with staged(target) as staging:
+                staging.mkdir()
                 for name, content in contents.items():
                     _write_through(staging / name, content)
                 _sync(staging)
                 remove_path(target)  # an earlier one of the same step, which may be broken
                 os.replace(staging, target)
                 _sync(self.folder)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
         except OSError as error:
             raise RunFault(f"the checkpoint {target} cannot be written ({error.strerror}); older ones stay") from error
         for old in self._folders()[self.keep :]:

@@ -12,8 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +25,8 @@ from transformers import __version__ as transformers_version
 from wlora.console import say
 from wlora.errors import RunFault
 from wlora.fingerprint import hash_file
-from wlora.locks import remove_path
 from wlora.models.prefix import Prefix
+from wlora.staging import remove_path, staged
 from wlora.tasks.features import INPUT_TYPES, Features
 from wlora.training.batching import evaluation_batches
 
@@ -155,11 +153,10 @@ class PrefixCache:
 
     def _write(self, folder: Path, features: Features, rows: list[int]) -> None:
         """Write the states, unless another run, perhaps on another machine, was faster: its folder stays."""
-        staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:16]}")
         digest = hashlib.sha256()
         try:
-            staging.mkdir(parents=True)
-            try:
+            with staged(folder) as staging:
+                staging.mkdir()
                 with (staging / _STATES).open("wb") as stream:
                     for piece in self._compute(features, rows):
                         content = piece.contiguous().view(torch.uint8).numpy().tobytes()
@@ -171,8 +168,6 @@ class PrefixCache:
                 (staging / _MANIFEST).write_text(json.dumps(manifest))
                 with contextlib.suppress(OSError):  # a folder with files is never replaced
                     os.replace(staging, folder)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
             if (fault := _find_fault(folder)) is not None:
                 raise RunFault(f"the prefix cache {folder} cannot be written ({fault})")
         except OSError as error:
