@@ -20,6 +20,28 @@ RUN_ID_VERSION = 1
 LATER = {"later": True}
 # What a method's YAML says about itself; it leaves the configuration before the run_id is taken.
 METHOD_NOTES = ("about", "paper", "allowed", "preset", "presets", "ambiguous")
+# The same for a method's keys: those added after records were published, with what a record without them stands for.
+_OMEGA = {"omega_scheduled": False, "omega_clipped": False}
+METHOD_LATER: dict[str, dict[str, Any]] = {
+    "wlora": _OMEGA,
+    "wlora_depth": _OMEGA,
+    "wlora_plus": {**_OMEGA, "keep_moments": False},
+    "rlora": {**_OMEGA, "lr_omega": 5.0, "project_every": 1},
+}
+
+
+def method_revision(method: dict[str, Any], *, release: bool) -> int:
+    """Return which revision of its policy's numerics a method's keys stand for: 2 where they mean other numbers than once.
+
+    It stands in the configuration as `method.revision`, but for 1, and so in `run_id`. Revision 2 of the selecting methods
+    has another default of T; of `wlora_plus` another second halving and other ranks, where n is no multiple of K; of
+    `alora` the moments of components that stay.
+    """
+    name = method["name"]
+    if release or (name == "rlora" and method["draw"] == "at_start"):
+        return 1
+    changed = name in ("wlora_plus", "alora") or (name in METHOD_LATER and method["select_steps"] is None)
+    return 2 if changed else 1
 
 
 @dataclass
@@ -209,7 +231,7 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         "version": RUN_ID_VERSION,
         "task": {**task, "data": task_data},
         "model": {**model, "data": model_data},
-        "method": config.method,
+        "method": _identifying_method(config.method),
         "train": train,
         "lr": config.lr,
         "warmup": config.warmup,
@@ -225,6 +247,12 @@ def _identifying(section: TaskConfig | ModelConfig | TrainConfig) -> dict[str, A
     added_later = {field.name for field in dataclasses.fields(section) if field.metadata == LATER}
     values = dataclasses.asdict(section)
     return {key: value for key, value in values.items() if key not in added_later or value != defaults[key]}
+
+
+def _identifying_method(method: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's keys, those added later left out that stand for what there was before."""
+    later = METHOD_LATER.get(method["name"], {})
+    return {key: value for key, value in method.items() if key not in later or value != later[key]}
 
 
 def run_id(fields: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wlora.adapters.peft_format import fingerprint
-from wlora.config import METHOD_NOTES, AdapterConfig, Config, ModelConfig
+from wlora.config import METHOD_NOTES, AdapterConfig, Config, ModelConfig, method_revision
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.targets import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, read_architecture
 from wlora.tasks import find_kind
@@ -122,6 +122,8 @@ def resolve(config: Config) -> Config:
         config.train.accumulation_steps = (config.model.accumulation_steps if glue else None) or 1
     if "targets" in config.method:
         _resolve_k(config)
+    if (revision := method_revision(config.method, release=config.compat == "release")) > 1:
+        config.method["revision"] = revision
     return config
 
 
@@ -264,7 +266,10 @@ def _check_results_folder(config: Config) -> None:
 
 
 def _resolve_k(config: Config) -> None:
-    """Fill in `k` (5 for up to 48 adapters, 20 above, the model's own if it names one) and check it against n."""
+    """Fill in `k` and check it against n: 5 for up to 48 adapters, 20 above, the model's own if it names one.
+
+    WLoRA+ keeps n / 4, rounded up, as in the paper's rows "k = 15" of 60 and "k = 48" of 192.
+    """
     architecture = read_architecture(config.model)
     n = count_targets(architecture, config.targets)
     if n == 0:
@@ -274,7 +279,9 @@ def _resolve_k(config: Config) -> None:
         )
     if config.k is not None and config.k > n and "k" in config.method:
         raise wrong_value("k", config.k, f"1 to {n}, the adapters of targets={config.targets} on {config.model.name}")
-    if config.k is None:
+    if config.k is None and config.method["name"] == "wlora_plus":
+        config.k = math.ceil(n / 4)
+    elif config.k is None:
         config.k = min(n, config.model.k or (5 if n <= 48 else 20))
     if "k" in config.method and config.method["k"] is None:
         config.method["k"] = config.k

@@ -138,18 +138,22 @@ class LowRankAdapter(nn.Module):
 
         Parameters are new objects; `origin` on them tells the optimiser how to cut their moments likewise.
         """
-        self.A = _cut(self.A, lambda tensor: tensor[keep])
-        self.B = _cut(self.B, lambda tensor: tensor[:, keep])
+        self.A = _derive(self.A, self.A[keep], lambda _, moment: moment[keep])
+        self.B = _derive(self.B, self.B[:, keep], lambda _, moment: moment[:, keep])
         if self.gates is not None:
-            self.gates = _cut(self.gates, lambda tensor: tensor[keep])
+            self.gates = _derive(self.gates, self.gates[keep], lambda _, moment: moment[keep])
 
     @torch.no_grad()
-    def extend(self, rank: int, *, how: Extension, generator: torch.Generator) -> None:
+    def extend(self, rank: int, *, how: Extension, generator: torch.Generator, keep_moments: bool = False) -> None:
         """Grow to `rank` components without changing the function (paper §3.4); parameters are new objects.
 
         New columns of B are zero. `gaussian` appends rows of N(0, 1/d_in) to A. `qr` factors Aᵀ = QR, sets A to Qᵀ
         and B to B Rᵀ, and appends rows of N(0, 1/d_in) projected off the span of Q. `uniform` is `qr` with rows of
         U[0, 1), as in the release.
+
+        Args:
+            keep_moments: let the optimiser keep the moments of the old components, where they stay valid: with
+                `gaussian`. The other two change the basis of A and B, to which old second moments do not apply.
 
         Raises:
             ValueError: `rank` is below the present rank or above the input's width.
@@ -166,11 +170,24 @@ class LowRankAdapter(nn.Module):
             Q, R = torch.linalg.qr(A.T)
             A, B = Q.T, B @ R.T
             rows = rows - (rows @ Q) @ Q.T
-        self.A = nn.Parameter(torch.cat([A, rows]))
-        self.B = nn.Parameter(torch.cat([B, B.new_zeros(B.shape[0], rank - r)], dim=1))
+        A, B = torch.cat([A, rows]), torch.cat([B, B.new_zeros(B.shape[0], rank - r)], dim=1)
+        if keep_moments and how == "gaussian":
+            self.A = _derive(self.A, A, lambda name, moment: _extend_moment(name, moment, rank - r, dim=0))
+            self.B = _derive(self.B, B, lambda name, moment: _extend_moment(name, moment, rank - r, dim=1))
+        else:
+            self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         if self.gates is not None:
             ones = self.gates.new_ones(rank - r)
             self.gates = nn.Parameter(torch.cat([self.gates.detach(), ones]), self.gates.requires_grad)
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        """Set s without changing the function: B is multiplied by s_old / s_new; it is a new parameter."""
+        factor = self.scale / scale
+        # A gradient of B is divided by the factor that B is multiplied by.
+        powers = {"exp_avg": 1, "exp_avg_sq": 2}
+        self.B = _derive(self.B, self.B * factor, lambda name, moment: moment / factor ** powers.get(name, 0))
+        self.scale = scale
 
     @torch.no_grad()
     def fix_omega(self) -> None:
@@ -203,11 +220,25 @@ class AdaptedLinear(nn.Module):
         return summed
 
 
-def _cut(parameter: nn.Parameter, select: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """Return the selected part of a parameter as a new one that remembers where it came from."""
-    part = nn.Parameter(select(parameter.detach()).clone(), parameter.requires_grad)
-    part.origin = (parameter, select)  # type: ignore[attr-defined]
-    return part
+def _derive(parent: nn.Parameter, value: Tensor, carry: Callable[[str, Tensor], Tensor]) -> nn.Parameter:
+    """Return a parameter made of another, which tells the optimiser how to make its moments of the other's.
+
+    Args:
+        carry: returns the new parameter's moment, given the name in the optimiser's state and the parent's.
+    """
+    derived = nn.Parameter(value.detach().clone(), parent.requires_grad)
+    derived.origin = (parent, carry)  # type: ignore[attr-defined]
+    return derived
+
+
+def _extend_moment(name: str, moment: Tensor, count: int, *, dim: int) -> Tensor:
+    """Return Adam's moment of a matrix that has `count` new components along a dimension.
+
+    A first moment starts at 0. A second moment starts at the mean of the old components': the step count, and so the bias
+    correction, is shared with them, and from 0 the first steps would be up to 6 times the learning rate.
+    """
+    fresh = moment.mean(dim, keepdim=True) if name == "exp_avg_sq" else torch.zeros_like(moment.narrow(dim, 0, 1))
+    return torch.cat([moment, fresh.repeat_interleave(count, dim)], dim)
 
 
 def _positive_part(omega: Tensor) -> Tensor:

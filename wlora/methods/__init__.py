@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from wlora.config import config_folder
@@ -46,11 +45,10 @@ def build_method(
             f"method={settings['name']}: its adapters have a start of their own: allowed with adapter.path is "
             "lora, wlora, wlora_plus, wlora_depth, rlora, alora, lora_drop"
         )
-    given = {key: value for key, value in settings.items() if key not in ("name", "targets")}
+    given = {key: value for key, value in settings.items() if key not in ("name", "targets", "revision")}
     try:
-        inspect.signature(policy).bind(**given)
+        method = policy(**given)
     except TypeError as error:
         raise ConfigError(f"method={settings['name']}: {error}") from None
-    method = policy(**given)
     method.release = release
     return method

@@ -87,7 +87,7 @@ class ALoRA(AdapterMethod):
         added = _spread(moved, receivers, {name: _room(self.adapters[name]) for name in receivers})
         for name, count in added.items():
             adapter = self.adapters[name]
-            adapter.extend(adapter.rank + count, how="gaussian", generator=self.generator)
+            adapter.extend(adapter.rank + count, how="gaussian", generator=self.generator, keep_moments=True)
         ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
         return Event(step, "allocate", {"pruned": {n: len(g) for n, g in losers.items()}, "added": added, "ranks": ranks})
 

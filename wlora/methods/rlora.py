@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from wlora.methods.base import Event, Setting, Steps
+from wlora.methods.base import Setting, Steps
 from wlora.methods.wlora import WLoRA
 from wlora.training.optimizers import ParameterGroup
 
 
 class RLoRA(WLoRA):
-    """ω stays 1; the survivors come from the run's stream of random choices, one draw per seed.
+    """WeightLoRA whose projections and cut keep a set drawn from the run's stream of random choices, one per seed.
 
+    ω trains as in WeightLoRA, and all adapters act until the first projection, so that only the choice differs (§4.4).
     Not PEFT's RandLora, which is another method.
 
     Args:
-        draw: `at_cut` trains all adapters for T steps and then cuts, which differs from WLoRA by the choice alone;
-            `at_start` cuts before the first step, as the release does (always so in `compat=release`).
+        draw: `at_projection`: the drawn set takes effect where WeightLoRA first projects; `at_start`: ω stays 1, and the
+            others leave before the first step, as in the release (always so in `compat=release`).
+        settings: of `WLoRA`; only `k` is read with a draw at the start.
     """
 
     def __init__(
-        self,
-        *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        k: int,
-        select_steps: int | None,
-        draw: Literal["at_cut", "at_start"],
+        self, *, draw: Literal["at_projection", "at_start"], lr_omega: float = 5.0, project_every: int = 1, **settings: Any
     ) -> None:
-        super().__init__(
-            rank=rank, alpha=alpha, dropout=dropout, k=k, lr_omega=0.0, select_steps=select_steps, project_every=1
-        )
+        super().__init__(lr_omega=lr_omega, project_every=project_every, **settings)
         self.draw = draw
 
     @property
@@ -43,30 +36,39 @@ class RLoRA(WLoRA):
         return False
 
     def plan(self, steps: Steps) -> None:
-        """Fix T, which only a draw at the cut needs."""
-        if self.draw == "at_cut" and not self.release:
+        """Fix T, which a draw at the start does not need."""
+        if self._draws_at_start:
+            self.select_steps = 0
+        else:
             super().plan(steps)
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
         """Attach all adapters and draw the survivors."""
         super().attach(model, setting)
-        for adapter in self.adapters.values():
-            adapter.fix_omega()
         names = [target.name for target in setting.targets]
         if self.release:
             # The release draws indices below n but counts them over all wrapped linears (methods note §3), so the
             # upper layers are never drawn and a drawn module without a trainable adapter is lost.
             names = [target.name for target in setting.universe]
         drawn = torch.randperm(len(setting.targets), generator=setting.generator)[: self.k].tolist()
-        self._survivors = [names[index] for index in drawn]
-        if self.release or self.draw == "at_start":
-            self.cut(0, self._survivors)
-            self.select_steps = 0
+        self._drawn = [names[index] for index in drawn]
+        if self._draws_at_start:
+            self.cut(0, self._drawn)
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return A and B; ω does not train."""
-        return super().groups(lr)[:1]
+        """Return what WeightLoRA trains; with a draw at the start ω does not."""
+        groups = super().groups(lr)
+        return groups[:1] if self._draws_at_start else groups
 
-    def after_step(self, step: int) -> list[Event]:
-        """Cut at step T."""
-        return [self.cut(step, self._survivors)] if step == self.select_steps else []
+    def mask(self, omega: Tensor) -> Tensor:
+        """Return which adapters were drawn, [n] boolean."""
+        return torch.tensor([name in self._drawn for name in self.adapters], device=omega.device)
+
+    def choose(self, k: int) -> list[str]:
+        """Return the drawn names, those with ω ≤ 0 left out."""
+        omega = self.omegas()
+        return [name for name in self._drawn if omega[name] > 0]
+
+    @property
+    def _draws_at_start(self) -> bool:
+        return self.release or self.draw == "at_start"

@@ -13,7 +13,10 @@ from wlora.methods.base import AdapterMethod, Event, Steps
 from wlora.methods.selection import project, top_k
 from wlora.training.optimizers import ParameterGroup
 
-MIN_SELECT_STEPS = 10
+
+# The first step within a warm-up at which ω has a gradient: the first update has rate 0, so B is 0 for two steps. A shorter
+# T would choose by nothing, so it may exceed an epoch of one or two steps.
+INFORMED_STEPS = 3
 
 
 class WLoRA(AdapterMethod):
@@ -26,8 +29,10 @@ class WLoRA(AdapterMethod):
     Args:
         k: adapters to keep; fewer are kept if fewer have ω > 0.
         lr_omega: learning rate of ω (the paper gives none; 5.0 in the release).
-        select_steps: T; None means one epoch or a tenth of the run, whichever is less, and at least 10 steps.
+        select_steps: T, at most one epoch (paper §3.3); None means a tenth of the run, at most one epoch, at least 3 steps.
         project_every: steps between projections to the top K.
+        omega_scheduled: whether the run's learning-rate schedule applies to ω.
+        omega_clipped: whether ω counts in, and is scaled by, the clipping of gradients.
     """
 
     omega = 1.0
@@ -43,10 +48,13 @@ class WLoRA(AdapterMethod):
         lr_omega: float,
         select_steps: int | None,
         project_every: int,
+        omega_scheduled: bool = False,
+        omega_clipped: bool = False,
     ) -> None:
         super().__init__(rank=rank, alpha=alpha, dropout=dropout)
         self.k, self.lr_omega, self.project_every = k, lr_omega, project_every
         self.select_steps = select_steps
+        self.omega_scheduled, self.omega_clipped = omega_scheduled, omega_clipped
 
     @property
     def release_adamw(self) -> bool:
@@ -54,15 +62,23 @@ class WLoRA(AdapterMethod):
         return self.release
 
     def plan(self, steps: Steps) -> None:
-        """Fix T."""
+        """Fix T.
+
+        Raises:
+            ConfigError: an explicit T beyond the first epoch or the run.
+        """
         if self.select_steps is None:
-            self.select_steps = max(MIN_SELECT_STEPS, min(steps.per_epoch, steps.total // 10))
-        if self.select_steps >= steps.total:
-            raise wrong_value(
-                "method.select_steps",
-                self.select_steps,
-                f"1 to {steps.total - 1}, as the run has {steps.total} optimiser steps",
+            self.select_steps = self.default_select_steps(steps)
+        longest = min(steps.total - 1, steps.total if self.release else max(steps.per_epoch, INFORMED_STEPS))
+        if self.select_steps > longest:
+            bound = f"the run has {steps.total} optimiser steps" + (
+                "" if self.release else f", {steps.per_epoch} of them in an epoch, and T is at most one epoch"
             )
+            raise wrong_value("method.select_steps", self.select_steps, f"1 to {longest}, as {bound}")
+
+    def default_select_steps(self, steps: Steps) -> int:
+        """Return T where none is given."""
+        return max(INFORMED_STEPS, min(steps.per_epoch, steps.total // 10))
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
         """Build an adapter with ω = 1."""
@@ -74,9 +90,10 @@ class WLoRA(AdapterMethod):
         return adapter
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return A and B for AdamW, and ω for SGD outside the schedule and the clipping (inside in the release)."""
+        """Return A and B for AdamW, and ω for SGD (inside the schedule and the clipping in the release)."""
         omegas = [a.omega for a in self.adapters.values() if a.omega is not None]
-        omega_group = ParameterGroup(omegas, self.lr_omega, rule="sgd", scheduled=self.release, clipped=self.release)
+        scheduled, clipped = self.release or self.omega_scheduled, self.release or self.omega_clipped
+        omega_group = ParameterGroup(omegas, self.lr_omega, rule="sgd", scheduled=scheduled, clipped=clipped)
         return [*super().groups(lr), omega_group]
 
     def after_step(self, step: int) -> list[Event]:
@@ -103,6 +120,7 @@ class WLoRA(AdapterMethod):
     def choose(self, k: int) -> list[str]:
         """Return the names of the k adapters with the largest ω, those with ω ≤ 0 left out."""
         omega = self.omegas()
+        self.check_informed(omega, k)
         ranked = sorted(omega, key=lambda name: -omega[name])
         return [name for name in ranked[:k] if omega[name] > 0]
 
@@ -116,6 +134,17 @@ class WLoRA(AdapterMethod):
             for adapter in self.adapters.values():
                 adapter.fix_omega()
         return Event(step, "cut", {"kept": list(self.adapters), "omega": omega, "lowest_layer": self.adapters.lowest_layer})
+
+    def check_informed(self, omega: dict[str, float], k: int) -> None:
+        """Refuse to choose k adapters by ω where no ω has had a gradient.
+
+        Raises:
+            ConfigError: T is too short for this warm-up.
+        """
+        if k < len(omega) and len(set(omega.values())) == 1:
+            raise wrong_value(
+                "method.select_steps", self.select_steps, f"at least {INFORMED_STEPS}: no omega has had a gradient by then"
+            )
 
     def omegas(self) -> dict[str, float]:
         """Return ω of every connected adapter."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -23,30 +25,11 @@ class WLoRADepth(WLoRA):
             whole 1 to return, so the first gradient nearly decides. `once`: nothing is projected, and the cut at T alone
             decides, by what all ω have gathered; a layer costs depth_cost standard deviations of ω, whatever lr_omega and
             the size of the gradients.
+        settings: of `WLoRA`.
     """
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        k: int,
-        lr_omega: float,
-        select_steps: int | None,
-        project_every: int,
-        depth_cost: float,
-        rule: str,
-    ) -> None:
-        super().__init__(
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            k=k,
-            lr_omega=lr_omega,
-            select_steps=select_steps,
-            project_every=project_every,
-        )
+    def __init__(self, *, depth_cost: float, rule: Literal["projected", "once"], **settings: Any) -> None:
+        super().__init__(**settings)
         self.depth_cost, self.rule = depth_cost, rule
 
     def plan(self, steps: Steps) -> None:
@@ -67,6 +50,7 @@ class WLoRADepth(WLoRA):
     def choose(self, k: int) -> list[str]:
         """Return the names of the best set."""
         omega = self.omegas()
+        self.check_informed(omega, k)
         mask, self._objective = self._search(torch.tensor(list(omega.values())))
         return [name for name, kept in zip(omega, mask.tolist(), strict=True) if kept]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from torch import nn
 
-from wlora.adapters.layer import Extension, LowRankAdapter
+from wlora.adapters.layer import Extension
 from wlora.errors import wrong_value
 from wlora.methods.base import Event, Setting, Steps
 from wlora.methods.selection import project, top_k
-from wlora.methods.wlora import WLoRA
+from wlora.methods.wlora import INFORMED_STEPS, WLoRA
 from wlora.training.optimizers import ParameterGroup
 
 HALVINGS = 2
@@ -18,62 +19,64 @@ RELEASE_SELECT_STEPS = 20
 
 
 class WLoRAPlus(WLoRA):
-    """Cut and extend the survivors' ranks without changing the function, so that the number of parameters stays.
+    """WeightLoRA, whose cut also extends the survivors' ranks so that the number of parameters stays (equal shapes: r·n/K).
 
-    Schedule `halvings` (the release's): at T/2 and at T keep the better half and double its ranks, n → n/2 → n/4 at
-    ranks r → 2r → 4r. Schedule `single` (the paper's text): at T keep the top K at rank r·n/K. The scale s stays that
-    of the old rank unless `rescale`. `compat=release` extends before it selects, skips the A and B updates of that
-    step, draws uniform rows, and never disconnects.
+    Schedule `single` (the paper's text): T steps of WeightLoRA, then one cut to the top K and one growth. Schedule
+    `halvings` (after the release): n → n/2 adapters at T/2, → n/4 at T, each with a growth. Both project ω to the final
+    number at every step, so that the adapters that act at one cut are not overtaken at the next by idle ones, whose ω
+    has never moved from 1. `compat=release` projects at its cuts alone, extends before it selects, skips the A and B
+    updates of that step, draws uniform rows, and never disconnects.
 
     Args:
-        k: adapters to keep with `schedule=single`; not read with `halvings`.
-        schedule: `halvings` or `single`.
-        extension: `qr` or `gaussian` (`LowRankAdapter.extend`).
-        rescale: set s to alpha / rank after the growth.
+        k: adapters to keep with `schedule=single`; `halvings` keeps n/4, rounded up.
+        schedule: `single` or `halvings`.
+        extension: `gaussian` or `qr` (`LowRankAdapter.extend`).
+        rescale: set s to alpha / rank after the growth, and B so that the function stays; else s stays.
+        keep_moments: with `gaussian`, let the old components keep their Adam moments.
+        settings: of `WLoRA`.
     """
 
     def __init__(
         self,
         *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        k: int,
-        lr_omega: float,
-        select_steps: int | None,
-        project_every: int,
-        schedule: Literal["halvings", "single"],
+        schedule: Literal["single", "halvings"],
         extension: Extension,
         rescale: bool,
+        keep_moments: bool = False,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            k=k,
-            lr_omega=lr_omega,
-            select_steps=select_steps,
-            project_every=project_every,
-        )
-        self.schedule, self.extension, self.rescale = schedule, extension, rescale
+        super().__init__(**settings)
+        self.schedule, self.extension, self.rescale, self.keep_moments = schedule, extension, rescale, keep_moments
 
     def plan(self, steps: Steps) -> None:
-        """Fix T, and with it the steps of the cuts."""
-        if self.release and self.select_steps is None:
-            self.select_steps = min(RELEASE_SELECT_STEPS, steps.total // 2)
+        """Fix T, and with it the steps of the cuts.
+
+        Raises:
+            ConfigError: an explicit T that does not fit (`WLoRA.plan`), or is below the number of cuts.
+        """
+        rounds = HALVINGS if self.schedule == "halvings" else 1
         super().plan(steps)
         assert self.select_steps is not None
-        rounds = HALVINGS if self.schedule == "halvings" else 1
         if self.select_steps < rounds:
             raise wrong_value("method.select_steps", self.select_steps, f"at least {rounds} with method.schedule=halvings")
         self._cut_steps = [self.select_steps * (index + 1) // rounds for index in range(rounds)]
 
+    def default_select_steps(self, steps: Steps) -> int:
+        """Return T where none is given; with two cuts the first one, too, needs an ω that has had a gradient."""
+        if self.release:
+            return min(RELEASE_SELECT_STEPS, steps.total // 2)
+        least = INFORMED_STEPS * HALVINGS if self.schedule == "halvings" else INFORMED_STEPS
+        return max(least, super().default_select_steps(steps))
+
     def attach(self, model: nn.Module, setting: Setting) -> None:
         """Attach an adapter to every target; all of them are chosen at first."""
         super().attach(model, setting)
-        self._n = len(self.adapters)
         self._budget = self.adapters.count()
         self._chosen = list(self.adapters)
+        n = len(self._chosen)
+        if self.schedule == "halvings":
+            self.k = math.ceil(n / 4)
+        self._sizes = [math.ceil(n / 2), self.k] if self.schedule == "halvings" else [self.k]
 
     def groups(self, lr: float) -> list[ParameterGroup]:
         """Return what still trains: in the release the unchosen stay in the model but leave the optimiser."""
@@ -84,55 +87,71 @@ class WLoRAPlus(WLoRA):
         return [matrices, omegas]
 
     def before_step(self, step: int) -> list[Event]:
-        """In the release, extend all chosen adapters in place of updating their A and B."""
+        """In the release, double the ranks of all chosen adapters in place of updating their A and B."""
         if not self.release or step not in self._cut_steps:
             return []
-        return [self._extend(step, self._chosen, factor=2)]
+        return [self._extend(step, {name: 2 * self.adapters[name].rank for name in self._chosen})]
 
     def after_step(self, step: int) -> list[Event]:
-        """Select, then extend the survivors."""
-        if self.schedule == "single" and not self.release:
-            self._project_during_warm_up(step)
+        """Project, and at the cuts select and extend the survivors."""
+        if self.release:
+            return [self._select_in_place(step)] if step in self._cut_steps else []
+        if step > self._cut_steps[-1]:
+            return []
+        before = self.omegas()
+        self._project(step)
         if step not in self._cut_steps:
             return []
         final = step == self._cut_steps[-1]
-        if self.release:
-            return [self._select_in_place(step, final)]
-        k = self.k if self.schedule == "single" else len(self._chosen) // 2
-        event = self.cut(step, self.choose(max(1, k)), final=final)
+        if final:
+            survivors = self.choose(self.k)
+        else:
+            # Beside those that act, the first of the others by ω as it was before the projection set it to 0.
+            after = self.omegas()
+            ranked = sorted(before, key=lambda name: (-after[name], -before[name]))
+            survivors = ranked[: self._sizes[0]]
+        event = self.cut(step, survivors, final=final)
         self._chosen = list(self.adapters)
-        return [event, self._extend(step, self._chosen, factor=2 if self.schedule == "halvings" else None)]
+        return [event, self._extend(step, self._spread(event.details["omega"]))]
 
-    def _project_during_warm_up(self, step: int) -> None:
-        if step <= self._cut_steps[-1]:
-            self._project(step)
+    def _spread(self, omega: dict[str, float]) -> dict[str, int]:
+        """Return ranks for the survivors that together spend the parameters of the start, as equal as they can be.
 
-    def _extend(self, step: int, names: list[str], factor: int | None) -> Event:
-        """Grow adapters by a factor, or (None) to the common rank that brings them back to the first budget."""
-        per_rank = sum(a.count() // a.rank for a in (self.adapters[name] for name in names))
-        for name in names:
+        Components are handed out one by one, to the adapter of the lowest rank and among these to the largest ω, until none
+        fits: what is left is less than one component of the largest shape, unless all are as wide as their linear.
+        """
+        survivors = sorted(self._chosen, key=lambda name: -omega[name])
+        ranks = {name: self.adapters[name].rank for name in survivors}
+        cost = {name: self.adapters[name].count() // ranks[name] for name in survivors}
+        widest = {name: min(self.adapters[name].A.shape[1], self.adapters[name].B.shape[0]) for name in survivors}
+        left = self._budget - self.adapters.count()
+        while able := [name for name in survivors if ranks[name] < widest[name] and cost[name] <= left]:
+            lowest = min(able, key=lambda name: ranks[name])
+            ranks[lowest] += 1
+            left -= cost[lowest]
+        return ranks
+
+    def _extend(self, step: int, ranks: dict[str, int]) -> Event:
+        """Grow adapters to the given ranks."""
+        for name, rank in ranks.items():
             adapter = self.adapters[name]
-            rank = adapter.rank * factor if factor else self._budget // per_rank
             adapter.extend(
-                max(adapter.rank, min(rank, *_widths(adapter))),
+                min(rank, adapter.A.shape[1], adapter.B.shape[0]),
                 how="uniform" if self.release else self.extension,
                 generator=self.generator,
+                keep_moments=self.keep_moments,
             )
             if self.rescale:
-                adapter.scale = self.alpha / adapter.rank
-        return Event(step, "extend", {"ranks": {name: self.adapters[name].rank for name in names}})
+                adapter.rescale(self.alpha / adapter.rank)
+        return Event(step, "extend", {"ranks": {name: self.adapters[name].rank for name in ranks}})
 
-    def _select_in_place(self, step: int, final: bool) -> Event:
+    def _select_in_place(self, step: int) -> Event:
         """Halve the chosen as the release does: ω of the others becomes 0, nothing leaves the model."""
         chosen = [self.adapters[name] for name in self._chosen]
         project(chosen, lambda omega: top_k(omega, len(chosen) // 2))
         omega = self.omegas()
         self._chosen = [name for name in self._chosen if omega[name] > 0]
-        if final:
+        if step == self._cut_steps[-1]:
             for adapter in self.adapters.values():
                 adapter.fix_omega()
         return Event(step, "select", {"kept": list(self._chosen), "omega": omega})
-
-
-def _widths(adapter: LowRankAdapter) -> tuple[int, int]:
-    return adapter.A.shape[1], adapter.B.shape[0]

@@ -88,8 +88,8 @@ class Optimizers:
     def rebuild(self, groups: list[ParameterGroup]) -> None:
         """Take over new groups after a structural change.
 
-        A parameter that was there before keeps its moments and step count, and so does what is left of a pruned one; a
-        new one starts from zero moments; the state of one that is gone is dropped.
+        A parameter that was there before keeps its moments and step count, and so does one that was cut or extended from
+        it (`origin`); a new one starts from zero moments; the state of one that is gone is dropped.
         """
         state = {p: s for optimizer in self._rules.values() for p, s in optimizer.state.items()}
         for p in (p for group in groups for p in group.parameters if hasattr(p, "origin")):
@@ -187,14 +187,16 @@ class Optimizers:
         return AdamW(described, weight_decay=self._weight_decay, fused=fused)
 
 
-def _inherit(state: dict[Any, dict[str, Any]], part: nn.Parameter) -> None:
-    """Give what is left of a pruned parameter its share of the old moments."""
-    parent, select = part.origin  # type: ignore[attr-defined]
-    del part.origin  # type: ignore[attr-defined]
+def _inherit(state: dict[Any, dict[str, Any]], derived: nn.Parameter) -> None:
+    """Give a parameter that was cut or extended from another what stays valid of the other's moments."""
+    parent, carry = derived.origin  # type: ignore[attr-defined]
+    del derived.origin  # type: ignore[attr-defined]
+    if hasattr(parent, "origin"):  # derived twice in one change
+        _inherit(state, parent)
     if parent in state:
         moments = state[parent].items()
         same = [key for key, value in moments if isinstance(value, Tensor) and value.shape == parent.shape]
-        state[part] = {key: select(value).clone() if key in same else value for key, value in moments}
+        state[derived] = {key: carry(key, value).clone() if key in same else value for key, value in moments}
 
 
 def _describe(group: ParameterGroup) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# What the selection's defaults rest on (README, "Selection"): MiniLM with 18 adapters on SST-2 (4,000 rows) and MRPC, three
+# epochs, one factor changed at a time. Evaluated at every eighth of the run. Settings: scripts/study.sh, and
+#   PARTS="bars random growth steps halvings"   [all, in this order]
+export RESULTS=${RESULTS:-results/selection} SCALE=cpu
+. "$(dirname "$0")/study.sh"
+
+setting="model=minilm precision=bf16 task.batch_size=32 train.accumulation_steps=1 task.epochs=3 train.checkpoint_every=0"
+sst2="task.max_train_rows=4000 train.eval_every=47" mrpc="train.eval_every=44"
+grid=3e-4,1e-3,3e-3
+part() { chosen "${PARTS:-}" "$1"; }
+
+# on_both METHOD OVERRIDE...: the same sweep on both tasks
+on_both() {
+    sweep sst2 "$1" $setting $sst2 "${@:2}"
+    sweep mrpc "$1" $setting $mrpc "${@:2}"
+}
+
+if part bars; then # WLoRA+ beside WLoRA: at one rate, and at the rate chosen on seed 100
+    for method in "wlora k=5" wlora_plus lora; do
+        on_both $method seed=100 lr=$grid
+        sweep sst2 $method $setting $sst2 "seed=range(3)" lr=1e-3
+    done
+    stage
+    for method in "wlora k=5" wlora_plus lora; do on_both $method "seed=range(3)" lr=tuned; done
+    stage
+fi
+if part random; then # WLoRA beside RLoRA
+    for k in 5 1 3; do
+        for method in wlora rlora; do on_both $method k=$k "seed=range(5)" lr=1e-3; done
+    done
+    stage
+fi
+if part growth; then # how ranks grow
+    for growth in "method.extension=qr" "method.extension=gaussian method.keep_moments=true" "method.extension=gaussian" \
+        "method.extension=qr method.rescale=true"; do
+        on_both wlora_plus $growth "seed=range(3)" lr=$grid
+    done
+    stage
+fi
+if part steps; then # T, the warm-up that it lies in, and whether schedule and clipping include omega
+    for steps in 5 20 50 10; do on_both wlora k=5 "seed=range(3)" lr=1e-3 method.select_steps=$steps; done
+    on_both wlora k=5 "seed=range(3)" lr=1e-3 method.select_steps=2 warmup=0
+    for warmup in 10 60; do on_both wlora k=5 "seed=range(3)" lr=1e-3 warmup=$warmup; done
+    for omega in "method.omega_scheduled=true" "method.omega_clipped=true" "method.omega_scheduled=true method.omega_clipped=true"; do
+        on_both wlora k=5 "seed=range(3)" lr=1e-3 $omega
+    done
+    stage
+fi
+if part halvings; then
+    on_both wlora_plus method.schedule=halvings "seed=range(3)" lr=1e-3
+    stage
+fi
+finish wlora.tables summary model=minilm
