@@ -33,7 +33,7 @@ def test_a_method_ends_with_a_success_record_and_repeats_bit_for_bit(
 
 
 def test_methods_differ_from_each_other_on_the_same_seed(run_tiny: Callable[..., Any]) -> None:
-    curves = {name: run_tiny(f"method={name}", "rank=4", "lr=3e-3", *OWN.get(name, [])).curve for name in METHODS}
+    curves = {name: run_tiny(f"method={name}", "k=2", "rank=4", "lr=3e-3", *OWN.get(name, [])).curve for name in METHODS}
     assert None not in curves.values() and len(set(curves.values())) == len(METHODS), curves
 
 

@@ -13,7 +13,6 @@ from wlora.methods.base import AdapterMethod, Event, Steps
 from wlora.methods.selection import project, top_k
 from wlora.training.optimizers import ParameterGroup
 
-
 # The first step within a warm-up at which ω has a gradient: the first update has rate 0, so B is 0 for two steps. A shorter
 # T would choose by nothing, so it may exceed an epoch of one or two steps.
 INFORMED_STEPS = 3
