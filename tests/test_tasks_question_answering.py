@@ -332,10 +332,13 @@ def nest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": rows[0]["context"], "qas": questions}]}]}
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "nested"])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "nested", "indented"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    nested = suffix == "nested"
+    nested = suffix in ("nested", "indented")
     folder = write_both(tmp_path, nest(ROWS) if nested else ROWS, "json" if nested else suffix)
+    if suffix == "indented":
+        for file in tmp_path.iterdir():
+            file.write_text(json.dumps(json.loads(file.read_text()), indent=2))
     rows = load_splits(make_config(path=folder), offline=True).rows
     for split in ("train", "validation"):
         assert rows[split][:]["question"] == ["Who?", "What?", "Where?"]
