@@ -270,7 +270,7 @@ def test_further_splits_have_keys_of_their_own(tokenizer: PreTrainedTokenizerFas
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"metrics": ["exact_match"]}, "task.metrics=exact_match"),
+        ({"metrics": ["exact_match"]}, "task.metrics=exact_match: allowed is exact, .* with task.unanswerable=true"),
         ({"unanswerable": False, "metrics": ["exact", "f1"]}, "task.metrics=exact"),
         ({"primary_metric": "exact_match"}, "task.primary_metric=exact_match"),
         ({"metrics": ["f1", "NoAns_f1"], "primary_metric": "NoAns_f1"}, "allowed is f1"),
