@@ -52,9 +52,8 @@ def fingerprint(task: TaskConfig) -> str | None:
         ConfigError: a local file is missing or empty.
     """
     if task.path is not None:
-        found = [file for split in _split_names(task) for file in _local_files(task, split)]
         try:
-            return hash_files(found)
+            return hash_files(find_local(task))
         except OSError as error:
             raise ConfigError(f"task.path={task.path}: {error.filename} cannot be read ({error.strerror})") from error
     if task.generator is not None:
@@ -62,6 +61,15 @@ def fingerprint(task: TaskConfig) -> str | None:
 
         return _digest(f"{task.generator}@{GENERATOR_VERSION}")
     return None
+
+
+def find_local(task: TaskConfig) -> list[Path]:
+    """Return the files of `task.path`, split by split; none without it.
+
+    Raises:
+        ConfigError: a folder, file or shard is missing, or empty.
+    """
+    return [] if task.path is None else [file for split in _split_names(task) for file in _local_files(task, split)]
 
 
 def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
