@@ -246,15 +246,20 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
 
 
 def require_all(config: Config) -> None:
-    """Refuse a run for which something is not installed, or neither at hand nor reachable; a dry run needs nothing.
+    """Refuse a run for which something is not installed, or neither at hand nor reachable; a dry run needs only files.
+
+    A wrong path, which only the user can mend, is told before anything else that is missing. Those of the model and of the
+    adapters have been looked at by `wlora.validation.resolve`.
 
     Raises:
         ConfigError: what is missing, and the way out.
     """
     from wlora.hub import go_offline, require_sources
     from wlora.models.source import require_extras
+    from wlora.tasks.data import find_local
     from wlora.tracking import require_tracker
 
+    find_local(config.task)
     if config.offline:
         go_offline()
     if not config.dry_run:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -57,8 +58,9 @@ _READ_AT = {
 def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model, of a GGUF file its own; `trust_remote_code` is never set.
 
-    One without a padding token, such as Llama's, pads with its end-of-sequence token: padding is masked, and the
-    classification heads look for the last token that is not padding, which no text of ours ends in.
+    A special token that stands in a text is read as plain text. One without a padding token, such as Llama's, pads with
+    its end-of-sequence token: padding is masked, and the classification heads look for the last token that is not padding,
+    which no text ends in.
 
     Raises:
         ConfigError: no tokenizer, one that cannot be read, one without either token, or one that does not put the token
@@ -67,7 +69,9 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
     if source.location is None:
         from wlora.models.tiny import build_tokenizer
 
-        return build_tokenizer()
+        tiny = build_tokenizer()
+        _read_marks_as_text(tiny)
+        return tiny
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = (
@@ -84,6 +88,7 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
         if tokenizer.eos_token is None:
             raise ConfigError(f"{_origin(model)}: the tokenizer has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
+    _read_marks_as_text(tokenizer)
     family = read_architecture(model)["model_type"]
     if family in _READ_AT:
         name, place, where = _READ_AT[family]
@@ -93,6 +98,21 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
                 f"{_origin(model)}: the tokenizer puts no {name} {where} a text, which a {family} model's heads need"
             )
     return tokenizer
+
+
+def _read_marks_as_text(tokenizer: Any) -> None:
+    """Let special tokens that stand in a text be read as the characters they are; other texts are encoded as before.
+
+    BART's classification head finds the end of a text by the end token, and refuses a batch with unequal numbers of them.
+    """
+    tokenizer.split_special_tokens = True
+    marks = [mark for mark in tokenizer.all_special_tokens if mark != tokenizer.unk_token]
+    if tokenizer.is_fast and any(mark in tokenizer.tokenize(f"{mark} {mark}a{mark}") for mark in marks):
+        # Some vocabularies, such as DeBERTa's, hold the special tokens among their pieces. No piece crosses a split.
+        first = "|".join(f"{re.escape(mark[0])}(?={re.escape(mark[1:])})" for mark in tokenizer.all_special_tokens)
+        backend, split = tokenizer.backend_tokenizer, pre_tokenizers.Split(Regex(first), "isolated")
+        before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
 
 
 def _read_gguf_tokenizer(model: ModelConfig, location: str) -> PreTrainedTokenizerBase:
