@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from wlora.adapters.peft_format import CONFIG, WEIGHTS
 from wlora.config import Config, restore_config
+from wlora.console import protect_output
 from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
 from wlora.fingerprint import hash_file
 from wlora.hub import go_offline, require_sources
@@ -40,6 +41,7 @@ python -m wlora.export RUN_ID [format=peft|merged] [results_dir=results] [to=DIR
 
 def main(words: Sequence[str] | None = None) -> None:
     """Export one run and say where it is; exits with 1 after a fault and 2 after a mistake in the request."""
+    protect_output()
     words = sys.argv[1:] if words is None else words
     if not words or "--help" in words:
         print(HELP)
