@@ -326,11 +326,12 @@ def _load_pretrained(
             raise ConfigError(f"{_origin(model)}: {name} is {shapes}")
     assert isinstance(loaded, PreTrainedModel)
     unfit = {*report["missing_keys"], *(name for name, _, _ in report["mismatched_keys"])}
-    if model.head == "kept":
-        for name in filter(unfit.__contains__, head_names):
-            raise ConfigError(
-                f"model.head=kept: {_origin(model)} has no {name} of this shape: allowed is fresh, for a new head"
-            )
+    lacking = [name for name in head_names if name in unfit]
+    if model.head == "kept" and lacking:
+        # The last is of the outputs, which name the kind of head.
+        raise ConfigError(
+            f"model.head=kept: {_origin(model)} has no {lacking[-1]} of this shape\nallowed is fresh, for a new head"
+        )
     outside = {name for name in head_names if not name.startswith(f"{loaded.base_model_prefix}.")}
     return loaded, sorted(unfit if model.head == "kept" else unfit | outside)
 

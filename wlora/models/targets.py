@@ -129,7 +129,7 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"model.path={model.path}: allowed is a folder with config.json, tokenizer and weights")
     try:
-        architecture = json.loads(file.read_bytes())
+        architecture = json.loads(file.read_text(encoding="utf-8"))
         family = architecture["model_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"model.path={model.path}: config.json cannot be read or has no model_type ({error})") from None

@@ -208,14 +208,17 @@ class Trainer:
     def _noticing_divergence(self, step: int) -> Iterator[None]:
         """Turn the failures that numbers which are not finite lead to into one, `Diverged`.
 
-        Once the norms of what trains are not finite, methods and libraries fail in ways of their own, such as an SVD that does not end.
+        Once the norms of what trains are not finite, methods and libraries fail in their own ways, such as in an SVD.
         """
         try:
             yield
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
-            if not isinstance(error, FloatingPointError) and all(p.norm().isfinite() for p in self.optimizers.parameters()):
+            if isinstance(error, FloatingPointError):
+                what = str(error)
+            elif not all(p.norm().isfinite() for p in self.optimizers.parameters()):
+                what = "the norm of what trains is not finite"
+            else:
                 raise
-            what = str(error) if isinstance(error, FloatingPointError) else "the norm of what trains is not finite"
             raise Diverged(f"{what} at step {step} of {self.plan.total_steps}") from error
 
     def _updates(self) -> Iterator[tuple[int, list[list[int]]]]:
