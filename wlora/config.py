@@ -102,6 +102,7 @@ class ModelConfig:
     package: str | None = None
     sha256: str | None = None
     path: str | None = None
+    head: str = field(default="fresh", metadata=LATER)
     gguf_file: str | None = field(default=None, metadata=LATER)
     quantization: str = field(default="none", metadata=LATER)
     architecture: dict[str, Any] = field(default_factory=dict)

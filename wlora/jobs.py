@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import METHOD_NOTES, Config, config_folder
+from wlora.console import protect_output
 from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
 from wlora.help import show_values
 from wlora.presets import apply_preset
@@ -73,6 +74,7 @@ def run_one(composed: DictConfig) -> Outcome:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    protect_output()
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     # Unresolved: the words may hold interpolations, which mean nothing in Hydra's own configuration.
     words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)

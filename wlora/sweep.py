@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import Config, config_folder, register_schema
+from wlora.console import protect_output
 from wlora.errors import ConfigError, wrong_value
 from wlora.jobs import explain
 from wlora.models.source import locate
@@ -137,6 +138,7 @@ def _rows(config: Config) -> int | None:
 
 def main() -> None:
     """Print a line per cell and the total; exits with 0, or 2 after a mistake in a sweep."""
+    protect_output()
     lines = [shlex.split(line) for line in sys.stdin if line.strip()]
     try:
         cells = survey(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,15 @@ class Event:
     kind: str
     details: dict[str, Any] = field(default_factory=dict)
     reset: bool = False
+
+    @property
+    def finite(self) -> bool:
+        """Whether all its numbers are finite, which strict JSON asks for."""
+        try:
+            json.dumps(self.details, allow_nan=False)
+        except ValueError:
+            return False
+        return True
 
 
 class Method:

@@ -11,7 +11,7 @@ import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from wlora.errors import ConfigError
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.quantization import HEAD_MODULES, keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource
-from wlora.models.targets import read_architecture
+from wlora.models.targets import order_classes, read_architecture
 
 # Random base weights stand for pretrained ones, so they are the same for every seed of a run.
 _RANDOM_BASE_SEED = 0
@@ -173,6 +173,9 @@ def load_base(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a model in float32, all parameters frozen.
 
+    A head outside the pretrained model is fresh even where the checkpoint has one of that shape, which was trained for
+    another task; with `model.head=kept` it is the checkpoint's. BERT's pooler is inside: it comes with the checkpoint.
+
     With `model.quantization` the linears of the body are packed as they are read, on the device where they will run.
 
     Weights come from safetensors where the repository has them, else from `pytorch_model.bin`, which transformers
@@ -211,7 +214,7 @@ def load_base(
 
 
 def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
-    """Initialise parameters of the head as the model's family does, from a seed of their own."""
+    """Initialise parameters of the head as the model's family does, from a seed of their own; no other changes."""
     torch.manual_seed(seed)
     for prefix, module in head_modules(model).items():
         for inner, part in module.named_modules():
@@ -226,6 +229,30 @@ def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
             for name, parameter in own.items():
                 if f"{path}.{name}" not in fresh:
                     getattr(part, name).data.copy_(parameter.data)
+
+
+def reorder_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
+    """Put the outputs of a classification head that was kept into the order of the task's classes, `order_classes`."""
+    order = order_classes(model.config.to_dict(), labels, where=f"model.path={model.config.name_or_path}")
+    output = [part for module in head_modules(model).values() for part in module.modules() if isinstance(part, nn.Linear)][
+        -1
+    ]
+    for parameter in output.parameters():
+        parameter.data = parameter.data[order]
+
+
+def name_classes(model: PreTrainedModel, labels: Sequence[str], *, head: str) -> None:
+    """Write into a model's configuration what its outputs stand for, in place of what another training left there.
+
+    Args:
+        labels: the task's classes in the order of the outputs; none for regression and for other heads.
+        head: the kind of head.
+    """
+    names = list(labels) or [f"LABEL_{number}" for number in range(model.config.num_labels)]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    if head == "sequence_classification":
+        model.config.problem_type = "single_label_classification" if labels else "regression"
 
 
 def build_unloaded(
@@ -308,8 +335,8 @@ def _load_pretrained(
         raise
     except Exception as error:  # those of four libraries, without a common class
         raise ConfigError(f"{_origin(model)}: the weights cannot be loaded ({_reason(error)})") from error
-    head_names = set(head_parameters(loaded))
-    absent = sorted(set(report["missing_keys"]) - head_names)
+    head_names = list(head_parameters(loaded))
+    absent = sorted(set(report["missing_keys"]) - set(head_names))
     if absent:
         number = f"{len(absent)} tensors of the body, among them " if len(absent) > 1 else ""
         raise ConfigError(f"{_origin(model)}: the checkpoint lacks {number}{absent[0]}")
@@ -318,11 +345,21 @@ def _load_pretrained(
             shapes = f"{list(given)} in the checkpoint, {list(expected)} by config.json"
             raise ConfigError(f"{_origin(model)}: {name} is {shapes}")
     assert isinstance(loaded, PreTrainedModel)
-    return loaded, [*report["missing_keys"], *(name for name, _, _ in report["mismatched_keys"])]
+    unfit = {*report["missing_keys"], *(name for name, _, _ in report["mismatched_keys"])}
+    lacking = [name for name in head_names if name in unfit]
+    if model.head == "kept" and lacking:
+        # The last is of the outputs, which name the kind of head.
+        raise ConfigError(
+            f"model.head=kept: {_origin(model)} has no {lacking[-1]} of this shape\nallowed is fresh, for a new head"
+        )
+    outside = {name for name in head_names if not name.startswith(f"{loaded.base_model_prefix}.")}
+    return loaded, sorted(unfit if model.head == "kept" else unfit | outside)
 
 
 def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: int) -> PretrainedConfig:
-    settings = {key: value for key, value in architecture.items() if key != "model_type"}
+    # Nor what the last training left of its classes and its loss.
+    left_out = ("model_type", "id2label", "label2id", "problem_type")
+    settings = {key: value for key, value in architecture.items() if key not in left_out}
     try:
         return AutoConfig.for_model(architecture["model_type"], **settings, num_labels=num_labels)
     except (ValueError, TypeError, KeyError) as error:

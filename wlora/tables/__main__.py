@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wlora.config import config_folder
+from wlora.console import protect_output
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.staging import staged
 from wlora.study import Run, read_runs, read_words, select
@@ -39,6 +40,7 @@ summary.* has a line per task and setting, of runs that fit no table of the pape
 
 def main(words: Sequence[str] | None = None) -> None:
     """Write the tables asked for; exits with 0, or 2 after a mistake in the request."""
+    protect_output()
     words = sys.argv[1:] if words is None else words
     if not words or {"-h", "--help"} & set(words):
         print(USAGE)
@@ -48,9 +50,6 @@ def main(words: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader has seen enough; keep Python from complaining again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write(words: Sequence[str]) -> None:
