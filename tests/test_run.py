@@ -77,6 +77,8 @@ def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> 
         (["method=adalora", "method.preset=author"], "method.preset=author: allowed is authors or null with method=adalora"),
         (["method=full", "method.preset=authors"], "method.preset=authors: allowed is null with method=full"),
         (["method=adalora", "task=story_nli", "method.preset=authors"], "task=story_nli: allowed is task=cola,mnli,mrpc,"),
+        (["task.preset=nonsense"], "task.preset=nonsense: allowed is null with task=rte"),
+        (["task.prest=release"], "did you mean task.preset?"),
         (["method=adalora", "method.preset=authors", "method.every=0"], "method.every=0: allowed is int >= 1 or null"),
         (["+foo=1"], "foo is unknown"),
         (["rank=[1"], "error:"),

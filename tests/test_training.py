@@ -235,18 +235,60 @@ def test_loss_scaling_changes_no_update_and_skips_overflown_steps() -> None:
     groups = [ParameterGroup([p], 0.1), ParameterGroup([omega], 1.0, rule="sgd")]
     optimizers, scaler = Optimizers(groups, weight_decay=0.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale((2 * p + 3 * omega).sum()).backward()
-    optimizers.unscale(scaler)
+    assert optimizers.unscale(scaler)
     assert p.grad is not None and float(p.grad) == 2.0 and float(omega.grad or 0) == 3.0
-    optimizers.step(scaler)
+    optimizers.step()
     scaler.update()
     assert float(omega.detach()) == -2.0
-    before = float(p.detach())
-    p.grad, omega.grad = torch.tensor([float("inf")]), torch.tensor([1.0])
-    scaler.scale(torch.ones(1, requires_grad=True)).backward()
-    optimizers.unscale(scaler)
-    optimizers.step(scaler)
-    scaler.update()
-    assert float(p.detach()) == before and scaler.get_scale() == 512.0
+    for overflown in (math.inf, math.nan):
+        p.grad, omega.grad = torch.tensor([overflown]), torch.tensor([1.0])
+        assert not optimizers.unscale(scaler)
+        scaler.update()
+    assert scaler.get_scale() == 256.0
+
+
+def scale_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loop scale losses in float32, which is exact, by a factor that doubles with every step."""
+    begin = loop.Trainer.__init__
+
+    def scaled(trainer: loop.Trainer, **given: Any) -> None:
+        begin(trainer, **given)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+
+    monkeypatch.setattr(loop.Trainer, "__init__", scaled)
+
+
+@pytest.mark.parametrize("name", ["increlora", "adalora", "wlora_plus", "flexora"])
+def test_loss_scaling_changes_no_number(
+    name: str, run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not the scores that a policy takes from the backward pass, nor the step at which the structure changes."""
+    words = (f"method={name}", "precision=fp32", "rank=4", "train.max_steps=40", *STILL)
+    plain = run_tiny(*words, results=tmp_path / "plain")
+    scale_losses(monkeypatch)
+    scaled = run_tiny(*words, results=tmp_path / "scaled")
+    assert plain.events or name == "adalora"
+    assert (scaled.metrics, scaled.events, scaled.adapters) == (plain.metrics, plain.events, plain.adapters)
+
+
+def test_a_step_that_overflows_changes_nothing(run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The release clips ω, which has an optimiser of its own, together with the rest."""
+    scale_losses(monkeypatch)
+    gradients, seen = loop.Trainer._gradients, list[list[torch.Tensor]]()
+
+    def overflow(trainer: loop.Trainer, batches: list[list[int]]) -> torch.Tensor:
+        loss = gradients(trainer, batches)
+        if trainer.step == 5:
+            trainer.optimizers.parameters()[0].grad.fill_(math.nan)  # type: ignore[union-attr]
+        if trainer.step in (5, 6):
+            seen.append([p.detach().clone() for p in trainer.optimizers.parameters()])
+        return loss
+
+    monkeypatch.setattr(loop.Trainer, "_gradients", overflow)
+    record = run_tiny("method=wlora", "compat=release", "precision=fp32", "k=2", "train.max_steps=10")
+    assert record.status == "success"
+    before, after = seen
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def test_a_model_handed_over_in_evaluation_mode_trains_in_training_mode(

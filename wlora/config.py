@@ -89,6 +89,8 @@ class TaskConfig:
     max_eval_rows: int | None = None
     path: str | None = None
     revision: str = "main"
+    preset: str | None = field(default=None, metadata=LATER)
+    presets: dict[str, Any] = field(default_factory=dict, metadata=LATER)
 
 
 @dataclass

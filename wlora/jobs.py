@@ -23,7 +23,7 @@ from wlora.config import METHOD_NOTES, Config, config_folder
 from wlora.console import protect_output
 from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
 from wlora.help import show_values
-from wlora.presets import apply_preset
+from wlora.presets import apply_presets
 from wlora.processes import is_main, several
 
 # The plugin's schema of the same name is meant to check what stands in conf/hydra/launcher. Said here, since the processes
@@ -221,7 +221,7 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     from wlora.validation import resolve
 
     _refuse_foreign_task(composed)
-    preset = apply_preset(composed, overrides)
+    preset = apply_presets(composed, overrides)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     _refuse_added_keys(composed)
@@ -337,9 +337,12 @@ def _sibling_keys(key: str) -> list[str]:
         found -= {key, *(f"method.{note}" for note in METHOD_NOTES)}
         return sorted(found | {"method.preset"})
     schema = OmegaConf.structured(Config)
-    node = OmegaConf.select(schema, parent) if parent else schema
-    names = list(node) if isinstance(node, DictConfig) else list(schema)
-    return [f"{parent}.{name}" if parent and isinstance(node, DictConfig) else str(name) for name in names]
+    while parent:
+        node = OmegaConf.select(schema, parent)
+        if isinstance(node, DictConfig) and len(node):
+            return [f"{parent}.{name!s}" for name in node if name != "presets"]
+        parent = parent.rpartition(".")[0]
+    return [str(name) for name in schema]
 
 
 def fail(error: Exception) -> None:

@@ -22,6 +22,7 @@ from wlora.console import protect_output
 from wlora.errors import ConfigError, wrong_value
 from wlora.jobs import explain
 from wlora.models.source import locate
+from wlora.presets import apply_presets
 from wlora.study import Run, choose_tuned, read_runs, read_value, same_setting
 from wlora.tasks.data import fingerprint
 from wlora.training.plan import make_plan
@@ -203,7 +204,9 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: it would be refused.
     """
-    config = OmegaConf.to_object(_compose(overrides))
+    composed = _compose(overrides)
+    apply_presets(composed, overrides)
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return resolve(config)
 

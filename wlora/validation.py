@@ -116,6 +116,7 @@ def resolve(config: Config) -> Config:
     identify_adapter(config.adapter)
     _check_results_folder(config)
     config.per_task = {}  # what an experiment took from it stands in the keys it set
+    config.task.presets = {}
     if config.compat == "release" and config.method["name"] == "probe":
         raise ConfigError("method=probe compat=release: the release's head is frozen, so nothing would train")
     _check_head(config)
@@ -175,7 +176,7 @@ def _check(key: str, value: Any, rule: str) -> None:
 
 def _check_method(config: Config) -> None:
     """Check the method's own keys against the rules of its YAML, which then leave the configuration."""
-    assert config.method.get("preset") is None, "apply_preset comes first"
+    assert config.method.get("preset") is None and config.task.preset is None, "apply_presets comes first"
     rules: dict[str, str] = config.method.get("allowed", {})
     for note in METHOD_NOTES:
         config.method.pop(note, None)

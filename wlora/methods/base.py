@@ -114,7 +114,10 @@ class Method:
         return None
 
     def forget_backward(self) -> None:
-        """Drop what backward passes have left besides gradients: a step that ran out of memory is tried again."""
+        """Drop what backward passes have left besides gradients: a step is tried again, or had gradients that overflow."""
+
+    def unscale_backward(self, scale: float) -> None:
+        """Divide what backward passes have left besides gradients by the factor of the loss in float16."""
 
     def before_step(self, step: int) -> list[Event]:
         """Act on gradients before the optimiser uses them."""

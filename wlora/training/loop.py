@@ -265,10 +265,10 @@ class Trainer:
         if step == 1:
             self.optimizers.check(self.bare_model)
         if self.scaler:
-            self.optimizers.unscale(self.scaler)
+            self._unscale(self.scaler)
         self.optimizers.clip(self.settings.max_grad_norm)
         self._restructure(self.method.before_step(step))
-        self.optimizers.step(self.scaler)
+        self.optimizers.step()
         if self.scaler:
             self.scaler.update()
         self._restructure(self.method.after_step(step))
@@ -358,6 +358,17 @@ class Trainer:
         if world > 1:
             total = self.accelerator.reduce(total, "sum")
         return total
+
+    def _unscale(self, scaler: torch.amp.GradScaler) -> None:
+        """Divide what the backward passes have left by the scaler's factor; where it has overflown, drop all of it.
+
+        Without gradients the step changes no parameter, and the policy takes nothing in.
+        """
+        if self.optimizers.unscale(scaler):
+            self.method.unscale_backward(scaler.get_scale())
+        else:
+            self.optimizers.zero_grad()
+            self.method.forget_backward()
 
     def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(self.scaler.scale(loss) if self.scaler else loss)
