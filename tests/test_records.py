@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -184,3 +185,52 @@ def test_records_of_the_first_study_are_found_again() -> None:
             precision=content["environment"]["precision"],
         )
         assert run_id(fields) == content["run_id"] == file.stem
+
+
+@pytest.mark.parametrize(
+    ("words", "columns"),
+    [
+        (["task=story_nli", "model=tiny_bert"], {"label", "prediction", "scores"}),
+        (["task=story_qa", "model=tiny_bert", "task.max_train_rows=32"], {"prediction", "exact", "f1", "no_answer"}),
+        (
+            ["task=story_summary", "model=tiny_bart", "targets=all"],
+            {"prediction", "rouge1", "rouge2", "rougeL", "rougeLsum"},
+        ),
+    ],
+)
+def test_a_run_keeps_its_predictions_of_the_dev_set(
+    words: list[str], columns: set[str], run_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    record = run_tiny("method=lora", "train.max_steps=4", "task.max_eval_rows=40", *words)
+    store = RecordStore(tmp_path)
+    table = store.read_predictions(record)
+    assert table is not None and set(table.column_names) == {"split", "row", *columns} and len(table) == 40
+    assert table["row"].to_pylist() == list(range(40)) and set(table["split"].to_pylist()) == {"validation"}
+    found = {name: table[name].to_pylist() for name in table.column_names}
+    if "scores" in columns:
+        assert [max(range(3), key=lambda k: row[k]) for row in found["scores"]] == found["prediction"]
+        assert mean(a == b for a, b in zip(found["label"], found["prediction"], strict=True)) == record.metrics["accuracy"]
+    else:
+        for name in columns - {"prediction", "no_answer"}:
+            assert mean(found[name]) == pytest.approx(record.metrics[name], abs=1e-3)
+        assert all(isinstance(text, str) for text in found["prediction"])
+
+
+def test_damaged_predictions_are_told_and_their_loss_costs_no_run(
+    run_tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = run_tiny("method=probe")
+    store = RecordStore(tmp_path)
+    file = store.path(record.run_id).with_suffix(".parquet")
+    content = file.read_bytes()
+    for damaged in (content[:-9], content[:99] + bytes([content[99] ^ 1]) + content[100:], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="predictions .* are damaged: their checksum"):
+            store.read_predictions(record)
+    file.unlink()
+    with pytest.raises(ConfigError, match="predictions .* are damaged"):
+        store.read_predictions(record)
+    monkeypatch.setattr(RecordStore, "write_predictions", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    again = run_tiny("method=probe", "force=true")
+    assert again.status == "success" and again.predictions is None and store.read_predictions(again) is None
+    assert "predictions" in capsys.readouterr().out

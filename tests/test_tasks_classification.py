@@ -66,7 +66,8 @@ def _predict(task: SequenceClassification, logits: torch.Tensor) -> torch.Tensor
 
 def _score(task: SequenceClassification, split: str, predictions: list[Any], labels: list[Any]) -> dict[str, float]:
     features = Features([pa.table({"labels": labels})])
-    return task.score(split, predictions, features, rows=Dataset.from_dict({"labels": labels}))
+    logits = [[value] if task.regression else torch.eye(task.num_labels)[value].numpy() for value in predictions]
+    return task.score(split, logits, features, rows=Dataset.from_dict({"labels": labels}))
 
 
 SENTENCES = Dataset.from_dict({"sentence": ["the film was very good", "bad"], "label": [1, 0]})
@@ -107,7 +108,7 @@ def test_regression(tokenizer: PreTrainedTokenizerFast) -> None:
     assert task.num_labels == 1
     assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [3.75]
     predictions = _predict(task, torch.tensor([[0.5], [2.0]], dtype=torch.bfloat16))
-    assert predictions.dtype == torch.float32 and predictions.tolist() == [0.5, 2.0]
+    assert predictions.dtype == torch.float32 and predictions.tolist() == [[0.5], [2.0]]
     found = _score(task, "validation", [1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     assert found == pytest.approx({"pearson": 1.0, "spearman": 1.0, "corr": 1.0})
 
@@ -149,8 +150,21 @@ def test_many_rows_stay_in_order(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_classes_are_predicted_by_the_highest_logit() -> None:
-    predictions = _predict(_task(), torch.tensor([[0.1, 0.2], [3.0, -1.0]]))
-    assert predictions.dtype == torch.int64 and predictions.tolist() == [1, 0]
+    logits = [[0.1, 0.2], [3.0, -1.0]]
+    predictions = list(_predict(_task(), torch.tensor(logits)).numpy())
+    features = Features([pa.table({"labels": [1, 1]})])
+    rows = Dataset.from_dict({"labels": [1, 1]})
+    assert _task().score("validation", predictions, features, rows) == {"accuracy": 0.5}
+    table = _task().tabulate(predictions, features, rows).to_pydict()
+    assert (table["row"], table["label"], table["prediction"]) == ([0, 1], [1, 1], [1, 0])
+    assert table["scores"] == [pytest.approx(row, abs=1e-3) for row in logits]
+
+
+def test_values_are_kept_as_they_are_predicted() -> None:
+    task = _task(labels=[], metrics=["pearson"], primary_metric="pearson")
+    features = Features([pa.table({"labels": pa.array([2.5, 4.0], pa.float32())})])
+    table = task.tabulate([[1.25], [3.0]], features, Dataset.from_dict({"labels": [2.5, 4.0]}))
+    assert table.to_pydict() == {"row": [0, 1], "label": [2.5, 4.0], "prediction": [1.25, 3.0]}
 
 
 def test_further_splits_have_keys_of_their_own() -> None:

@@ -187,6 +187,7 @@ def _run(
     _complete(record, result, method, guard.seconds())
     record.curve = curve.checksum()
     if accelerator.is_main_process:
+        record.predictions = _keep_predictions(store, record, trainer)
         if config.train.save_adapter:
             record.model["adapter"] = _keep_adapter(model, method, task, adapter_folder(config.results_dir, record.run_id))
         say(summarize(record, method, str(store.write(record))))
@@ -197,6 +198,16 @@ def _run(
             save_model(model, method, material.tokenizer, saved)
             say(f"model      {saved}")
     return record
+
+
+def _keep_predictions(store: RecordStore, record: Record, trainer: Trainer) -> str | None:
+    """Write what the run predicted of the dev set; a run is not lost because that cannot be written."""
+    assert trainer.evaluation is not None
+    try:
+        return store.write_predictions(record.run_id, trainer.evaluation.tabulate(trainer.task, trainer.data.validation))
+    except OSError as error:
+        say(f"notice: the predictions of {record.run_id} cannot be written ({error.strerror})")
+        return None
 
 
 def _keep_adapter(model: PreTrainedModel, method: Method, task: Task, folder: Path) -> str | None:

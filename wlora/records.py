@@ -1,7 +1,7 @@
-"""One JSON file per run, written whole or not at all; the learning curve beside it as JSON lines.
+"""One JSON file per run, written whole or not at all; beside it the learning curve and the predictions of the dev set.
 
-A record carries a checksum of its content, and of a run that has succeeded one of its curve, so that damage on the disk is
-seen even where what is left is still JSON. Records from before there were checksums are read without.
+A record carries a checksum of its content, and of a run that has succeeded those of the two files, so that damage on the
+disk is seen even where what is left is still JSON. Records from before there were checksums are read without.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, RunFault
 from wlora.staging import staged
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SCHEMA = 1
 STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed")
@@ -46,6 +49,7 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     curve: str | None = None
+    predictions: str | None = None
 
 
 def seal(content: dict[str, Any]) -> str:
@@ -76,11 +80,15 @@ def unseal(text: str | bytes) -> dict[str, Any]:
 def _digest(content: dict[str, Any]) -> str:
     """Hash what a JSON file says, however it is laid out."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _short_hash(text.encode())
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 class RecordStore:
-    """The records of one study: `<results_dir>/records/<run_id>.json`, and `<run_id>.jsonl` for the curve."""
+    """The records of one study: `<results_dir>/records/<run_id>.json`; `.jsonl` is the curve, `.parquet` the predictions."""
 
     def __init__(self, results_dir: str | Path) -> None:
         self.folder = Path(results_dir) / "records"
@@ -130,7 +138,7 @@ class RecordStore:
         path = self.path(record.run_id).with_suffix(".jsonl")
         try:
             content = path.read_bytes()
-            if record.curve is not None and hashlib.sha256(content).hexdigest()[:16] != record.curve:
+            if record.curve is not None and _short_hash(content) != record.curve:
                 raise ValueError("its checksum, which is in the record, does not hold")
             lines = content.decode().splitlines()
         except FileNotFoundError:
@@ -147,6 +155,44 @@ class RecordStore:
                 if number < len(lines):
                     raise ConfigError(f"learning curve {path} is damaged: line {number} is no JSON") from None
         return points
+
+    def write_predictions(self, run_id: str, table: pa.Table) -> str:
+        """Write a run's predictions as `<run_id>.parquet`, whole or not at all; returns 16 hex digits for the content.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        stream = pa.BufferOutputStream()
+        parquet.write_table(table, stream, compression="zstd", compression_level=9)
+        content = stream.getvalue().to_pybytes()
+        target = self.path(run_id).with_suffix(".parquet")
+        with staged(target) as staging:
+            staging.write_bytes(content)
+            os.replace(staging, target)
+        return _short_hash(content)
+
+    def read_predictions(self, record: Record) -> pa.Table | None:
+        """Return what a run predicted of the dev set (`Task.tabulate`), None where its record tells of none.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        if record.predictions is None:
+            return None
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        path = self.path(record.run_id).with_suffix(".parquet")
+        try:
+            content = path.read_bytes()
+            if _short_hash(content) != record.predictions:
+                raise ValueError("their checksum, which is in the record, does not hold")
+            return parquet.read_table(pa.BufferReader(content))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"predictions {path} are damaged: {error}") from None
 
     def write(self, record: Record) -> Path:
         """Write a record atomically: the file holds the old content or the new one, never a part.
@@ -221,7 +267,7 @@ class CurveWriter:
 
     def checksum(self) -> str:
         """Return 16 hex digits for the file as it is written by now."""
-        return hashlib.sha256("".join(_lines(self.points)).encode()).hexdigest()[:16]
+        return _short_hash("".join(_lines(self.points)).encode())
 
     def restart(self, points: list[dict[str, Any]]) -> None:
         """Go on from the points of a run that was interrupted; what it wrote after them is dropped."""

@@ -48,6 +48,17 @@ def compute_rouge(names: Sequence[str], predictions: Sequence[str], references: 
     Raises:
         ConfigError: an unknown name.
     """
+    scores = score_documents(names, predictions, references)
+    low, high = bootstrap_interval(scores)
+    result = {}
+    for column, name in enumerate(names):
+        result[name] = float(scores[:, column].mean())
+        result |= {f"{name}_low": float(low[column]), f"{name}_high": float(high[column])}
+    return result
+
+
+def score_documents(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """Return the F-measures of `compute_rouge`, shape [documents, names]; likewise its errors."""
     for name in names:
         if name not in ROUGE_NAMES:
             raise unknown_name(f"task.metrics={name}", name, ROUGE_NAMES)
@@ -56,12 +67,7 @@ def compute_rouge(names: Sequence[str], predictions: Sequence[str], references: 
     for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         found = scorer.score("\n".join(split_sentences(reference)), "\n".join(split_sentences(prediction)))
         scores[row] = [found[name].fmeasure for name in names]
-    low, high = bootstrap_interval(scores)
-    result = {}
-    for column, name in enumerate(names):
-        result[name] = float(scores[:, column].mean())
-        result |= {f"{name}_low": float(low[column]), f"{name}_high": float(high[column])}
-    return result
+    return scores
 
 
 def split_sentences(text: str) -> list[str]:

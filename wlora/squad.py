@@ -37,7 +37,7 @@ def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) 
         predictions: one text per question.
         answers: the right answers of each question, at least one.
     """
-    exact, f1 = _score_each(predictions, answers, empty_f1=False)
+    exact, f1 = score_each(predictions, answers, empty_f1=False)
     return {"exact_match": float(exact.mean()), "f1": float(f1.mean())}
 
 
@@ -59,10 +59,9 @@ def score_answers_or_none(
         (`NoAns`), `best_exact` and `best_f1` with their thresholds (`_thresh`, in units of the logits).
     """
     has_answer = np.array([bool(texts) for texts in answers])
-    # Answers of nothing but articles and punctuation are no answers to the official script.
-    golds = [[text for text in texts if normalize(text)] or [""] for texts in answers]
-    raw = dict(zip(("exact", "f1"), _score_each(predictions, golds, empty_f1=True), strict=True))
-    silent = dict(zip(("exact", "f1"), _score_each([""] * len(golds), golds, empty_f1=True), strict=True))
+    golds = count_as_answers(answers)
+    raw = dict(zip(("exact", "f1"), score_each(predictions, golds, empty_f1=True), strict=True))
+    silent = dict(zip(("exact", "f1"), score_each([""] * len(golds), golds, empty_f1=True), strict=True))
     found = {}
     for name in ("exact", "f1"):
         scores = np.where(no_answer > 0, silent[name], raw[name])
@@ -74,6 +73,11 @@ def score_answers_or_none(
         best, threshold = find_best_threshold(raw[name], no_answer, has_answer, np.array([bool(p) for p in predictions]))
         found |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
     return found
+
+
+def count_as_answers(answers: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return the texts that v2.0 compares with, "" where there is none; nothing but articles and punctuation is none."""
+    return [[text for text in texts if normalize(text)] or [""] for texts in answers]
 
 
 def find_best_threshold(
@@ -100,7 +104,7 @@ def find_best_threshold(
     return float(totals[best]) / len(scores), float(no_answer[order][best])
 
 
-def _score_each(
+def score_each(
     predictions: Sequence[str], answers: Sequence[Sequence[str]], *, empty_f1: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return exact match and F1 of each question, the best over its answers, both of shape [questions].

@@ -10,6 +10,7 @@ from wlora.errors import unknown_name, wrong_value
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pyarrow as pa
     import torch
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +95,19 @@ class Task(Protocol):
             predictions: one per feature, in the features' order; rows of a tensor come as numpy arrays or numbers.
             features: the split as `encode` returned it.
             rows: the split as it was encoded from.
+        """
+        ...
+
+    def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
+        """Return what was predicted of one whole validation split, a line per row of it, for records.
+
+        Args:
+            predictions: as for `score`, as are the others.
+
+        Returns:
+            Columns `row` (int32, in the split's order), `prediction`, and in half precision what tells rows apart: of
+            classes `scores` (the logits, a list per row), of texts a column per metric. Classes and values have `label`,
+            too; right texts are left out, since they are their publishers'.
         """
         ...
 

@@ -79,17 +79,32 @@ class SequenceClassification:
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
     ) -> torch.Tensor:
-        """Return class numbers (int64) or values (float32) [rows] from logits [rows, num_labels]."""
+        """Return the logits, float32 [rows, num_labels]; the one of a regression is its value."""
         logits: torch.Tensor = outputs.logits.float()
-        return logits.squeeze(-1) if self.regression else logits.argmax(dim=-1)
+        return logits
 
     def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
         """Return `task.metrics` of a split; keys of any but the first split end in its name.
 
         So MNLI has `accuracy` (matched) and `accuracy_mismatched`.
         """
-        found = compute(self.config.metrics, np.asarray(predictions), np.asarray(features.column("labels")))
+        found = compute(self.config.metrics, self._decide(predictions), np.asarray(features.column("labels")))
         if split == self.config.validation[0]:
             return found
         suffix = split.removeprefix("validation_")
         return {f"{name}_{suffix}": value for name, value in found.items()}
+
+    def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
+        """Return `row`, `label`, `prediction` and, of classes, `scores`: their logits in half precision."""
+        columns: dict[str, Any] = {"row": pa.array(range(len(rows)), pa.int32()), "label": features.array("labels")}
+        columns["prediction"] = pa.array(self._decide(predictions))
+        if not self.regression:
+            logits = pa.array(np.stack(predictions).astype(np.float16).ravel())
+            columns["scores"] = pa.FixedSizeListArray.from_arrays(logits, self.num_labels)
+        return pa.table(columns)
+
+    def _decide(self, predictions: Sequence[Any]) -> np.ndarray:
+        """Return class numbers (int64) or values (float32), shape [rows]."""
+        logits = np.stack(predictions)
+        decided: np.ndarray = logits[:, 0] if self.regression else logits.argmax(axis=1)
+        return decided

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config import TaskConfig
 from wlora.errors import ConfigError, wrong_value
-from wlora.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS, score_answers, score_answers_or_none
+from wlora.squad import (
+    ANSWERABLE_METRICS,
+    UNANSWERABLE_METRICS,
+    count_as_answers,
+    score_answers,
+    score_answers_or_none,
+    score_each,
+)
 from wlora.tasks import check_metrics
 from wlora.tasks.checks import ANSWERS
 from wlora.tasks.features import ROWS_AT_ONCE, Features, input_columns, pad
@@ -138,13 +145,31 @@ class QuestionAnswering:
 
     def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
         """Return `task.metrics` of a split; keys of any but the first split end in its name."""
-        texts, no_answer = choose_answers(np.stack(predictions), _windows(features), rows[self.context][:])
-        answers = [answer["text"] for answer in rows[ANSWERS][:]]
+        texts, no_answer, answers = self._answer(predictions, features, rows)
         scores = (
             score_answers_or_none(texts, no_answer, answers) if self.config.unanswerable else score_answers(texts, answers)
         )
         suffix = "" if split == self.config.validation[0] else "_" + split.removeprefix("validation_")
         return {f"{name}{suffix}": scores[name] for name in self.config.metrics if name in scores}
+
+    def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
+        """Return `row`, `prediction`, `exact_match` and `f1`; of v2.0 `exact` and `f1` at the threshold 0, and `no_answer`."""
+        texts, no_answer, golds = self._answer(predictions, features, rows)
+        columns = {"row": pa.array(range(len(rows)), pa.int32())}
+        if self.config.unanswerable:
+            texts = ["" if score > 0 else text for text, score in zip(texts, no_answer, strict=True)]
+            golds = count_as_answers(golds)
+            columns["no_answer"] = pa.array(no_answer.astype(np.float16))
+        exact, f1 = score_each(texts, golds, empty_f1=self.config.unanswerable)
+        columns["exact" if self.config.unanswerable else "exact_match"] = pa.array(exact.astype(np.float16))
+        return pa.table({**columns, "f1": pa.array(f1.astype(np.float16)), "prediction": pa.array(texts, pa.string())})
+
+    def _answer(
+        self, predictions: Sequence[Any], features: Features, rows: Dataset
+    ) -> tuple[list[str], np.ndarray, list[list[str]]]:
+        """Return the text, the no-answer score and the right answers of every question."""
+        texts, no_answer = choose_answers(np.stack(predictions), _windows(features), rows[self.context][:])
+        return texts, no_answer, [answer["text"] for answer in rows[ANSWERS][:]]
 
     def _shorten(self, question: str, tokenizer: PreTrainedTokenizerBase) -> str:
         """Cut a question to the tokens that leave room for more context than the stride, after a word if it can be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
@@ -13,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from wlora.config import TaskConfig
 from wlora.errors import ConfigError
-from wlora.rouge import ROUGE_NAMES, compute_rouge
+from wlora.rouge import ROUGE_NAMES, compute_rouge, score_documents
 from wlora.tasks import check_metrics
 from wlora.tasks.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad, stack
 
@@ -95,6 +96,12 @@ class Summarization:
     def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
         """Return `task.metrics` with their intervals, against the whole summaries as published."""
         return compute_rouge(self.config.metrics, predictions, rows[self.config.columns[1]])
+
+    def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
+        """Return `row`, `prediction` and every metric of every document."""
+        scores = score_documents(self.config.metrics, predictions, rows[self.config.columns[1]]).astype(np.float16)
+        columns = {"row": pa.array(range(len(rows)), pa.int32()), "prediction": pa.array(predictions, pa.string())}
+        return pa.table({**columns, **{name: pa.array(scores[:, i]) for i, name in enumerate(self.config.metrics)}})
 
     def set_generation(self, model: PreTrainedModel) -> None:
         """Put the configured overrides into the model's own `generation_config`, the only place that counts.

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,22 @@ class Split:
     features: Features
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: all metrics, and per validation split a prediction per feature."""
+
+    metrics: dict[str, float]
+    predictions: dict[str, list[Any]]
+
+    def tabulate(self, task: Task, splits: dict[str, Split]) -> pa.Table:
+        """Return all predictions, a line per row, with the name of the split (see `Task.tabulate`)."""
+        tables = []
+        for name, predictions in self.predictions.items():
+            table = task.tabulate(predictions, splits[name].features, splits[name].rows)
+            tables.append(table.add_column(0, "split", pa.array([name] * len(table)).dictionary_encode()))
+        return pa.concat_tables(tables)
+
+
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
@@ -43,7 +60,7 @@ def evaluate(
     accelerator: Accelerator,
     prefix: PrefixCache | None = None,
     together: bool = False,
-) -> dict[str, float]:
+) -> Evaluation:
     """Return all metrics of all validation splits, and the mean loss of the first as `loss` where it has labels.
 
     Every process sees its share of each batch; predictions are gathered and scored once on the whole. The model is
@@ -58,6 +75,7 @@ def evaluate(
     """
     model.eval()
     metrics: dict[str, float] = {}
+    found: dict[str, list[Any]] = {}
     for index, (name, split) in enumerate(splits.items()):
         if prefix is not None:
             prefix.prepare(name, split.features)
@@ -70,6 +88,7 @@ def evaluate(
         )
         if not finite:  # told before scoring: a score may hide it, as SQuAD's do, or its library may fail
             raise FloatingPointError(f"the logits are not finite on {name}")
+        found[name] = predictions
         metrics.update(task.score(name, predictions, split.features, split.rows))
         if index == 0 and loss is not None:
             metrics["loss"] = loss
@@ -77,7 +96,7 @@ def evaluate(
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
-    return metrics
+    return Evaluation(metrics, found)
 
 
 def _predict(

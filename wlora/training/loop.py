@@ -27,7 +27,7 @@ from wlora.tasks import Task
 from wlora.tasks.features import Features
 from wlora.training.batching import share, step_batches
 from wlora.training.bench import Bench
-from wlora.training.evaluation import Split, evaluate, move
+from wlora.training.evaluation import Evaluation, Split, evaluate, move
 from wlora.training.footprint import activation_bytes, saved_bytes
 from wlora.training.growth import BatchGrowth
 from wlora.training.optimizers import Optimizers, ParameterGroup
@@ -139,6 +139,7 @@ class Trainer:
         self.model: nn.Module = self._prepare()
         self.prefix = self._open_prefix()
         self.result = Result()
+        self.evaluation: Evaluation | None = None  # the last
         self.step = 0
         self.parts = 1  # in which a micro-batch is computed, one after the other
         self.growth = BatchGrowth(
@@ -429,7 +430,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         begin = time.perf_counter()
         with self._autocast():
-            metrics = evaluate(
+            self.evaluation = evaluate(
                 self.bare_model,
                 self.task,
                 self.data.validation,
@@ -439,7 +440,7 @@ class Trainer:
                 prefix=self.prefix,
                 together=self.settings.sharded,
             )
-        self.result.metrics = metrics
+        metrics = self.result.metrics = self.evaluation.metrics
         self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
         self.result.eval_seconds += time.perf_counter() - begin
         self.log({"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics})
