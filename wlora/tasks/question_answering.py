@@ -153,7 +153,7 @@ class QuestionAnswering:
         return {f"{name}{suffix}": scores[name] for name in self.config.metrics if name in scores}
 
     def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
-        """Return `row`, `prediction`, `exact_match` and `f1`; of v2.0 `exact` and `f1` at the threshold 0, and `no_answer`."""
+        """Return `row`, `prediction`, `exact_match` and `f1`; of v2.0 `exact` and `f1` at threshold 0, and `no_answer`."""
         texts, no_answer, golds = self._answer(predictions, features, rows)
         columns = {"row": pa.array(range(len(rows)), pa.int32())}
         if self.config.unanswerable:
