@@ -8,7 +8,8 @@ import pytest
 
 from wlora.config import restore_config
 from wlora.errors import ConfigError
-from wlora.study import choose_point, fill_tuned, flatten, read_runs, read_value, read_words, require_one_setting, select
+from wlora.study import Point, flatten, read_runs, read_value, read_words, require_one_setting, select
+from wlora.tuning import choose_point, fill_tuned
 
 from .conftest import ROOT, compose, run_cli
 from .synthetic import make_record
@@ -33,7 +34,7 @@ def test_the_point_is_chosen_on_the_seed_with_most_points(tmp_path: Path) -> Non
     # Another seed did better at another rate, but was not tuned on.
     make_record(tmp_path, "task=sst2", "lr=1e-2", "seed=0", metrics=0.9)
     choice = choose_point(read_runs(tmp_path))
-    assert choice is not None and (choice.point, choice.seed, choice.compared) == ((1e-3, None), 3, 3)
+    assert choice is not None and (choice.point, choice.seed, choice.compared) == (Point(1e-3), 3, 3)
 
 
 def test_ties_go_to_the_lower_rate_and_diverged_runs_count_as_compared(tmp_path: Path) -> None:

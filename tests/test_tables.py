@@ -119,7 +119,7 @@ def test_a_golden_table(tmp_path: Path) -> None:
     for words in (
         "minilm (1.0M parameters): dev sets, after the last step",
         "seeds 0 to 2",
-        "Training: SST-2 (100 rows) 50 steps of 32 rows; MRPC (100 rows) 50 steps of 64 rows.",
+        "Training: SST-2 (a sample: 100 of 67,349 rows) 50 steps of 32 rows; MRPC (a sample: 100 of 3,668 rows) 50 steps",
         "SST-2 and MRPC the one value that was run",
         "compat=paper, precision=fp32",
         "ALL is over SST-2 and MRPC",

@@ -31,7 +31,8 @@ usage: python -m wlora.report [key=value ...]
 Writes <results_dir>/report.html: all tables and figures of one study, its environments, and its runs.
 
   results_dir=results     the study
-  model=NAME              whose runs the tables show; default: the model of most runs
+  model=NAME              whose runs to show; default: as python -m wlora.tables and wlora.figures find them
+  score=last|best         as for python -m wlora.tables
   key=value,value         as for python -m wlora.tables"""
 
 # What the tables' Markdown becomes besides; all else in it that looks like HTML is escaped.
@@ -104,7 +105,7 @@ def write(words: Sequence[str]) -> Path:
     Raises:
         ConfigError: no records, or what tables and figures refuse.
     """
-    names, options, filters = read_words(words, {"results_dir": "results", "model": None})
+    names, options, filters = read_words(words, {"results_dir": "results", "model": None, "score": "last"})
     if names:
         raise ConfigError(f"report {' '.join(names)}: allowed is key=value")
     if importlib.util.find_spec("markdown_it") is None:
@@ -114,9 +115,12 @@ def write(words: Sequence[str]) -> Path:
     runs = select(runs, filters)
     if not runs:
         raise ConfigError(f"results_dir={results}: no records to report")
-    model = options["model"] or Counter(run.model for run in runs).most_common(1)[0][0]
     shared = [f"results_dir={results}", *(f"{key}={value}" for key, value in filters.items())]
-    made = (["wlora.tables", "all", *shared, f"model={model}"], ["wlora.figures", "all", *shared, f"model={model}"])
+    shared += [f"model={options['model']}"] if options["model"] else []
+    scored = [] if options["score"] == "last" else [f"score={options['score']}"]
+    made = [["wlora.tables", "all", *shared, *scored], ["wlora.figures", "all", *shared]]
+    if any(run.status == "success" and run.method != "single" and options["model"] in (None, run.model) for run in runs):
+        made.insert(1, ["wlora.tables", "summary", *shared, *scored])
     notices = [f"notice: {fault}; it is left out" for fault in faults]
     notices += [line for command in made for line in _run(command)]
     for line in dict.fromkeys(notices):
@@ -126,7 +130,8 @@ def write(words: Sequence[str]) -> Path:
         title=html.escape(f"wlora: {results.name}"),
         summary=html.escape(
             f"{len(runs)} runs of {len({run.method for run in runs})} methods on {len({run.task for run in runs})} tasks, "
-            f"{model}; scores are on the dev sets. Code: commit {', '.join(commits)}."
+            f"{', '.join(sorted({run.model for run in runs}))}; scores are on the dev sets. "
+            f"Code: commit {', '.join(commits)}."
         ),
         notices="\n".join(f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(notices)),
         tables="\n".join(_tables(results / "tables")),
@@ -163,12 +168,12 @@ def _run(command: list[str]) -> list[str]:
 
 
 def _tables(folder: Path) -> Iterator[str]:
-    """Yield every table's page as HTML, those without any run left out."""
+    """Yield every table's page and the summary as HTML, those without any run left out."""
     from markdown_it import MarkdownIt
 
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
-    for file in sorted(folder.glob("table*.md")):
-        text = file.read_text(encoding="utf-8")
+    for file in (*sorted(folder.glob("table*.md")), folder / "summary.md"):
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
         if not re.search(r"\(\d+\) \|", text):
             continue
         rendered = reader.render(text)
