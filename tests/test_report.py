@@ -36,6 +36,8 @@ def test_the_page_has_tables_figures_environments_and_runs_and_nothing_outside(t
 
 def test_a_study_of_other_tasks_shows_its_summary(tmp_path: Path) -> None:
     make_record(tmp_path, "method=lora", "task=story_nli", metrics=0.7123)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "table1.md").write_text("# Table 1\n\n| x (3) |")  # another command's
     make_record(tmp_path, "method=lora", "task=rte", "task.columns=[a,b]", "model=tiny_bert", metrics=0.6123)
     report.main([f"results_dir={tmp_path}"])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -85,9 +85,7 @@ def _training(table: Table) -> str:
         if runs:
             record = runs[0].record
             batch = record.config["task"]["batch_size"] * (record.config["train"]["accumulation_steps"] or 1)
-            limit = record.config["task"]["max_eval_rows"]
-            scored = f", the first {limit:,} dev rows" if limit else ""
-            clause = f"{record.steps.get('total', 0):,} steps of {batch} rows{scored}"
+            clause = f"{record.steps.get('total', 0):,} steps of {batch} rows{dev_rows_text(runs[0])}"
             rows = rows_text(runs[0])
             clauses.setdefault(clause, []).append(f"{column.title} ({rows})" if rows else column.title)
     return "Training: " + "; ".join(f"{_join(titles)} {clause}" for clause, titles in clauses.items()) + "."
@@ -101,6 +99,12 @@ def rows_text(run: Run) -> str:
     if whole and rows > whole:
         return f"{rows:,} rows, where the benchmark has {whole:,}"
     return f"a sample: {rows:,} of {whole:,} rows" if whole and rows < whole else f"{rows:,} rows"
+
+
+def dev_rows_text(run: Run) -> str:
+    """Say, as a clause to append, that only the first dev rows are scored; empty where all are."""
+    limit = run.record.config["task"]["max_eval_rows"]
+    return f", the first {limit:,} dev rows" if limit else ""
 
 
 def _tuning(table: Table) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from wlora.errors import ConfigError
 from wlora.statistics import generator, summarize
 from wlora.study import Run
-from wlora.tables.caption import EVALUATION, edges, rows_text
+from wlora.tables.caption import EVALUATION, dev_rows_text, edges, rows_text
 from wlora.tables.cells import NOT_COMPARED, Best, Score
 from wlora.tables.grid import Entry, Grid, count_text
 from wlora.tables.settings import TITLES, chosen_runs, runs_by_setting, tasks_of
@@ -78,8 +78,9 @@ def caption_summary(runs: Sequence[Run], score: Score) -> str:
     parts = [f"{said} Mean ± standard deviation of the primary metric over seeds (runs)."]
     samples: dict[str, None] = {}
     for (_, task), group in groups.items():
-        if "a sample" in (rows := rows_text(group[0])):
-            samples[f"{TITLES.get(task, task)} ({rows})"] = None
+        rows, scored = rows_text(group[0]), dev_rows_text(group[0])
+        if "a sample" in rows or scored:
+            samples[f"{TITLES.get(task, task)} ({rows}{scored})"] = None
     if samples:
         parts.append(f"Training rows: {', '.join(samples)}.")
     choices = {(label, TITLES.get(task, task)): choose_point(group) for (label, task), group in groups.items()}
