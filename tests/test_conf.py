@@ -118,10 +118,16 @@ def test_every_file_is_in_a_group_that_is_tested() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_keys_are_the_arguments_of_its_class(name: str) -> None:
-    keys = set(compose(f"method={name}").method) - {"name", "targets"}
+    keys = set(compose(f"method={name}").method) - {"name", "targets", "revision"}
     policy = type(build_method(compose(f"method={name}").method))
-    taken = {} if policy.__init__ is object.__init__ else inspect.signature(policy).parameters
-    assert keys == set(taken)
+    taken: set[str] = set()
+    for kind in policy.__mro__:  # `settings` are the arguments of the class above
+        if "__init__" in vars(kind) and kind is not object:
+            parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
+            taken |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    assert keys == taken
     assert Path(inspect.getfile(policy)).stem == name
 
 

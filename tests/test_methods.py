@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,21 +14,27 @@ from wlora.errors import ConfigError
 from wlora.methods import build_method
 from wlora.methods.base import Event, Method, Setting, Steps
 from wlora.methods.selection import project, top_k, top_k_above
-from wlora.models.targets import Target
-from wlora.training.optimizers import Optimizers
+from wlora.methods.wlora import WLoRA
+from wlora.models.targets import Target, list_targets, read_architecture
+from wlora.training.optimizers import Optimizers, ParameterGroup
+
+from .conftest import TINY, compose
 
 N, WIDTH, ROWS = 6, 16, 32
 COMMON: dict[str, Any] = {"rank": 2, "alpha": 4, "dropout": 0.0}
 SELECTION = {"k": 2, "lr_omega": 0.5, "select_steps": None, "project_every": 1}
-PLUS = {**SELECTION, "schedule": "halvings", "extension": "qr", "rescale": False}
+PLUS = {**SELECTION, "schedule": "single", "extension": "qr", "rescale": False, "keep_moments": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "probe": {},
     "lora": COMMON,
     "wlora": {**COMMON, **SELECTION},
     "wlora_plus": {**COMMON, **PLUS},
-    "rlora": {**COMMON, "k": 2, "select_steps": None, "draw": "at_cut"},
+    "rlora": {**COMMON, **SELECTION, "draw": "at_projection"},
 }
+
+
+_randperm = torch.randperm
 
 
 class Tanh(nn.Module):
@@ -245,13 +252,58 @@ def test_release_starts_A_within_one_over_root_rank() -> None:
         assert 0.8 * bound[mode] < largest <= bound[mode]
 
 
-def test_rlora_cuts_at_T_to_a_random_set_that_omega_does_not_decide() -> None:
+def test_T_that_ends_before_omega_has_a_gradient_is_refused() -> None:
+    # B = 0 at the first step, so no ω has moved when T = 1 ends: any choice would be one by position.
+    with pytest.raises(ConfigError, match="method.select_steps=1: allowed is at least 3"):
+        Rig("wlora", select_steps=1).run(1)
+    assert len(Rig("wlora", select_steps=1, k=N).run(1).method.adapters) == N, "nothing to choose"
+
+
+@pytest.mark.parametrize(("scheduled", "clipped"), [(True, False), (False, True), (True, True)])
+def test_schedule_and_clipping_take_omega_in_where_asked(scheduled: bool, clipped: bool) -> None:
+    for name in ("wlora", "wlora_plus", "rlora"):
+        rig = Rig(name, omega_scheduled=scheduled, omega_clipped=clipped)
+        (group,) = [group for group in rig.optimizers.groups if group.rule == "sgd"]
+        assert (group.scheduled, group.clipped) == (scheduled, clipped)
+
+
+def test_rlora_with_weightloras_set_is_weightlora_bit_for_bit(
+    run_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["k=2", "rank=4", "method.select_steps=10", "train.eval_every=4"]
+    sets: list[list[str]] = []
+
+    def watch(method: WLoRA, omega: torch.Tensor) -> torch.Tensor:
+        mask = top_k(omega, method.k)
+        sets.append([name for name, kept in zip(method.adapters, mask.tolist(), strict=True) if kept])
+        return mask
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WLoRA, "mask", watch)
+        chosen = run_tiny("method=wlora", *words, results=tmp_path / "chosen")
+    assert len(sets) > 3 and all(names == sets[0] for names in sets), "the same set from the first projection on"
+
+    order = [target.name for target in list_targets(read_architecture(compose(*TINY).model), "qkv")]
+    drawn = torch.tensor(sorted(range(len(order)), key=lambda index: order[index] not in sets[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda n, **more: drawn if n == len(order) else _randperm(n, **more))
+        random = run_tiny("method=rlora", *words, results=tmp_path / "random")
+    assert random.run_id != chosen.run_id
+    assert (random.metrics, random.adapters, random.curve) == (chosen.metrics, chosen.adapters, chosen.curve)
+    assert random.events == chosen.events
+
+
+def test_rlora_draws_a_set_per_seed_that_acts_from_the_first_projection_on() -> None:
     kept = {tuple(Rig("rlora", seed=seed, select_steps=12).run(12).method.adapters) for seed in range(6)}
     assert len(kept) > 2 and all(len(names) == 2 for names in kept)
     again = tuple(Rig("rlora", seed=3, select_steps=12).run(12).method.adapters)
     assert again in kept
-    rig = Rig("rlora", select_steps=12).run(11)
-    assert rig.omega == [1.0] * N and len(rig.method.adapters) == N
+    rig = Rig("rlora", select_steps=12).run(1)
+    assert rig.omega == [1.0] * N, "no gradient, no projection"
+    rig.run(10)
+    acting = [name for name, omega in zip(rig.method.adapters, rig.omega, strict=True) if omega > 0]
+    assert len(rig.method.adapters) == N and len(acting) == 2
+    assert rig.run(1).events[0].details["kept"] == acting == list(rig.method.adapters)
 
 
 def test_rlora_at_start_has_k_adapters_before_the_first_step() -> None:
@@ -271,25 +323,106 @@ def test_rlora_of_the_release_loses_draws_that_hit_no_trainable_module() -> None
     assert sorted(method.adapters) == ["layers.0", "layers.1"]
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_wlora_plus_keeps_exactly_what_wlora_keeps(k: int) -> None:
+    for seed in range(3):
+        plain, plus = (Rig(name, k=k, seed=seed, select_steps=12).run(12) for name in ("wlora", "wlora_plus"))
+        assert list(plus.method.adapters) == list(plain.method.adapters)
+        assert plus.omega == plain.omega and plus.events[0].details == plain.events[0].details
+
+
+def test_wlora_plus_keeps_exactly_what_wlora_keeps_in_a_whole_run(run_tiny: Any) -> None:
+    plain, plus = (run_tiny(f"method={name}", "k=2", "rank=4") for name in ("wlora", "wlora_plus"))
+    assert [(a["name"], a["omega"]) for a in plain.adapters] == [(a["name"], a["omega"]) for a in plus.adapters]
+    assert plus.parameters["adapter_final"] == plus.parameters["adapter_initial"] > plain.parameters["adapter_final"]
+
+
 def test_wlora_plus_halves_twice_and_keeps_the_number_of_parameters() -> None:
-    rig = Rig("wlora_plus", select_steps=12)
+    rig = Rig("wlora_plus", schedule="halvings", select_steps=12)
     start = rig.method.adapters.count()
     rig.run(6)
     assert [len(rig.method.adapters), {a.rank for a in rig.method.adapters.values()}] == [3, {4}]
     assert rig.method.adapters.count() == start
     rig.run(6)
-    assert [len(rig.method.adapters), {a.rank for a in rig.method.adapters.values()}] == [1, {8}]
+    assert [len(rig.method.adapters), {a.rank for a in rig.method.adapters.values()}] == [2, {6}]
+    assert rig.method.adapters.count() == start
     assert [event.kind for event in rig.events] == ["cut", "extend", "cut", "extend"]
+
+
+def test_the_second_halving_cannot_bring_idle_adapters_before_active_ones() -> None:
+    # Without projections between the cuts active adapters overshoot to below 1, the value that idle ones still have.
+    for seed in range(3):
+        halved = Rig("wlora_plus", schedule="halvings", select_steps=30, seed=seed).run(30)
+        plain = Rig("wlora", k=2, select_steps=30, seed=seed).run(30)
+        first, _, second, _ = halved.events
+        acting = {name for name, omega in first.details["omega"].items() if omega > 0}
+        assert set(second.details["kept"]) == acting == set(plain.method.adapters)
+
+
+def test_ranks_spend_the_budget_to_within_one_component() -> None:
+    # 18 adapters of rank 8 on 5 survivors: 144 components are 29, 29, 29, 29, 28, more to the larger ω.
+    ranks = spread([(64, 64)] * 18, [3, 5, 7, 11, 17])
+    assert ranks == {17: 29, 11: 29, 7: 29, 5: 29, 3: 28}
+    # Linears of three shapes: what is left over is less than one component of the largest.
+    shapes = [(32, 32), (32, 128), (128, 32), (64, 64)] * 3
+    for kept in ([0, 1, 2], [1, 5], [0, 3, 4, 7], [2, 9, 10]):
+        ranks = spread(shapes, kept)
+        spent, budget = sum(rank * sum(shapes[index]) for index, rank in ranks.items()), 8 * sum(map(sum, shapes))
+        widest = all(rank == min(shapes[index]) for index, rank in ranks.items())
+        assert spent <= budget and (budget - spent < 160 or widest), (kept, ranks)
+
+
+def spread(shapes: list[tuple[int, int]], survivors: list[int]) -> dict[int, int]:
+    """Attach adapters of rank 8 to linears and return the ranks that the survivors grow to, ω rising with the index."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(*shape) for shape in shapes)
+    method = build_method({"name": "wlora_plus", **SETTINGS["wlora_plus"], "rank": 8, "k": len(survivors)})
+    method.plan(Steps(total=40, per_epoch=40))
+    targets = [Target(f"layers.{index}", index, "linear") for index in range(len(shapes))]
+    method.attach(model, Setting(targets, targets, torch.Generator().manual_seed(0)))
+    for index, adapter in enumerate(method.adapters.values()):
+        assert adapter.omega is not None
+        adapter.omega.data.fill_(1 + index / 100 if index in survivors else 0.0)
+    _, extend = method.after_step(4)
+    return {int(name.rpartition(".")[2]): rank for name, rank in extend.details["ranks"].items()}
 
 
 @pytest.mark.parametrize("extension", ["qr", "gaussian"])
 def test_wlora_plus_extension_leaves_the_outputs_unchanged(extension: str) -> None:
-    rig = Rig("wlora_plus", select_steps=12, extension=extension).run(6)
-    survivors = list(rig.method.adapters.values())
-    before = rig.model(rig.x).detach()
-    for adapter in survivors:
-        adapter.extend(8, how=extension, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-    torch.testing.assert_close(rig.model(rig.x), before, atol=1e-5, rtol=0)
+    for rescale, moments in itertools.product((False, True), repeat=2):
+        settings = {"extension": extension, "rescale": rescale, "keep_moments": moments}
+        plain, plus = Rig("wlora", select_steps=12).run(12), Rig("wlora_plus", select_steps=12, **settings).run(12)
+        assert {a.rank for a in plus.method.adapters.values()} == {6}
+        assert {a.scale for a in plus.method.adapters.values()} == {4 / 6 if rescale else 4 / 2}
+        torch.testing.assert_close(plus.model(plus.x), plain.model(plain.x), atol=1e-5, rtol=0)
+
+
+def test_moments_are_kept_where_the_old_components_stay() -> None:
+    for extension, kept in (("gaussian", True), ("qr", False)):
+        rig = Rig("wlora_plus", select_steps=12, extension=extension, keep_moments=True, rescale=True).run(12)
+        for adapter in rig.method.adapters.values():
+            assert rig.optimizers.holds_state(adapter.A) is kept is rig.optimizers.holds_state(adapter.B)
+        rig.run(3)
+
+
+def test_extended_moments_are_those_of_before_and_what_rescaling_makes_of_them() -> None:
+    adapter = Rig("lora").method.adapters["layers.0"]
+    optimizers = Optimizers([ParameterGroup([adapter.A, adapter.B], 1e-2)], weight_decay=0.0)
+    for scale in (1.0, 3.0):
+        adapter.A.grad, adapter.B.grad = scale * torch.rand_like(adapter.A), scale * torch.rand_like(adapter.B)
+        optimizers.step()
+    before = {name: dict(optimizers._rules["adamw"].state[getattr(adapter, name)]) for name in "AB"}
+    adapter.extend(5, how="gaussian", generator=torch.Generator(), keep_moments=True)
+    adapter.rescale(adapter.scale / 4)
+    optimizers.rebuild([ParameterGroup([adapter.A, adapter.B], 1e-2)])
+    for name, dim, factor in (("A", 0, 1), ("B", 1, 4)):
+        state = optimizers._rules["adamw"].state[getattr(adapter, name)]
+        assert int(state["step"]) == 2
+        for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            old, new = before[name][key], state[key] * factor**power
+            torch.testing.assert_close(new.narrow(dim, 0, 2), old)
+            fresh = old.mean(dim, keepdim=True) if key == "exp_avg_sq" else torch.zeros(1, 1)
+            torch.testing.assert_close(new.narrow(dim, 2, 3), fresh.expand_as(new.narrow(dim, 2, 3)))
 
 
 def test_wlora_plus_single_cut_spends_the_budget_on_k_survivors() -> None:
@@ -301,14 +434,8 @@ def test_wlora_plus_single_cut_spends_the_budget_on_k_survivors() -> None:
     assert rig.method.adapters.count() == start
 
 
-def test_wlora_plus_scale_stays_unless_rescaled() -> None:
-    for rescale, expected in ((False, 4 / 2), (True, 4 / 8)):
-        rig = Rig("wlora_plus", select_steps=12, rescale=rescale).run(12)
-        assert {a.scale for a in rig.method.adapters.values()} == {expected}
-
-
 def test_wlora_plus_of_the_release_extends_first_and_disconnects_nothing() -> None:
-    rig = Rig("wlora_plus", release=True, select_steps=12).run(12)
+    rig = Rig("wlora_plus", release=True, schedule="halvings", select_steps=12).run(12)
     assert [event.kind for event in rig.events] == ["extend", "select", "extend", "select"]
     assert len(rig.method.adapters) == N
     assert sorted({a.rank for a in rig.method.adapters.values()}) == [4, 8]
@@ -323,13 +450,13 @@ def test_neighbours_differ_on_the_same_seed() -> None:
         return rig.run(30).model(rig.x).detach()
 
     outputs = {name: trained(name) for name in ("lora", "wlora", "wlora_plus", "rlora")}
-    outputs["wlora_plus single"] = trained("wlora_plus", schedule="single")
+    outputs["wlora_plus halvings"] = trained("wlora_plus", schedule="halvings")
     for (first, a), (second, b) in itertools.combinations(outputs.items(), 2):
         assert not torch.allclose(a, b, atol=1e-4), (first, second)
 
 
-@pytest.mark.parametrize(("total", "per_epoch", "expected"), [(1000, 50, 50), (1000, 400, 100), (60, 60, 10), (16, 4, 10)])
-def test_default_T_is_an_epoch_or_a_tenth_and_at_least_ten(total: int, per_epoch: int, expected: int) -> None:
+@pytest.mark.parametrize(("total", "per_epoch", "expected"), [(1000, 50, 50), (1000, 400, 100), (350, 7, 7), (16, 4, 3)])
+def test_default_T_is_a_tenth_and_at_most_an_epoch(total: int, per_epoch: int, expected: int) -> None:
     method = build_method({"name": "wlora", **SETTINGS["wlora"]})
     method.plan(Steps(total=total, per_epoch=per_epoch))
     assert method.select_steps == expected  # type: ignore[attr-defined]
@@ -337,9 +464,12 @@ def test_default_T_is_an_epoch_or_a_tenth_and_at_least_ten(total: int, per_epoch
 
 @pytest.mark.parametrize("name", ["wlora", "wlora_plus", "rlora"])
 def test_an_explicit_T_that_does_not_fit_is_refused_with_the_numbers(name: str) -> None:
-    method = build_method({"name": name, **SETTINGS[name], "select_steps": 40})
-    with pytest.raises(ConfigError, match=r"select_steps=40.*1 to 39.*40 optimiser steps"):
-        method.plan(Steps(total=40, per_epoch=10))
+    for longest, length in ((10, Steps(total=40, per_epoch=10)), (39, Steps(total=40, per_epoch=40))):
+        method = build_method({"name": name, **SETTINGS[name], "select_steps": longest + 1})
+        with pytest.raises(ConfigError, match=rf"={longest + 1}: .* 1 to {longest}, .* {length.per_epoch} of them"):
+            method.plan(length)
+    release = build_method({"name": name, **SETTINGS[name], "select_steps": 11}, release=True)
+    release.plan(Steps(total=40, per_epoch=10))
 
 
 def test_a_rank_above_the_width_is_refused() -> None:

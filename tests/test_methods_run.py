@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 from wlora import experiment
 from wlora.adapters.layer import AdaptedLinear
 from wlora.config import config_folder
+from wlora.dry_run import describe
 from wlora.training.loop import Result, Trainer
+
+from .conftest import TINY, compose
 
 # NoRA's frame of rank 64 is wider than a tiny model.
 OWN = {"nora": ["method.outer_rank=16"], "wlora_depth": ["method.depth_cost=100"]}
@@ -33,8 +37,26 @@ def test_a_method_ends_with_a_success_record_and_repeats_bit_for_bit(
 
 
 def test_methods_differ_from_each_other_on_the_same_seed(run_tiny: Callable[..., Any]) -> None:
-    curves = {name: run_tiny(f"method={name}", "rank=4", "lr=3e-3", *OWN.get(name, [])).curve for name in METHODS}
+    curves = {name: run_tiny(f"method={name}", "k=2", "rank=4", "lr=3e-3", *OWN.get(name, [])).curve for name in METHODS}
     assert None not in curves.values() and len(set(curves.values())) == len(METHODS), curves
+
+
+@pytest.mark.parametrize("targets", ["qkv", "all"])
+@pytest.mark.parametrize(
+    "method", ["lora", "wlora", "wlora_plus", "wlora_depth", "rlora", "adalora", "increlora", "lora_drop"]
+)
+def test_a_dry_run_foretells_the_parameters_at_the_end(
+    method: str, targets: str, run_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = [f"method={method}", "k=2", "rank=4", f"targets={targets}", f"results_dir={tmp_path}"]
+    (line,) = re.findall(r"^at the end (.*) adapter parameters", describe(compose(*TINY, *words)), re.MULTILINE) or [None]
+    record = run_tiny(*words)
+    least, most = [record.parameters["adapter_initial"]] * 2
+    if line is not None:
+        numbers = [int(number) for number in line.replace(",", "").split(" to ")]
+        least, most = numbers[0], numbers[-1]
+    assert least <= record.parameters["adapter_final"] <= most
+    assert (line is None) == (method == "lora" or (method == "wlora_plus" and targets == "qkv"))
 
 
 PRUNING = ["wlora", "wlora_plus", "rlora", "adalora", "dynamic_lora", "lora_drop", "alora", "flexora"]

@@ -158,13 +158,17 @@ class Square36(nn.Module):
 def test_wlora_plus_keeps_its_budget_through_both_halvings(width: int, expected: int, extension: str) -> None:
     # 36 adapters of rank 8, then 18 of rank 16, then 9 of rank 32: the product stays 288.
     model, budget = Square36(width), 36 * 8 * 2 * width
-    config = compose("method=wlora_plus", "model=deberta_v3_base", "method.select_steps=10", f"method.extension={extension}")
+    words = ["method=wlora_plus", "model=deberta_v3_base", "method.schedule=halvings", "method.select_steps=10"]
+    config = compose(*words, f"method.extension={extension}")
     method = build_method(config.method)
     assert isinstance(method, WLoRAPlus)
     method.plan(Steps(total=100, per_epoch=50))
     targets = [Target(f"layers.{index}", index, "linear") for index in range(36)]
     method.attach(model, Setting(targets, targets, torch.Generator().manual_seed(0)))
     assert method.adapters.count() == budget == expected
+    for adapter, value in zip(method.adapters.values(), range(36), strict=True):
+        assert adapter.omega is not None
+        adapter.omega.data.fill_(1 + value / 100)
     for step, n, rank in [(5, 18, 16), (10, 9, 32)]:
         assert method.after_step(step - 1) == []
         cut, extend = method.after_step(step)

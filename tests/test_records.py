@@ -20,6 +20,35 @@ def identity(*overrides: str, precision: str = "fp32", data: str | None = "d") -
     return run_id(scientific_fields(config, task_data=data, model_data=None, precision=precision))
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("method=lora", "8c1352eeb8b1186f"),
+        ("method=wlora method.select_steps=20", "a399207ef0f1ce62"),
+        ("method=wlora compat=release", "6c3e9baab202a312"),
+        ("method=wlora_depth method.select_steps=20", "059d7bd876962f46"),
+        ("method=wlora_plus compat=release", "4dd358c3540af3ab"),
+        ("method=rlora method.draw=at_start", "cd18c450fee72dad"),
+        ("method=rlora compat=release method.draw=at_start", "168203e6ce3d0347"),
+        ("method=increlora", "1691786c74f1f77a"),
+        ("task=xsum model=bart_large method=wlora method.select_steps=20", "935dacee95894950"),
+    ],
+)
+def test_run_id_stays_where_the_numbers_stay(words: str, expected: str) -> None:
+    """As of the version before keys were added to the selecting methods, and the default of T changed."""
+    fields = scientific_fields(compose(*words.split()), task_data=None, model_data=None, precision="fp32")
+    assert run_id(fields) == expected
+
+
+def test_run_id_changes_with_a_methods_revision_and_the_rate_of_the_head() -> None:
+    config = compose("method=wlora")
+    assert config.method["revision"] == 2 and "revision" not in compose("method=wlora", "method.select_steps=20").method
+    now = scientific_fields(config, task_data=None, model_data=None, precision="fp32")
+    del config.method["revision"]
+    assert run_id(scientific_fields(config, task_data=None, model_data=None, precision="fp32")) != run_id(now)
+    assert len({identity(), identity("head_lr=1e-3"), identity("head_lr=2e-3"), identity("head_lr=null")}) == 3
+
+
 def test_run_id_ignores_paths_and_logging_and_sees_the_science() -> None:
     same = [
         "results_dir=elsewhere",

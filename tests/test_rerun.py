@@ -167,3 +167,13 @@ def test_an_environment_tells_enough_to_run_again() -> None:
     del other["packages"]
     assert compare_environments(environment, other) == {"torch.threads": (torch.get_num_threads(), 77)}
     assert compare_environments(environment, environment) == {}
+
+
+def test_a_record_whose_keys_mean_other_numbers_today_is_not_repeated(
+    run_tiny: Callable[..., Any], enter: Callable[..., Any], tmp_path: Path
+) -> None:
+    record = run_tiny("method=wlora_plus", "k=2", "train.max_steps=24")
+    assert record.config["method"].pop("revision") == 2
+    RecordStore(tmp_path).write(record)
+    code, _, err = enter(f"from={record.run_id}")
+    assert code == 2 and "method=wlora_plus gives other numbers now (revision 2, not 1)" in err

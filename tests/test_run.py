@@ -68,7 +68,7 @@ def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> 
         (["targets=qkv@12"], "targets=qkv@12: model=deberta_v3_base has no such modules"),
         (["precision=fp8"], "precision=fp8: allowed is auto"),
         (["task.epochs=x"], "task.epochs=x: allowed is float > 0"),
-        (["method=rlora", "method.draw=never"], "method.draw=never: allowed is at_cut | at_start"),
+        (["method=rlora", "method.draw=never"], "method.draw=never: allowed is at_projection | at_start"),
         (["method.lr_omega=abc"], "method.lr_omega=abc: allowed is float > 0"),
         (["method.prest=authors"], "did you mean method.preset?"),
         (["method=adalora", "method.preset=author"], "method.preset=author: allowed is authors or null with method=adalora"),

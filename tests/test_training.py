@@ -12,6 +12,7 @@ from wlora import experiment
 from wlora.errors import ConfigError, RunFault
 from wlora.training import batching, loop
 from wlora.training.batching import evaluation_batches, group_for_steps, share, training_batches
+from wlora.training.optimizers import Optimizers
 from wlora.training.plan import make_plan
 
 from .conftest import TINY, compose
@@ -115,6 +116,29 @@ def test_the_first_step_asserts_the_trainable_set(run_tiny: Callable[..., Any], 
 def test_head_and_pooler_train_in_paper_mode_and_stay_as_drawn_in_the_release(run_tiny: Callable[..., Any]) -> None:
     for compat, expected in (("paper", 32 * 32 + 32 + 3 * 32 + 3), ("release", 0)):
         assert run_tiny("method=lora", f"compat={compat}").parameters["head"] == expected
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_head_may_have_a_rate_of_its_own(
+    method: str, run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks: dict[str, set[float]] = {}
+    check = Optimizers.check
+
+    def note(optimizers: Optimizers, model: torch.nn.Module) -> None:
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for group in optimizers.groups:
+            for parameter in group.parameters:
+                part = "head" if names[parameter].startswith(("classifier.", "bert.pooler.")) else "body"
+                peaks.setdefault(part, set()).add(group.lr)
+        check(optimizers, model)
+
+    monkeypatch.setattr(Optimizers, "check", note)
+    run_tiny(f"method={method}", "lr=1e-3", "head_lr=3e-2")
+    assert peaks == {"body": {1e-3}, "head": {3e-2}}
+    peaks.clear()
+    run_tiny(f"method={method}", "lr=1e-3")
+    assert peaks == {"body": {1e-3}, "head": {1e-3}}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(run_tiny: Callable[..., Any], tmp_path: Path) -> None:

@@ -34,13 +34,18 @@ def method_revision(method: dict[str, Any], *, release: bool) -> int:
     """Return which revision of its policy's numerics a method's keys stand for: 2 where they mean other numbers than once.
 
     It stands in the configuration as `method.revision`, but for 1, and so in `run_id`. Revision 2 of the selecting methods
-    has another default of T; of `wlora_plus` another second halving and other ranks, where n is no multiple of K; of
-    `alora` the moments of components that stay.
+    has another default of T; of `wlora_plus` another second halving, and other ranks where n is no multiple of K; of `rlora`
+    the set acts from the first projection on; of `alora` components that stay keep their moments.
     """
-    name = method["name"]
-    if release or (name == "rlora" and method["draw"] == "at_start"):
-        return 1
-    changed = name in ("wlora_plus", "alora") or (name in METHOD_LATER and method["select_steps"] is None)
+    match method["name"]:
+        case "wlora" | "wlora_depth":
+            changed = not release and method["select_steps"] is None
+        case "wlora_plus":
+            changed = not release
+        case "rlora":
+            changed = not release and method["draw"] != "at_start"
+        case name:
+            changed = name == "alora"
     return 2 if changed else 1
 
 
@@ -154,6 +159,7 @@ class Config:
     alpha: float = 32.0
     dropout: float = 0.05
     lr: Any = 5e-4  # a float, or "tuned" until `wlora.study.fill_tuned`
+    head_lr: Any = None  # a float, None for lr, or "tuned"
     warmup: Any = None  # an int or None, or "tuned"
     tune_on: str | None = None
     seed: int = 0
@@ -228,6 +234,7 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
     start = {"adapter": {"data": config.adapter.fingerprint, "head": config.adapter.head}} if config.adapter.path else {}
     return {
         **start,
+        **({} if config.head_lr is None else {"head_lr": config.head_lr}),
         "version": RUN_ID_VERSION,
         "task": {**task, "data": task_data},
         "model": {**model, "data": model_data},

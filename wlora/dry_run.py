@@ -12,7 +12,7 @@ from wlora.console import share_of_model
 from wlora.errors import ConfigError
 from wlora.estimate import estimate, tell
 from wlora.experiment import attach, count_parameters, open_record, prepare_method
-from wlora.methods.base import Steps
+from wlora.methods.base import Method, Steps
 from wlora.models.loading import build_unloaded, load_tokenizer
 from wlora.models.source import ModelSource, locate
 from wlora.models.targets import read_architecture
@@ -60,12 +60,25 @@ def describe(config: Config) -> str:
         f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",
         f"adapters   {len(method.attached())} of method={config.method['name']}",
         f"trainable  {trainable:,} {what} parameters ({share_of_model(trainable, counts)})",
+        *_final(method, counts),
         f"head       {counts['head']:,} trainable parameters of head and pooler",
         *sharded,
         f"steps      {steps}",
         *memory,
     ]
     return "\n".join(lines)
+
+
+def _final(method: Method, counts: dict[str, int]) -> list[str]:
+    """Say how many adapter parameters are left at the end, if not all of the start."""
+    found = method.final_count()
+    if found is None:
+        return ["at the end adapter parameters are left as the run decides"]
+    least, most = found
+    if least == most == counts["adapter_initial"]:
+        return []
+    listed = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return [f"at the end {listed} adapter parameters ({share_of_model(most, counts)})"]
 
 
 def _foresee(config: Config, precision: Precision, steps: Steps) -> list[str]:

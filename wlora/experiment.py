@@ -343,6 +343,7 @@ def open_record(config: Config, source: ModelSource, precision: Precision) -> Re
 def _loop_settings(config: Config, method: Method, precision: Precision, process: int) -> Settings:
     return Settings(
         lr=config.lr,
+        head_lr=config.head_lr or config.lr,
         weight_decay=config.train.weight_decay,
         max_grad_norm=config.train.max_grad_norm,
         eval_batch_size=config.task.eval_batch_size,

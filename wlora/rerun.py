@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from wlora.config import Config, restore_config
+from wlora.config import Config, method_revision, restore_config
 from wlora.environment import compare_environments
 from wlora.errors import ConfigError, RunFault
 from wlora.export import find_record
@@ -66,6 +66,7 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     check_rules(config)
+    _refuse_other_numerics(record, config)
     config.precision = record.environment.get("precision", config.precision)
     config.results_dir = str(Path(results_dir) / "reruns")
     identify_adapter(config.adapter)
@@ -75,6 +76,17 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
     if config.task.hub_id and config.task.path is None:
         config.task.revision = record.task.get("version") or config.task.revision
     return record, config
+
+
+def _refuse_other_numerics(record: Record, config: Config) -> None:
+    """Refuse a record of a policy whose keys have come to mean other numbers since."""
+    then = config.method.get("revision", 1)
+    now = method_revision(config.method, release=config.compat == "release")
+    if then != now:
+        raise ConfigError(
+            f"from={record.run_id}: method={config.method['name']} gives other numbers now (revision {now}, not {then}): "
+            f"allowed is a record of revision {now}, or the commit {record.environment.get('git_commit')} that made this one"
+        )
 
 
 def _refuse_other_content(record: Record, recorded: Config, config: Config) -> None:

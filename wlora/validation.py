@@ -1,7 +1,7 @@
 """Checks of a composed configuration, each answered in one or two lines before torch is imported.
 
 A rule is a short text that is also the message: `int >= 1`, `float >= 0, < 1`, `int >= 1 or null`,
-`float > 0 or tuned`, `at_cut | at_start`. The rules of the shared keys stand below; a method's stand in its own
+`float > 0 or tuned`, `single | halvings`. The rules of the shared keys stand below; a method's stand in its own
 YAML under `allowed`.
 """
 
@@ -26,6 +26,7 @@ RULES = {
     "alpha": "float > 0",
     "dropout": "float >= 0, < 1",
     "lr": "float > 0 or tuned",
+    "head_lr": "float > 0 or null or tuned",
     "warmup": "int >= 0 or null or tuned",
     "seed": "int >= 0",
     "k": "int >= 1 or null",
@@ -104,8 +105,9 @@ def resolve(config: Config) -> Config:
         ConfigError: a value outside its rule, `k` above the number of adapters, an unusable results folder.
     """
     check_rules(config)
-    if config.lr != "tuned":
-        config.lr = float(config.lr)
+    for key in ("lr", "head_lr"):
+        if getattr(config, key) not in (None, "tuned"):
+            setattr(config, key, float(getattr(config, key)))
     _check_method(config)
     _check_model(config.model)
     _check_saving(config)
@@ -120,6 +122,8 @@ def resolve(config: Config) -> Config:
     glue = config.task.benchmark == "glue"
     if config.train.accumulation_steps is None:
         config.train.accumulation_steps = (config.model.accumulation_steps if glue else None) or 1
+    if config.compat == "release" and config.method["name"] == "wlora_plus":
+        config.method["schedule"] = "halvings"  # the only one that the release has
     if "targets" in config.method:
         _resolve_k(config)
     if (revision := method_revision(config.method, release=config.compat == "release")) > 1:
@@ -279,7 +283,7 @@ def _resolve_k(config: Config) -> None:
         )
     if config.k is not None and config.k > n and "k" in config.method:
         raise wrong_value("k", config.k, f"1 to {n}, the adapters of targets={config.targets} on {config.model.name}")
-    if config.k is None and config.method["name"] == "wlora_plus":
+    if config.k is None and config.method["name"] == "wlora_plus" and config.compat != "release":
         config.k = math.ceil(n / 4)
     elif config.k is None:
         config.k = min(n, config.model.k or (5 if n <= 48 else 20))

@@ -63,6 +63,9 @@ class ALoRA(AdapterMethod):
         self._batch, rows = bench.hold_out(self.held_out, self.generator)
         return [Phase(rows, steps)]
 
+    def final_count(self) -> None:
+        """Return nothing: only the run decides."""
+
     def after_step(self, step: int) -> list[Event]:
         """Allocate at the rounds' steps."""
         if step not in self.round_steps:

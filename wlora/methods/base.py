@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wlora.adapters.attach import AdapterSet
+from wlora.adapters.attach import AdapterSet, count_elements
 from wlora.adapters.layer import Adapter, LowRankAdapter
 from wlora.adapters.peft_format import Factors, describe_lora
 from wlora.errors import ConfigError
@@ -118,6 +118,14 @@ class Method:
         """Tell whether the structure stays as it is after this step, and the policy acts at no later one."""
         return False
 
+    def final_count(self) -> tuple[int, int] | None:
+        """Return the least and the most elements of its adapters after the last change; None where only the run decides.
+
+        Known once the adapters are attached. Some may leave besides, such as those whose ω is not positive.
+        """
+        count = count_elements(self.attached().values())
+        return count, count
+
     def attached(self) -> Mapping[str, Adapter]:
         """Return every adapter in the model, by module name."""
         return self.adapters
@@ -189,6 +197,12 @@ class AdapterMethod(Method):
         """Refuse a rank that exceeds the smaller width, so that the adapter would not be low-rank."""
         if self.rank > min(d_in, d_out):
             raise ConfigError(f"rank={self.rank}: allowed is 1 to {min(d_in, d_out)}, the width of the adapted linear")
+
+
+def bound_sum(costs: Iterable[int], count: int) -> tuple[int, int]:
+    """Return the least and the largest sum of `count` of the given numbers."""
+    ordered = sorted(costs)
+    return sum(ordered[:count]), sum(ordered[len(ordered) - min(count, len(ordered)) :])
 
 
 def _start(name: str, adapter: LowRankAdapter, factors: Factors) -> None:

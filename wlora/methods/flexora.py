@@ -68,6 +68,9 @@ class Flexora(AdapterMethod):
         """Return γ = n·softmax(α), shape [n]."""
         return len(self._alpha) * torch.softmax(self._alpha, dim=0)
 
+    def final_count(self) -> None:
+        """Return nothing: only the run decides."""
+
     def after_step(self, step: int) -> list[Event]:
         """Step on α in stage one; select at its end."""
         if step > self.stage_steps:

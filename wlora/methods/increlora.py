@@ -102,6 +102,11 @@ class IncreLoRA(AdapterMethod):
         adapter.watching = self.target_rank > 1
         return adapter
 
+    def final_count(self) -> tuple[int, int]:
+        """Return what n·`rank` components have."""
+        costs = [adapter.A.shape[1] + adapter.B.shape[0] for adapter in self.components.values()]
+        return self.target * min(costs), self.target * max(costs)
+
     def groups(self, lr: float) -> list[ParameterGroup]:
         """Return A, B and the gates that train, by the step at which their schedule begins."""
         starts: defaultdict[int, list[nn.Parameter]] = defaultdict(list)

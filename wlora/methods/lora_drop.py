@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import wrong_value
-from wlora.methods.base import AdapterMethod, Event, Steps
+from wlora.methods.base import AdapterMethod, Event, Steps, bound_sum
 from wlora.models.readout import every_token
 from wlora.processes import mean
 from wlora.training.bench import Bench, Phase
@@ -85,6 +85,14 @@ class LoRADrop(AdapterMethod):
             for name in dropped:
                 self.adapters.disconnect(name)
         return [Event(step, "share" if self.share else "cut", {"kept": kept, "importance": importance})]
+
+    def final_count(self) -> tuple[int, int] | None:
+        """Return what the kept share has; a threshold, or what the others share, only the run decides."""
+        if self.share or self.threshold is not None:
+            return None
+        return bound_sum(
+            (adapter.count() for adapter in self.adapters.values()), max(1, round(self.keep * len(self.adapters)))
+        )
 
     def _share(self, names: Sequence[str]) -> None:
         """Give all modules of one kind and shape a fresh common adapter."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import ConfigError
-from wlora.methods.base import AdapterMethod, Event, Setting
+from wlora.methods.base import AdapterMethod, Event, Setting, bound_sum
 from wlora.training.optimizers import ParameterGroup
 
 
@@ -73,6 +73,10 @@ class ComponentPruning(AdapterMethod):
             gates = self.adapters[name].gates
             assert gates is not None
             gates.data.mul_(keep)
+
+    def final_count(self) -> tuple[int, int]:
+        """Return what the last budget's components have."""
+        return bound_sum((a.count() // a.rank for a in self.adapters.values() for _ in range(a.rank)), self.last_budget)
 
     def prune(self, step: int) -> Event:
         """Take all but the last budget's components out; an adapter left with none is disconnected."""

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from wlora.adapters.layer import Adapter, LowRankAdapter
 from wlora.errors import wrong_value
-from wlora.methods.base import AdapterMethod, Event, Steps
+from wlora.methods.base import AdapterMethod, Event, Steps, bound_sum
 from wlora.methods.selection import project, top_k
 from wlora.training.optimizers import ParameterGroup
-
 
 # The first step within a warm-up at which ω has a gradient: the first update has rate 0, so B is 0 for two steps. A shorter
 # T would choose by nothing, so it may exceed an epoch of one or two steps.
@@ -145,6 +144,10 @@ class WLoRA(AdapterMethod):
             raise wrong_value(
                 "method.select_steps", self.select_steps, f"at least {INFORMED_STEPS}: no omega has had a gradient by then"
             )
+
+    def final_count(self) -> tuple[int, int]:
+        """Return what K adapters have."""
+        return bound_sum((adapter.count() for adapter in self.adapters.values()), self.k)
 
     def omegas(self) -> dict[str, float]:
         """Return ω of every connected adapter."""

@@ -64,6 +64,10 @@ class WLoRADepth(WLoRA):
         event.details.update(objective=self._objective, layers_to_differentiate=layers, predicted_cost=cost)
         return event
 
+    def final_count(self) -> tuple[int, int]:
+        """Return what one to K adapters have."""
+        return min(adapter.count() for adapter in self.adapters.values()), super().final_count()[1]
+
     def _project(self, step: int) -> None:
         if self.rule == "projected":
             super()._project(step)

@@ -9,7 +9,7 @@ from torch import nn
 
 from wlora.adapters.layer import Extension
 from wlora.errors import wrong_value
-from wlora.methods.base import Event, Setting, Steps
+from wlora.methods.base import Event, Setting, Steps, bound_sum
 from wlora.methods.selection import project, top_k
 from wlora.methods.wlora import INFORMED_STEPS, WLoRA
 from wlora.training.optimizers import ParameterGroup
@@ -130,6 +130,13 @@ class WLoRAPlus(WLoRA):
             ranks[lowest] += 1
             left -= cost[lowest]
         return ranks
+
+    def final_count(self) -> tuple[int, int]:
+        """Return the budget, or what K adapters as wide as their linears have, less one component where shapes differ."""
+        costs = {adapter.count() // adapter.rank for adapter in self.adapters.values()}
+        widest = (min(a.A.shape[1], a.B.shape[0]) * a.count() // a.rank for a in self.adapters.values())
+        least, most = bound_sum(widest, self.k)
+        return min(least, self._budget - (max(costs) - 1 if len(costs) > 1 else 0)), min(most, self._budget)
 
     def _extend(self, step: int, ranks: dict[str, int]) -> Event:
         """Grow adapters to the given ranks."""

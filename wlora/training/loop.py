@@ -60,7 +60,8 @@ class Settings:
     """What the loop needs to know of the configuration.
 
     Attributes:
-        lr: peak learning rate of adapters and head.
+        lr: peak learning rate of adapters.
+        head_lr: peak learning rate of head and pooler.
         weight_decay: decoupled decay.
         max_grad_norm: bound of the global gradient norm.
         eval_batch_size: rows of an evaluation batch.
@@ -75,6 +76,7 @@ class Settings:
     """
 
     lr: float
+    head_lr: float
     weight_decay: float
     max_grad_norm: float
     eval_batch_size: int
@@ -371,7 +373,7 @@ class Trainer:
         return move(self.task.collate(features.rows(rows), self.tokenizer), self.accelerator.device)
 
     def _groups(self) -> list[ParameterGroup]:
-        return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.lr)]
+        return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.head_lr)]
 
     def _prepare(self) -> nn.Module:
         """Wrap the model for several processes; with one there is nothing to wrap.
