@@ -65,8 +65,12 @@ def test_a_tuning_seed_above_the_reported_ones_is_not_reported(tmp_path: Path) -
     for seed in range(3):
         make_record(tmp_path, "task=sst2", "lr=3e-3", f"seed={seed}", metrics=0.9)
     assert seeds_reported(tmp_path) == [0, 1, 2]
+    # Nor do points that only they have run at decide.
+    for warmup in (1, 2):
+        make_record(tmp_path, "task=sst2", "lr=3e-3", f"warmup={warmup}", "seed=0", metrics=0.9)
     choice = choose_point(read_runs(tmp_path))
     assert choice is not None and (choice.seed, choice.point.lr) == (100, 1e-3)
+    assert seeds_reported(tmp_path) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("tuning", [0, 1])
@@ -92,11 +96,9 @@ def test_a_choice_at_the_edge_of_the_grid_says_so(tmp_path: Path) -> None:
 
 def test_the_rate_of_the_head_is_tuned_beside_the_others(tmp_path: Path) -> None:
     for head_lr, score in ((1e-2, 0.9), (1e-3, 0.7)):
-        record = make_record(tmp_path, "task=sst2", "lr=1e-4", metrics=score, name=f"head{head_lr}")
-        record.config["head_lr"] = head_lr
-        RecordStore(tmp_path).write(record)
-    config = compose("model=minilm", "task.path=data", "task=sst2", "lr=1e-4", f"results_dir={tmp_path}")
-    config.head_lr = "tuned"
+        make_record(tmp_path, "task=sst2", "lr=1e-4", f"head_lr={head_lr}", metrics=score)
+    words = ("model=minilm", "task.path=data", "task=sst2", "lr=1e-4", "head_lr=tuned")
+    config = compose(*words, f"results_dir={tmp_path}")
     choice = fill_tuned(config, task_data="d", model_data="m")
     assert choice is not None and config.head_lr == 1e-2 and choice.edges() == {"head_lr": "largest"}
     assert choice.point.columns() == {"lr": 1e-4, "warmup": None, "head_lr": 1e-2}

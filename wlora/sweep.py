@@ -28,7 +28,7 @@ from wlora.tuning import choose_tuned, same_setting, wanted_keys
 from wlora.validation import RULES, resolve, satisfies
 
 # Overrides that tell the runs of one cell apart; everything else is composed once per cell.
-_POINT = tuple(key for key in (*Point._fields, "seed", "tune_on") if key in Config.__dataclass_fields__)
+_POINT = (*Point._fields, "seed", "tune_on")
 
 
 class Cell:
@@ -89,7 +89,7 @@ class Cell:
 
 
 def _point(config: Config) -> Point:
-    return Point(*(getattr(config, key, None) for key in Point._fields))  # type: ignore[arg-type]
+    return Point(config.lr, config.warmup, config.head_lr)
 
 
 def _check(config: Config) -> None:

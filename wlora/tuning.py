@@ -69,9 +69,9 @@ class Choice:
 def choose_point(runs: Iterable[Run]) -> Choice | None:
     """Choose a point among the ended runs of one setting; None if none succeeded on the tuning seed.
 
-    The tuning seed is the one with the most points (of several `TUNE_SEED`, else the lowest), so runs of other seeds at
-    the chosen point never move the choice. The best primary metric on the dev set wins, at a tie the lower rates and the
-    shorter warm-up.
+    The tuning seed is `TUNE_SEED` where it has run at several points, else the seed with the most (the lowest of several),
+    so runs of other seeds at the chosen point never move the choice. The best primary metric on the dev set wins, at a tie
+    the lower rates and the shorter warm-up.
     """
     points: dict[int, dict[Point, Run]] = {}
     for run in runs:
@@ -79,7 +79,8 @@ def choose_point(runs: Iterable[Run]) -> Choice | None:
             points.setdefault(run.seed, {})[run.point] = run
     if not points:
         return None
-    seed = max(points, key=lambda seed: (len(points[seed]), seed == TUNE_SEED, -seed))
+    meant = len(points.get(TUNE_SEED, ())) > 1
+    seed = TUNE_SEED if meant else max(points, key=lambda seed: (len(points[seed]), -seed))
     succeeded = [run for run in points[seed].values() if run.status == "success"]
     if not succeeded:
         return None
@@ -89,7 +90,7 @@ def choose_point(runs: Iterable[Run]) -> Choice | None:
 
 def wanted_keys(config: Config) -> list[str]:
     """Return the keys of a configuration that are still `tuned`."""
-    return [key for key in Point._fields if getattr(config, key, None) == "tuned"]
+    return [key for key in Point._fields if getattr(config, key) == "tuned"]
 
 
 def same_setting(

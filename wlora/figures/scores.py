@@ -167,7 +167,8 @@ def rates(runs: Sequence[Run]) -> Figure:
     # Besides the panel the height has to hold the legend.
     height = 2.2 + 0.13 * len(labels) / (4 if wide else 2)
     figure, axes = new_figure(1, len(tasks), width=PAGE if wide else COLUMN, height=height)
-    star: dict[str, Any] = {"marker": "*", "markersize": 6, "markeredgewidth": 0.4, "markeredgecolor": "black", "linestyle": "none"}
+    star: dict[str, Any] = {"marker": "*", "markersize": 6, "linestyle": "none"}
+    star |= {"markeredgewidth": 0.4, "markeredgecolor": "black"}
     for axis, task in zip(axes[0], tasks, strict=True):
         every = {run.point.lr for (_, where), group in groups.items() if where == task for run in group}
         for label in labels:
