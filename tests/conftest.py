@@ -69,13 +69,13 @@ def compose(*overrides: str) -> Any:
     from omegaconf import OmegaConf
 
     from wlora.config import config_folder, register_schema
-    from wlora.presets import apply_preset
+    from wlora.presets import apply_presets
     from wlora.validation import resolve
 
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         composed = hydra_compose("config", overrides=list(overrides))
-    apply_preset(composed, overrides)
+    apply_presets(composed, overrides)
     return resolve(OmegaConf.to_object(composed))  # type: ignore[arg-type]
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from wlora.adapters.peft_format import CONFIG, WEIGHTS, fingerprint
 from wlora.config import restore_config
 from wlora.errors import ConfigError
 from wlora.export import export, main
@@ -55,8 +57,59 @@ def test_both_formats_give_the_logits_of_the_run(saved: tuple[Any, Any, Any], tm
     assert torch.allclose(logits(whole, AutoTokenizer.from_pretrained(merged)), expected, atol=1e-5)
     assert not torch.allclose(plain, expected, atol=1e-3)
     assert whole.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
-    assert {file.name for file in peft.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert (whole.config.label2id["neutral"], whole.config.problem_type) == (1, "single_label_classification")
+    tokenizer_files = {"tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in peft.iterdir()} == {"README.md", *tokenizer_files, CONFIG, WEIGHTS}
+    assert AutoTokenizer.from_pretrained(peft)(TEXTS) == tokenizer(TEXTS)
     assert [folder.name for folder in (tmp_path / "exports").iterdir() if folder.name.startswith(".")] == []
+
+
+def test_adapters_are_exported_without_their_tokenizer_where_the_base_is_gone(
+    run_tiny: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bart = build_bart_folder(tmp_path / "bart")
+    record = run_tiny("model=bart_large", f"model.path={bart}", "task.max_length=64", "method=lora", "train.max_steps=1")
+    with_tokenizer = export([record.run_id, f"results_dir={tmp_path}", f"to={tmp_path / 'with'}"])
+    moved = bart.rename(tmp_path / "moved")
+    without = export([record.run_id, f"results_dir={tmp_path}", f"to={tmp_path / 'without'}"])
+    assert capsys.readouterr().err.startswith(f"notice: the tokenizer is not exported: model.path={bart}: ")
+    assert {file.name for file in without.iterdir()} == {"README.md", CONFIG, WEIGHTS}
+    assert (with_tokenizer / "tokenizer.json").is_file() and fingerprint(str(with_tokenizer)) == fingerprint(str(without))
+    again = export([record.run_id, f"results_dir={tmp_path}", f"to={tmp_path / 'again'}", f"model.path={moved}"])
+    assert (again / "tokenizer.json").read_bytes() == (with_tokenizer / "tokenizer.json").read_bytes()
+
+
+FAMILIES = {
+    "bert": ["model=tiny_bert"],
+    "deberta": ["model=tiny_deberta"],
+    "llama": ["model=tiny_llama"],
+    "bart": ["model=tiny_bart"],
+    "questions": ["task=story_qa"],
+    "summaries": ["task=story_summary", "model=tiny_bart", "task.generation.max_new_tokens=4"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [*(("vera", family) for family in FAMILIES), ("vb_lora", "bert"), ("dora", "bert")]
+)
+def test_what_peft_has_made_is_merged_into_a_plain_model(
+    name: str, family: str, run_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    small = [
+        "task.max_train_rows=32",
+        "task.max_eval_rows=8",
+        "train.max_steps=4",
+        "train.save_model=true",
+        "precision=fp32",
+    ]
+    record = run_tiny(f"method={name}", *FAMILIES[family], *small)
+    merged, saved = export([record.run_id, "format=merged", f"results_dir={tmp_path}"]), tmp_path / "models" / record.run_id
+    found, expected = (load_file(folder / "model.safetensors") for folder in (merged, saved))
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.allclose(found[key], tensor, atol=1e-6), key
+    told, wanted = (json.loads((folder / "config.json").read_text()) for folder in (merged, saved))
+    assert told == wanted
 
 
 def test_an_export_is_a_start(saved: tuple[Any, Any, Any], run_tiny: Callable[..., Any], tmp_path: Path) -> None:

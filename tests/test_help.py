@@ -16,7 +16,7 @@ from wlora.help import read_comments, show
 from wlora.validation import RULES
 
 from .conftest import ROOT
-from .test_conf import METHODS, read_method
+from .test_conf import METHODS, read, read_method
 
 # All helps in one fresh process: `ask` of them for each method, and one of the whole.
 ASK = """
@@ -83,6 +83,15 @@ def test_the_help_of_the_whole_has_a_line_per_method_and_the_keys_that_runs_turn
     for key, rule in RULES.items():
         assert rule in row(text, key)
     assert "method=NAME --help" in text and "experiment=demo" in text and "method.select_steps" not in text
+
+
+def test_the_help_of_a_task_tells_the_values_of_its_presets(answer: dict[str, Any], run_main: Any) -> None:
+    assert row(answer["said"][""], "task.preset").split()[1] == "null" and "task.presets" not in answer["said"][""]
+    text = " ".join(run_main("task=xsum", "model=bart_large", "--help")[1].split())
+    preset = read("task", "xsum")["presets"]["release"]
+    assert "task.preset=release sets what is not given explicitly" in text and preset["source"] in text
+    assert f" lora {' '.join(f'{key}={show(value)}' for key, value in preset['lora'].items())}" in text
+    assert "task.presets" not in text
 
 
 def test_help_shows_the_values_that_the_command_line_has_composed(

@@ -76,6 +76,32 @@ def test_only_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "task=rte" in errors[0] and "deberta" not in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("task.path={}",), "task.path={}"),
+        (("model.path={}",), "model.path={}"),
+        (("adapter.path={}",), "adapter.path={}"),
+        (("model=llama3_8b", "model.path={}", "model.gguf_file=none.gguf"), "model.path={}"),
+    ],
+)
+def test_a_path_that_does_not_exist_is_told_before_what_the_hub_lacks(
+    words: tuple[str, ...], named: str, tmp_path: Path
+) -> None:
+    absent = str(tmp_path / "absent")
+    verdict, errors, _ = wrapped(tmp_path, *PAPER, *(word.format(absent) for word in words), "offline=true")
+    assert verdict == "2 torch=False"
+    assert len(errors) <= 2 and named.format(absent) in errors[0] and "local cache" not in errors[0]
+
+
+def test_a_file_that_is_missing_beside_a_model_that_is_not_at_hand_is_told_first(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("sentence1,sentence2,label\na,b,0\n")
+    verdict, errors, _ = wrapped(tmp_path, *PAPER, f"task.path={tmp_path / 'data'}", "offline=true")
+    assert verdict == "2 torch=False"
+    assert errors[0].startswith(f"error: task.path={tmp_path / 'data'}: no file for the split validation")
+
+
 # In this process -----------------------------------------------------------------------------------------------------
 
 

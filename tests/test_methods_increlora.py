@@ -127,6 +127,18 @@ def test_what_grows_later_has_state_and_schedule_of_its_own() -> None:
     assert [starts[p] for p in (first, reserve.A, reserve.gates, adapter.reserve.A)] == [0, 0, 10, 10]
 
 
+def test_scores_do_not_depend_on_the_factor_of_a_scaled_loss() -> None:
+    found = []
+    for scale in (1.0, 2.0**10):
+        rig = Rig("increlora", steps=100)
+        method = policy(rig)
+        (scale * ((rig.model(rig.x) - rig.y) ** 2).mean()).backward()
+        method.unscale_backward(scale)
+        method.update_scores()
+        found.append([float(method.importance.score(name)) for name in method.components])
+    assert found[0] == found[1] and any(found[0])
+
+
 def test_a_step_with_infinite_gradients_leaves_no_trace() -> None:
     rig = Rig("increlora", steps=100).run(2)
     method = policy(rig)

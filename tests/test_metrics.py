@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from wlora.errors import ConfigError, RunFault
-from wlora.metrics import Shard, compute, merge_shards
+from wlora.metrics import Shard, compute, merge_shards, metrics_of
 
-ALL_OF_CLASSES = ["accuracy", "f1", "matthews", "accuracy_f1"]
+ALL_OF_CLASSES = ["accuracy", "f1", "macro_f1", "weighted_f1", "matthews", "accuracy_f1"]
 ALL_OF_VALUES = ["pearson", "spearman", "corr"]
 
 
@@ -25,10 +25,13 @@ def test_class_metrics_by_hand() -> None:
     predictions = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
     references = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
     found = compute(ALL_OF_CLASSES, predictions, references)
-    f1 = 2 * 3 / (2 * 3 + 1 + 2)
+    f1, other = 2 * 3 / (2 * 3 + 1 + 2), 2 * 4 / (2 * 4 + 2 + 1)
+    averaged = {"macro_f1": (f1 + other) / 2, "weighted_f1": (5 * f1 + 5 * other) / 10}
     matthews = (3 * 4 - 1 * 2) / math.sqrt((3 + 1) * (3 + 2) * (4 + 1) * (4 + 2))
     assert list(found) == ALL_OF_CLASSES
-    assert found == pytest.approx({"accuracy": 0.7, "f1": f1, "matthews": matthews, "accuracy_f1": (0.7 + f1) / 2})
+    assert found == pytest.approx(
+        {"accuracy": 0.7, "f1": f1, "matthews": matthews, "accuracy_f1": (0.7 + f1) / 2} | averaged
+    )
     assert all(type(value) is float for value in found.values())
 
 
@@ -39,6 +42,17 @@ def test_f1_is_that_of_class_one() -> None:
 
 def test_accuracy_of_three_classes() -> None:
     assert compute(["accuracy"], np.array([0, 1, 2, 2]), np.array([0, 1, 2, 0])) == {"accuracy": 0.75}
+
+
+def test_mean_f1_of_three_classes_by_hand() -> None:
+    found = compute(["macro_f1", "weighted_f1"], np.array([0, 0, 1, 0]), np.array([0, 0, 1, 2]))
+    # 4 / 5 of class 0 (twice), 1 of class 1 (once) and 0 of class 2 (once), which is never predicted
+    assert found == pytest.approx({"macro_f1": (4 / 5 + 1 + 0) / 3, "weighted_f1": (2 * 4 / 5 + 1 + 0) / 4})
+
+
+def test_each_number_of_classes_has_its_metrics() -> None:
+    assert metrics_of(2) == ALL_OF_CLASSES and metrics_of(0) == ALL_OF_VALUES
+    assert metrics_of(3) == ["accuracy", "macro_f1", "weighted_f1", "matthews"]
 
 
 def test_correlations_by_hand() -> None:

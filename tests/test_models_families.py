@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.errors import ConfigError
 from wlora.models.loading import head_parameters, load_model, load_tokenizer
 from wlora.models.source import locate
+from wlora.models.tiny import build_tokenizer
 
 from .bart_folder import CONFIG as BART
 from .bart_folder import bart_weights, build_bart_folder
 from .conftest import compose
-from .hub_folder import copy_folder
+from .hub_folder import build_folder, copy_folder
 from .llama_folder import BOS, EOS, build_llama_folder, llama_weights
 
 PAIR = ("Anna went to the library. Ben grabbed the ball.", "Anna is in the library.")
+REAL = ("minilm", "deberta", "bart", "llama")
 SMALL = ["rank=2", "task.batch_size=8", "task.max_train_rows=64", "task.max_eval_rows=32", "train.max_steps=16"]
 
 
@@ -40,6 +43,61 @@ def load(name: str, folder: Path, *, num_labels: int = 2) -> tuple[PreTrainedMod
     tokenizer = load_tokenizer(config.model, source)
     model = load_model(config.model, source, tokenizer, head="sequence_classification", num_labels=num_labels, seed=0)
     return model, tokenizer
+
+
+# Special tokens in texts -----------------------------------------------------------------------------------------------
+
+
+def open_tokenizer(family: str, folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Return a family's tokenizer as transformers gives it and as a run loads it."""
+    if family.startswith("tiny"):
+        config = compose(f"model={family}", "task=story_nli").model
+        return build_tokenizer(), load_tokenizer(config, locate(config))
+    if family == "minilm":
+        config = compose("model=minilm", "k=1").model
+        location = locate(config).location
+    else:
+        build, name = {
+            "deberta": (build_folder, "deberta_v3_base"),
+            "bart": (build_bart_folder, "bart_large"),
+            "llama": (build_llama_folder, "llama3_8b"),
+        }[family]
+        location = str(build(folder / family))
+        config = compose(f"model={name}", f"model.path={location}", "k=1").model
+    return AutoTokenizer.from_pretrained(location), load_tokenizer(config, locate(config))
+
+
+@pytest.mark.parametrize("family", ["tiny_bert", "tiny_deberta", "tiny_bart", "tiny_llama", *REAL])
+def test_a_special_token_in_a_text_is_plain_text_and_other_texts_are_encoded_as_ever(family: str, tmp_path: Path) -> None:
+    plain, tokenizer = open_tokenizer(family, tmp_path)
+    texts = [*PAIR, "Ann's ball [a] <b> </c> is (red)…  7 漢", ""]
+    for first, second in zip(texts, reversed(texts), strict=True):
+        before, now = plain([first], [second]), tokenizer([first], [second])
+        assert now["input_ids"] == before["input_ids"] and now.encodings[0].offsets == before.encodings[0].offsets
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    assert special
+
+    def count(*pair: str) -> int:
+        return sum(token in special for token in tokenizer(*pair)["input_ids"])
+
+    for mark in {*tokenizer.all_special_tokens, *plain.all_special_tokens}:
+        for text in (mark, f"the {mark} ball", f"the{mark}ball", f"{mark}{mark} the", f"the ball{mark}"):
+            assert count(text) == count("the ball") and count(text, text) == count("the", "ball"), (mark, text)
+            encoding = tokenizer([text]).encodings[0]
+            covered = {at for start, end in encoding.offsets for at in range(start, end)}
+            assert covered >= {at for at, character in enumerate(text) if not character.isspace()}, "no character is lost"
+            again = tokenizer([text], max_length=4, stride=0, truncation=True, return_overflowing_tokens=True)
+            assert all(sum(token in special for token in ids) == count("the ball") for ids in again["input_ids"])
+
+
+def test_barts_classifier_reads_any_text(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """It compares the number of end tokens of all texts of a batch."""
+    rows = [{"sentence": f"Ben took the {'[SEP] ' * (n % 3)}ball", "label": n % 2} for n in range(16)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["task=sst2", f"task.path={tmp_path}", "model=tiny_bart", "method=lora", "task.batch_size=8"]
+    record = run_tiny(*words, "train.max_steps=2", "warmup=0")
+    assert record.status == "success" and record.metrics["loss"] > 0
 
 
 # BART ----------------------------------------------------------------------------------------------------------------
@@ -131,8 +189,6 @@ def test_a_tokenizer_without_the_token_that_the_heads_read_is_refused(bart_folde
 
 @pytest.mark.parametrize("given", [{"cls_token": "[CLS]"}, {}])
 def test_bert_without_its_first_token_is_refused(given: dict[str, str], tmp_path: Path) -> None:
-    from wlora.models.tiny import build_tokenizer
-
     folder = tmp_path / "bert"
     config = compose("model=tiny_bert", "task=story_nli").model
     load_model(config, locate(config), build_tokenizer(), head="question_answering", num_labels=2, seed=0).save_pretrained(

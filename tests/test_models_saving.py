@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora import experiment
-from wlora.config import config_folder
+from wlora.config import config_folder, scientific_fields
 from wlora.errors import ConfigError, RunFault
 from wlora.methods.base import Method
 from wlora.models import saving
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model, load_tokenizer, name_classes
 from wlora.models.source import locate
 
 from .bart_folder import build_bart_folder
@@ -67,8 +69,9 @@ def run(results: Path, *words: str) -> tuple[Any, Path]:
 
 
 def load(folder: Path, *words: str, head: str, num_labels: int = 3) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a folder as a run does, with another seed than the run that wrote it."""
-    config = compose(*TINY, *words, f"model.path={folder}")
+    """Load a folder as a run does that keeps its head, with another seed than the run that wrote it."""
+    kept = [] if head == "seq2seq" or num_labels != 3 else ["model.head=kept"]
+    config = compose(*TINY, *words, *kept, f"model.path={folder}")
     tokenizer = load_tokenizer(config.model, locate(config.model))
     return load_model(config.model, locate(config.model), tokenizer, head=head, num_labels=num_labels, seed=7), tokenizer
 
@@ -144,6 +147,94 @@ def test_a_head_for_another_kind_of_label_trains_by_its_own_loss(tmp_path: Path)
     assert float(out.loss) == pytest.approx(
         float(((out.logits.squeeze() - torch.tensor([0.25, 4.0])) ** 2).mean()), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta", "bart", "llama"])
+def test_the_head_of_a_trained_model_is_fresh_unless_it_is_kept(family: str, tmp_path: Path) -> None:
+    words = [f"model=tiny_{family}", "precision=fp32", "train.max_steps=1", "task.max_eval_rows=8", "method=lora"]
+    record, folder = run(tmp_path, *words, "train.max_steps=4", "lr=1e-2")
+    still = [*TINY, *words, "lr=1e-12", f"model.path={folder}", "task.max_eval_rows=48", f"results_dir={tmp_path}"]
+    losses = [experiment.run(compose(*still, f"seed={seed}")).metrics["loss"] for seed in (0, 1)]
+    kept = experiment.run(compose(*still, "model.head=kept"))
+    whole = experiment.run(compose(*still, "model.head=kept", "seed=1"))
+    assert losses[0] != losses[1] and kept.metrics["loss"] not in losses
+    assert kept.metrics["loss"] == pytest.approx(whole.metrics["loss"], abs=1e-5)
+    body = load_file(folder / "model.safetensors")
+    config = compose(*still)
+    tokenizer = load_tokenizer(config.model, locate(config.model))
+    model = load_model(config.model, locate(config.model), tokenizer, head="sequence_classification", num_labels=3, seed=7)
+    now = model.state_dict()
+    same = {name: torch.equal(now[name], tensor) for name, tensor in body.items() if name.endswith("weight")}
+    # BERT's pooler comes with the pretrained model; DeBERTa's pooler and BART's whole head do not.
+    changed = {name.removesuffix(".weight") for name, equal in same.items() if not equal}
+    expected = {"bert": {"classifier"}, "llama": {"score"}, "deberta": {"classifier", "pooler.dense"}}
+    assert changed == expected.get(family, {"classification_head.dense", "classification_head.out_proj"})
+
+
+def test_the_head_for_questions_is_fresh_unless_it_is_kept(tmp_path: Path) -> None:
+    words = ["task=story_qa", "precision=fp32", "train.max_steps=1", "task.max_eval_rows=8", "method=lora"]
+    _, folder = run(tmp_path, *words)
+    trained = load_file(folder / "model.safetensors")["qa_outputs.weight"]
+    for head, equal in (("fresh", False), ("kept", True)):
+        config = compose(*TINY, *words, f"model.path={folder}", f"model.head={head}")
+        tokenizer = load_tokenizer(config.model, locate(config.model))
+        model = load_model(config.model, locate(config.model), tokenizer, head="question_answering", num_labels=2, seed=7)
+        assert torch.equal(model.get_parameter("qa_outputs.weight"), trained) is equal
+    with pytest.raises(ConfigError, match="model.head=kept: model.path=.* has no classifier.bias of this shape"):
+        told = json.loads((folder / "config.json").read_text()) | {"id2label": {str(n): f"LABEL_{n}" for n in range(3)}}
+        (folder / "config.json").write_text(json.dumps(told))
+        run(tmp_path, "method=lora", f"model.path={folder}", "model.head=kept")
+
+
+def test_a_kept_head_gives_the_classes_of_the_task_in_its_order(tmp_path: Path) -> None:
+    _, folder = run(tmp_path, "method=lora", "train.max_steps=4", "lr=1e-2")
+    still = [*TINY, "precision=fp32", "method=lora", "lr=1e-12", "train.max_steps=1", f"results_dir={tmp_path}"]
+    kept = [*still, f"model.path={folder}", "model.head=kept"]
+    before = experiment.run(compose(*kept)).metrics
+    file, weights = folder / "config.json", folder / "model.safetensors"
+    content, told = load_file(weights), json.loads(file.read_text())
+    order = [2, 0, 1]  # another tool's order of the same classes, in its own spelling
+    names = list(told["id2label"].values())
+    save_file({k: v[order] if k.startswith("classifier.") else v for k, v in content.items()}, weights, {"format": "pt"})
+    told["id2label"] = {str(place): names[number].upper() for place, number in enumerate(order)}
+    file.write_text(json.dumps(told))
+    assert experiment.run(compose(*kept)).metrics == before
+    wrong = {"yes, maybe, no": ["yes", "maybe", "no"], "2 outputs": names[:2]}
+    for message, found in wrong.items():
+        file.write_text(json.dumps(told | {"id2label": {str(place): name for place, name in enumerate(found)}}))
+        with pytest.raises(ConfigError, match=rf"model.head=kept: .*{message}"):
+            compose(*kept)
+
+
+def test_a_head_is_kept_only_where_there_is_one_to_keep(tmp_path: Path) -> None:
+    _, folder = run(tmp_path, "method=lora")
+    there, adapter = [f"model.path={folder}", "model.head=kept"], next((tmp_path / "adapters").iterdir())
+    for words, message in (
+        (["model.head=kept"], "model.head=kept: allowed is fresh without model.path=DIR"),
+        (
+            [*there, f"adapter.path={adapter}", "adapter.head=true"],
+            "adapter.head=true: allowed is false with model.head=kept",
+        ),
+        ([*there, "model.head=old"], "model.head=old: allowed is fresh | kept"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            compose(*TINY, *words)
+    plain, kept = (compose(*TINY, f"model.path={folder}", f"model.head={head}") for head in ("fresh", "kept"))
+    fields = [scientific_fields(config, task_data="t", model_data="m", precision="fp32") for config in (plain, kept)]
+    assert "head" not in fields[0]["model"] and fields[1]["model"]["head"] == "kept"
+
+
+def test_a_saved_model_names_its_classes_and_nothing_of_another_training(tmp_path: Path) -> None:
+    _, folder = run(tmp_path, "method=lora", "train.max_steps=1")
+    told = json.loads((folder / "config.json").read_text())
+    assert told["id2label"] == {"0": "entailment", "1": "neutral", "2": "contradiction"}
+    assert told["label2id"] == {"entailment": 0, "neutral": 1, "contradiction": 2}
+    _, questions = run(tmp_path, "task=story_qa", "method=lora", "train.max_steps=1", f"model.path={folder}")
+    told = json.loads((questions / "config.json").read_text())
+    assert "entailment" not in str(told) and told.get("problem_type") is None
+    model, _ = load(folder, head="sequence_classification", num_labels=1)
+    name_classes(model, [], head="sequence_classification")
+    assert (model.config.problem_type, model.config.id2label) == ("regression", {0: "LABEL_0"})
 
 
 def test_generation_settings_go_along_even_those_that_transformers_would_not_write(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`method.preset`: what it sets, what wins over it, and that the run is the one with the same values spelled out."""
+"""`method.preset` and `task.preset`: what they set, what wins over them, and that the run is the one spelled out."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from wlora.config import method_revision, run_id, scientific_fields
 from wlora.errors import ConfigError
 from wlora.methods import build_method
 from wlora.methods.base import Steps
-from wlora.presets import TEXTS, apply_preset, explicit_keys
+from wlora.presets import TEXTS, apply_presets, explicit_keys
 from wlora.records import RecordStore
+from wlora.sweep import compose as compose_cell
 from wlora.training.plan import make_plan
 from wlora.validation import RULES, satisfies
 
 from .conftest import ROOT, TINY, compose, enter_main
-from .test_conf import METHODS, options, read_method
+from .test_conf import METHODS, options, read, read_method
 
 PRESETS = [(name, preset) for name in METHODS for preset in read_method(name).get("presets", {})]
-AUTHORS = "method.preset=authors"
+TASK_PRESETS = [(name, preset) for name in options("task") for preset in read("task", name).get("presets", {})]
+AUTHORS, RELEASE = "method.preset=authors", "task.preset=release"
 
 
 def by_task(name: str, preset: str) -> dict[str, Any]:
@@ -33,6 +35,20 @@ def tasks_of(name: str, preset: str) -> list[str]:
     return sorted(set(by_task(name, preset)) - {"all"}) or ["mrpc", "rte"]
 
 
+def by_method(task: str, preset: str) -> dict[str, Any]:
+    return {method: values for method, values in read("task", task)["presets"][preset].items() if method not in TEXTS}
+
+
+def chosen(task: str, method: str) -> list[str]:
+    """Return the words for a task and method, with a model that has the task's head."""
+    summaries = read("task", task)["kind"] == "summarization"
+    return [f"task={task}", f"method={method}", *(["model=bart_large"] if summaries else [])]
+
+
+def spell(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+
+
 def identity(*overrides: str) -> str:
     return run_id(scientific_fields(compose(*overrides), task_data=None, model_data=None, precision="fp32"))
 
@@ -41,10 +57,31 @@ def test_the_authors_values_reach_the_configuration() -> None:
     config = compose("task=rte", "method=adalora", AUTHORS)
     assert (config.lr, config.alpha, config.warmup, config.targets, config.rank) == (1.2e-3, 32, 200, "all", 1)
     assert (config.task.epochs, config.task.batch_size, config.train.accumulation_steps) == (50, 32, 1)
+    assert (config.task.max_length, config.method["dropout"]) == (320, 0)
     method = config.method
     assert (method["rank"], method["initial_rank"], method["start_steps"], method["orthogonal"]) == (1, 2, 600, 0.3)
     assert compose("task=qqp", "method=adalora", AUTHORS).method["alpha"] == 16
     assert compose("method=milora", AUTHORS).method["alpha"] == 64, "the method's own default follows the rank"
+
+
+def test_dropout_and_weight_decay_of_increlora_differ_by_task() -> None:
+    found = {}
+    for task in ("cola", "mnli", "mrpc", "sst2", "stsb"):
+        config = compose(f"task={task}", "method=increlora", AUTHORS)
+        found[task] = config.task.max_length, config.method["dropout"], config.train.weight_decay
+    assert found == {
+        "cola": (64, 0, 0),
+        "mnli": (256, 0, 0),
+        "mrpc": (320, 0.3, 0.01),
+        "sst2": (128, 0.3, 0.01),
+        "stsb": (128, 0, 0.1),
+    }
+
+
+def test_warm_ups_of_the_release() -> None:
+    warmups = {name: compose("task=squad_v1", f"method={name}", AUTHORS).warmup for name in ("lora", "wlora", "wlora_plus")}
+    assert warmups == {"lora": 0, "wlora": 0, "wlora_plus": 50}
+    assert compose("task=rte", "method=lora", AUTHORS).warmup == 100
 
 
 def test_a_task_goes_before_all() -> None:
@@ -72,9 +109,85 @@ def test_a_run_with_a_preset_is_the_run_spelled_out(name: str, preset: str) -> N
     tasks = tasks_of(name, preset)
     for task in {tasks[0], tasks[-1]}:
         values = by_task(name, preset).get("all", {}) | by_task(name, preset).get(task, {})
-        words = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
-        chosen = [f"task={task}", f"method={name}"]
-        assert identity(*chosen, f"method.preset={preset}") == identity(*chosen, *words)
+        words = chosen(task, name)
+        assert identity(*words, f"method.preset={preset}") == identity(*words, *spell(values))
+
+
+@pytest.mark.parametrize(("task", "preset"), TASK_PRESETS)
+def test_a_run_with_a_tasks_preset_is_the_run_spelled_out(task: str, preset: str) -> None:
+    found = by_method(task, preset)
+    for method in {"adalora", *found} - {"all"}:
+        values = found.get("all", {}) | found.get(method, {})
+        words = chosen(task, method)
+        assert identity(*words, f"task.preset={preset}") == identity(*words, *spell(values)) != identity(*words)
+
+
+@pytest.mark.parametrize(("task", "preset"), TASK_PRESETS)
+def test_a_tasks_preset_has_known_keys_with_allowed_values(task: str, preset: str) -> None:
+    content = read("task", task)["presets"][preset]
+    assert content["source"] and content["left_out"]
+    assert set(by_method(task, preset)) <= {"all", *METHODS}
+    for values in by_method(task, preset).values():
+        assert all(satisfies(value, RULES[key]) for key, value in values.items())
+
+
+def test_the_release_of_xsum_has_lengths_rows_and_beams_and_others_for_lora() -> None:
+    def found(method: str) -> tuple[Any, ...]:
+        task = compose("experiment=table5", f"method={method}", RELEASE).task
+        assert (task.epochs, task.batch_size, task.max_eval_rows, task.generation.num_beams) == (35, 8, 1000, 8)
+        assert (task.preset, task.presets) == (None, {})
+        return task.max_train_rows, task.max_length, task.max_target_length, task.generation.max_new_tokens
+
+    assert found("wlora") == found("wlora_plus") == found("adalora") == (5000, 256, 160, 256)
+    assert found("lora") == (7000, 128, 64, 128)
+
+
+@pytest.mark.parametrize(("task", "epochs"), [("squad_v1", 10), ("squad_v2", 15)])
+def test_the_release_of_squad_has_shorter_windows(task: str, epochs: int) -> None:
+    config = compose("experiment=table4", f"task={task}", RELEASE)
+    assert (config.task.max_length, config.task.stride) == (128, 32)
+    assert (config.task.epochs, config.task.batch_size, config.train.accumulation_steps) == (epochs, 32, 1)
+
+
+def test_presets_of_task_and_method_go_together_and_explicit_keys_win() -> None:
+    words = ("experiment=table5", "method=lora", RELEASE, AUTHORS)
+    config = compose(*words, "task.generation.num_beams=4")
+    assert (config.lr, config.warmup, config.task.max_length, config.task.generation.num_beams) == (1e-3, 100, 128, 4)
+    composed = OmegaConf.create(
+        {
+            "task": {"name": "t", "preset": "p", "presets": {"p": {"all": {"x": 1, "y": 1}, "m": {"y": 2, "z": 2}}}},
+            "method": {"name": "m", "preset": "q", "presets": {"q": {"t": {"z": 3}}}},
+        }
+    )
+    assert apply_presets(composed, []) == {"x": 1, "y": 2, "z": 3}, "the method's goes before the task's"
+
+
+def test_a_survey_of_a_sweep_applies_presets() -> None:
+    cell = compose_cell(["task=rte", "method=adalora", AUTHORS])
+    assert (cell.lr, cell.task.max_length, cell.method["initial_rank"]) == (1.2e-3, 320, 2)
+    assert compose_cell(["experiment=figure2"]).alpha == 8
+
+
+def test_a_step_of_selection_beyond_an_epoch_is_left_out() -> None:
+    """The release selects until step 20; an epoch of MRPC has 10 steps here and one of RTE 7."""
+    steps = {}
+    for task in tasks_of("wlora_plus", "authors"):
+        config = compose(f"task={task}", "method=wlora_plus", AUTHORS)
+        assert config.method["schedule"] == "halvings"
+        steps[task] = config.method["select_steps"]
+        per_epoch = make_plan(config, config.task.train_rows).steps_per_epoch
+        assert (steps[task] is None) == (task in ("mrpc", "rte")) and (steps[task] or 0) <= per_epoch
+        assert steps[task] is not None or per_epoch < 20
+    assert steps["cola"] == 20 and steps["squad_v1"] == 10
+
+
+def test_figure_2_is_the_preset_of_its_method() -> None:
+    config = compose("experiment=figure2")
+    assert (config.task.name, config.method["name"], config.targets) == ("mnli", "single", "qkv")
+    assert (config.method["rank"], config.method["alpha"], config.method["dropout"]) == (8, 8, 0), "scale 1"
+    assert (config.lr, config.warmup, config.train.max_steps, config.method["gradient_rows"]) == (8e-4, 0, 256, 49152)
+    assert (config.task.batch_size, config.train.accumulation_steps) == (32, 6)
+    assert compose("experiment=figure2", "train.max_steps=9", "task=sst2").train.max_steps == 9
 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
@@ -86,7 +199,7 @@ def test_a_preset_has_known_keys_with_allowed_values_and_fits_its_runs(name: str
     for values in by_task(name, preset).values():
         assert all(satisfies(value, rules[key]) for key, value in values.items())
     for task in tasks_of(name, preset):
-        config = compose(f"task={task}", f"method={name}", f"method.preset={preset}")
+        config = compose(*chosen(task, name), f"method.preset={preset}")
         plan = make_plan(config, config.task.train_rows)
         build_method(config.method).plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
 
@@ -109,12 +222,20 @@ def test_what_a_preset_does_not_have_is_refused() -> None:
         compose("method=probe", AUTHORS)
     with pytest.raises(ConfigError, match=r"authors task=story_nli: allowed is task=cola,mnli,mrpc.* with method=adalora"):
         compose("task=story_nli", "method=adalora", AUTHORS)
+    with pytest.raises(ConfigError, match=r"task.preset=nonsense: allowed is release or null with task=xsum"):
+        compose("experiment=table5", "task.preset=nonsense")
+    with pytest.raises(ConfigError, match=r"task.preset=release: allowed is null with task=cnn_dailymail"):
+        compose("experiment=table5", "task=cnn_dailymail", RELEASE)
+    for group in ("task", "method"):
+        with pytest.raises(ConfigError, match=rf"{group}.presets.x is unknown; did you mean {group}.preset"):
+            compose(f"+{group}.presets.x=1", f"{group}.preset=x")
 
 
 def test_without_a_preset_nothing_changes() -> None:
-    composed = OmegaConf.create({"method": {"name": "lora", "preset": None, "rank": "${rank}"}, "rank": 3})
+    method = {"name": "lora", "preset": None, "rank": "${rank}"}
+    composed = OmegaConf.create({"method": method, "task": {"name": "rte"}, "rank": 3})
     before = OmegaConf.to_yaml(composed)
-    assert apply_preset(composed, []) == {} and OmegaConf.to_yaml(composed) == before
+    assert apply_presets(composed, []) == {} and OmegaConf.to_yaml(composed) == before
 
 
 def test_a_run_with_a_preset_trains_and_says_what_was_set(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from wlora.console import protect_output
 
 from .conftest import ROOT, TINY
 
@@ -22,8 +27,6 @@ PROBE = (
 
 def probe(*words: str, **environment: str) -> tuple[str, str, list[str], int]:
     """Run the entry point and tell whether torch was imported: (stdout, verdict, error lines, exit code)."""
-    import subprocess
-
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
     done = subprocess.run(
@@ -74,6 +77,8 @@ def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> 
         (["method=adalora", "method.preset=author"], "method.preset=author: allowed is authors or null with method=adalora"),
         (["method=full", "method.preset=authors"], "method.preset=authors: allowed is null with method=full"),
         (["method=adalora", "task=story_nli", "method.preset=authors"], "task=story_nli: allowed is task=cola,mnli,mrpc,"),
+        (["task.preset=nonsense"], "task.preset=nonsense: allowed is null with task=rte"),
+        (["task.prest=release"], "did you mean task.preset?"),
         (["method=adalora", "method.preset=authors", "method.every=0"], "method.every=0: allowed is int >= 1 or null"),
         (["+foo=1"], "foo is unknown"),
         (["rank=[1"], "error:"),
@@ -165,3 +170,58 @@ def test_a_bug_ends_with_a_traceback_and_a_record_that_says_failed(tmp_path: Pat
     (file,) = (tmp_path / "records").glob("*.json")
     content = json.loads(file.read_text())
     assert content["status"] == "failed" and "planted" in content["error"]
+
+
+# What is printed ------------------------------------------------------------------------------------------------------
+
+
+def test_a_character_that_cannot_be_shown_is_replaced_and_a_closed_pipe_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", os.fdopen(writer, "w"))
+    protect_output()
+    once = sys.stdout
+    protect_output()
+    assert sys.stdout is once
+    print("1 → 2", flush=True)
+    for _ in range(2):
+        print("nobody reads this", file=sys.stderr, flush=True)
+    sys.stderr.close()
+    assert shown.getvalue() == b"1 ? 2\n"
+
+
+def test_a_process_without_streams_can_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    protect_output()
+    print("nothing", flush=True)
+    assert not sys.stderr.isatty()
+
+
+@pytest.mark.parametrize("name", ["tables.__main__", "figures.__main__", "report", "export", "memory", "sweep", "run"])
+def test_every_entry_point_protects_its_output(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Protected(Exception):
+        pass
+
+    def protect() -> None:
+        raise Protected
+
+    module = importlib.import_module(f"wlora.{name}")
+    monkeypatch.setattr(module, "protect_output", protect)
+    monkeypatch.setattr(sys, "argv", ["wlora", "--help"])
+    with pytest.raises(Protected):
+        module.main()
+
+
+def test_a_run_whose_output_nobody_reads_ends_well(tmp_path: Path) -> None:
+    tiny = [*TINY, "method=lora", "train.max_steps=2", "train.save_model=true", f"results_dir={tmp_path}"]
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "wlora.run", *tiny]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=os.environ | settings | ascii_only, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"") and len(list((tmp_path / "models").iterdir())) == 1

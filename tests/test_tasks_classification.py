@@ -166,7 +166,17 @@ def test_further_splits_have_keys_of_their_own() -> None:
     ("fields", "message"),
     [
         ({"kind": "clasification"}, "task.kind=clasification"),
-        ({"metrics": ["acuracy"]}, "task.metrics=acuracy"),
+        ({"metrics": ["acuracy"]}, "task.metrics=acuracy: allowed is accuracy, f1, .* for 2 classes"),
+        ({"metrics": []}, r"task.metrics=\[\]: allowed is accuracy, f1"),
+        ({"metrics": ["accuracy", "pearson"]}, "task.metrics=pearson: allowed is accuracy, f1"),
+        (
+            {"labels": ["a", "b", "c"], "metrics": ["accuracy", "f1"]},
+            "task.metrics=f1: allowed is accuracy, macro_f1, weighted_f1, matthews for 3 classes",
+        ),
+        ({"labels": ["a", "b", "c"], "metrics": ["accuracy_f1"]}, "task.metrics=accuracy_f1: allowed is accuracy, macro_f1"),
+        ({"labels": []}, r"task.metrics=accuracy: allowed is pearson, spearman, corr for values \(task.labels=\[\]\)"),
+        ({"labels": ["a"]}, r"task.labels=\[a\]: allowed is two or more different names"),
+        ({"labels": ["a", "b", "a"]}, r"task.labels=\[a,b,a\]: allowed is two or more different names"),
         ({"primary_metric": "f1"}, "task.primary_metric=f1"),
     ],
 )

@@ -105,6 +105,35 @@ def test_shards_are_read_in_order(tmp_path: Path) -> None:
     assert "all its shards" in fault_of(make_task(tmp_path))
 
 
+def _lay_out(records: list[dict[str, Any]], form: str) -> str:
+    """Return rows as JSON in one of the forms that tools write."""
+    indented = [json.dumps(record, indent=2) for record in records]
+    return {
+        "indented list": json.dumps(records, indent=4),
+        "indented objects": "\n".join(indented),
+        "data": json.dumps({"version": 1, "data": records}),
+        "indented data": json.dumps({"data": records}, indent=2),
+        "blank lines": "\n\n".join(map(json.dumps, records)) + "\n \n",
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["indented list", "indented objects", "data", "indented data", "blank lines"])
+@pytest.mark.parametrize("extension", ["json", "jsonl"])
+def test_json_may_be_laid_out_as_it_likes(tmp_path: Path, form: str, extension: str) -> None:
+    records = [dict(zip(ROWS, values, strict=True)) for values in zip(*ROWS.values(), strict=True)]
+    for split in ("train", "validation_matched"):
+        (tmp_path / f"{split}.{extension}").write_text(_lay_out(records, form))
+    assert load_splits(make_task(tmp_path), offline=True).rows["train"][:] == ROWS
+
+
+@pytest.mark.parametrize("extension", ["json", "jsonl", "csv", "tsv"])
+def test_texts_of_windows_with_their_mark_and_line_ends_are_the_same_rows(tmp_path: Path, extension: str) -> None:
+    for file in write_both(tmp_path, ROWS, extension).iterdir():
+        lines = file.read_bytes().replace(b"\r\n", b"\n")
+        file.write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))
+    assert load_splits(make_task(tmp_path), offline=True).rows["train"][:] == ROWS
+
+
 def test_csv_may_break_lines_within_quotes(tmp_path: Path) -> None:
     rows: Rows = {"premise": ["two\nlines"], "hypothesis": ["a, b"], "label": [1]}
     assert load_splits(make_task(write_both(tmp_path, rows, "csv")), offline=True).rows["train"][:] == rows
@@ -117,19 +146,68 @@ def test_tsv_may_have_unbalanced_quotes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_labels_may_be_class_names(tmp_path: Path, extension: str) -> None:
-    names = ["entailment", "neutral", "contradiction", "neutral", "entailment"]
+    names = ["entailment", "Neutral", "contradiction ", "neutral", "ENTAILMENT"]
     task = make_task(write_both(tmp_path, ROWS | {"label": names}, extension))
     assert load_splits(task, offline=True).rows["train"][:]["label"] == ROWS["label"]
 
 
-def test_the_order_of_classes_in_the_file_is_respected(tmp_path: Path) -> None:
-    order = ["contradiction", "neutral", "entailment"]
+def write_named(file: Path, names: list[str], labels: list[int]) -> None:
+    """Write rows with these class numbers as the datasets library does, which notes the classes' names beside them."""
     text = datasets.Value("string")
-    features = datasets.Features({"premise": text, "hypothesis": text, "label": datasets.ClassLabel(names=order)})
+    features = datasets.Features({"premise": text, "hypothesis": text, "label": datasets.ClassLabel(names=names)})
+    rows = {"premise": ["a"] * len(labels), "hypothesis": ["b"] * len(labels), "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["contradiction", "neutral", "entailment"],
+        ["Contradiction", "NEUTRAL", " entailment"],
+        ["contradiction", "neutral", "entailment", "unused"],
+        ["2", "1", "0"],
+    ],
+)
+def test_the_class_names_of_a_file_are_found_in_any_order_and_case(tmp_path: Path, names: list[str]) -> None:
+    write_named(tmp_path / "train.parquet", names, [0, 1, 2, 0])
+    write_named(tmp_path / "validation_matched.parquet", ["entailment", "neutral", "contradiction"], [0, 1, 2, 0])
+    splits = load_splits(make_task(tmp_path), offline=True).rows
+    assert splits["train"][:]["label"] == [2, 1, 0, 2] and splits["validation_matched"][:]["label"] == [0, 1, 2, 0]
+
+
+def test_each_shard_is_read_by_its_own_names_and_types(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"train-{number:05}-of-00003.parquet" for number in range(3))
+    write_named(first, ["entailment", "neutral", "contradiction"], [0, 1, 2])
+    write_named(second, ["Neutral", "Contradiction", "Entailment"], [0, 1, 2])
+    pq.write_table(pa.table({"label": ["contradiction"], "hypothesis": ["b"], "premise": ["a"]}), third)
+    write(tmp_path / "validation_matched.jsonl", ROWS)
+    assert load_splits(make_task(tmp_path), offline=True).rows["train"][:]["label"] == [0, 1, 2, 1, 2, 0, 2]
+    pq.write_table(pq.read_table(third).slice(0, 0), third)
+    assert len(load_splits(make_task(tmp_path), offline=True).rows["train"]) == 6, "an empty shard has no rows to check"
+    write_named(second, ["yes", "no"], [0])
+    message = fault_of(make_task(tmp_path))
+    assert f"{second.name}: column label: row 0 has 'yes'; the column holds yes\nallowed is 0..2 (entailment, " in message
+
+
+def test_classes_of_other_names_are_refused_with_both_lists(tmp_path: Path) -> None:
     for split in ("train", "validation_matched"):
-        datasets.Dataset.from_dict(ROWS, features=features).to_parquet(tmp_path / f"{split}.parquet")
-    rows = load_splits(make_task(tmp_path), offline=True).rows["train"]
-    assert rows[:]["label"] == [2 - label for label in ROWS["label"]]
+        write_named(tmp_path / f"{split}.parquet", ["no", "maybe", "yes"], [2, 1, 0])
+    message = fault_of(make_task(tmp_path))
+    assert "train.parquet: column label: row 0 has 'yes'; the column holds maybe, no, yes\n" in message
+    assert "0..2 (entailment, neutral, contradiction)" in message
+    write_named(tmp_path / "train.parquet", ["entailment", "neutral", "contradiction"], [-1, 0, 1])
+    assert "row 0 has '-1 (no class of the file)', as hidden test labels do" in fault_of(make_task(tmp_path))
+
+
+def test_classes_that_differ_in_case_only_are_told_apart(tmp_path: Path) -> None:
+    write_both(tmp_path, {"premise": ["a"] * 3, "hypothesis": ["b"] * 3, "label": ["a", "A", "0"]})
+    assert load_splits(make_task(tmp_path, labels=["A", "a"]), offline=True).rows["train"][:]["label"] == [1, 0, 0]
+
+
+def test_values_that_a_file_holds_as_classes_are_read_by_their_names(tmp_path: Path) -> None:
+    for split in ("train", "validation_matched"):
+        write_named(tmp_path / f"{split}.parquet", ["0.0", "2.5", "5.0"], [2, 0, 1])
+    assert load_splits(make_task(tmp_path, labels=[]), offline=True).rows["train"][:]["label"] == [5.0, 0.0, 2.5]
 
 
 def test_categories_and_large_strings_of_pandas_are_read(tmp_path: Path) -> None:
@@ -205,6 +283,8 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "ragged csv": ("csv", lambda file: file.write_text("premise,hypothesis,label\na,b,0,9\n"), ["read as csv"]),
     "header only": ("tsv", lambda file: file.write_text("premise\thypothesis\tlabel\n"), ["train.tsv", "no rows"]),
     "no header": ("tsv", lambda file: file.write_text("a\tb\t0\n"), ["no column premise", "there is: a, b, 0"]),
+    "cut within lines": ("json", lambda file: file.write_text('{\n"premise": "a"'), ["cannot be read as json: line 2"]),
+    "too deep": ("json", lambda file: file.write_text("[" * 200_000), ["cannot be read as json"]),
     "no objects": ("json", lambda file: file.write_text("[1, 2]"), ["train.json", "row 0 is not an object"]),
     "no rows": ("json", lambda file: file.write_text("[]"), ["train.json", "no rows"]),
     "not utf-8": ("csv", lambda file: file.write_bytes(b"premise,hypothesis,label\n\xff,b,0\n"), ["read as csv"]),

@@ -191,6 +191,26 @@ def test_positions_of_a_tokenizer_of_pieces_lead_back_to_the_answers(tmp_path: P
     assert found == {row for row, answers in enumerate(rows["answers"]) if answers["text"]}
 
 
+@pytest.mark.parametrize("family", ["tiny", "deberta"])
+def test_a_special_token_in_a_context_leads_back_to_the_answer(family: str, tmp_path: Path) -> None:
+    words = ["task=story_qa", "model=tiny_bert", "task.max_length=128"]
+    if family == "deberta":
+        words[1] = f"model.path={build_folder(tmp_path / 'deberta')}"
+    config = compose(*words)
+    tokenizer = load_tokenizer(config.model, locate(config.model))
+    context = "[CLS] Anna went [SEP] to the [MASK] library [SEP]. Ben took the ball."
+    rows = make_rows(*(find(text, context) for text in ("library", "[SEP] to", "[CLS] Anna")), context=context)
+    task = build_task(config.task)
+    train, places = (task.encode(rows, tokenizer, training=training).table.to_pydict() for training in (True, False))
+    sep = tokenizer.sep_token_id
+    assert {ids.count(sep) for ids in train["input_ids"]} == {2}
+    for index, row in enumerate(places["row"]):
+        first, last = (train[f"{end}_positions"][index] - places["context"][index] for end in ("start", "end"))
+        assert first >= 0, "the context is one window"
+        span = context[places["starts"][index][first] : places["ends"][index][last]]
+        assert span.strip() == rows[row]["answers"]["text"][0]
+
+
 def test_rows_of_many_calls_keep_their_numbers(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows(*[find(f"w{n}") for n in range(5)])
     whole = make_task().encode(rows, tokenizer, training=False).table.to_pydict()
@@ -270,7 +290,7 @@ def test_further_splits_have_keys_of_their_own(tokenizer: PreTrainedTokenizerFas
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"metrics": ["exact_match"]}, "task.metrics=exact_match"),
+        ({"metrics": ["exact_match"]}, "task.metrics=exact_match: allowed is exact, .* with task.unanswerable=true"),
         ({"unanswerable": False, "metrics": ["exact", "f1"]}, "task.metrics=exact"),
         ({"primary_metric": "exact_match"}, "task.primary_metric=exact_match"),
         ({"metrics": ["f1", "NoAns_f1"], "primary_metric": "NoAns_f1"}, "allowed is f1"),
@@ -332,10 +352,13 @@ def nest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": rows[0]["context"], "qas": questions}]}]}
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "nested"])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "nested", "indented"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    nested = suffix == "nested"
+    nested = suffix in ("nested", "indented")
     folder = write_both(tmp_path, nest(ROWS) if nested else ROWS, "json" if nested else suffix)
+    if suffix == "indented":
+        for file in tmp_path.iterdir():
+            file.write_text(json.dumps(json.loads(file.read_text()), indent=2))
     rows = load_splits(make_config(path=folder), offline=True).rows
     for split in ("train", "validation"):
         assert rows[split][:]["question"] == ["Who?", "What?", "Where?"]

@@ -237,7 +237,8 @@ def test_bad_local_files_are_told(rows: dict[str, list[Any]], message: str, tmp_
     ("fields", "message"),
     [
         ({"columns": ["document"]}, "task.columns"),
-        ({"metrics": ["rouge3"]}, "task.metrics=rouge3"),
+        ({"metrics": ["rouge3"]}, "task.metrics=rouge3: allowed is rouge1, rouge2, rougeL, rougeLsum for summaries"),
+        ({"metrics": ["accuracy"]}, "task.metrics=accuracy: allowed is rouge1"),
         ({"primary_metric": "rouge2"}, "task.primary_metric=rouge2: allowed is rouge1"),
     ],
 )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 from wlora import experiment
 from wlora.errors import ConfigError, RunFault
+from wlora.tasks.classification import SequenceClassification
 from wlora.training import batching, loop
 from wlora.training.batching import evaluation_batches, group_for_steps, share, training_batches
 from wlora.training.optimizers import Optimizers
@@ -148,6 +151,67 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(run_tiny: Callable[.
     assert record.status == "diverged" and record.error is not None and "loss is" in record.error
 
 
+def refuse_bare_nan(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def diverge(results: Path, *words: str) -> str:
+    """Let a run diverge, twice with the same command; returns what its record says, after looking at all that it wrote."""
+    config = compose(*TINY, "method=lora", "precision=fp32", "warmup=0", f"results_dir={results}", *words)
+    for _ in range(2):
+        with pytest.raises(loop.Diverged):
+            experiment.run(copy.deepcopy(config))
+        (record,) = experiment.RecordStore(results)
+        assert (record.status, record.metrics) == ("diverged", {}) and record.steps and record.seconds
+    for file in results.rglob("*.json*"):
+        for line in [file.read_text()] if file.suffix == ".json" else file.read_text().splitlines():
+            json.loads(line, parse_constant=refuse_bare_nan)
+    assert record.error is not None
+    return record.error
+
+
+SUMMARIES = ["task=story_summary", "model=tiny_bart", "targets=all", "task.generation.max_new_tokens=4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [
+        (["train.max_steps=1"], "step 1 of 1"),
+        (["train.max_steps=3", "train.eval_every=1", "train.checkpoint_every=1"], "step 1 of 3"),
+        (["task=story_qa", "train.max_steps=1"], "step 1 of 1"),  # no validation loss, and scores that hide it
+        ([*SUMMARIES, "train.max_steps=1"], "step 1 of 1"),
+        (["train.max_steps=1", "model=tiny_llama"], "step 1 of 1"),
+    ],
+)
+def test_logits_that_are_not_finite_at_an_evaluation_end_the_run_as_diverged(
+    words: list[str], step: str, tmp_path: Path
+) -> None:
+    sizes = ["task.max_train_rows=24", "task.max_eval_rows=8"]
+    assert f"the logits are not finite on validation at {step}" in diverge(tmp_path, "lr=1e38", *sizes, *words)
+
+
+def test_a_score_that_is_not_finite_ends_the_run_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([0.5, math.nan, math.nan])
+    monkeypatch.setattr(SequenceClassification, "score", lambda *_: {"accuracy": next(found)})
+    words = ["train.max_steps=4", "train.eval_every=2", "train.checkpoint_every=2"]
+    assert "accuracy is nan at step 4 of 4" in diverge(tmp_path, *words)
+
+
+def test_a_change_of_structure_by_numbers_that_are_not_finite_ends_the_run_as_diverged(tmp_path: Path) -> None:
+    words = ["method=lora_drop", "lr=1e38", "train.max_steps=3", "train.checkpoint_every=1", "task.max_train_rows=24"]
+    assert "the numbers of event cut are not finite at step 1 of 3" in diverge(tmp_path, *words)
+
+
+def test_what_fails_for_numbers_that_are_not_finite_has_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, step: int) -> None:
+        raise RuntimeError("the input has values that are not finite")
+
+    monkeypatch.setattr("wlora.methods.lora.LoRA.after_step", fail)
+    assert "the norm of what trains is not finite at step 1" in diverge(tmp_path / "nan", "lr=1e38")
+    with pytest.raises(RuntimeError, match="the input has values"):
+        experiment.run(compose(*TINY, "method=lora", f"results_dir={tmp_path / 'bug'}"))
+
+
 def test_evaluation_every_n_steps_does_not_change_the_training(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
     sparse = run_tiny("method=lora", results=tmp_path / "a")
     dense = run_tiny("method=lora", "train.eval_every=3", results=tmp_path / "b")
@@ -171,18 +235,60 @@ def test_loss_scaling_changes_no_update_and_skips_overflown_steps() -> None:
     groups = [ParameterGroup([p], 0.1), ParameterGroup([omega], 1.0, rule="sgd")]
     optimizers, scaler = Optimizers(groups, weight_decay=0.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale((2 * p + 3 * omega).sum()).backward()
-    optimizers.unscale(scaler)
+    assert optimizers.unscale(scaler)
     assert p.grad is not None and float(p.grad) == 2.0 and float(omega.grad or 0) == 3.0
-    optimizers.step(scaler)
+    optimizers.step()
     scaler.update()
     assert float(omega.detach()) == -2.0
-    before = float(p.detach())
-    p.grad, omega.grad = torch.tensor([float("inf")]), torch.tensor([1.0])
-    scaler.scale(torch.ones(1, requires_grad=True)).backward()
-    optimizers.unscale(scaler)
-    optimizers.step(scaler)
-    scaler.update()
-    assert float(p.detach()) == before and scaler.get_scale() == 512.0
+    for overflown in (math.inf, math.nan):
+        p.grad, omega.grad = torch.tensor([overflown]), torch.tensor([1.0])
+        assert not optimizers.unscale(scaler)
+        scaler.update()
+    assert scaler.get_scale() == 256.0
+
+
+def scale_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loop scale losses in float32, which is exact, by a factor that doubles with every step."""
+    begin = loop.Trainer.__init__
+
+    def scaled(trainer: loop.Trainer, **given: Any) -> None:
+        begin(trainer, **given)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+
+    monkeypatch.setattr(loop.Trainer, "__init__", scaled)
+
+
+@pytest.mark.parametrize("name", ["increlora", "adalora", "wlora_plus", "flexora"])
+def test_loss_scaling_changes_no_number(
+    name: str, run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not the scores that a policy takes from the backward pass, nor the step at which the structure changes."""
+    words = (f"method={name}", "precision=fp32", "rank=4", "train.max_steps=40", *STILL)
+    plain = run_tiny(*words, results=tmp_path / "plain")
+    scale_losses(monkeypatch)
+    scaled = run_tiny(*words, results=tmp_path / "scaled")
+    assert plain.events or name == "adalora"
+    assert (scaled.metrics, scaled.events, scaled.adapters) == (plain.metrics, plain.events, plain.adapters)
+
+
+def test_a_step_that_overflows_changes_nothing(run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The release clips ω, which has an optimiser of its own, together with the rest."""
+    scale_losses(monkeypatch)
+    gradients, seen = loop.Trainer._gradients, list[list[torch.Tensor]]()
+
+    def overflow(trainer: loop.Trainer, batches: list[list[int]]) -> torch.Tensor:
+        loss = gradients(trainer, batches)
+        if trainer.step == 5:
+            trainer.optimizers.parameters()[0].grad.fill_(math.nan)  # type: ignore[union-attr]
+        if trainer.step in (5, 6):
+            seen.append([p.detach().clone() for p in trainer.optimizers.parameters()])
+        return loss
+
+    monkeypatch.setattr(loop.Trainer, "_gradients", overflow)
+    record = run_tiny("method=wlora", "compat=release", "precision=fp32", "k=2", "train.max_steps=10")
+    assert record.status == "success"
+    before, after = seen
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def test_a_model_handed_over_in_evaluation_mode_trains_in_training_mode(

@@ -89,6 +89,8 @@ class TaskConfig:
     max_eval_rows: int | None = None
     path: str | None = None
     revision: str = "main"
+    preset: str | None = field(default=None, metadata=LATER)
+    presets: dict[str, Any] = field(default_factory=dict, metadata=LATER)
 
 
 @dataclass
@@ -102,6 +104,7 @@ class ModelConfig:
     package: str | None = None
     sha256: str | None = None
     path: str | None = None
+    head: str = field(default="fresh", metadata=LATER)
     gguf_file: str | None = field(default=None, metadata=LATER)
     quantization: str = field(default="none", metadata=LATER)
     architecture: dict[str, Any] = field(default_factory=dict)

@@ -1,18 +1,64 @@
-"""What a user reads: what is about to run, and how it ended."""
+"""What a user reads: what is about to run, how it ended, and the streams that carry it. Imports no torch by itself."""
 
 from __future__ import annotations
 
-from accelerate import PartialState
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TextIO
 
-from wlora.config import Config
-from wlora.methods.base import Method
-from wlora.precision import Precision
-from wlora.records import Record
-from wlora.training.plan import Plan
+if TYPE_CHECKING:
+    from wlora.config import Config
+    from wlora.methods.base import Method
+    from wlora.precision import Precision
+    from wlora.records import Record
+    from wlora.training.plan import Plan
+
+
+def protect_output() -> None:
+    """Make sure that nothing printed can end a run. Every entry point and every process of a launcher calls this first.
+
+    It covers what libraries print, too: Hydra's help, the progress bar, warnings and tracebacks.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, _Output):
+            # A process that was started with the stream closed has none.
+            setattr(sys, name, _Output(stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")))
+
+
+class _Output:
+    """A text stream that shows `?` for a character that its encoding lacks, and that ignores a reader who has gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream: Any = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _attempt(self, act: Callable[..., object], *values: str) -> None:
+        try:
+            act(*values)
+        except OSError:
+            # A closed pipe, a full disk. What is still buffered must go somewhere, or Python complains at exit.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 def say(text: str) -> None:
     """Print for the user, on the main process only."""
+    from accelerate import PartialState
+
     if PartialState().is_main_process:
         print(text, flush=True)
 

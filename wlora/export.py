@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from wlora.adapters.peft_format import CONFIG, WEIGHTS
 from wlora.config import Config, restore_config
+from wlora.console import protect_output
 from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
 from wlora.fingerprint import hash_file
 from wlora.hub import go_offline, require_sources
@@ -32,14 +33,15 @@ OPTIONS = {"format": "peft", "results_dir": "results", "to": None, "model.path":
 HELP = """\
 python -m wlora.export RUN_ID [format=peft|merged] [results_dir=results] [to=DIR] [model.path=DIR] [offline=true]
 
-  format=peft     for PeftModel.from_pretrained(base, DIR) and adapter.path=DIR
+  format=peft     adapters and tokenizer, for PeftModel.from_pretrained(base, DIR) and adapter.path=DIR
   format=merged   a plain transformers model with tokenizer, for from_pretrained(DIR) and model.path=DIR
   to              a folder that is not there yet; by default <results_dir>/exports/<run_id>-<format>, which is replaced
-  model.path      where the base is now, for format=merged"""
+  model.path      where the base is now: format=merged needs it, format=peft takes the tokenizer from it"""
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Export one run and say where it is; exits with 1 after a fault and 2 after a mistake in the request."""
+    protect_output()
     words = sys.argv[1:] if words is None else words
     if not words or "--help" in words:
         print(HELP)
@@ -74,17 +76,17 @@ def export(words: Sequence[str]) -> Path:
     config = restore_config(record.config)
     config.model.path, config.offline = options["model.path"] or config.model.path, options["offline"] == "true"
     if kind == "merged":
+        _refuse_packed(config)
         _require_base(config, record)
-    from wlora.models.saving import replacing
+    from wlora.models.saving import replacing, write_model
 
     with replacing(target) as staging:
         if kind == "peft":
             staging.mkdir(parents=True)
             for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(adapters / name, staging / name)
+            _add_tokenizer(config, record, staging)
         else:
-            from wlora.models.saving import write_model
-
             write_model(*merge(config, adapters), staging)
         write_card(staging / "README.md", record, config, merged=kind == "merged")
     return target
@@ -138,7 +140,8 @@ def merge(config: Config, adapters: Path) -> tuple[PreTrainedModel, PreTrainedTo
     """Load a run's base in float32, fold its adapters in and give it its head; the labels go along by their names."""
     from peft import PeftModel
 
-    from wlora.models.loading import load_model, load_tokenizer, quiet
+    from wlora.adapters.peft_format import fold_peft
+    from wlora.models.loading import load_model, load_tokenizer, name_classes, quiet
     from wlora.tasks import build_task
     from wlora.tasks.summarization import Summarization
 
@@ -146,20 +149,37 @@ def merge(config: Config, adapters: Path) -> tuple[PreTrainedModel, PreTrainedTo
     tokenizer = load_tokenizer(config.model, source)
     base = load_model(config.model, source, tokenizer, head=task.head, num_labels=task.num_labels, seed=0)
     with quiet():
-        merged: PreTrainedModel = PeftModel.from_pretrained(base, adapters).merge_and_unload(safe_merge=True)  # type: ignore[assignment]
+        PeftModel.from_pretrained(base, adapters)  # it changes the base in place
+    fold_peft(base)
+    name_classes(base, config.task.labels, head=task.head)
     if isinstance(task, Summarization):
-        task.set_generation(merged)
-    if config.task.labels:
-        merged.config.id2label = dict(enumerate(config.task.labels))
-        merged.config.label2id = {label: number for number, label in enumerate(config.task.labels)}
-    return merged, tokenizer
+        task.set_generation(base)
+    return base, tokenizer
+
+
+def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
+    """Put the base's tokenizer beside adapters, which are of use without it: a base that is not at hand is a notice."""
+    from wlora.models.loading import load_tokenizer, quiet
+
+    try:
+        _require_base(config, record)
+        tokenizer = load_tokenizer(config.model, locate(config.model))
+    except ConfigError as error:
+        print(f"notice: the tokenizer is not exported: {error}", file=sys.stderr)
+        return
+    with quiet():
+        tokenizer.save_pretrained(folder)
+
+
+def _refuse_packed(config: Config) -> None:
+    """Refuse a base that adapters cannot be folded into."""
+    if config.model.quantization != "none" or config.model.gguf_file:
+        raise ConfigError("format=merged: packed weights cannot take adapters in: allowed is format=peft")
 
 
 def _require_base(config: Config, record: Record) -> None:
-    """Refuse a base that adapters cannot be folded into, or that is not the one they were trained on."""
+    """Refuse a base that is not at hand, or not the one that the run's adapters were trained on."""
     model = config.model
-    if model.quantization != "none" or model.gguf_file:
-        raise ConfigError("format=merged: packed weights cannot take adapters in: allowed is format=peft")
     if config.offline:
         go_offline()
     require_extras(model)

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from wlora.config import config_folder
-from wlora.presets import TEXTS, explicit_keys
+from wlora.presets import KEYED_BY, TEXTS, explicit_keys
 from wlora.validation import RULES
 
 WIDTH = 120
@@ -45,7 +45,7 @@ def describe_method(root: DictConfig) -> str:
         f"method={settings['name']}",
         _wrap("", settings["about"]) + "\n" + _wrap("Paper: ", settings["paper"]),
         f"Its keys, set as key=value:\n\n{_align(rows)}",
-        *(_describe_preset(name, preset) for name, preset in (settings.get("presets") or {}).items()),
+        *_describe_presets(root, "method"),
     ]
     if "presets" not in settings:
         parts.append("Its authors' values for GLUE are not known: no method.preset.")
@@ -67,7 +67,7 @@ def describe_everything(root: DictConfig) -> str:
     notes = read_comments(config_folder() / "config.yaml")
     rows = [(key, value, RULES.get(key, ""), notes[key]) for key, value in root.items() if key in notes]
     rows += [(key, value, "", notes[key.rpartition(".")[2]]) for key, value in _flatten(root.adapter, "adapter")]
-    rows.append(("method.preset", root.method.preset, "", notes["preset"]))
+    rows += [(f"{group}.preset", root[group].preset, "", notes["preset"]) for group in KEYED_BY]
     for group in GROUPS:
         notes = read_comments(config_folder() / group / f"{root.hydra.runtime.choices[group]}.yaml")
         for key, value in _flatten(root[group], group):
@@ -79,6 +79,7 @@ def describe_everything(root: DictConfig) -> str:
         "Choose one of each group:\n\n" + "\n".join([*choices, "  method=", *methods]),
         "A method's own keys, its paper and its authors' values: python -m wlora.run method=NAME --help",
         f"Keys, set as key=value:\n\n{_align(rows)}",
+        *_describe_presets(root, "task"),
         root.hydra.help.footer.strip(),
     ]
     return "\n\n".join(parts)
@@ -102,17 +103,21 @@ def show_values(values: dict[str, Any]) -> str:
     return " ".join(f"{key}={show(value)}" for key, value in values.items())
 
 
-def _describe_preset(name: str, preset: dict[str, Any]) -> str:
-    """Describe a preset, a line per task; an explicit key wins over it."""
-    rows = {key.replace("_", " "): value if key in TEXTS else show_values(value) for key, value in preset.items()}
-    width = max(len(key) for key in rows)
-    lines = [_wrap(f"  {key:<{width}}  ", text) for key, text in rows.items()]
-    return f"method.preset={name} sets what is not given explicitly:\n\n" + "\n".join(lines)
+def _describe_presets(root: DictConfig, group: str) -> Iterator[str]:
+    """Describe the presets of the composed task or method: a line for all, and one per method or task."""
+    presets: Any = OmegaConf.to_container(root[group].get("presets") or OmegaConf.create())
+    for name, preset in presets.items():
+        rows = {key.replace("_", " "): value if key in TEXTS else show_values(value) for key, value in preset.items()}
+        width = max(len(key) for key in rows)
+        lines = [_wrap(f"  {key:<{width}}  ", text) for key, text in rows.items()]
+        yield f"{group}.preset={name} sets what is not given explicitly:\n\n" + "\n".join(lines)
 
 
 def _flatten(node: DictConfig, path: str) -> Iterator[tuple[str, Any]]:
-    """Return the values of a node by their full keys."""
+    """Return the values of a node by their full keys, those of presets left out."""
     for name, value in node.items():
+        if name in ("preset", "presets"):
+            continue
         if isinstance(value, DictConfig):
             yield from _flatten(value, f"{path}.{name!s}")
         else:

@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import METHOD_NOTES, Config, config_folder
+from wlora.console import protect_output
 from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
 from wlora.help import show_values
-from wlora.presets import apply_preset
+from wlora.presets import apply_presets
 from wlora.processes import is_main, several
 
 # The plugin's schema of the same name is meant to check what stands in conf/hydra/launcher. Said here, since the processes
@@ -73,6 +74,7 @@ def run_one(composed: DictConfig) -> Outcome:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    protect_output()
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     # Unresolved: the words may hold interpolations, which mean nothing in Hydra's own configuration.
     words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
@@ -219,7 +221,7 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     from wlora.validation import resolve
 
     _refuse_foreign_task(composed)
-    preset = apply_preset(composed, overrides)
+    preset = apply_presets(composed, overrides)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     _refuse_added_keys(composed)
@@ -247,15 +249,20 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
 
 
 def require_all(config: Config) -> None:
-    """Refuse a run for which something is not installed, or neither at hand nor reachable; a dry run needs nothing.
+    """Refuse a run for which something is not installed, or neither at hand nor reachable; a dry run needs only files.
+
+    A wrong path, which only the user can mend, is told before anything else that is missing. Those of the model and of the
+    adapters have been looked at by `wlora.validation.resolve`.
 
     Raises:
         ConfigError: what is missing, and the way out.
     """
     from wlora.hub import go_offline, require_sources
     from wlora.models.source import require_extras
+    from wlora.tasks.data import find_local
     from wlora.tracking import require_tracker
 
+    find_local(config.task)
     if config.offline:
         go_offline()
     if not config.dry_run:
@@ -331,9 +338,12 @@ def _sibling_keys(key: str) -> list[str]:
         found -= {key, *(f"method.{note}" for note in METHOD_NOTES)}
         return sorted(found | {"method.preset"})
     schema = OmegaConf.structured(Config)
-    node = OmegaConf.select(schema, parent) if parent else schema
-    names = list(node) if isinstance(node, DictConfig) else list(schema)
-    return [f"{parent}.{name}" if parent and isinstance(node, DictConfig) else str(name) for name in names]
+    while parent:
+        node = OmegaConf.select(schema, parent)
+        if isinstance(node, DictConfig) and len(node):
+            return [f"{parent}.{name!s}" for name in node if name != "presets"]
+        parent = parent.rpartition(".")[0]
+    return [str(name) for name in schema]
 
 
 def fail(error: Exception) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from wlora.adapters.attach import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
 from wlora.config import Config
+from wlora.console import protect_output
 from wlora.environment import describe_environment
 from wlora.errors import ConfigError
 from wlora.models.loading import head_parameters
@@ -37,6 +38,7 @@ STOPS = 12
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure one setting and say where the figures are; exits with 2 after a mistake in the request."""
+    protect_output()
     try:
         print(write(compose(sys.argv[1:] if words is None else words)))
     except ConfigError as error:

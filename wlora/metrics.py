@@ -67,6 +67,16 @@ _SCORES: dict[str, tuple[Score, str, str]] = {
         "int64",
         "harmonic mean of precision and recall of class 1, 0–1; 0 without any",
     ),
+    "macro_f1": (
+        partial(sklearn_metrics.f1_score, average="macro", zero_division=0.0),
+        "int64",
+        "mean F1 of the classes that occur in references or predictions, 0–1",
+    ),
+    "weighted_f1": (
+        partial(sklearn_metrics.f1_score, average="weighted", zero_division=0.0),
+        "int64",
+        "mean F1 of the classes, weighted by how often each occurs in the references, 0–1",
+    ),
     "matthews": (sklearn_metrics.matthews_corrcoef, "int64", "Matthews (1975), −1–1; 0 for a constant"),
     "pearson": (partial(_correlate, stats.pearsonr), "float64", "linear correlation, −1–1; 0 for a constant"),
     "spearman": (partial(_correlate, stats.spearmanr), "float64", "rank correlation, −1–1; 0 for a constant"),
@@ -75,22 +85,18 @@ _SCORES: dict[str, tuple[Score, str, str]] = {
 _MEANS = {"accuracy_f1": ("accuracy", "f1"), "corr": ("pearson", "spearman")}
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Refuse a name that `compute` does not know.
-
-    Raises:
-        ConfigError: with the known names.
-    """
-    for name in names:
-        if name not in _SCORES and name not in _MEANS:
-            raise unknown_name(f"task.metrics={name}", name, [*_SCORES, *_MEANS])
+def metrics_of(classes: int) -> list[str]:
+    """Return the names of the metrics that are defined for a number of classes; for values where it is 0."""
+    dtype = "int64" if classes else "float64"
+    single = [name for name, (_, of, _) in _SCORES.items() if of == dtype and (name != "f1" or classes == 2)]
+    return [*single, *(name for name, parts in _MEANS.items() if set(parts) <= set(single))]
 
 
 def compute(names: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     """Return the named metrics, in the order of the names.
 
     Args:
-        names: of accuracy, f1 (of class 1), matthews, pearson, spearman, and the means accuracy_f1, corr.
+        names: of `metrics_of`.
         predictions: class numbers or values, shape [rows].
         references: likewise.
 
@@ -100,7 +106,9 @@ def compute(names: Sequence[str], predictions: np.ndarray, references: np.ndarra
     Raises:
         ConfigError: an unknown name.
     """
-    check_names(names)
+    for name in names:
+        if name not in _SCORES and name not in _MEANS:
+            raise unknown_name(f"task.metrics={name}", name, [*_SCORES, *_MEANS])
     parts = {part for name in names for part in _MEANS.get(name, (name,))}
     scores = {part: _compute_one(part, predictions, references) for part in parts}
     return {name: float(np.mean([scores[part] for part in _MEANS.get(name, (name,))])) for name in names}

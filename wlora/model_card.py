@@ -64,7 +64,8 @@ def _usage(record: Record, config: Config, *, merged: bool) -> str:
     if merged:
         lines = [f"from transformers import {name}", f'model = {name}.from_pretrained("DIR")']
     else:
-        labels = f", num_labels={len(config.task.labels) or 1}" if head == "sequence_classification" else ""
+        classes = f", id2label={dict(enumerate(config.task.labels))}" if config.task.labels else ", num_labels=1"
+        labels = classes if head == "sequence_classification" else ""
         revision = f', revision="{record.model["revision"]}"' if record.model.get("revision") else ""
         base = config.model.hub_id if config.model.source == "hub" and config.model.path is None else "BASE"
         lines = [

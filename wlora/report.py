@@ -21,6 +21,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from wlora.console import protect_output
 from wlora.errors import ConfigError
 from wlora.staging import staged
 from wlora.study import Run, read_study, read_words, select
@@ -89,6 +90,7 @@ $runs
 
 def main(words: Sequence[str] | None = None) -> None:
     """Write the report; exits with 0, or 2 after a mistake or where there is nothing to report."""
+    protect_output()
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(words):
         print(USAGE)

@@ -34,17 +34,6 @@ class _Stemming(Tokenizer):  # type: ignore[misc]  # the library has no types
         return words
 
 
-def check_rouge_names(names: Sequence[str]) -> None:
-    """Refuse a name that `compute_rouge` does not know.
-
-    Raises:
-        ConfigError: with the known names.
-    """
-    for name in names:
-        if name not in ROUGE_NAMES:
-            raise unknown_name(f"task.metrics={name}", name, ROUGE_NAMES)
-
-
 def compute_rouge(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Return ROUGE (Lin, 2004) as the package `rouge_score` defines it with `use_stemmer=True`.
 
@@ -59,7 +48,9 @@ def compute_rouge(names: Sequence[str], predictions: Sequence[str], references: 
     Raises:
         ConfigError: an unknown name.
     """
-    check_rouge_names(names)
+    for name in names:
+        if name not in ROUGE_NAMES:
+            raise unknown_name(f"task.metrics={name}", name, ROUGE_NAMES)
     scorer = RougeScorer(list(names), tokenizer=_Stemming())
     scores = np.zeros((len(references), len(names)))
     for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from wlora.config import config_folder, register_schema
+from wlora.console import protect_output
 from wlora.errors import ConfigError, RunFault
 from wlora.foreign import refuse_code
 from wlora.help import register_help
@@ -24,6 +25,7 @@ def main() -> None:
     """Compose the configuration, run it (or each run of a sweep) and exit with 0, 1 (fault) or 2 (mistake)."""
     # With this set Hydra hands its errors to us instead of printing them with a traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    protect_output()
     DESK.outcomes, DESK.command = [], True
     code = _run(sys.argv[1:])
     if len(DESK.outcomes) > 1 and is_main():
@@ -55,10 +57,6 @@ def _run(words: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         fail(RunFault(f"interrupted: {stop}" if str(stop) else "interrupted"))
         sys.exit(getattr(stop, "exit_code", 130))
-    except BrokenPipeError:
-        # The reader has seen enough (`--help | head`); keep Python from complaining again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config import Config
 from wlora.console import say
-from wlora.models.loading import head_parameters, load_base, load_tokenizer, start_head
+from wlora.models.loading import head_parameters, load_base, load_tokenizer, name_classes, reorder_head, start_head
 from wlora.models.source import ModelSource
 from wlora.tasks import Task, build_task
 from wlora.tasks.data import Splits, fingerprint, load_splits
@@ -77,7 +77,7 @@ class Stock:
         device: torch.device,
         dtype: torch.dtype,
     ) -> PreTrainedModel:
-        """Return a model in float32 with a fresh head, all parameters frozen, as `load_model` does.
+        """Return a model in float32 with its head for the task, all parameters frozen.
 
         Args:
             seed: seed of the head's initialisation.
@@ -93,18 +93,24 @@ class Stock:
                 config.model, source, material.tokenizer, head=head, num_labels=labels, device=device, dtype=dtype
             )
             if not self._keep or config.model.quantization != "none":  # packed weights cannot be shared
-                start_head(base, fresh, seed)
-                return base
+                return _with_head(base, fresh, config, seed, kind=head)
             self._base = key, base, fresh, _versions(base)
-        model = _duplicate(self._base[1], own=own)
-        start_head(model, self._base[2], seed)
-        return model
+        return _with_head(_duplicate(self._base[1], own=own), self._base[2], config, seed, kind=head)
 
 
 @functools.cache
 def stock_of_process() -> Stock:
     """Return the stock that all runs of this process share."""
     return Stock()
+
+
+def _with_head(model: PreTrainedModel, fresh: list[str], config: Config, seed: int, *, kind: str) -> PreTrainedModel:
+    """Give a loaded model its head for a task: fresh or kept, its outputs in the order of the task's classes."""
+    start_head(model, fresh, seed)
+    if config.model.head == "kept" and kind == "sequence_classification":
+        reorder_head(model, config.task.labels)
+    name_classes(model, config.task.labels, head=kind)
+    return model
 
 
 def _duplicate(base: PreTrainedModel, *, own: bool) -> PreTrainedModel:

@@ -18,9 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import Config, config_folder, register_schema
+from wlora.console import protect_output
 from wlora.errors import ConfigError, wrong_value
 from wlora.jobs import explain
 from wlora.models.source import locate
+from wlora.presets import apply_presets
 from wlora.study import Point, Run, name_rows, read_runs, read_value
 from wlora.tasks.data import fingerprint
 from wlora.training.plan import make_plan
@@ -141,6 +143,7 @@ def _rows(config: Config) -> int | None:
 
 def main() -> None:
     """Print a line per cell and the total; exits with 0, or 2 after a mistake in a sweep."""
+    protect_output()
     lines = [shlex.split(line) for line in sys.stdin if line.strip()]
     try:
         cells = survey(lines)
@@ -205,7 +208,9 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: it would be refused.
     """
-    config = OmegaConf.to_object(_compose(overrides))
+    composed = _compose(overrides)
+    apply_presets(composed, overrides)
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return resolve(config)
 

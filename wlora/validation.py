@@ -15,7 +15,7 @@ from typing import Any
 from wlora.adapters.peft_format import fingerprint
 from wlora.config import METHOD_NOTES, AdapterConfig, Config, ModelConfig, method_revision
 from wlora.errors import ConfigError, wrong_value
-from wlora.models.targets import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, read_architecture
+from wlora.models.targets import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, order_classes, read_architecture
 from wlora.tasks import find_kind
 from wlora.tracking import TRACKERS
 
@@ -34,6 +34,7 @@ RULES = {
     "precision": "auto | fp32 | bf16 | fp16",
     "compat": "paper | release",
     "track": " | ".join(TRACKERS),
+    "model.head": "fresh | kept",
     "model.quantization": " | ".join(QUANTIZATIONS),
     "task.epochs": "float > 0",
     "task.batch_size": "int >= 1",
@@ -115,6 +116,7 @@ def resolve(config: Config) -> Config:
     identify_adapter(config.adapter)
     _check_results_folder(config)
     config.per_task = {}  # what an experiment took from it stands in the keys it set
+    config.task.presets = {}
     if config.compat == "release" and config.method["name"] == "probe":
         raise ConfigError("method=probe compat=release: the release's head is frozen, so nothing would train")
     _check_head(config)
@@ -174,7 +176,7 @@ def _check(key: str, value: Any, rule: str) -> None:
 
 def _check_method(config: Config) -> None:
     """Check the method's own keys against the rules of its YAML, which then leave the configuration."""
-    assert config.method.get("preset") is None, "apply_preset comes first"
+    assert config.method.get("preset") is None and config.task.preset is None, "apply_presets comes first"
     rules: dict[str, str] = config.method.get("allowed", {})
     for note in METHOD_NOTES:
         config.method.pop(note, None)
@@ -241,6 +243,21 @@ def _check_head(config: Config) -> None:
         )
     if head == "seq2seq" and config.method["name"] == "probe":
         raise ConfigError(f"method=probe task={config.task.name}: the model has no head of its own, so nothing would train")
+    if config.model.head == "kept":
+        _check_kept_head(config, head)
+
+
+def _check_kept_head(config: Config, head: str) -> None:
+    """Refuse to keep a head where there is none, where another takes its place, or where its classes are others."""
+    model = config.model
+    if model.path is None or model.gguf_file is not None:
+        raise wrong_value("model.head", "kept", "fresh without model.path=DIR of a transformers folder")
+    if head == "seq2seq":
+        raise wrong_value("model.head", "kept", f"fresh for task={config.task.name}, whose head is always the model's own")
+    if config.adapter.head:
+        raise wrong_value("adapter.head", "true", "false with model.head=kept: the run has one head")
+    if head == "sequence_classification":
+        order_classes(read_architecture(model), config.task.labels, where=f"model.path={model.path}")
 
 
 def _check_lengths(config: Config) -> None:

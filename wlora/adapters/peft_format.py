@@ -98,6 +98,25 @@ def write_adapter(
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def fold_peft(model: nn.Module) -> None:
+    """Merge the adapters that PEFT has put into a model, and put back its linears and the trained modules of its head.
+
+    PEFT's own `merge_and_unload` fails at a module of the head that is not a linear, such as a pooler, for all but LoRA.
+
+    Raises:
+        ValueError: a merged weight is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save["default"])
+
+
 def fingerprint(path: str) -> str:
     """Return 16 hex digits for the content of a folder's adapters, wherever it lies.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wlora.console import protect_output
 from wlora.errors import ConfigError, unknown_name
 from wlora.records import RecordStore
 from wlora.study import Run, main_model, read_runs, read_words, select
@@ -37,6 +38,7 @@ Reads the records of one study and writes <results_dir>/figures/NAME.png and .pd
 
 def main(words: Sequence[str] | None = None) -> None:
     """Draw what is asked for; exits with 0, or 2 after a mistake or where there is nothing to draw."""
+    protect_output()
     words = sys.argv[1:] if words is None else words
     if not words or {"-h", "--help"} & set(words):
         print(USAGE)

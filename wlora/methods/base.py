@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,15 @@ class Event:
     details: dict[str, Any] = field(default_factory=dict)
     reset: bool = False
 
+    @property
+    def finite(self) -> bool:
+        """Whether all its numbers are finite, which strict JSON asks for."""
+        try:
+            json.dumps(self.details, allow_nan=False)
+        except ValueError:
+            return False
+        return True
+
 
 class Method:
     """A policy over the adapters of one run.
@@ -104,7 +114,10 @@ class Method:
         return None
 
     def forget_backward(self) -> None:
-        """Drop what backward passes have left besides gradients: a step that ran out of memory is tried again."""
+        """Drop what backward passes have left besides gradients: a step is tried again, or had gradients that overflow."""
+
+    def unscale_backward(self, scale: float) -> None:
+        """Divide what backward passes have left besides gradients by the factor of the loss in float16."""
 
     def before_step(self, step: int) -> list[Event]:
         """Act on gradients before the optimiser uses them."""

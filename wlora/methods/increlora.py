@@ -127,6 +127,12 @@ class IncreLoRA(AdapterMethod):
         for adapter in self.components.values():
             adapter.weight_gradient = None
 
+    def unscale_backward(self, scale: float) -> None:
+        """Unscale the gradients of ΔW: the averages over steps are of gradients of different scales else."""
+        for adapter in self.components.values():
+            if adapter.weight_gradient is not None:
+                adapter.weight_gradient /= scale
+
     def total_rank(self) -> int:
         """Return the number of components that act, over all adapters."""
         return sum(adapter.rank for adapter in self.components.values())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from wlora.adapters.layer import Adapter
+from wlora.adapters.peft_format import fold_peft
 from wlora.errors import ConfigError
 from wlora.methods.base import Method, Setting
 from wlora.training.optimizers import ParameterGroup
@@ -100,11 +101,7 @@ class PeftMethod(Method):
 
     def fold(self) -> None:
         """Let PEFT merge its adapters, and put the plain linears back."""
-        for name in self._attached:
-            layer = self._model.get_submodule(name)
-            layer.merge()  # type: ignore[operator]
-            parent, _, child = name.rpartition(".")
-            setattr(self._model.get_submodule(parent), child, layer.get_base_layer())  # type: ignore[operator]
+        fold_peft(self._model)
         self._attached = {}
 
     def trained(self, part: str = "") -> list[nn.Parameter]:

@@ -8,14 +8,15 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,7 +37,7 @@ from wlora.errors import ConfigError
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.quantization import HEAD_MODULES, keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource
-from wlora.models.targets import read_architecture
+from wlora.models.targets import order_classes, read_architecture
 
 # Random base weights stand for pretrained ones, so they are the same for every seed of a run.
 _RANDOM_BASE_SEED = 0
@@ -57,8 +58,9 @@ _READ_AT = {
 def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model, of a GGUF file its own; `trust_remote_code` is never set.
 
-    One without a padding token, such as Llama's, pads with its end-of-sequence token: padding is masked, and the
-    classification heads look for the last token that is not padding, which no text of ours ends in.
+    A special token that stands in a text is read as plain text. One without a padding token, such as Llama's, pads with
+    its end-of-sequence token: padding is masked, and the classification heads look for the last token that is not padding,
+    which no text ends in.
 
     Raises:
         ConfigError: no tokenizer, one that cannot be read, one without either token, or one that does not put the token
@@ -67,7 +69,9 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
     if source.location is None:
         from wlora.models.tiny import build_tokenizer
 
-        return build_tokenizer()
+        tiny = build_tokenizer()
+        _read_marks_as_text(tiny)
+        return tiny
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = (
@@ -84,6 +88,7 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
         if tokenizer.eos_token is None:
             raise ConfigError(f"{_origin(model)}: the tokenizer has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
+    _read_marks_as_text(tokenizer)
     family = read_architecture(model)["model_type"]
     if family in _READ_AT:
         name, place, where = _READ_AT[family]
@@ -93,6 +98,21 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
                 f"{_origin(model)}: the tokenizer puts no {name} {where} a text, which a {family} model's heads need"
             )
     return tokenizer
+
+
+def _read_marks_as_text(tokenizer: Any) -> None:
+    """Let special tokens that stand in a text be read as the characters they are; other texts are encoded as before.
+
+    BART's classification head finds the end of a text by the end token, and refuses a batch with unequal numbers of them.
+    """
+    tokenizer.split_special_tokens = True
+    marks = [mark for mark in tokenizer.all_special_tokens if mark != tokenizer.unk_token]
+    if tokenizer.is_fast and any(mark in tokenizer.tokenize(f"{mark} {mark}a{mark}") for mark in marks):
+        # Some vocabularies, such as DeBERTa's, hold the special tokens among their pieces. No piece crosses a split.
+        first = "|".join(f"{re.escape(mark[0])}(?={re.escape(mark[1:])})" for mark in tokenizer.all_special_tokens)
+        backend, split = tokenizer.backend_tokenizer, pre_tokenizers.Split(Regex(first), "isolated")
+        before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
 
 
 def _read_gguf_tokenizer(model: ModelConfig, location: str) -> PreTrainedTokenizerBase:
@@ -153,6 +173,9 @@ def load_base(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a model in float32, all parameters frozen.
 
+    A head outside the pretrained model is fresh even where the checkpoint has one of that shape, which was trained for
+    another task; with `model.head=kept` it is the checkpoint's. BERT's pooler is inside: it comes with the checkpoint.
+
     With `model.quantization` the linears of the body are packed as they are read, on the device where they will run.
 
     Weights come from safetensors where the repository has them, else from `pytorch_model.bin`, which transformers
@@ -191,7 +214,7 @@ def load_base(
 
 
 def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
-    """Initialise parameters of the head as the model's family does, from a seed of their own."""
+    """Initialise parameters of the head as the model's family does, from a seed of their own; no other changes."""
     torch.manual_seed(seed)
     for prefix, module in head_modules(model).items():
         for inner, part in module.named_modules():
@@ -206,6 +229,30 @@ def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
             for name, parameter in own.items():
                 if f"{path}.{name}" not in fresh:
                     getattr(part, name).data.copy_(parameter.data)
+
+
+def reorder_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
+    """Put the outputs of a classification head that was kept into the order of the task's classes, `order_classes`."""
+    order = order_classes(model.config.to_dict(), labels, where=f"model.path={model.config.name_or_path}")
+    output = [part for module in head_modules(model).values() for part in module.modules() if isinstance(part, nn.Linear)][
+        -1
+    ]
+    for parameter in output.parameters():
+        parameter.data = parameter.data[order]
+
+
+def name_classes(model: PreTrainedModel, labels: Sequence[str], *, head: str) -> None:
+    """Write into a model's configuration what its outputs stand for, in place of what another training left there.
+
+    Args:
+        labels: the task's classes in the order of the outputs; none for regression and for other heads.
+        head: the kind of head.
+    """
+    names = list(labels) or [f"LABEL_{number}" for number in range(model.config.num_labels)]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    if head == "sequence_classification":
+        model.config.problem_type = "single_label_classification" if labels else "regression"
 
 
 def build_unloaded(
@@ -288,8 +335,8 @@ def _load_pretrained(
         raise
     except Exception as error:  # those of four libraries, without a common class
         raise ConfigError(f"{_origin(model)}: the weights cannot be loaded ({_reason(error)})") from error
-    head_names = set(head_parameters(loaded))
-    absent = sorted(set(report["missing_keys"]) - head_names)
+    head_names = list(head_parameters(loaded))
+    absent = sorted(set(report["missing_keys"]) - set(head_names))
     if absent:
         number = f"{len(absent)} tensors of the body, among them " if len(absent) > 1 else ""
         raise ConfigError(f"{_origin(model)}: the checkpoint lacks {number}{absent[0]}")
@@ -298,11 +345,21 @@ def _load_pretrained(
             shapes = f"{list(given)} in the checkpoint, {list(expected)} by config.json"
             raise ConfigError(f"{_origin(model)}: {name} is {shapes}")
     assert isinstance(loaded, PreTrainedModel)
-    return loaded, [*report["missing_keys"], *(name for name, _, _ in report["mismatched_keys"])]
+    unfit = {*report["missing_keys"], *(name for name, _, _ in report["mismatched_keys"])}
+    lacking = [name for name in head_names if name in unfit]
+    if model.head == "kept" and lacking:
+        # The last is of the outputs, which name the kind of head.
+        raise ConfigError(
+            f"model.head=kept: {_origin(model)} has no {lacking[-1]} of this shape\nallowed is fresh, for a new head"
+        )
+    outside = {name for name in head_names if not name.startswith(f"{loaded.base_model_prefix}.")}
+    return loaded, sorted(unfit if model.head == "kept" else unfit | outside)
 
 
 def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: int) -> PretrainedConfig:
-    settings = {key: value for key, value in architecture.items() if key != "model_type"}
+    # Nor what the last training left of its classes and its loss.
+    left_out = ("model_type", "id2label", "label2id", "problem_type")
+    settings = {key: value for key, value in architecture.items() if key not in left_out}
     try:
         return AutoConfig.for_model(architecture["model_type"], **settings, num_labels=num_labels)
     except (ValueError, TypeError, KeyError) as error:

@@ -8,6 +8,7 @@ intermediate linears).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"model.path={model.path}: allowed is a folder with config.json, tokenizer and weights")
     try:
-        architecture = json.loads(file.read_text())
+        architecture = json.loads(file.read_text(encoding="utf-8"))
         family = architecture["model_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"model.path={model.path}: config.json cannot be read or has no model_type ({error})") from None
@@ -151,6 +152,42 @@ def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str,
         if not isinstance(depth, int) or depth < 1:
             raise ConfigError(f"model.path={model.path}: {stack.depth_key} in config.json is {depth}; allowed is int >= 1")
     return dict(architecture)
+
+
+def order_classes(architecture: dict[str, Any], labels: Sequence[str], *, where: str) -> list[int]:
+    """Return which output of a model's trained classification head stands for each of the task's classes.
+
+    The names in `id2label` decide, upper or lower case. Where the model has only numbers (`LABEL_0`), or the task has no
+    classes (regression), the order stays.
+
+    Args:
+        architecture: the model's, as in its `config.json`.
+        labels: the task's classes, in its order; none for regression.
+        where: names the model in errors.
+
+    Raises:
+        ConfigError: another number of outputs, or other names.
+    """
+    try:
+        # transformers writes neither key for its default, two outputs.
+        named = architecture.get("id2label") or dict.fromkeys(range(architecture.get("num_labels") or 2), "LABEL_0")
+        names = [str(name).casefold() for _, name in sorted((int(number), name) for number, name in named.items())]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: id2label in config.json cannot be read ({error})") from None
+    if len(names) != max(len(labels), 1):
+        raise ConfigError(
+            f"model.head=kept: the head of {where} has {len(names)} outputs, the task asks for {max(len(labels), 1)}\n"
+            "allowed is fresh, for a new head"
+        )
+    if not labels or all(name.startswith("label_") for name in names):
+        return list(range(len(names)))
+    wanted = [label.casefold() for label in labels]
+    if sorted(names) != sorted(wanted):
+        raise ConfigError(
+            f"model.head=kept: the classes of {where} are {', '.join(names)}, those of the task {', '.join(wanted)}\n"
+            "allowed is fresh, for a new head"
+        )
+    return [names.index(name) for name in wanted]
 
 
 def list_targets(architecture: dict[str, Any], targets: str) -> list[Target]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wlora.config import config_folder
+from wlora.console import protect_output
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.staging import staged
 from wlora.study import Run, main_model, read_runs, read_words, select
@@ -45,6 +46,7 @@ NAME_own, never in the benchmark's column.
 
 def main(words: Sequence[str] | None = None) -> None:
     """Write the tables asked for; exits with 0, or 2 after a mistake in the request."""
+    protect_output()
     words = sys.argv[1:] if words is None else words
     if not words or {"-h", "--help"} & set(words):
         print(USAGE)
@@ -54,9 +56,6 @@ def main(words: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader has seen enough; keep Python from complaining again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass(frozen=True)

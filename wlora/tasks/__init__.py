@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from wlora.errors import unknown_name
+from wlora.errors import unknown_name, wrong_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,3 +118,23 @@ def build_task(config: TaskConfig) -> Task:
     kind = find_kind(config.kind)
     task: Task = getattr(importlib.import_module(kind.module), kind.name)(config)
     return task
+
+
+def check_metrics(config: TaskConfig, known: Sequence[str], of: str, *, never_primary: tuple[str, ...] = ()) -> None:
+    """Check which metrics a task computes and which of them it reports, before anything is trained for them.
+
+    Args:
+        config: of the task.
+        known: the metrics that are defined for it.
+        of: what they are metrics of, for messages.
+        never_primary: how the names of metrics begin that some data do not have.
+
+    Raises:
+        ConfigError: no metrics, one that is not defined for the task, or a `task.primary_metric` that is not computed.
+    """
+    wrong = next((name for name in config.metrics if name not in known), None if config.metrics else "[]")
+    if wrong is not None:
+        raise wrong_value("task.metrics", wrong, f"{', '.join(known)} for {of}")
+    primary = [name for name in config.metrics if not name.startswith(never_primary)]
+    if config.primary_metric not in primary:
+        raise wrong_value("task.primary_metric", config.primary_metric, ", ".join(primary))

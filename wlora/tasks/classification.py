@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config import TaskConfig
 from wlora.errors import wrong_value
-from wlora.metrics import check_names, compute
+from wlora.metrics import compute, metrics_of
+from wlora.tasks import check_metrics
 from wlora.tasks.checks import LABEL
 from wlora.tasks.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad
 
@@ -29,15 +30,18 @@ class SequenceClassification:
         lost_answers: always 0.
 
     Raises:
-        ConfigError: an unknown name in `task.metrics`, or a `task.primary_metric` that is not among them.
+        ConfigError: a single or doubled name in `task.labels`, or metrics that are not defined for this number of classes.
     """
 
     head = "sequence_classification"
 
     def __init__(self, config: TaskConfig) -> None:
-        check_names(config.metrics)
-        if config.primary_metric not in config.metrics:
-            raise wrong_value("task.primary_metric", config.primary_metric, ", ".join(config.metrics))
+        classes = len(config.labels)
+        if classes == 1 or len(set(config.labels)) < classes:
+            allowed = "two or more different names, or [] for values (regression)"
+            raise wrong_value("task.labels", f"[{','.join(config.labels)}]", allowed)
+        of = f"{classes} classes" if classes else "values (task.labels=[])"
+        check_metrics(config, metrics_of(classes), of)
         self.config = config
         self.regression = not config.labels
         self.num_labels = len(config.labels) or 1

@@ -52,9 +52,8 @@ def fingerprint(task: TaskConfig) -> str | None:
         ConfigError: a local file is missing or empty.
     """
     if task.path is not None:
-        found = [file for split in _split_names(task) for file in _local_files(task, split)]
         try:
-            return hash_files(found)
+            return hash_files(find_local(task))
         except OSError as error:
             raise ConfigError(f"task.path={task.path}: {error.filename} cannot be read ({error.strerror})") from error
     if task.generator is not None:
@@ -62,6 +61,15 @@ def fingerprint(task: TaskConfig) -> str | None:
 
         return _digest(f"{task.generator}@{GENERATOR_VERSION}")
     return None
+
+
+def find_local(task: TaskConfig) -> list[Path]:
+    """Return the files of `task.path`, split by split; none without it.
+
+    Raises:
+        ConfigError: a folder, file or shard is missing, or empty.
+    """
+    return [] if task.path is None else [file for split in _split_names(task) for file in _local_files(task, split)]
 
 
 def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
@@ -81,17 +89,16 @@ def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
     content, revision = fingerprint(task), None
     if task.path is not None:
         tables = {split: _read_local(task, split) for split in _split_names(task)}
-        where = f"task.path={task.path}"
     elif task.generator is not None:
-        tables = {split: _generate(task.generator, split) for split in _split_names(task)}
-        where = f"task.generator={task.generator}"
+        made = {split: _generate(task.generator, split) for split in _split_names(task)}
+        tables = _check_all(made, task, f"task.generator={task.generator}")
     else:
-        tables, revision = _load_hub(task, offline=offline)
-        where = f"task={task.name}: {task.hub_id}"
+        loaded, revision = _load_hub(task, offline=offline)
+        tables = _check_all(loaded, task, f"task={task.name}: {task.hub_id}")
     identity = content or f"{task.hub_id}@{revision or task.revision}"
     rows = {}
     for split, table in tables.items():
-        chosen = _limit(check_rows(table, task, f"{where}: {_source_of(task, split)}"), task, split)
+        chosen = _limit(table, task, split)
         rows[split] = _wrap(chosen, f"{identity}/{task.subset}/{split}/{chosen.num_rows}")
     return Splits(rows=rows, fingerprint=identity, revision=revision)
 
@@ -104,21 +111,17 @@ def _local_files(task: TaskConfig, split: str) -> list[Path]:
     return files.find_files(Path(task.path or "").expanduser(), split)
 
 
-def _source_of(task: TaskConfig, split: str) -> str:
-    """Name what a message about a split points at: its file, if it is one."""
-    found = _local_files(task, split) if task.path is not None else []
-    return found[0].name if len(found) == 1 else split
+def _check_all(tables: dict[str, pa.Table], task: TaskConfig, where: str) -> dict[str, pa.Table]:
+    return {split: check_rows(table, task, f"{where}: {split}") for split, table in tables.items()}
 
 
 def _read_local(task: TaskConfig, split: str) -> pa.Table:
+    """Read and check the rows of a split: each shard by itself, as its class names and types may be its own."""
     import pyarrow as pa
 
-    found = _local_files(task, split)
-    tables = [files.read_table(file, needed_columns(task)) for file in found]
-    try:
-        return pa.concat_tables(tables)
-    except pa.ArrowInvalid as error:
-        raise files.fault(found[0], "its columns and those of the other shards differ in type") from error
+    read = {file: files.read_table(file, needed_columns(task)) for file in _local_files(task, split)}
+    filled = {file: table for file, table in read.items() if table.num_rows} or read
+    return pa.concat_tables(check_rows(table, task, f"task.path={task.path}: {file.name}") for file, table in filled.items())
 
 
 @functools.cache

@@ -19,6 +19,7 @@ _NAMES_SHOWN = 8
 _LINE = 160
 _CSV_BLOCK = 1 << 24
 """Bytes; the CSV reader refuses a row longer than a block."""
+_SPACE = re.compile(r"\s*")
 
 
 def fault(file: Path, text: str) -> ConfigError:
@@ -65,9 +66,10 @@ def read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:
     """Read one file into memory.
 
     Args:
-        file: parquet, JSON (an array of objects, one object a line, or SQuAD's own nested form on one line), CSV
-            (quoted as in RFC 4180) or TSV (not quoted: those of GLUE have unbalanced quotes). All columns of CSV
-            and TSV are read as text, so that text made of digits stays text.
+        file: parquet, JSON, CSV (quoted as in RFC 4180) or TSV (not quoted: those of GLUE have unbalanced quotes).
+            JSON is objects one after the other (one a line or not), an array of objects, such an array under the key
+            `data`, or SQuAD's own nested form. All columns of CSV and TSV are read as text, so that text made of
+            digits stays text. Texts are UTF-8, with or without a byte order mark.
         columns: the columns to read, None for all.
 
     Raises:
@@ -78,7 +80,7 @@ def read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:
     read = {".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_csv}.get(file.suffix, _read_json)
     try:
         return read(file, columns)
-    except (pa.ArrowException, OSError, ValueError, OverflowError, csv.Error) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
         raise fault(file, f"cannot be read as {file.suffix[1:]}: {line_of(error)}") from error
 
 
@@ -113,12 +115,7 @@ def _read_json(file: Path, columns: Sequence[str] | None) -> pa.Table:
     # Not with pyarrow.json: it takes strings that look like dates for dates, and reads no arrays.
     import pyarrow as pa
 
-    with file.open(encoding="utf-8-sig") as stream:
-        is_array = stream.read(64).lstrip()[:1] == "["
-        stream.seek(0)
-        lines = ((number, text) for number, text in enumerate(stream, start=1) if text.strip())
-        rows = json.load(stream) if is_array else [_parse_line(number, text) for number, text in lines]
-    rows = _unnest(rows)
+    rows = _unwrap(_parse_values(file.read_text(encoding="utf-8-sig")))
     wrong = next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)
     if wrong is not None:
         raise fault(file, f"row {wrong} is not an object; expected is one object per row with named columns")
@@ -128,10 +125,32 @@ def _read_json(file: Path, columns: Sequence[str] | None) -> pa.Table:
     return pa.table({name: _to_array(name, [row.get(name) for row in rows], file) for name in chosen})
 
 
-def _unnest(rows: list[Any]) -> list[Any]:
-    """Turn SQuAD's own distribution, one object with articles of paragraphs of questions, into rows as on the hub."""
-    if len(rows) != 1 or not isinstance(rows[0], dict) or not isinstance(rows[0].get("data"), list):
-        return rows
+def _parse_values(text: str) -> list[Any]:
+    """Return the JSON values of a text, which stand one after the other: one a line, or over any number of lines."""
+    decoder, values, position = json.JSONDecoder(), [], 0
+    try:
+        while (position := _SPACE.match(text, position).end()) < len(text):  # type: ignore[union-attr]
+            value, position = decoder.raw_decode(text, position)
+            values.append(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    return values
+
+
+def _unwrap(values: list[Any]) -> list[Any]:
+    """Return the rows of a document that is one array, or one object with an array under `data`; else the values."""
+    if len(values) != 1:
+        return values
+    document = values[0]
+    if isinstance(document, dict) and isinstance(document.get("data"), list):
+        rows: list[Any] = document["data"]
+        nested = any(isinstance(row, dict) and "paragraphs" in row for row in rows)
+        return _unnest(rows) if nested else rows
+    return document if isinstance(document, list) else values
+
+
+def _unnest(articles: list[Any]) -> list[Any]:
+    """Turn SQuAD's own distribution, articles of paragraphs of questions, into rows as on the hub."""
     try:
         return [
             {
@@ -141,19 +160,12 @@ def _unnest(rows: list[Any]) -> list[Any]:
                 "question": question["question"],
                 "answers": {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")},
             }
-            for article in rows[0]["data"]
+            for article in articles
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not nested as SQuAD is (data, paragraphs, qas, answers): {line_of(error)}") from None
-
-
-def _parse_line(number: int, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: {error}") from None
 
 
 def _to_array(name: str, values: list[Any], file: Path) -> pa.Array:

@@ -12,8 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config import TaskConfig
-from wlora.errors import ConfigError, unknown_name, wrong_value
+from wlora.errors import ConfigError, wrong_value
 from wlora.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS, score_answers, score_answers_or_none
+from wlora.tasks import check_metrics
 from wlora.tasks.checks import ANSWERS
 from wlora.tasks.features import ROWS_AT_ONCE, Features, input_columns, pad
 from wlora.tasks.spans import Windows, choose_answers, find_best_spans
@@ -47,12 +48,8 @@ class QuestionAnswering:
 
     def __init__(self, config: TaskConfig) -> None:
         known = UNANSWERABLE_METRICS if config.unanswerable else ANSWERABLE_METRICS
-        for name in config.metrics:
-            if name not in known:
-                raise unknown_name(f"task.metrics={name}", name, known)
-        if config.primary_metric not in config.metrics or config.primary_metric.startswith(("HasAns", "NoAns")):
-            allowed = ", ".join(name for name in config.metrics if not name.startswith(("HasAns", "NoAns")))
-            raise wrong_value("task.primary_metric", config.primary_metric, allowed)
+        of = f"questions with task.unanswerable={str(config.unanswerable).lower()}"
+        check_metrics(config, known, of, never_primary=("HasAns", "NoAns"))
         widest = config.max_length - _MIN_QUESTION - _MAX_SPECIAL - 1
         if config.stride is None or config.stride > widest:
             raise wrong_value("task.stride", config.stride, f"0 to {widest}, with task.max_length={config.max_length}")

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from wlora.config import TaskConfig
-from wlora.errors import ConfigError, wrong_value
-from wlora.rouge import check_rouge_names, compute_rouge
+from wlora.errors import ConfigError
+from wlora.rouge import ROUGE_NAMES, compute_rouge
+from wlora.tasks import check_metrics
 from wlora.tasks.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad, stack
 
 IGNORED = -100
@@ -40,9 +41,7 @@ class Summarization:
     def __init__(self, config: TaskConfig) -> None:
         if len(config.columns) != 2:
             raise ConfigError(f"task.columns={config.columns}: allowed are two, the document's and the summary's")
-        check_rouge_names(config.metrics)
-        if config.primary_metric not in config.metrics:
-            raise wrong_value("task.primary_metric", config.primary_metric, ", ".join(config.metrics))
+        check_metrics(config, ROUGE_NAMES, "summaries")
         self.config = config
         self.primary_metric = config.primary_metric
         self.truncated_share, self.lost_answers = 0.0, 0

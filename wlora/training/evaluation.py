@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.metrics import merge_shards
+from wlora.processes import gather
 from wlora.tasks import Task
 from wlora.tasks.features import Features
 from wlora.training.batching import evaluation_batches, share
@@ -51,6 +52,9 @@ def evaluate(
 
     Args:
         prefix: the stored states that the model goes on from, where its lower layers no longer change.
+
+    Raises:
+        FloatingPointError: logits, the loss or a score are not finite; every process raises it alike.
     """
     model.eval()
     metrics: dict[str, float] = {}
@@ -61,11 +65,18 @@ def evaluate(
         def replay(rows: list[int], inputs: dict[str, torch.Tensor], name: str = name) -> AbstractContextManager[None]:
             return prefix.replay(name, rows, inputs) if prefix is not None else contextlib.nullcontext()
 
-        predictions, loss = _predict(model, task, split.features, tokenizer, batch_size, accelerator, replay, together)
+        predictions, loss, finite = _predict(
+            model, task, split.features, tokenizer, batch_size, accelerator, replay, together
+        )
+        if not finite:  # told before scoring: a score may hide it, as SQuAD's do, or its library may fail
+            raise FloatingPointError(f"the logits are not finite on {name}")
         metrics.update(task.score(name, predictions, split.features, split.rows))
         if index == 0 and loss is not None:
             metrics["loss"] = loss
     model.train()
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value}")
     return metrics
 
 
@@ -78,9 +89,10 @@ def _predict(
     accelerator: Accelerator,
     replay: Callable[[list[int], dict[str, torch.Tensor]], AbstractContextManager[None]],
     together: bool,
-) -> tuple[list[Any], float | None]:
-    """Return a prediction per feature, and the mean loss over features, None without labels."""
+) -> tuple[list[Any], float | None, bool]:
+    """Return a prediction per feature, the mean loss over features (None without labels), whether all logits are finite."""
     indices: list[int] = []
+    finite = [torch.ones((), dtype=torch.bool, device=accelerator.device)]
     found: list[torch.Tensor | Sequence[Any]] = []
     losses: list[torch.Tensor] = []
     for batch in evaluation_batches(features.lengths, batch_size):
@@ -93,6 +105,7 @@ def _predict(
         inputs = move(task.collate(picked, tokenizer), accelerator.device)
         with replay(mine, inputs):
             outputs = model(**inputs)
+            finite += [value.isfinite().all() for key, value in outputs.items() if key.endswith("logits")]
             found.append(task.predict(model, picked, inputs, outputs))
         indices += mine
         if outputs.get("loss") is not None:
@@ -100,10 +113,9 @@ def _predict(
     # Tensors stay on the device until here, so that no batch waits for the one before.
     predictions = [item for part in found for item in (part.cpu().numpy() if isinstance(part, torch.Tensor) else part)]
     total = float(torch.stack(losses).sum()) if losses else None
-    several = accelerator.num_processes > 1
-    shards = gather_object([(indices, predictions)]) if several else [(indices, predictions)]
-    totals = [part for part in (gather_object([total]) if several else [total]) if part is not None]
-    return merge_shards(shards, count=len(features)), sum(totals) / sum(features.loss_weights) if totals else None
+    shards, totals = gather((indices, predictions)), [part for part in gather(total) if part is not None]
+    loss = sum(totals) / sum(features.loss_weights) if totals else None
+    return merge_shards(shards, count=len(features)), loss, all(gather(bool(torch.stack(finite).all())))
 
 
 def move(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -42,7 +42,7 @@ FP16_FIRST_SCALE = 2.0**14
 
 
 class Diverged(RunFault):
-    """The loss became infinite or not a number."""
+    """A loss, a score or what trains became infinite or not a number."""
 
     everywhere = True
 
@@ -174,7 +174,7 @@ class Trainer:
         """Train to the end of the plan; the last evaluation's metrics are the result's.
 
         Raises:
-            Diverged: a loss that is not finite.
+            Diverged: a number that is not finite.
         """
         self.bare_model.train()  # transformers hands out loaded models in evaluation mode
         if self.accelerator.device.type == "cuda":
@@ -186,14 +186,16 @@ class Trainer:
         with self._progress() as bar, first_token_alone(self.bare_model):
             for step, batches in self._updates():
                 begin = time.perf_counter()
-                losses.append(self._train_step(step, batches))
+                with self._noticing_divergence(step):
+                    losses.append(self._train_step(step, batches))
                 self.result.train_seconds += time.perf_counter() - begin
                 self._before, self.step = self.step, step
                 if self.passed(log_every):
                     self.log({"step": step, "loss": sum(losses) / len(losses)})
                     losses.clear()
                 if self.passed(self.plan.eval_every):
-                    self._evaluate(step)
+                    with self._noticing_divergence(step):
+                        self._evaluate(step)
                 if self.on_step is not None:
                     self.on_step(self)
                 self._show(bar, losses)
@@ -203,6 +205,23 @@ class Trainer:
     def passed(self, every: int) -> bool:
         """Tell whether the update just taken reached or passed a multiple of `every` steps, or the end."""
         return self.step // every > self._before // every or self.step == self.plan.total_steps
+
+    @contextlib.contextmanager
+    def _noticing_divergence(self, step: int) -> Iterator[None]:
+        """Turn the failures that numbers which are not finite lead to into one, `Diverged`.
+
+        Once the norms of what trains are not finite, methods and libraries fail in their own ways, such as in an SVD.
+        """
+        try:
+            yield
+        except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+            if isinstance(error, FloatingPointError):
+                what = str(error)
+            elif not all(p.norm().isfinite() for p in self.optimizers.parameters()):
+                what = "the norm of what trains is not finite"
+            else:
+                raise
+            raise Diverged(f"{what} at step {step} of {self.plan.total_steps}") from error
 
     def _updates(self) -> Iterator[tuple[int, list[list[int]]]]:
         """Yield the updates to come: the step that each completes, and its micro-batches.
@@ -242,14 +261,14 @@ class Trainer:
         self.optimizers.set_schedule(self.step, warmup=self.plan.warmup, total=self.plan.total_steps)
         loss = float(self._gradients(batches))
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {step} of {self.plan.total_steps}")
+            raise FloatingPointError(f"the loss is {loss}")
         if step == 1:
             self.optimizers.check(self.bare_model)
         if self.scaler:
-            self.optimizers.unscale(self.scaler)
+            self._unscale(self.scaler)
         self.optimizers.clip(self.settings.max_grad_norm)
         self._restructure(self.method.before_step(step))
-        self.optimizers.step(self.scaler)
+        self.optimizers.step()
         if self.scaler:
             self.scaler.update()
         self._restructure(self.method.after_step(step))
@@ -340,6 +359,17 @@ class Trainer:
             total = self.accelerator.reduce(total, "sum")
         return total
 
+    def _unscale(self, scaler: torch.amp.GradScaler) -> None:
+        """Divide what the backward passes have left by the scaler's factor; where it has overflown, drop all of it.
+
+        Without gradients the step changes no parameter, and the policy takes nothing in.
+        """
+        if self.optimizers.unscale(scaler):
+            self.method.unscale_backward(scaler.get_scale())
+        else:
+            self.optimizers.zero_grad()
+            self.method.forget_backward()
+
     def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(self.scaler.scale(loss) if self.scaler else loss)
 
@@ -350,6 +380,9 @@ class Trainer:
     def _restructure(self, events: list[Event]) -> None:
         """Take over a structural change: new optimiser groups, and the model is prepared again."""
         if events:
+            for event in events:
+                if not event.finite:
+                    raise FloatingPointError(f"the numbers of event {event.kind} are not finite")
             self.result.events += events
             if any(event.reset for event in events):
                 self.optimizers.forget()

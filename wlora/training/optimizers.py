@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -131,21 +132,20 @@ class Optimizers:
                 factor = linear_schedule(step - start, warmup=warmup, total=total - start) if group["scheduled"] else 1.0
                 group["lr"] = group["peak"] * factor
 
-    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Update all parameters from their gradients, already unscaled and clipped.
+    def step(self) -> None:
+        """Update all parameters that have gradients, already unscaled and clipped.
 
-        With a scaler, a step with non-finite gradients is skipped by the scaler.
+        Not `GradScaler.step`: it would unscale again where a growth has rebuilt the optimisers since `unscale`.
         """
         for optimizer in self._rules.values():
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
+            optimizer.step()
 
-    def unscale(self, scaler: torch.amp.GradScaler) -> None:
-        """Divide all gradients by the scaler's factor."""
+    def unscale(self, scaler: torch.amp.GradScaler) -> bool:
+        """Divide all gradients by the scaler's factor; returns whether they are finite, all of them."""
         for optimizer in self._rules.values():
             scaler.unscale_(optimizer)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        return math.isfinite(float(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)))
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the clipped groups' gradients to a global norm of at most `max_norm`; returns the norm before."""
