@@ -6,11 +6,12 @@
 #   RESULTS=DIR       the study's folder                        [results/${SCALE}_study]
 #   DATA=DIR          local copies, one folder per task         [the hub]
 #   TASKS="rte mrpc"  METHODS="lora wlora"                      [all of the script]
+#   TUNE_SEED=N       the seed on which rates and warm-ups are chosen, above those that are reported   [100]
 #   JOBS=N            sweeps at once; with GPUS=N each takes one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
 
 set -euo pipefail
-export SCALE=${SCALE:-paper} RESULTS=${RESULTS:-results/${SCALE:-paper}_study} GPUS=${GPUS:-}
+export SCALE=${SCALE:-paper} RESULTS=${RESULTS:-results/${SCALE:-paper}_study} GPUS=${GPUS:-} TUNE_SEED=${TUNE_SEED:-100}
 case $SCALE in paper | cpu) ;; *) echo "error: SCALE=$SCALE: allowed is paper | cpu" >&2; exit 2 ;; esac
 extra=("$@") queue=() planned=()
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Table 3 (the paper, 4.1 and B.1): LoRA, WLoRA K = 100 and WLoRA+ on GLUE with Llama 3 8B, four ranks, all 224 linears.
-# experiment=table3 has the steps and batch sizes of Table 8, two accumulation steps, and the grids. On seed 0 first the
+# experiment=table3 has the steps and batch sizes of Table 8, two accumulation steps, and the grids. On TUNE_SEED first the
 # learning rate is tuned under a warm-up of 25, then the warm-up at that rate; then five seeds. Settings: scripts/study.sh;
 # scripts/table3.sh model.quantization=nf4 trains on a base in 4 bits, which the paper's percentages are those of.
 . "$(dirname "$0")/study.sh"
 
 [ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1 and 6 have a small study" >&2; exit 2; }
-for point in "warmup=25 seed=0" "lr=tuned seed=0" "lr=tuned warmup=tuned seed=range(5)"; do
+for point in "warmup=25 seed=$TUNE_SEED" "lr=tuned seed=$TUNE_SEED" "lr=tuned warmup=tuned seed=range(5)"; do
     for task in mnli sst2 cola qqp qnli rte mrpc stsb; do
         for method in lora wlora wlora_plus; do
             sweep $task $method experiment=table3 rank=1,2,4,8 k=100 $point

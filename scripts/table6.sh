@@ -10,7 +10,7 @@ paper)
     printed) protocol="train.max_steps=null task.epochs=1 warmup=null" ;;
     *) echo "error: PROTOCOL=$PROTOCOL: allowed is steps | printed" >&2; exit 2 ;;
     esac
-    for rate in "seed=0" "lr=tuned seed=range(5)"; do
+    for rate in "seed=$TUNE_SEED" "lr=tuned seed=range(5)"; do
         for task in mnli sst2 cola qqp qnli rte mrpc; do
             for method in wlora rlora; do sweep $task $method experiment=table6 k=1,5,10 $protocol $rate; done
         done
@@ -22,7 +22,7 @@ cpu)
     setting="model=minilm precision=bf16 task.batch_size=32 train.accumulation_steps=1"
     sst2="task.max_train_rows=4000 task.epochs=1" mrpc="task.epochs=2" qnli="task.max_train_rows=4000 task.epochs=1"
     tuned="lr=tuned tune_on=sst2 seed=range(3)"
-    for method in wlora rlora; do sweep sst2 $method $setting $sst2 k=1,3,5 seed=0 lr=3e-4,1e-3,3e-3; done
+    for method in wlora rlora; do sweep sst2 $method $setting $sst2 k=1,3,5 seed=$TUNE_SEED lr=3e-4,1e-3,3e-3; done
     stage
     for method in wlora rlora; do
         sweep sst2 $method $setting $sst2 k=1,3,5 $tuned

@@ -13,8 +13,9 @@ from wlora.export import find_record
 from wlora.figures import __main__ as figures
 from wlora.records import Record, RecordStore, seal, unseal
 from wlora.report import main as report
-from wlora.study import fill_tuned, read_runs, read_study
+from wlora.study import read_runs, read_study
 from wlora.tables import __main__ as tables
+from wlora.tuning import fill_tuned
 
 from .conftest import compose
 from .damage import KINDS, damage, flip

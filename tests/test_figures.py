@@ -18,7 +18,7 @@ from wlora.study import read_runs
 from .conftest import ROOT
 from .synthetic import make_record
 
-NAMES = ("dot_products", "memory", "adapters", "pareto", "curves", "selection")
+NAMES = ("dot_products", "memory", "adapters", "pareto", "curves", "rates", "selection")
 QUERY, KEY, VALUE = (f"bert.encoder.layer.{{}}.attention.self.{kind}" for kind in ("query", "key", "value"))
 
 
@@ -44,6 +44,8 @@ def one_of_each(results: Path, seeds: int = 1) -> None:
         )
         points = [{"step": step, "loss": 1 / step} for step in (10, 20)] + [{"step": 20, "metrics": {"accuracy": 0.8}}]
         (results / "records" / f"{record.run_id}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+        for lr in ("1e-3", "3e-3"):
+            make_record(results, "method=lora", "task=sst2", f"seed={seed}", f"lr={lr}", metrics=0.7)
         product = [{"step": 50, "kind": "dot_product", "adapter": QUERY.format(5), "value": -0.25}]
         make_record(results, "method=single", "task=sst2", "method.index=15", f"seed={seed}", events=product)
     point = {"order": "lowest first", "connected": 3, "saved_bytes": 2**30, "peak_bytes": None}
@@ -105,6 +107,37 @@ def test_pareto_draws_means_over_seeds_against_parameters_and_seconds(tmp_path: 
     upper, lower = scores.pareto(read_runs(tmp_path)).axes
     assert upper.lines[0].get_xydata().tolist() == [pytest.approx([1000, 0.8])]
     assert lower.lines[0].get_xydata().tolist() == [pytest.approx([11, 0.8])]
+
+
+def test_rates_draws_the_reported_seeds_or_the_tuning_seed_and_stars_the_choice(tmp_path: Path) -> None:
+    for lr, score in (("3e-4", 0.6), ("1e-3", 0.8), ("3e-3", 0.7)):
+        make_record(tmp_path, "method=lora", "task=sst2", "seed=100", f"lr={lr}", metrics=score)
+        for seed in range(3):
+            words = ("method=wlora", "k=5", "task=sst2", f"seed={seed}", f"lr={lr}")
+            make_record(tmp_path, *words, metrics=score - 0.1 + seed / 100)
+    for seed in range(3):
+        make_record(tmp_path, "method=lora", "task=sst2", f"seed={seed}", "lr=1e-3", metrics=0.75)
+    make_record(tmp_path, "method=probe", "task=sst2", metrics=0.5)  # at one rate: no line
+    (axis,) = scores.rates(read_runs(tmp_path)).axes
+    drawn = {container.get_label(): container for container in axis.containers}
+    assert drawn["LoRA"][0].get_xydata().tolist() == [[3e-4, 0.6], [1e-3, 0.8], [3e-3, 0.7]], "the tuning seed's"
+    assert drawn["WLoRA K=5"][0].get_ydata().tolist() == pytest.approx([0.51, 0.71, 0.61]) and drawn["WLoRA K=5"].has_yerr
+    stars = [container[0] for container in axis.containers if container[0].get_marker() == "*"]
+    assert sorted(tuple(star.get_xydata()[0]) for star in stars) == [
+        (1e-3, pytest.approx(0.71)),
+        (1e-3, pytest.approx(0.75)),
+    ]
+    assert axis.get_xscale() == "log" and [t.get_text() for t in axis.get_xticklabels()] == ["3e-4", "1e-3", "3e-3"]
+
+
+def test_a_figure_finds_its_model_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, seeds in (("minilm", 2), ("tiny_bert", 1)):
+        for seed in range(seeds):
+            make_record(tmp_path, "method=lora", "task=sst2", f"model={model}", f"seed={seed}")
+    figures.main(["pareto", f"results_dir={tmp_path}"])
+    assert "runs of model=minilm; model=NAME chooses among minilm, tiny_bert" in capsys.readouterr().out
+    figures.main(["pareto", f"results_dir={tmp_path}", "model=tiny_bert"])
+    assert "model=" not in capsys.readouterr().out
 
 
 def test_a_legend_of_long_names_stays_on_the_page(tmp_path: Path) -> None:

@@ -34,6 +34,16 @@ def test_the_page_has_tables_figures_environments_and_runs_and_nothing_outside(t
     assert "Table 5" not in page, "a table without runs is left out"
 
 
+def test_a_study_of_other_tasks_shows_its_summary(tmp_path: Path) -> None:
+    make_record(tmp_path, "method=lora", "task=story_nli", metrics=0.7123)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "table1.md").write_text("# Table 1\n\n| x (3) |")  # another command's
+    make_record(tmp_path, "method=lora", "task=rte", "task.columns=[a,b]", "model=tiny_bert", metrics=0.6123)
+    report.main([f"results_dir={tmp_path}"])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "0.7123" in page and "rte_own" in page and "minilm, tiny_bert" in page and "Table 1" not in page
+
+
 def test_without_records_there_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "records").mkdir()
     with pytest.raises(SystemExit) as end:

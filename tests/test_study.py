@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from wlora.config import restore_config
 from wlora.errors import ConfigError
-from wlora.study import choose_point, fill_tuned, flatten, read_runs, read_value, read_words, require_one_setting, select
+from wlora.records import RecordStore
+from wlora.study import Point, flatten, name_rows, read_runs, read_value, read_words, require_one_setting, select
+from wlora.tuning import Choice, choose_point, fill_tuned
 
 from .conftest import ROOT, compose, run_cli
 from .synthetic import make_record
@@ -33,7 +36,7 @@ def test_the_point_is_chosen_on_the_seed_with_most_points(tmp_path: Path) -> Non
     # Another seed did better at another rate, but was not tuned on.
     make_record(tmp_path, "task=sst2", "lr=1e-2", "seed=0", metrics=0.9)
     choice = choose_point(read_runs(tmp_path))
-    assert choice is not None and (choice.point, choice.seed, choice.compared) == ((1e-3, None), 3, 3)
+    assert choice is not None and (choice.point, choice.seed, choice.compared) == (Point(1e-3), 3, 3)
 
 
 def test_ties_go_to_the_lower_rate_and_diverged_runs_count_as_compared(tmp_path: Path) -> None:
@@ -42,6 +45,93 @@ def test_ties_go_to_the_lower_rate_and_diverged_runs_count_as_compared(tmp_path:
     choice = choose_point(read_runs(tmp_path))
     assert choice is not None and choice.point[0] == 1e-4 and choice.compared == 3
     assert choose_point([run for run in read_runs(tmp_path) if run.status == "diverged"]) is None
+
+
+def seeds_reported(results: Path) -> list[int]:
+    runs = read_runs(results)
+    choice = choose_point(runs)
+    assert choice is not None
+    return [run.seed for run in choice.reported(runs)]
+
+
+def test_a_tuning_seed_above_the_reported_ones_is_not_reported(tmp_path: Path) -> None:
+    for lr, score in (("1e-3", 0.8), ("3e-3", 0.7)):
+        make_record(tmp_path, "task=sst2", f"lr={lr}", "seed=100", metrics=score)
+    assert seeds_reported(tmp_path) == [100], "alone it is all there is"
+    for seed in range(3):
+        make_record(tmp_path, "task=sst2", "lr=1e-3", f"seed={seed}", metrics=0.6)
+    assert seeds_reported(tmp_path) == [0, 1, 2]
+    # The other seeds have run over the whole grid, too, and liked another rate.
+    for seed in range(3):
+        make_record(tmp_path, "task=sst2", "lr=3e-3", f"seed={seed}", metrics=0.9)
+    assert seeds_reported(tmp_path) == [0, 1, 2]
+    # Nor do points that only they have run at decide.
+    for warmup in (1, 2):
+        make_record(tmp_path, "task=sst2", "lr=3e-3", f"warmup={warmup}", "seed=0", metrics=0.9)
+    choice = choose_point(read_runs(tmp_path))
+    assert choice is not None and (choice.seed, choice.point.lr) == (100, 1e-3)
+    assert seeds_reported(tmp_path) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("tuning", [0, 1])
+def test_a_tuning_seed_among_the_reported_ones_is_reported(tuning: int, tmp_path: Path) -> None:
+    make_record(tmp_path, "task=sst2", "lr=3e-3", f"seed={tuning}", metrics=0.1)
+    for seed in range(3):
+        make_record(tmp_path, "task=sst2", "lr=1e-3", f"seed={seed}")
+    assert seeds_reported(tmp_path) == [0, 1, 2]
+
+
+def test_seeds_of_one_point_are_all_reported(tmp_path: Path) -> None:
+    for seed in (99, 100):
+        make_record(tmp_path, "task=sst2", f"seed={seed}")
+    assert seeds_reported(tmp_path) == [99, 100]
+
+
+def test_a_choice_at_the_edge_of_the_grid_says_so(tmp_path: Path) -> None:
+    points = (Point(1e-4, 5), Point(1e-3, 5), Point(1e-2, 5, 1e-3))
+    assert Choice(points[1], 0, points).edges() == {}
+    assert Choice(points[0], 0, points).describe(["lr", "warmup"]) == "lr=0.0001 (the smallest tried) warmup=5"
+    assert Choice(points[2], 0, points).edges() == {"lr": "largest"}, "one value of head_lr has no edge"
+
+
+def test_the_rate_of_the_head_is_tuned_beside_the_others(tmp_path: Path) -> None:
+    for head_lr, score in ((1e-2, 0.9), (1e-3, 0.7)):
+        make_record(tmp_path, "task=sst2", "lr=1e-4", f"head_lr={head_lr}", metrics=score)
+    words = ("model=minilm", "task.path=data", "task=sst2", "lr=1e-4", "head_lr=tuned")
+    config = compose(*words, f"results_dir={tmp_path}")
+    choice = fill_tuned(config, task_data="d", model_data="m")
+    assert choice is not None and config.head_lr == 1e-2 and choice.edges() == {"head_lr": "largest"}
+    assert choice.point.columns() == {"lr": 1e-4, "warmup": None, "head_lr": 1e-2}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["task.columns=[left,right]"],
+        ["task.labels=[YES,NO,MAYBE]"],
+        ["task.metrics=[accuracy,f1]"],
+        ["task.validation=[test]"],
+        ["task.kind=question_answering"],
+        ["task.path=null", "task.hub_id=me/mine"],
+    ],
+)
+def test_rows_that_are_not_the_benchmarks_have_a_name_of_their_own(words: list[str]) -> None:
+    assert name_rows(asdict(compose("task=rte", "task.path=data", *words).task)) == "rte_own"
+
+
+def test_a_sample_or_a_copy_of_the_benchmark_keeps_its_name() -> None:
+    for words in (["task.path=data"], ["task.max_train_rows=10", "task.max_eval_rows=5"], ["task.revision=abc"]):
+        assert name_rows(asdict(compose("task=rte", *words).task)) == "rte"
+    assert name_rows({"name": "mine", "columns": ["text"]}) == "mine"
+
+
+def test_own_rows_are_tuned_by_own_rows(tmp_path: Path) -> None:
+    own = "task.labels=[no,yes]"
+    grid(tmp_path, "method=lora", lr_1em4=0.9, lr_1em3=0.5)
+    grid(tmp_path, "method=lora", own, lr_1em4=0.5, lr_1em3=0.9)
+    assert tuned(tmp_path, "method=lora", "lr=tuned")[0] == 1e-4
+    assert tuned(tmp_path, "method=lora", "lr=tuned", own)[0] == 1e-3
+    assert {run.task for run in select(read_runs(tmp_path), {"task": "sst2_own"})} == {"sst2_own"}
 
 
 def tuned(results: Path, *words: str) -> tuple[float, int | None]:
@@ -100,6 +190,26 @@ def test_runs_of_different_settings_are_refused_with_the_way_to_choose(tmp_path:
     require_one_setting(read_runs(tmp_path), "here", part="method.")
     require_one_setting(read_runs(tmp_path), "here", but="task.")
     require_one_setting(select(read_runs(tmp_path), {"task.epochs": "1"}), "here")
+
+
+def test_a_key_that_only_some_runs_of_a_method_have_sets_them_apart(tmp_path: Path) -> None:
+    """Keys added later are left out of the setting of runs that were recorded before, or have them off."""
+    old = make_record(tmp_path, "task=sst2", "method=wlora_plus", "method.schedule=halvings", "seed=0")
+    del old.config["method"]["revision"]
+    RecordStore(tmp_path).write(old)
+    make_record(tmp_path, "task=sst2", "method=wlora_plus", "method.schedule=halvings", "seed=1")
+    make_record(tmp_path, "task=sst2", "method=lora", "seed=1")
+    runs = read_runs(tmp_path)
+    with pytest.raises(ConfigError, match=r"\(method.revision: 2 \| null\)"):
+        require_one_setting(runs, "here", part="method.revision")
+    assert [run.seed for run in select(runs, {"method.revision": "null", "method": "wlora_plus"})] == [0]
+    assert {run.method for run in select(runs, {"method.revision": "2"})} == {"wlora_plus", "lora"}
+    grown = [
+        make_record(tmp_path, "task=mrpc", f"seed={i}", f"train.grow_batch={kind}")
+        for i, kind in enumerate(("off", "micro"))
+    ]
+    with pytest.raises(ConfigError, match=r"train.grow_batch: micro \| off"):
+        require_one_setting([run for run in read_runs(tmp_path) if run.record in grown], "here")
 
 
 def test_selection_by_any_key(tmp_path: Path) -> None:

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
 
 from wlora.errors import ConfigError
+from wlora.records import Record, RecordStore
 from wlora.study import read_runs
 from wlora.tables.__main__ import main
 from wlora.tables.caption import caption, notes
 from wlora.tables.cells import Table, fill
 from wlora.tables.comparisons import compare_rows
 from wlora.tables.grid import count_text, draw, draw_companion, parameters_text
-from wlora.tables.layouts import LAYOUTS, Row
+from wlora.tables.layouts import LAYOUTS, Row, row_of
 from wlora.tables.paper import paper_folder, paper_table, read_printed, unexplained_averages
 from wlora.tables.writing import escape, runs_csv, to_csv, to_latex, to_markdown
 
@@ -23,6 +25,8 @@ WLORA, RLORA, LORA = Row("wlora", 8, 5), Row("rlora", 8, 5), Row("lora", 8)
 
 
 def record(results: Path, method: str, task: str, seed: int, score: float, *words: str, **options: object) -> None:
+    if "task_rows" in options:
+        options["task"] = {"name": task, "data": "d", "train_rows": options.pop("task_rows")}
     if task == "mrpc":
         options["metrics"] = {"accuracy": score, "f1": score + 0.1, "accuracy_f1": score + 0.05}
     make_record(
@@ -119,7 +123,7 @@ def test_a_golden_table(tmp_path: Path) -> None:
     for words in (
         "minilm (1.0M parameters): dev sets, after the last step",
         "seeds 0 to 2",
-        "Training: SST-2 (100 rows) 50 steps of 32 rows; MRPC (100 rows) 50 steps of 64 rows.",
+        "Training: SST-2 (a sample: 100 of 67,349 rows) 50 steps of 32 rows; MRPC (a sample: 100 of 3,668 rows) 50 steps",
         "SST-2 and MRPC the one value that was run",
         "compat=paper, precision=fp32",
         "ALL is over SST-2 and MRPC",
@@ -263,6 +267,118 @@ def test_unfinished_runs_are_missing_and_wholly_diverged_cells_say_so(tmp_path: 
     assert (ada.missing, ada.diverged, ada.summaries) == (0, 2, ())
     assert "| AdaLoRA |  | – | diverged (2) |" in to_markdown(draw(table))
     assert "2 of 2 runs of AdaLoRA on sst2" in " ".join(notes(table))
+
+
+def test_wlora_plus_at_its_default_k_is_the_papers_row(tmp_path: Path) -> None:
+    """18 adapters: n / 4 is 5. A record's cut tells n where adapter.path gave fewer."""
+    record(tmp_path, "wlora_plus", "sst2", 0, 0.5)
+    record(tmp_path, "wlora_plus", "sst2", 1, 0.6, "k=9")
+    record(tmp_path, "wlora_plus", "mrpc", 0, 0.5, "method.schedule=halvings")
+    cut = {"step": 1, "kind": "cut", "omega": dict.fromkeys(map(str, range(36)), 1.0)}
+    record(tmp_path, "wlora_plus", "qnli", 0, 0.7, "k=9", events=[cut])
+    table = filled(tmp_path, "1")
+    assert [row.label for row in table.rows if row.method == "wlora_plus"] == ["WLoRA+", "WLoRA+ K=9"]
+    assert table.cells[Row("wlora_plus", 8, 9), "sst2"].summaries[0].mean == 0.6
+    assert {run.task for run in table.runs() if row_of(run) == Row("wlora_plus", 8)} == {"sst2", "mrpc", "qnli"}
+
+
+def test_wlora_plus_of_today_is_never_averaged_with_that_of_old(tmp_path: Path) -> None:
+    old = make_record(tmp_path, "method=wlora_plus", "task=sst2", "method.schedule=halvings", "seed=1")
+    del old.config["method"]["revision"]
+    RecordStore(tmp_path).write(old)
+    record(tmp_path, "wlora_plus", "sst2", 0, 0.5, "method.schedule=halvings")
+    with pytest.raises(ConfigError, match=r"WLoRA\+ on sst2: .*method.revision: 2 \| null"):
+        filled(tmp_path, "1")
+
+
+def test_the_tuning_seed_is_not_averaged_and_edges_are_said(tmp_path: Path) -> None:
+    for method in ("lora", "adalora", "melora", "flexlora", "alora"):
+        for lr, score in (("1e-3", 0.6), ("3e-3", 0.9 if method != "alora" else 0.5)):
+            record(tmp_path, method, "sst2", 100, score, f"lr={lr}")
+        record(tmp_path, method, "sst2", 0, 0.7, f"lr={'1e-3' if method == 'alora' else '3e-3'}")
+    table = filled(tmp_path, "1")
+    assert table.cells[LORA, "sst2"].summaries[0].mean == pytest.approx(0.7)
+    said = caption(table)
+    assert "One run each (seed 0)." in said and "the best of 2 on seed 100" in said
+    assert "On SST-2 the largest learning rate tried was chosen for every setting but ALoRA." in said
+    assert "On SST-2 the smallest learning rate tried was chosen for ALoRA. A wider grid" in said
+
+
+def test_a_sample_is_said_to_be_one(tmp_path: Path) -> None:
+    for task, rows in (("sst2", 100), ("rte", 2490), ("mrpc", 5000)):
+        record(tmp_path, "lora", task, 0, 0.5, task_rows=rows)
+    said = caption(filled(tmp_path, "1"))
+    assert "SST-2 (a sample: 100 of 67,349 rows)" in said and "RTE (2,490 rows)" in said
+    assert "MRPC (5,000 rows, where the benchmark has 3,668)" in said
+
+
+# Own rows, models, best evaluations
+
+
+def test_own_rows_stand_in_no_column_of_the_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, "lora", "rte", 0, 0.9123, "task.columns=[left,right]")
+    main(["1", f"results_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "0.9123" not in printed and "1 runs on rte_own are not in table 1" in printed
+    main(["all", f"results_dir={tmp_path}"])
+    assert "| rte_own | LoRA | 0.9123 (1) |" in capsys.readouterr().out
+    assert not (tmp_path / "tables" / "table2.md").exists(), "no table of dashes"
+    record(tmp_path, "lora", "rte", 0, 0.5)
+    main(["all", f"results_dir={tmp_path}"])
+    assert "summary.md: 2 settings" in capsys.readouterr().out
+    page = (tmp_path / "tables" / "table1.md").read_text(encoding="utf-8")
+    assert "0.5000" in page and "0.9123" not in page
+
+
+def test_a_table_finds_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, task, number in (("minilm", "sst2", 2), ("tiny_bert", "sst2", 1), ("tiny_bart", "xsum", 1)):
+        for seed in range(number):
+            record(tmp_path, "lora", task, seed, 0.5, f"model={model}", "targets=all", "task.max_length=128")
+    main(["all", f"results_dir={tmp_path}"])
+    told = capsys.readouterr().out
+    assert [line.rpartition("model=")[2] for line in lines(told)] == ["minilm)"] * 4 + ["tiny_bart)", "minilm)"]
+    main(["2", f"results_dir={tmp_path}", "model=tiny_bert"])
+    assert "(model=tiny_bert)" in capsys.readouterr().out
+    record(tmp_path, "lora", "sst2", 0, 0.5, "model=deberta_v3_base", "targets=all")
+    main(["2", f"results_dir={tmp_path}"])
+    assert "(model=deberta_v3_base)" in capsys.readouterr().out, "the paper's, wherever it has a run"
+
+
+def curve(results: Path, run: Record, *scores: float) -> None:
+    points = [{"step": step, "loss": 1.0, "metrics": {"accuracy": score}} for step, score in enumerate(scores)]
+    (results / "records" / f"{run.run_id}.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+
+
+def test_the_best_evaluation_stands_beside_the_last_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        words = ("method=lora", "task=sst2", f"seed={seed}")
+        curve(tmp_path, make_record(tmp_path, *words, metrics=0.5), 0.6, 0.8 + seed / 10, 0.5)
+    main(["1", f"results_dir={tmp_path}"])
+    assert "| 0.5000 ± 0.0000 (2) |" in capsys.readouterr().out
+    main(["1", f"results_dir={tmp_path}", "score=best"])
+    printed = capsys.readouterr().out
+    assert "| 0.8500 ± 0.0707 (2) |" in printed and "optimistic" in printed and "after the last step" not in printed
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "tables" / "table1.csv").open())}
+    assert (rows["lora"]["sst2_accuracy"], rows["lora"]["sst2_accuracy_best"]) == ("0.500000", "0.850000")
+    main(["summary", f"results_dir={tmp_path}", "score=best"])
+    assert "| 0.8500 ± 0.0707 (2) |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["1", f"results_dir={tmp_path}", "score=first"])
+    assert "error: score=first: allowed is last | best" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"step": 1, "metrics": 3}\n[1]\n', '{"metrics": {"accuracy": NaN}}\n'])
+def test_without_a_curve_the_best_is_empty(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curve(tmp_path, make_record(tmp_path, "method=lora", "task=sst2", "seed=0"), 0.9)
+    other = make_record(tmp_path, "method=lora", "task=sst2", "seed=1")
+    if content is not None:
+        (tmp_path / "records" / f"{other.run_id}.jsonl").write_text(content)
+    main(["1", f"results_dir={tmp_path}", "score=best"])
+    told = capsys.readouterr()
+    assert "notice: 1 runs have no readable learning curve with evaluations" in told.err
+    assert "| LoRA | 1.00K (0.10%) | – | – |" in told.out and "2 runs stand in cells whose best evaluations" in told.out
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "tables" / "table1.csv").open())}
+    assert (rows["lora"]["sst2_accuracy"], rows["lora"]["sst2_accuracy_best"]) == ("0.500000", "")
 
 
 # Comparisons and companions

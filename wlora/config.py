@@ -161,7 +161,7 @@ class Config:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.05
-    lr: Any = 5e-4  # a float, or "tuned" until `wlora.study.fill_tuned`
+    lr: Any = 5e-4  # a float, or "tuned" until `wlora.tuning.fill_tuned`
     head_lr: Any = None  # a float, None for lr, or "tuned"
     warmup: Any = None  # an int or None, or "tuned"
     tune_on: str | None = None

@@ -216,8 +216,8 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     The runs of a sweep share what they load.
     """
     from wlora.models.source import locate
-    from wlora.study import fill_tuned
     from wlora.tasks.data import fingerprint
+    from wlora.tuning import fill_tuned, wanted_keys
     from wlora.validation import resolve
 
     _refuse_foreign_task(composed)
@@ -230,10 +230,11 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     resolve(config)
     require_all(config)
     source, data = locate(config.model), fingerprint(config.task)
+    wanted = wanted_keys(config)
     choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
     if choice is not None and is_main():
         where = config.tune_on or config.task.name
-        print(f"tuned: lr={config.lr:g} warmup={config.warmup}, best of {choice.compared} on {where} seed={choice.seed}")
+        print(f"tuned: {choice.describe(wanted)}, best of {choice.compared} on {where} seed={choice.seed}")
 
     if config.dry_run:
         from wlora.dry_run import describe

@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,6 +25,7 @@ from wlora.console import protect_output
 from wlora.errors import ConfigError
 from wlora.staging import staged
 from wlora.study import Run, read_study, read_words, select
+from wlora.tables.cells import NOT_COMPARED
 
 USAGE = """\
 usage: python -m wlora.report [key=value ...]
@@ -32,7 +33,8 @@ usage: python -m wlora.report [key=value ...]
 Writes <results_dir>/report.html: all tables and figures of one study, its environments, and its runs.
 
   results_dir=results     the study
-  model=NAME              whose runs the tables show; default: the model of most runs
+  model=NAME              whose runs to show; default: as python -m wlora.tables and wlora.figures find them
+  score=last|best         as for python -m wlora.tables
   key=value,value         as for python -m wlora.tables"""
 
 # What the tables' Markdown becomes besides; all else in it that looks like HTML is escaped.
@@ -106,7 +108,7 @@ def write(words: Sequence[str]) -> Path:
     Raises:
         ConfigError: no records, or what tables and figures refuse.
     """
-    names, options, filters = read_words(words, {"results_dir": "results", "model": None})
+    names, options, filters = read_words(words, {"results_dir": "results", "model": None, "score": "last"})
     if names:
         raise ConfigError(f"report {' '.join(names)}: allowed is key=value")
     if importlib.util.find_spec("markdown_it") is None:
@@ -116,11 +118,19 @@ def write(words: Sequence[str]) -> Path:
     runs = select(runs, filters)
     if not runs:
         raise ConfigError(f"results_dir={results}: no records to report")
-    model = options["model"] or Counter(run.model for run in runs).most_common(1)[0][0]
-    shared = [f"results_dir={results}", *(f"{key}={value}" for key, value in filters.items())]
-    made = (["wlora.tables", "all", *shared, f"model={model}"], ["wlora.figures", "all", *shared, f"model={model}"])
+    made, summarized = _commands(results, options, filters, runs)
     notices = [f"notice: {fault}; it is left out" for fault in faults]
-    notices += [line for command in made for line in _run(command)]
+    printed = ""
+    for command in made:
+        said, told = _run(command)
+        printed += said
+        notices += told
+    # What these commands have made, not what others have left in the folders.
+    pages = [
+        *re.findall(r"^(.+/table\w+\.md): ", printed, re.MULTILINE),
+        *([results / "tables" / "summary.md"] * summarized),
+    ]
+    images = re.findall(r"^(.+?\.png)  ", printed, re.MULTILINE)
     for line in dict.fromkeys(notices):
         print(line, file=sys.stderr)
     commits = sorted({str(run.record.environment.get("git_commit"))[:10] for run in runs})
@@ -128,11 +138,12 @@ def write(words: Sequence[str]) -> Path:
         title=html.escape(f"wlora: {results.name}"),
         summary=html.escape(
             f"{len(runs)} runs of {len({run.method for run in runs})} methods on {len({run.task for run in runs})} tasks, "
-            f"{model}; scores are on the dev sets. Code: commit {', '.join(commits)}."
+            f"{', '.join(sorted({run.model for run in runs}))}; scores are on the dev sets. "
+            f"Code: commit {', '.join(commits)}."
         ),
         notices="\n".join(f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(notices)),
-        tables="\n".join(_tables(results / "tables")),
-        figures="\n".join(_figures(results / "figures")) or "<p>None can be drawn from these records.</p>",
+        tables="\n".join(_tables(map(Path, pages))),
+        figures="\n".join(_figures(map(Path, images))) or "<p>None can be drawn from these records.</p>",
         environments=_table(*_environments(runs)),
         commands=html.escape("\n".join(shlex.join(["python", "-m", *command]) for command in made)),
         runs=_table(*_runs(runs)),
@@ -147,8 +158,21 @@ def write(words: Sequence[str]) -> Path:
     return target
 
 
-def _run(command: list[str]) -> list[str]:
-    """Run another entry point in this process, quietly; returns its notices, what it refuses is told as ours."""
+def _commands(
+    results: Path, options: dict[str, str | None], filters: dict[str, str], runs: Sequence[Run]
+) -> tuple[list[list[str]], bool]:
+    """Return the commands whose output the report holds, and whether the summary, which needs a run, is among them."""
+    shared = [f"results_dir={results}", *(f"{key}={value}" for key, value in filters.items())]
+    shared += [f"model={options['model']}"] if options["model"] else []
+    scored = [] if options["score"] == "last" else [f"score={options['score']}"]
+    shown = [run for run in runs if run.method not in NOT_COMPARED and options["model"] in (None, run.model)]
+    summarized = any(run.status == "success" for run in shown)
+    summary = [["wlora.tables", "summary", *shared, *scored]] if summarized else []
+    return [["wlora.tables", "all", *shared, *scored], *summary, ["wlora.figures", "all", *shared]], summarized
+
+
+def _run(command: list[str]) -> tuple[str, list[str]]:
+    """Run another entry point in this process; returns what it printed and its notices. What it refuses is told as ours."""
     from wlora.figures import __main__ as figures
     from wlora.tables import __main__ as tables
 
@@ -161,15 +185,15 @@ def _run(command: list[str]) -> list[str]:
         if end.code:
             lines = [line for line in wrong.getvalue().splitlines() if not line.startswith("notice: ")]
             raise ConfigError("\n".join(lines).removeprefix("error: ")) from None
-    return [line for line in wrong.getvalue().splitlines() if line.startswith("notice: ")]
+    return said.getvalue(), [line for line in wrong.getvalue().splitlines() if line.startswith("notice: ")]
 
 
-def _tables(folder: Path) -> Iterator[str]:
-    """Yield every table's page as HTML, those without any run left out."""
+def _tables(files: Iterable[Path]) -> Iterator[str]:
+    """Yield every table's page and the summary as HTML, those without any run left out."""
     from markdown_it import MarkdownIt
 
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
-    for file in sorted(folder.glob("table*.md")):
+    for file in files:
         text = file.read_text(encoding="utf-8")
         if not re.search(r"\(\d+\) \|", text):
             continue
@@ -179,8 +203,8 @@ def _tables(folder: Path) -> Iterator[str]:
         yield rendered
 
 
-def _figures(folder: Path) -> Iterator[str]:
-    for file in sorted(folder.glob("*.png")):
+def _figures(files: Iterable[Path]) -> Iterator[str]:
+    for file in sorted(files):
         content = base64.b64encode(file.read_bytes()).decode()
         name = html.escape(file.stem)
         yield f'<figure><img alt="{name}" src="data:image/png;base64,{content}"><figcaption>{name}</figcaption></figure>'

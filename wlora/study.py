@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from wlora.config import Config, restore_config, scientific_fields
+from omegaconf import OmegaConf
+
+from wlora.config import METHOD_LATER, TaskConfig, config_folder, restore_config, scientific_fields
 from wlora.environment import name_machine
 from wlora.errors import ConfigError, unknown_name
+from wlora.models.targets import count_targets, read_architecture
 from wlora.records import Record, RecordStore
 
-Point = tuple[float, int | None]
-"""What is tuned: learning rate and warm-up (None: the default)."""
+
+class Point(NamedTuple):
+    """What is tuned.
+
+    Attributes:
+        lr: the learning rate.
+        warmup: the warm-up; None for the default.
+        head_lr: the learning rate of head and pooler; None where it is `lr`.
+    """
+
+    lr: float
+    warmup: int | None = None
+    head_lr: float | None = None
+
+    def columns(self) -> dict[str, float | int | None]:
+        """Return the coordinates by key, `head_lr` only where it is set: most studies have none."""
+        return {key: value for key, value in self._asdict().items() if key != "head_lr" or value is not None}
+
 
 ENDED = ("success", "diverged")
 """A run with one of these has its result: more steps or another try would not change it."""
 
 _NAMES = ("task", "model", "method")
-_ENVIRONMENT = ("precision", "task.version", "wlora")
 
 
 @dataclass(frozen=True)
@@ -30,7 +49,7 @@ class Run:
 
     Attributes:
         record: the record.
-        setting: every scientific field but learning rate, warm-up and seed, flat (`task.epochs`, `method.k`), and the
+        setting: every scientific field but those of `Point` and the seed, flat (`task.epochs`, `method.k`), and the
             versions of data and program (`task.version`, `wlora`).
     """
 
@@ -42,10 +61,10 @@ class Run:
         """How the run ended."""
         return self.record.status
 
-    @property
+    @cached_property
     def task(self) -> str:
-        """Name of the task."""
-        return str(self.record.config["task"]["name"])
+        """Name under which its rows stand (`name_rows`)."""
+        return name_rows(self.record.config["task"])
 
     @property
     def model(self) -> str:
@@ -64,8 +83,8 @@ class Run:
 
     @property
     def point(self) -> Point:
-        """Learning rate and warm-up."""
-        return self.record.config["lr"], self.record.config["warmup"]
+        """Learning rates and warm-up."""
+        return Point(self.record.config["lr"], self.record.config["warmup"], self.record.config.get("head_lr"))
 
     @property
     def rank(self) -> int | None:
@@ -80,6 +99,17 @@ class Run:
         method = self.record.config["method"]
         return int(method["k"]) if "k" in method and method.get("schedule", "single") == "single" else None
 
+    @cached_property
+    def n(self) -> int | None:
+        """The number of adapters at the start, None where nothing tells it."""
+        cuts = [event["omega"] for event in self.record.events if event["kind"] in ("cut", "select") and "omega" in event]
+        if cuts:
+            return len(cuts[0])
+        targets = self.record.config["method"].get("targets")
+        # The model's folder need not be on this machine.
+        architecture = read_architecture(replace(restore_config(self.record.config).model, path=None))
+        return count_targets(architecture, targets) if targets and architecture else None
+
     @property
     def machine(self) -> str:
         """What it ran on."""
@@ -91,19 +121,32 @@ class Run:
         return self.record.metrics[self.record.primary_metric]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The learning rate and warm-up chosen for one setting.
+# What a task's rows are. Where the rows come from counts only without `task.path`, which may be a copy.
+_SCHEMA = ("kind", "benchmark", "columns", "labels", "validation", "metrics", "unanswerable")
+_SOURCE = ("hub_id", "subset", "generator")
 
-    Attributes:
-        point: the best on the tuning seed.
-        seed: the tuning seed.
-        compared: how many points were compared there, diverged ones included.
+
+def name_rows(task: Mapping[str, Any]) -> str:
+    """Return the name under which the rows of a task's configuration stand: NAME, or NAME_own where they are not NAME's.
+
+    They are not where schema or source differ from the task's YAML, as after `task.columns=...`: a table would print
+    such rows as the benchmark's.
     """
+    name = str(task["name"])
+    benchmark = shipped_task(name)
+    keys = _SCHEMA if task.get("path") else _SCHEMA + _SOURCE
+    own = benchmark and any(key in task and task[key] != benchmark[key] for key in keys)
+    return f"{name}_own" if own else name
 
-    point: Point
-    seed: int
-    compared: int
+
+@cache
+def shipped_task(name: str) -> dict[str, Any]:
+    """Return a task's keys as its YAML has them, empty for a task without one."""
+    file = config_folder() / "task" / f"{name}.yaml"
+    if not file.is_file():
+        return {}
+    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return {**asdict(TaskConfig()), **content}
 
 
 def read_study(results_dir: str | Path) -> tuple[list[Run], list[str]]:
@@ -130,7 +173,7 @@ def read_study(results_dir: str | Path) -> tuple[list[Run], list[str]]:
 
 def _whole(run: Run) -> Run:
     """Return a run of which everything can be asked that a `Run` tells; KeyError, TypeError or ValueError else."""
-    for name in ("task", "model", "method", "seed", "point", "rank", "k"):
+    for name in ("task", "model", "method", "seed", "point", "rank", "k", "n"):
         getattr(run, name)
     if run.status == "success":
         float(run.score)
@@ -147,6 +190,15 @@ def read_runs(results_dir: str | Path) -> list[Run]:
     for fault in faults:
         print(f"notice: {fault}; it is left out", file=sys.stderr)
     return runs
+
+
+def read_curve(store: RecordStore, run: Run) -> list[dict[str, Any]]:
+    """Read a run's learning curve; a damaged one is told in a line and left out."""
+    try:
+        return store.read_curve(run.record)
+    except ConfigError as damage:
+        print(f"notice: {damage}; it is left out", file=sys.stderr)
+        return []
 
 
 def read_words(
@@ -178,94 +230,21 @@ def setting_of(record: Record) -> dict[str, Any]:
         precision=record.environment.get("precision", config.precision),
     )
     versions = {"task.version": None if local else data, "wlora": record.environment.get("wlora")}
-    return {**_without_point(fields), **versions}
+    return {**without_point(fields), **versions}
 
 
-def choose_point(runs: Iterable[Run]) -> Choice | None:
-    """Choose learning rate and warm-up among the ended runs of one setting; None if none succeeded.
-
-    The tuning seed is the one with the most points (the lowest of several), so runs of other seeds at the chosen point
-    never move the choice. The best primary metric on the dev set wins, at a tie the lower rate and the shorter warm-up.
-    """
-    points: dict[int, dict[Point, Run]] = {}
-    for run in runs:
-        if run.status in ENDED:
-            points.setdefault(run.seed, {})[run.point] = run
-    if not points:
-        return None
-    seed = max(points, key=lambda seed: (len(points[seed]), -seed))
-    succeeded = [run for run in points[seed].values() if run.status == "success"]
-    if not succeeded:
-        return None
-    best = max(succeeded, key=lambda run: (run.score, -run.point[0], -(run.point[1] or 0)))
-    return Choice(best.point, seed, len(points[seed]))
-
-
-def same_setting(
-    config: Config, runs: Iterable[Run], *, task_data: str | None, model_data: str | None, task: str | None = None
-) -> list[Run]:
-    """Return the runs that differ from a configuration in learning rate, warm-up, seed, precision or version alone.
-
-    Args:
-        config: a resolved configuration; `lr` and `warmup` may be `tuned`.
-        runs: a study's.
-        task_data: content fingerprint of local or generated data, None for the hub.
-        model_data: content fingerprint of local weights, None for the hub.
-        task: another task, whose rows and steps may then be any; None for the configuration's own.
-    """
-    task = task or config.task.name
-    parts = ("",) if task == config.task.name else ("method.", "model.", "compat")
-    fields = scientific_fields(config, task_data=task_data, model_data=model_data, precision="")
-    own = _shared(_without_point(fields), parts)
-    return [run for run in runs if run.task == task and _shared(run.setting, parts) == own]
-
-
-def choose_tuned(config: Config, runs: Iterable[Run], *, task_data: str | None, model_data: str | None) -> Choice | None:
-    """Choose what `tuned` stands for: the best recorded point of the same setting, or of it on the task `tune_on`.
-
-    Raises:
-        ConfigError: on `tune_on` there are runs of several settings.
-    """
-    same = same_setting(config, runs, task_data=task_data, model_data=model_data, task=config.tune_on)
-    require_one_setting(same, f"tune_on={config.tune_on}", ignore=_ENVIRONMENT)
-    return choose_point(same)
-
-
-def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
-    """Replace `tuned` in `lr` and `warmup` by recorded values (`choose_tuned`); None where nothing was to be tuned.
-
-    Raises:
-        ConfigError: no record to choose from, a damaged one (which may be the best), or records of `tune_on` in more than
-            one setting.
-    """
-    wanted = [key for key in ("lr", "warmup") if getattr(config, key) == "tuned"]
-    if not wanted:
-        if config.tune_on is not None:
-            raise ConfigError(f"tune_on={config.tune_on}: allowed is null, as neither lr nor warmup is tuned")
-        return None
-    runs, faults = read_study(config.results_dir) if Path(config.results_dir).is_dir() else ([], [])
-    if faults:
-        raise ConfigError(
-            f"{wanted[0]}=tuned: {faults[0]}, so the best is not known\n"
-            "way out: the commands of its study do that run again; or remove what is left of it"
-        )
-    choice = choose_tuned(config, runs, task_data=task_data, model_data=model_data)
-    if choice is None:
-        task = config.tune_on or config.task.name
-        raise ConfigError(
-            f"{wanted[0]}=tuned: {config.results_dir} has no finished run of method={config.method['name']} in this "
-            f"setting on task={task}\nway out: run a grid first, as in -m task={task} lr=5e-5,5e-4,5e-3"
-        )
-    for key, value in zip(("lr", "warmup"), choice.point, strict=True):
-        if key in wanted:
-            setattr(config, key, value)
-    return choice
+def main_model(runs: Iterable[Run], favourite: str | None = None) -> str | None:
+    """Return the model to show: the favourite if it has a successful run, else that of most; None without any."""
+    counts = Counter(sorted(run.model for run in runs if run.status == "success"))
+    return favourite if favourite in counts else next((model for model, _ in counts.most_common(1)), None)
 
 
 def require_one_setting(
     runs: Sequence[Run], where: str, *, part: str = "", but: str | None = None, ignore: Sequence[str] = ()
 ) -> None:
-    """Refuse runs that differ in more than learning rate, warm-up and seed: they must not be averaged or compared.
+    """Refuse runs that differ in more than their point and seed: they must not be averaged or compared.
+
+    A key that only some runs of a method have was added after the others were recorded, or is off in them.
 
     Args:
         runs: what is to be put side by side.
@@ -278,10 +257,11 @@ def require_one_setting(
         ConfigError: with the fields that differ, their values, and the way to choose.
     """
     found: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        for key, value in run.setting.items():
-            if key.startswith(part) and key not in ignore and not (but and key.startswith(but)):
-                found.setdefault(key, {})[repr(value)] = value
+    for key in sorted({key for run in runs for key in run.setting}):
+        if key.startswith(part) and key not in ignore and not (but and key.startswith(but)):
+            has = {run.method for run in runs if key in run.setting}
+            values = [_lookup(run, key)[1] for run in runs if run.method in has or not key.startswith("method.")]
+            found[key] = {repr(value): value for value in values}
     mixed = {key: [values[text] for text in sorted(values)] for key, values in found.items() if len(values) > 1}
     if mixed:
         listed = "; ".join(f"{key}: {' | '.join(show(value) for value in values)}" for key, values in sorted(mixed.items()))
@@ -309,7 +289,8 @@ def select(runs: Iterable[Run], filters: dict[str, str]) -> list[Run]:
     """Keep the runs whose configuration has one of the values given for every key, as in `task=sst2,mrpc seed=0`.
 
     Keys are those of the configuration (`task`, `model` and `method` mean their names, `wlora`, `task.version` and
-    `task.data` what `Run.setting` holds). A key that a run's method does not have lets the run pass.
+    `task.data` what `Run.setting` holds). A key that a run's method does not have lets the run pass; where other runs of
+    the method have it, it is null.
 
     Raises:
         ConfigError: a key that no record has.
@@ -318,11 +299,12 @@ def select(runs: Iterable[Run], filters: dict[str, str]) -> list[Run]:
     for key, text in filters.items():
         allowed = [read_value(word) for word in text.split(",")]
         values = [_lookup(run, key) for run in kept]
-        if kept and not any(found for found, _ in values):
+        has = {run.method for run, (found, _) in zip(kept, values, strict=True) if found}
+        if kept and not has:
             parent = key.rpartition(".")[0]
             names = {name for run in kept for name in (*run.record.config, *run.setting)}
             raise unknown_name(f"{key}={text}", key, {name for name in names if name.rpartition(".")[0] == parent} or names)
-        kept = [run for run, (found, value) in zip(kept, values, strict=True) if not found or value in allowed]
+        kept = [run for run, (_, value) in zip(kept, values, strict=True) if run.method not in has or value in allowed]
     return kept
 
 
@@ -352,18 +334,15 @@ def _lookup(run: Run, key: str) -> tuple[bool, Any]:
     value: Any = run.record.config
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            return False, None
+            later = METHOD_LATER.get(run.method, {})
+            name = key.removeprefix("method.")
+            return name != key and name in later, later.get(name)
         value = value[part]
     return True, value
 
 
-def _without_point(fields: dict[str, Any]) -> dict[str, Any]:
-    return flatten({key: value for key, value in fields.items() if key not in ("version", "lr", "warmup", "seed")})
-
-
-def _shared(setting: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that two settings must share for one to be tuned by the other."""
-    return {key: value for key, value in setting.items() if key.startswith(tuple(parts)) and key not in _ENVIRONMENT}
+def without_point(fields: dict[str, Any]) -> dict[str, Any]:
+    return flatten({key: value for key, value in fields.items() if key not in ("version", "seed", *Point._fields)})
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,17 +23,18 @@ from wlora.errors import ConfigError, wrong_value
 from wlora.jobs import explain
 from wlora.models.source import locate
 from wlora.presets import apply_presets
-from wlora.study import Run, choose_tuned, read_runs, read_value, same_setting
+from wlora.study import Point, Run, name_rows, read_runs, read_value
 from wlora.tasks.data import fingerprint
 from wlora.training.plan import make_plan
+from wlora.tuning import choose_tuned, same_setting, wanted_keys
 from wlora.validation import RULES, resolve, satisfies
 
 # Overrides that tell the runs of one cell apart; everything else is composed once per cell.
-_POINT = ("lr", "warmup", "seed", "tune_on")
+_POINT = (*Point._fields, "seed", "tune_on")
 
 
 class Cell:
-    """The runs of one setting: those asked for, as (lr, warm-up, seed), and those recorded.
+    """The runs of one setting: those asked for, as (point, seed), and those recorded.
 
     Attributes:
         config: the resolved configuration of any of them.
@@ -44,7 +45,7 @@ class Cell:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.wanted: set[tuple[Any, Any, int]] = set()
+        self.wanted: set[tuple[Point, int]] = set()
         folder = Path(config.results_dir)
         self._runs = _read(folder) if folder.is_dir() else []
         self._data = {"task_data": fingerprint(config.task), "model_data": locate(config.model).fingerprint}
@@ -52,9 +53,9 @@ class Cell:
         self.seconds = expected_seconds(config, self._runs)
 
     @property
-    def done(self) -> set[tuple[Any, Any, int]]:
+    def done(self) -> set[tuple[Point, int]]:
         """The runs asked for that have a successful record."""
-        return {(*run.point, run.seed) for run in self._same if run.status == "success"} & self.wanted
+        return {(run.point, run.seed) for run in self._same if run.status == "success"} & self.wanted
 
     @property
     def left(self) -> int:
@@ -72,27 +73,30 @@ class Cell:
                 key: read_value(words[key]) if key in words else getattr(self.config, key) for key in _POINT
             }
             config = dataclasses.replace(self.config, **values)
-            choice = None
-            if "tuned" in (config.lr, config.warmup):
+            wanted, choice = wanted_keys(config), None
+            if wanted:
                 choice = choose_tuned(config, self._runs, **self._data)
                 own = config.tune_on in (None, config.task.name)
                 if choice is None and own and self._covers(config):
                     continue  # the best of the grid, whichever it will be
             if choice is not None:
-                chosen: dict[str, Any] = dict(zip(("lr", "warmup"), choice.point, strict=True))
-                config = dataclasses.replace(config, **{key: chosen[key] for key in chosen if values[key] == "tuned"})
+                config = dataclasses.replace(config, **{key: getattr(choice.point, key) for key in wanted})
             _check(config)
-            self.wanted.add((config.lr, config.warmup, config.seed))
+            self.wanted.add((_point(config), config.seed))
 
     def _covers(self, config: Config) -> bool:
         """Tell whether a run that is asked for may turn out to be this one."""
-        asked = (run for run in self.wanted if run[2] == config.seed)
-        return any(config.lr in ("tuned", lr) and config.warmup in ("tuned", warmup) for lr, warmup, _ in asked)
+        asked = (point for point, seed in self.wanted if seed == config.seed)
+        return any(all(own in ("tuned", value) for own, value in zip(_point(config), point, strict=True)) for point in asked)
+
+
+def _point(config: Config) -> Point:
+    return Point(config.lr, config.warmup, config.head_lr)
 
 
 def _check(config: Config) -> None:
     """Refuse what the run would refuse: values outside their rule, a warm-up that does not fit."""
-    for key in ("lr", "warmup", "seed"):
+    for key in (key for key in _POINT if key in RULES):
         if not satisfies(getattr(config, key), RULES[key]):
             raise wrong_value(key, getattr(config, key), RULES[key])
     rows = _rows(config)
@@ -110,12 +114,12 @@ def expected_seconds(config: Config, runs: Iterable[Run]) -> float | None:
 
     The nearest is the same model, task and method, then the same model and task, then the same model.
     """
-    examples = _examples(config)
+    examples, task = _examples(config), name_rows(dataclasses.asdict(config.task))
     kinds: list[list[float]] = [[], [], []]
     for run in runs:
         if run.status != "success" or run.model != config.model.name or not run.record.steps.get("total"):
             continue
-        same_task, same_method = run.task == config.task.name, run.method == config.method["name"]
+        same_task, same_method = run.task == task, run.method == config.method["name"]
         batch = run.record.config["task"]["batch_size"] * run.record.config["train"]["accumulation_steps"]
         pace = run.record.seconds["total"] / (run.record.steps["total"] * batch)
         kinds[0 if same_task and same_method else 1 if same_task else 2].append(pace)

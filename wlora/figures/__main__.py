@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from wlora.console import protect_output
 from wlora.errors import ConfigError, unknown_name
 from wlora.records import RecordStore
-from wlora.study import read_runs, read_words, select
+from wlora.study import Run, main_model, read_runs, read_words, select
+from wlora.tables.cells import NOT_COMPARED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,10 +27,12 @@ Reads the records of one study and writes <results_dir>/figures/NAME.png and .pd
   adapters       layer x module: how often each adapter is kept over seeds, mean omega and rank
   pareto         score against parameters and against seconds, with 95 % intervals
   curves         learning curves with the moments of cuts and growths
+  rates          score against learning rate, a line per setting, the chosen rate starred
   selection      score against K and T with LoRA as a line (scripts/k_curve.sh), omega at the cut
   all            those for which there is something to draw
 
   results_dir=results     the study
+  model=NAME              whose runs; default: of each figure the model of most runs
   key=value,value         keep the runs that have one of the values: task=sst2 method=lora,wlora model=minilm"""
 
 
@@ -77,14 +80,26 @@ def _figures(results: Path, filters: dict[str, str]) -> dict[str, Callable[[], F
     from wlora.figures import adapters, footprint, scores
 
     runs = select(read_runs(results), filters)
+    single = _of_main_model([run for run in runs if run.method in NOT_COMPARED], "dot_products")
+    ours = _of_main_model([run for run in runs if run.method not in NOT_COMPARED], "the others")
     return {
-        "dot_products": lambda: adapters.dot_products(runs),
+        "dot_products": lambda: adapters.dot_products([*single, *(run for run in runs if run.method not in NOT_COMPARED)]),
         "memory": lambda: footprint.memory(results / "memory", filters.get("model")),
-        "adapters": lambda: adapters.adapters([run for run in runs if run.method != "single"]),
-        "pareto": lambda: scores.pareto([run for run in runs if run.method != "single"]),
-        "curves": lambda: scores.curves([run for run in runs if run.method != "single"], RecordStore(results)),
-        "selection": lambda: scores.selection([run for run in runs if run.method != "single"]),
+        "adapters": lambda: adapters.adapters(ours),
+        "pareto": lambda: scores.pareto(ours),
+        "curves": lambda: scores.curves(ours, RecordStore(results)),
+        "rates": lambda: scores.rates(ours),
+        "selection": lambda: scores.selection(ours),
     }
+
+
+def _of_main_model(runs: list[Run], what: str) -> list[Run]:
+    """Keep the runs of the model with most of them; where there are others, say so."""
+    models, main = sorted({run.model for run in runs}), main_model(runs)
+    if main is None or len(models) == 1:
+        return runs
+    print(f"{what}: runs of model={main}; model=NAME chooses among {', '.join(models)}")
+    return [run for run in runs if run.model == main]
 
 
 if __name__ == "__main__":

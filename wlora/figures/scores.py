@@ -1,8 +1,7 @@
-"""Figures of scores: against cost (`pareto`), over training (`curves`), against K, T and ω (`selection`)."""
+"""Figures of scores: against cost (`pareto`), rate (`rates`), K, T and ω (`selection`), and over training (`curves`)."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from wlora.errors import ConfigError
 from wlora.figures.canvas import COLUMN, PAGE, count_axis, new_figure, nothing, style_of
 from wlora.records import RecordStore
 from wlora.statistics import Summary, generator, summarize
-from wlora.study import Run
-from wlora.tables.layouts import LABELS, Row
-from wlora.tables.settings import TITLES, chosen_runs, tasks_of
+from wlora.study import Run, read_curve
+from wlora.tables.layouts import LABELS, row_of
+from wlora.tables.settings import TITLES, chosen_runs, runs_by_setting, tasks_of
+from wlora.tuning import Choice, choose_point
 
 # Kinds of events that a learning curve marks.
 MARKED = ("cut", "select", "extend", "grow", "prune", "share", "allocate")
@@ -90,7 +89,7 @@ def _metric(chosen: dict[tuple[str, str], list[Run]], task: str) -> str:
 def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
     """Draw loss (smoothed) and primary metric over the steps, mean and range over seeds; dotted: cuts and growths."""
     chosen = chosen_runs(runs)
-    points = {key: [_read_curve(store, run) for run in group] for key, group in chosen.items()}
+    points = {key: [read_curve(store, run) for run in group] for key, group in chosen.items()}
     if not any(curve for group in points.values() for curve in group):
         raise nothing("curves", f"no learning curve of a successful run in {store.folder}")
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
@@ -133,15 +132,6 @@ def _smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(step, float(np.mean(values[max(0, index - half) : index + half + 1]))) for index, (step, _) in enumerate(curve)]
 
 
-def _read_curve(store: RecordStore, run: Run) -> list[dict[str, Any]]:
-    """Read a learning curve; a damaged one is told in a line and left out."""
-    try:
-        return store.read_curve(run.record)
-    except ConfigError as damage:
-        print(f"notice: {damage}; it is left out", file=sys.stderr)
-        return []
-
-
 def _draw_curve(
     axis: Axes, series: Sequence[Sequence[tuple[int, float]]], label: str, style: dict[str, Any], marker: str | None = None
 ) -> None:
@@ -158,6 +148,73 @@ def _draw_curve(
     if len(series) > 1:
         low, high = ([edge(by_step[step]) for step in whole] for edge in (min, max))
         axis.fill_between(whole, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def rates(runs: Sequence[Run]) -> Figure:
+    """Draw score against learning rate, a line per setting, with intervals over seeds; a star is the chosen rate's score.
+
+    A line is over the reported seeds where these have run at all of its rates, else it is the tuning seed's.
+    """
+    found = {key: (choice, group) for key, group in runs_by_setting(runs).items() if (choice := _compared(group))}
+    if not found:
+        raise nothing(
+            "rates", "no setting with successful runs at several learning rates, as -m lr=3e-4,1e-3,3e-3 makes them"
+        )
+    groups = {key: group for key, (_, group) in found.items()}
+    tasks, labels = tasks_of(run for group in groups.values() for run in group), list(dict.fromkeys(k for k, _ in found))
+    styles = style_of(labels)
+    wide = len(tasks) > 1 or len(labels) > 6
+    # Besides the panel the height has to hold the legend.
+    height = 2.2 + 0.13 * len(labels) / (4 if wide else 2)
+    figure, axes = new_figure(1, len(tasks), width=PAGE if wide else COLUMN, height=height)
+    star: dict[str, Any] = {"marker": "*", "markersize": 6, "linestyle": "none"}
+    star |= {"markeredgewidth": 0.4, "markeredgecolor": "black"}
+    for axis, task in zip(axes[0], tasks, strict=True):
+        every = {run.point.lr for (_, where), group in groups.items() if where == task for run in group}
+        for label in labels:
+            if (label, task) in found:
+                choice, group = found[label, task]
+                lines = {
+                    rate: _summary(kept, f"{label} {task} {rate}") for rate, kept in _along_rates(choice, group).items()
+                }
+                _draw_line(axis, list(lines.items()), label, styles[label])
+                reported = [run for run in choice.reported(group) if run.status == "success"]
+                if reported:
+                    score, style = _summary(reported, f"{label} {task}"), {**star, "color": styles[label]["color"]}
+                    axis.errorbar([choice.point.lr], [score.mean], yerr=_bars(score), elinewidth=0.6, zorder=5, **style)
+        axis.set_xscale("log")
+        axis.set_xticks(sorted(every), [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in sorted(every)])
+        axis.minorticks_off()
+        axis.set_title(TITLES.get(task, task))
+        axis.set_xlabel("learning rate")
+        axis.set_ylabel(_metric(groups, task))
+    _legend(figure, axes[0], {"chosen, over the reported seeds": Line2D([], [], color="0.8", **star)})
+    return figure
+
+
+def _compared(group: Sequence[Run]) -> Choice | None:
+    """Return the choice of a setting that has succeeded at several rates."""
+    several = len({run.point.lr for run in group if run.status == "success"}) > 1
+    return choose_point(group) if several else None
+
+
+def _along_rates(choice: Choice, group: Sequence[Run]) -> dict[float, list[Run]]:
+    """Return the successful runs at each rate: of the reported seeds if they have run at all rates, else of the tuning seed.
+
+    Of several points of one rate the best counts.
+    """
+    by_rate: dict[float, list[Run]] = {}
+    for rate in sorted({run.point.lr for run in group}):
+        at_rate = [run for run in group if run.point.lr == rate]
+        best = choose_point(at_rate)
+        by_rate[rate] = [run for run in at_rate if best and run.point == best.point]
+    seeds = {run.seed for run in choice.reported(group)}
+    seeds = {seed for seed in seeds if all(seed in {run.seed for run in at_rate} for at_rate in by_rate.values() if at_rate)}
+    shown = {
+        rate: [run for run in at_rate if run.status == "success" and run.seed in (seeds or {choice.seed})]
+        for rate, at_rate in by_rate.items()
+    }
+    return {rate: kept for rate, kept in shown.items() if kept}
 
 
 def selection(runs: Sequence[Run]) -> Figure:
@@ -194,7 +251,7 @@ def selection(runs: Sequence[Run]) -> Figure:
 
 
 def _row(run: Run) -> str:
-    return Row(run.method, run.rank, run.k).label
+    return row_of(run).label
 
 
 def _draw_against(
@@ -205,18 +262,22 @@ def _draw_against(
     styles: dict[str, dict[str, Any]],
 ) -> None:
     """Draw scores, with intervals, against a number that the runs of a group share: a line per label."""
-    lines: dict[str, list[tuple[int, Summary]]] = {}
+    lines: dict[str, list[tuple[float, Summary]]] = {}
     for group in groups:
         value = quantity(group[0])
         if value is not None:
             name = label(group[0])
             lines.setdefault(name, []).append((value, _summary(group, f"{name} {value}")))
     for name, points in lines.items():
-        points.sort(key=lambda point: point[0])
-        bars = [bar for _, score in points if (bar := _bars(score)) is not None]
-        ends = np.hstack(bars) if len(bars) == len(points) else None
-        style = {key: styles[name][key] for key in ("color", "marker")}
-        axis.errorbar([x for x, _ in points], [s.mean for _, s in points], yerr=ends, elinewidth=0.6, label=name, **style)
+        _draw_line(axis, sorted(points, key=lambda point: point[0]), name, styles[name])
+
+
+def _draw_line(axis: Axes, points: Sequence[tuple[float, Summary]], label: str, style: dict[str, Any]) -> None:
+    """Draw a line through means, with intervals where all points have one."""
+    bars = [bar for _, score in points if (bar := _bars(score)) is not None]
+    ends = np.hstack(bars) if bars and len(bars) == len(points) else None
+    means = [score.mean for _, score in points]
+    axis.errorbar([x for x, _ in points], means, yerr=ends, elinewidth=0.6, label=label, **style)
 
 
 def _cut_step(run: Run) -> int | None:

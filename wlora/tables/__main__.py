@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from wlora.config import config_folder
 from wlora.console import protect_output
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.staging import staged
-from wlora.study import Run, read_runs, read_words, select
+from wlora.study import Run, main_model, read_runs, read_words, select
+from wlora.tables.best import read_best
 from wlora.tables.caption import caption, machines, notes
-from wlora.tables.cells import Table, fill
+from wlora.tables.cells import NOT_COMPARED, Best, Score, Table, belongs, fill
 from wlora.tables.comparisons import compare_rows
 from wlora.tables.grid import draw, draw_companion, draw_comparisons
 from wlora.tables.layouts import LAYOUTS, Layout
 from wlora.tables.paper import paper_table, read_printed, unexplained_averages
-from wlora.tables.summary import draw_summary, summarize_study
+from wlora.tables.summary import caption_summary, draw_summary, summarize_study
 from wlora.tables.writing import companion_csv, comparisons_csv, runs_csv, to_csv, to_latex, to_markdown, write_csv
 
 USAGE = """\
@@ -28,9 +30,13 @@ usage: python -m wlora.tables 1|2|3|4|5|6|all|demo|summary [key=value ...]
 Reads the records of one study and writes, to <results_dir>/tables, tableN.csv, .md and .tex; tableN_paper.* (the paper's
 figures and the differences), tableN_comparisons.* (WLoRA against RLoRA and LoRA), and runs.csv (one line per run).
 summary.* has a line per task and setting, of runs that fit no table of the paper, too: score, parameters, seconds, memory.
+`all` writes it where runs fit no table, and alone where none does. Rows of your own under a benchmark's name stand as
+NAME_own, never in the benchmark's column.
 
   results_dir=results     the study; results/paper sets the paper's own figures
-  model=NAME              whose runs; default: the paper's model of each table
+  model=NAME              whose runs; default: of each table the paper's model if it has runs there, else that of most runs
+  score=last|best         scores after the last step, or at the best evaluation of each run, which the dev set chooses;
+                          the CSV has both
   seeds=N                 runs expected per cell; default: the paper's 5, on another model as many as the fullest cell has
   bootstrap_seed=0        seed of the intervals
   task=..  method=..      the columns and rows to keep, as in task=sst2,mrpc
@@ -52,11 +58,29 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a command asks of a study besides the tables.
+
+    Attributes:
+        folder: where the files go.
+        best: the metrics of runs at their best evaluation.
+    """
+
+    folder: Path
+    model: str | None
+    score: Score
+    seeds: int | None
+    bootstrap_seed: int
+    best: Best
+
+
 def _write(words: Sequence[str]) -> None:
-    defaults = {"results_dir": "results", "model": None, "seeds": None, "bootstrap_seed": "0"}
+    defaults = {"results_dir": "results", "model": None, "seeds": None, "bootstrap_seed": "0", "score": "last"}
     names, options, filters = read_words(words, defaults)
     layouts = [] if names == ["summary"] else _layouts(names)
     seeds, bootstrap_seed = _integer("seeds", options["seeds"], 1), _integer("bootstrap_seed", options["bootstrap_seed"], 0)
+    score = _score(options["score"])
     results = Path(options["results_dir"] or "results")
     if (results / "table1.csv").is_file() and not (results / "records").is_dir():
         for layout in layouts:
@@ -64,17 +88,39 @@ def _write(words: Sequence[str]) -> None:
         return
     everything = read_runs(results)
     _check_model(options["model"], everything)
-    runs = select(everything, filters)
+    # `single` is one adapter per run, for Figure 2.
+    runs = [run for run in select(everything, filters) if run.method not in NOT_COMPARED]
+    mine = [run for run in runs if options["model"] in (None, run.model)]
+    request = Request(results / "tables", options["model"], score, seeds, bootstrap_seed or 0, read_best(results, mine))
     if not layouts:
-        # `single` is one adapter per run, for Figure 2.
-        ours = [run for run in runs if options["model"] in (None, run.model) and run.method != "single"]
-        _write_summary(ours, results / "tables", bootstrap_seed or 0)
+        _write_summary(mine, request, shown=True)
         return
-    for layout in _restrict(layouts, filters):
-        model = options["model"] or layout.model
-        table = fill(layout, runs, model=model, seeds=seeds, bootstrap_seed=bootstrap_seed or 0)
-        _write_table(table, results / "tables", bootstrap_seed or 0, shown=len(layouts) == 1)
+    done = [run for run in mine if run.status == "success"]
+    left = [run for run in done if not any(belongs(run, layout) for layout in layouts)]
+    alone = len(layouts) > 1 and bool(left) and len(left) == len(done)
+    if alone:
+        print("no table of the paper has a place for these runs; their summary:")
+    else:
+        for layout in _restrict(layouts, filters):
+            _write_table(layout, runs, request, shown=len(layouts) == 1)
+    if left and len(layouts) > 1:
+        _write_summary(mine, request, shown=alone)
+    elif left:
+        print(f"{_where(left)} not in table {layouts[0].name}; python -m wlora.tables summary shows all runs")
     _save(results / "tables" / "runs.csv", runs_csv(everything))
+
+
+def _where(runs: Sequence[Run]) -> str:
+    tasks = sorted({run.task for run in runs})
+    return f"{len(runs)} runs on {', '.join(tasks)} are"
+
+
+def _score(text: str | None) -> Score:
+    if text == "best":
+        return "best"
+    if text != "last":
+        raise wrong_value("score", text, "last | best")
+    return "last"
 
 
 def _layouts(names: Sequence[str]) -> list[Layout]:
@@ -120,9 +166,13 @@ def _check_model(model: str | None, runs: Sequence[Run]) -> None:
         raise unknown_name(f"model={model}", model, known)
 
 
-def _write_table(table: Table, folder: Path, bootstrap_seed: int, *, shown: bool) -> None:
+def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown: bool) -> None:
     """Write one table with its companions; print it, or (of several) a line about it."""
-    layout = table.layout
+    fitting = [run for run in runs if belongs(run, layout)]
+    model = request.model or main_model(fitting, layout.model) or main_model(runs) or layout.model
+    folder, bootstrap_seed = request.folder, request.bootstrap_seed
+    options: dict[str, Any] = {"seeds": request.seeds, "best": request.best, "score": request.score}
+    table = fill(layout, runs, model=model, bootstrap_seed=bootstrap_seed, **options)
     name, title = f"table{layout.name}", f"Table {layout.name}"
     grid, said, below = draw(table), caption(table), notes(table)
     text = to_markdown(grid)
@@ -151,20 +201,18 @@ def _write_table(table: Table, folder: Path, bootstrap_seed: int, *, shown: bool
     if shown:
         print("\n\n".join([said, text.strip(), *below]) + "\n")
     missing, full = sum(cell.missing for cell in table.cells.values()), sum(bool(c.runs) for c in table.cells.values())
-    print(f"{folder / name}.md: {full} of {len(table.cells)} cells, {missing} runs missing", flush=True)
+    print(f"{folder / name}.md: {full} of {len(table.cells)} cells, {missing} runs missing (model={model})", flush=True)
 
 
-def _write_summary(runs: Sequence[Run], folder: Path, bootstrap_seed: int) -> None:
-    """Write and print a line per task and setting."""
-    lines = summarize_study(runs, bootstrap_seed=bootstrap_seed)
-    grid, models = draw_summary(lines), ", ".join(sorted({run.model for run in runs}))
-    said = f"{models}: dev sets, after the last step. Mean ± standard deviation of the primary metric over seeds (runs)."
-    below = machines(runs)
+def _write_summary(runs: Sequence[Run], request: Request, *, shown: bool) -> None:
+    """Write a line per task and setting; print them, or a line about them."""
+    lines = summarize_study(runs, bootstrap_seed=request.bootstrap_seed, best=request.best)
+    grid, said, below = draw_summary(lines, request.score), caption_summary(runs, request.score), machines(runs)
     page = "\n\n".join([said, to_markdown(grid).strip(), *below])
-    _save(folder / "summary.csv", write_csv(lines))
-    _save(folder / "summary.tex", to_latex(grid, caption=said, label="tab:summary", notes=below))
-    _save(folder / "summary.md", f"# Summary\n\n{page}\n")
-    print(page)
+    _save(request.folder / "summary.csv", write_csv(lines))
+    _save(request.folder / "summary.tex", to_latex(grid, caption=said, label="tab:summary", notes=below))
+    _save(request.folder / "summary.md", f"# Summary\n\n{page}\n")
+    print(page if shown else f"{request.folder / 'summary.md'}: {len(lines)} settings, also of runs that fit no table")
 
 
 def _model_note(table: Table) -> str:

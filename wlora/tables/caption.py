@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from wlora.study import Run, show
-from wlora.tables.cells import Table
+from wlora.study import Run, shipped_task, show
+from wlora.tables.cells import Score, Table
 from wlora.tables.layouts import Column
+from wlora.tuning import Choice
+
+EVALUATION: dict[Score, str] = {
+    "last": "after the last step",
+    "best": "at each run's best evaluation, which the same dev set chooses, so that scores are optimistic",
+}
 
 
 def caption(table: Table) -> str:
     """Return the caption, composed from the records alone."""
     runs = table.runs()
-    parts = [f"{table.layout.title}. {_model(table, runs)}: dev sets, after the last step."]
+    parts = [f"{table.layout.title}. {_model(table, runs)}: dev sets, {EVALUATION[table.score]}."]
     if runs:
         parts += [_seeds(runs), _training(table), *_tuning(table), *_mode(runs)]
     if any(cell.mark for cell in (*table.cells.values(), *table.averages.values())):
@@ -35,6 +41,9 @@ def notes(table: Table) -> list[str]:
             total = cell.diverged + len(cell.runs)
             where = f"{row.label}{'' if row.rank is None or table.layout.ranks else f', r={row.rank}'} on {task}"
             found.append(f"Diverged (†): {cell.diverged} of {total} runs of {where}; not in its mean.")
+    unknown = sum(len(cell.runs) for cell in table.cells.values() if cell.runs and not cell.summaries)
+    if unknown:
+        found.append(f"{unknown} runs stand in cells whose best evaluations are not all known: those cells are empty.")
     environments = [run.record.environment for run in table.runs()]
     commits = sorted({str(environment["git_commit"])[:7] for environment in environments if environment.get("git_commit")})
     if len(commits) > 1:
@@ -75,13 +84,27 @@ def _training(table: Table) -> str:
         runs = _runs_of(table, column)
         if runs:
             record = runs[0].record
-            rows = record.task.get("train_rows")
             batch = record.config["task"]["batch_size"] * (record.config["train"]["accumulation_steps"] or 1)
-            limit = record.config["task"]["max_eval_rows"]
-            scored = f", the first {limit:,} dev rows" if limit else ""
-            clause = f"{record.steps.get('total', 0):,} steps of {batch} rows{scored}"
-            clauses.setdefault(clause, []).append(f"{column.title} ({rows:,} rows)" if rows else column.title)
+            clause = f"{record.steps.get('total', 0):,} steps of {batch} rows{dev_rows_text(runs[0])}"
+            rows = rows_text(runs[0])
+            clauses.setdefault(clause, []).append(f"{column.title} ({rows})" if rows else column.title)
     return "Training: " + "; ".join(f"{_join(titles)} {clause}" for clause, titles in clauses.items()) + "."
+
+
+def rows_text(run: Run) -> str:
+    """Say how many rows a run was trained on, and of how many if they are a sample; empty where it is not known."""
+    rows, whole = run.record.task.get("train_rows"), shipped_task(run.task).get("train_rows")
+    if not rows:
+        return ""
+    if whole and rows > whole:
+        return f"{rows:,} rows, where the benchmark has {whole:,}"
+    return f"a sample: {rows:,} of {whole:,} rows" if whole and rows < whole else f"{rows:,} rows"
+
+
+def dev_rows_text(run: Run) -> str:
+    """Say, as a clause to append, that only the first dev rows are scored; empty where all are."""
+    limit = run.record.config["task"]["max_eval_rows"]
+    return f", the first {limit:,} dev rows" if limit else ""
 
 
 def _tuning(table: Table) -> list[str]:
@@ -102,7 +125,41 @@ def _tuning(table: Table) -> list[str]:
             clause = f"chosen on {_join(elsewhere)}" if elsewhere else "the one value that was run"
         clauses.setdefault(clause, []).append(column.title)
     found = "; ".join(f"{_join(titles)} {clause}" for clause, titles in clauses.items())
-    return [f"Learning rate and warm-up per method: {found}."]
+    rates = "Learning rates" if any(choice.point.head_lr for choice in _choices(table).values()) else "Learning rate"
+    return [f"{rates} and warm-up per method: {found}.", *edges(_choices(table))]
+
+
+def _choices(table: Table) -> dict[tuple[str, str], Choice]:
+    """Return the choices of a table by row and column, as a reader sees them."""
+    titles = {column.task: column.title for column in table.layout.columns}
+    several = table.layout.ranks is None
+    return {
+        (row.label + (f" r={row.rank}" if several and row.rank is not None else ""), titles[task]): cell.choice
+        for (row, task), cell in table.cells.items()
+        if cell.choice is not None
+    }
+
+
+def edges(choices: dict[tuple[str, str], Choice]) -> list[str]:
+    """Say where the chosen rate or warm-up is the smallest or the largest of those tried.
+
+    Args:
+        choices: by setting and task.
+    """
+    names = {"lr": "learning rate", "warmup": "warm-up", "head_lr": "learning rate of the head"}
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for (setting, task), choice in choices.items():
+        for key, edge in choice.edges().items():
+            found.setdefault((task, edge, key), []).append(setting)
+    said = []
+    for (task, edge, key), settings in found.items():
+        tuned = [setting for (setting, where), choice in choices.items() if where == task and choice.compared > 1]
+        rest = [setting for setting in tuned if setting not in settings]
+        who = _join(settings)
+        if len(settings) > 2 * len(rest) + 1:
+            who = "every setting" + (f" but {_join(rest)}" if rest else "")
+        said.append(f"On {task} the {edge} {names[key]} tried was chosen for {who}.")
+    return [" ".join([*said, "A wider grid may find a better one."])] if said else []
 
 
 def _tuned_elsewhere(run: Run) -> bool:

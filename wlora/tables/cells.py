@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from wlora.statistics import Summary, generator, summarize, summarize_strata
-from wlora.study import ENDED, Choice, Run, choose_point, require_distinct_seeds, require_one_setting
-from wlora.tables.layouts import LAYOUTS, Column, Layout, Row
+from wlora.study import ENDED, Run, require_distinct_seeds, require_one_setting
+from wlora.tables.layouts import LAYOUTS, Column, Layout, Row, row_of
+from wlora.tuning import Choice, choose_point
+
+Score = Literal["last", "best"]
+"""Which evaluation of a run counts: after the last step, or the best one of its learning curve."""
+
+Best = Mapping[str, Mapping[str, float]]
+"""The metrics of runs, by run_id, at the best evaluation (`wlora.tables.best`)."""
 
 # One adapter alone measures that adapter: it is no method of fine-tuning.
 NOT_COMPARED = ("single",)
@@ -18,16 +26,20 @@ class Cell:
     """One method on one task.
 
     Attributes:
-        summaries: one per metric of the column, as the layout scales them; empty without a successful run.
+        summaries: what is shown: `last` or `best`; empty without a successful run.
+        last: one summary per metric of the column, as the layout scales them, after the last step.
+        best: the same at the best evaluation of each run; empty where a run's is not known.
         scores: per seed, the mean over the column's metrics.
         runs: the successful runs at the chosen point.
-        choice: how learning rate and warm-up were chosen; None without a successful run.
+        choice: how learning rates and warm-up were chosen; None without a successful run.
         diverged: runs at the chosen point (at any, if none succeeded) that diverged.
         missing: runs that are expected and have not ended.
         mark: `best` or `second` among the rows it is compared with, or "".
     """
 
     summaries: tuple[Summary, ...] = ()
+    last: tuple[Summary, ...] = ()
+    best: tuple[Summary, ...] = ()
     scores: Mapping[int, float] = field(default_factory=dict)
     runs: tuple[Run, ...] = ()
     choice: Choice | None = None
@@ -58,6 +70,7 @@ class Table:
     Attributes:
         cells: by row and task.
         averages: the column ALL by row, over the tasks `averaged`; a row without all of them has none.
+        score: which evaluation the cells show.
     """
 
     layout: Layout
@@ -68,6 +81,7 @@ class Table:
     averages: Mapping[Row, Cell] = field(default_factory=dict)
     averaged: tuple[str, ...] = ()
     seeds: int = 0
+    score: Score = "last"
 
     def row_cells(self, row: Row) -> list[Cell]:
         """Return a row's cells from left to right."""
@@ -83,7 +97,16 @@ class Table:
         return [run for cell in self.cells.values() for run in cell.runs]
 
 
-def fill(layout: Layout, runs: Iterable[Run], *, model: str, seeds: int | None = None, bootstrap_seed: int = 0) -> Table:
+def fill(
+    layout: Layout,
+    runs: Iterable[Run],
+    *,
+    model: str,
+    seeds: int | None = None,
+    bootstrap_seed: int = 0,
+    best: Best | None = None,
+    score: Score = "last",
+) -> Table:
     """Fill a layout from the runs of one model.
 
     Args:
@@ -92,22 +115,24 @@ def fill(layout: Layout, runs: Iterable[Run], *, model: str, seeds: int | None =
         model: whose runs to take.
         seeds: runs expected per cell; None: the paper's with the paper's model, else as many as the fullest cell has.
         bootstrap_seed: seed of all intervals.
+        best: the metrics of runs at their best evaluation, as far as they are known.
+        score: which evaluation the cells show; points are chosen by the last one.
 
     Raises:
         ConfigError: runs of different settings, or a seed twice, where they would be averaged or compared.
     """
-    tasks = {column.task for column in layout.columns}
-    mine = [run for run in runs if run.model == model and run.task in tasks and _belongs(run, layout)]
+    mine = [run for run in runs if run.model == model and belongs(run, layout)]
     rows = _rows(layout, mine, model)
     groups: dict[tuple[Row, str], list[Run]] = {(row, column.task): [] for row in rows for column in layout.columns}
     for run in mine:
-        key = (Row(run.method, run.rank, run.k), run.task)
+        key = (row_of(run), run.task)
         if key in groups:
             groups[key].append(run)
     cells = {}
     for (row, task), found in groups.items():
         column = next(column for column in layout.columns if column.task == task)
-        cells[row, task] = _fill_cell(found, column, layout, f"table {layout.name}, {row.label} on {task}", bootstrap_seed)
+        where = f"table {layout.name}, {row.label} on {task}"
+        cells[row, task] = _fill_cell(found, column, layout, where, bootstrap_seed, best or {}, score)
     for column in layout.columns:
         placed = [run for row in rows for run in cells[row, column.task].runs]
         require_one_setting(placed, f"table {layout.name}, column {column.task}", but="method.")
@@ -115,16 +140,18 @@ def fill(layout: Layout, runs: Iterable[Run], *, model: str, seeds: int | None =
     fullest = max((len(cell.runs) + cell.diverged for cell in cells.values()), default=0)
     expected = seeds or (layout.seeds if model == layout.model else fullest or layout.seeds)
     cells = {key: replace(cell, missing=max(0, expected - len(cell.runs) - cell.diverged)) for key, cell in cells.items()}
-    table = Table(layout, model, rows, cells, seeds=expected)
+    table = Table(layout, model, rows, cells, seeds=expected, score=score)
     return mark(average(replace(table, parameters=_parameters(table)), bootstrap_seed))
 
 
-def _belongs(run: Run, layout: Layout) -> bool:
-    if run.method in NOT_COMPARED:
+def belongs(run: Run, layout: Layout) -> bool:
+    """Tell whether a run's task, targets and rank are among a table's, and its method may stand there."""
+    if run.method in NOT_COMPARED or run.task not in {column.task for column in layout.columns}:
         return False
     targets = run.record.config["method"].get("targets")
     fits_rank = run.rank is None or layout.ranks is None or run.rank in layout.ranks
-    has_group = layout.group is None or getattr(run, layout.group) is not None
+    has_group = layout.group is None or getattr(row_of(run), layout.group) is not None
+    has_group &= layout.others or run.method in {row.method for row in layout.rows}
     return (targets is None or targets in layout.targets) and fits_rank and has_group
 
 
@@ -133,10 +160,7 @@ def _rows(layout: Layout, runs: Sequence[Run], model: str) -> tuple[Row, ...]:
 
     On another model than the paper's the K are those of the records, where there are any.
     """
-    found = {Row(run.method, run.rank, run.k) for run in runs}
-    methods = {row.method for row in layout.rows}
-    if not layout.others:
-        found = {row for row in found if row.method in methods}
+    found = {row_of(run) for run in runs}
     rows = list(layout.rows)
     if model != layout.model:
         with_k = {row.method for row in found if row.k is not None}
@@ -151,21 +175,40 @@ def _rows(layout: Layout, runs: Sequence[Run], model: str) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=place))
 
 
-def _fill_cell(runs: Sequence[Run], column: Column, layout: Layout, where: str, bootstrap_seed: int) -> Cell:
+def _fill_cell(
+    runs: Sequence[Run], column: Column, layout: Layout, where: str, bootstrap_seed: int, best: Best, score: Score
+) -> Cell:
     ended = [run for run in runs if run.status in ENDED]
     require_one_setting(ended, where)
     require_distinct_seeds(ended, where)
     choice = choose_point(ended)
     if choice is None:
         return Cell(diverged=len({run.seed for run in ended}))
-    chosen = sorted((run for run in ended if run.point == choice.point), key=lambda run: run.seed)
+    chosen = choice.reported(ended)
     good = tuple(run for run in chosen if run.status == "success")
+    if not good:
+        return Cell(diverged=len(chosen))
     scale = 100.0 if layout.percent else 1.0
     stream = f"{layout.name} {good[0].method} {good[0].rank} {good[0].k} {column.task}"
-    values = {metric: [scale * run.record.metrics[metric] for run in good] for metric in column.metrics}
+
+    def summaries(found: Sequence[Mapping[str, float]]) -> tuple[Summary, ...]:
+        return tuple(
+            summarize([scale * metrics[name] for metrics in found], generator(bootstrap_seed, f"{stream} {name}"))
+            for name in column.metrics
+        )
+
+    # All runs or none: a mean over some of the seeds would be compared with means over all.
+    peaks = [best[run.record.run_id] for run in good] if all(run.record.run_id in best for run in good) else []
+    shown = peaks if score == "best" else [run.record.metrics for run in good]
+    after_last, at_best = summaries([run.record.metrics for run in good]), summaries(peaks) if peaks else ()
     return Cell(
-        summaries=tuple(summarize(v, generator(bootstrap_seed, f"{stream} {metric}")) for metric, v in values.items()),
-        scores={run.seed: sum(v[i] for v in values.values()) / len(values) for i, run in enumerate(good)},
+        summaries=at_best if score == "best" else after_last,
+        last=after_last,
+        best=at_best,
+        scores={
+            run.seed: sum(scale * metrics[name] for name in column.metrics) / len(column.metrics)
+            for run, metrics in zip(good, shown, strict=False)
+        },
         runs=good,
         choice=choice,
         diverged=len(chosen) - len(good),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from wlora.study import Run
 
 LABELS = {
     "full": "Full fine-tuning",
@@ -53,6 +56,12 @@ class Row:
         """The method's name, with K where it reads one."""
         name = LABELS.get(self.method, self.method)
         return name if self.k is None else f"{name} K={self.k}"
+
+
+def row_of(run: Run) -> Row:
+    """Return the row of a run; that of WLoRA+ with its default K, n / 4, is the paper's, which names none."""
+    default = run.method == "wlora_plus" and run.n is not None and run.k == math.ceil(run.n / 4)
+    return Row(run.method, run.rank, None if default else run.k)
 
 
 @dataclass(frozen=True)

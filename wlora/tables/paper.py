@@ -57,13 +57,11 @@ def read_printed(layout: Layout, folder: Path | None = None) -> dict[Row, Printe
 def paper_table(layout: Layout, folder: Path | None = None) -> Table:
     """Return the paper's table as one of ours, with the column ALL computed anew from its cells."""
     printed = read_printed(layout, folder)
-    cells = {
-        (row, column.task): Cell(
-            tuple(Summary(printed[row].values[column_name(column, metric)]) for metric in column.metrics)
-        )
-        for row in printed
-        for column in layout.columns
-    }
+    cells = {}
+    for row in printed:
+        for column in layout.columns:
+            figures = tuple(Summary(printed[row].values[column_name(column, metric)]) for metric in column.metrics)
+            cells[row, column.task] = Cell(figures, last=figures)
     return mark(average(Table(layout, layout.model, tuple(printed), cells)))
 
 

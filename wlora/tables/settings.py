@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from wlora.study import ENDED, Run, choose_point
-from wlora.tables.layouts import GLUE, LABELS, LAYOUTS, Row
+from wlora.study import ENDED, Run
+from wlora.tables.layouts import GLUE, LABELS, LAYOUTS, Row, row_of
+from wlora.tuning import choose_point
 
 TITLES = {column.task: column.title for layout in LAYOUTS.values() for column in (*GLUE, *layout.columns)}
 
@@ -17,39 +18,42 @@ def tasks_of(runs: Iterable[Run]) -> list[str]:
 
 
 def chosen_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Return, by label and task, the successful runs at the chosen learning rate and warm-up of each setting.
+    """Return, by label and task, the successful runs at the chosen point of each setting (`runs_by_setting`)."""
+    found = {}
+    for key, group in runs_by_setting(runs).items():
+        choice = choose_point(group)
+        kept = [run for run in choice.reported(group) if run.status == "success"] if choice else []
+        if kept:
+            found[key] = kept
+    return found
 
-    Settings of a method are told apart in the label by rank, K, and any other field in which they differ on the task.
+
+def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
+    """Return the ended runs of each setting by label and task.
+
+    Settings of a method are told apart in the label by model, rank, K, and any other field in which they differ on the task.
     """
-    settings: dict[tuple[str, Row, str], list[Run]] = {}
+    settings: dict[tuple[str, str, Row, str], list[Run]] = {}
     for run in runs:
         if run.status in ENDED:
-            row = Row(run.method, run.rank, run.k)
-            settings.setdefault((run.task, row, repr(sorted(run.setting.items(), key=str))), []).append(run)
-    ranks = {row.rank for _, row, _ in settings if row.rank is not None}
+            key = (run.task, run.model, row_of(run), repr(sorted(run.setting.items(), key=str)))
+            settings.setdefault(key, []).append(run)
+    ranks = {row.rank for _, _, row, _ in settings if row.rank is not None}
+    models = {model for _, model, _, _ in settings}
     found: dict[tuple[str, str], list[Run]] = {}
     order = list(LABELS)
 
-    def place(key: tuple[str, Row, str]) -> tuple[int, int, int, str]:
-        known = order.index(key[1].method) if key[1].method in order else len(order)
-        return known, key[1].rank or 0, key[1].k or 0, key[2]
+    def place(key: tuple[str, str, Row, str]) -> tuple[str, int, int, int, str]:
+        _, model, row, setting = key
+        known = order.index(row.method) if row.method in order else len(order)
+        return model, known, row.rank or 0, row.k or 0, setting
 
-    for task, row, setting in sorted(settings, key=place):
-        group = settings[task, row, setting]
-        choice = choose_point(group)
-        if choice is None:
-            continue
-        alike = [
-            run
-            for (name, same, _), others in settings.items()
-            if (name, same.method) == (task, row.method)
-            for run in others
-        ]
-        label = (
-            row.label + (f" r={row.rank}" if len(ranks) > 1 and row.rank is not None else "") + _difference(group[0], alike)
-        )
-        kept = [run for run in group if run.point == choice.point and run.status == "success"]
-        found[label, task] = sorted(kept, key=lambda run: run.seed)
+    for task, model, row, setting in sorted(settings, key=place):
+        group = settings[task, model, row, setting]
+        alike = [others[0] for key, others in settings.items() if (*key[:2], key[2].method) == (task, model, row.method)]
+        label = row.label + (f" r={row.rank}" if len(ranks) > 1 and row.rank is not None else "")
+        label += f" model={model}" if len(models) > 1 else ""
+        found[label + _difference(group[0], alike), task] = group
     return found
 
 

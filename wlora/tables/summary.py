@@ -9,37 +9,43 @@ from typing import Any
 from wlora.errors import ConfigError
 from wlora.statistics import generator, summarize
 from wlora.study import Run
+from wlora.tables.caption import EVALUATION, dev_rows_text, edges, rows_text
+from wlora.tables.cells import NOT_COMPARED, Best, Score
 from wlora.tables.grid import Entry, Grid, count_text
-from wlora.tables.settings import TITLES, chosen_runs, tasks_of
+from wlora.tables.settings import TITLES, chosen_runs, runs_by_setting, tasks_of
+from wlora.tuning import choose_point
 
 DIGITS = 4
 HEADINGS = ("Task", "Setting", "Score", "# Params", "Lowest layer", "Train s", "Saved MiB", "Peak MiB")
 
 
-def summarize_study(runs: Sequence[Run], *, bootstrap_seed: int = 0) -> list[dict[str, Any]]:
-    """Return a line per task and setting, at the chosen learning rate and warm-up; Figure 2's runs are left out.
+def summarize_study(runs: Sequence[Run], *, bootstrap_seed: int = 0, best: Best | None = None) -> list[dict[str, Any]]:
+    """Return a line per task and setting, at the chosen point; Figure 2's runs are left out.
 
-    Scores are means of the primary metric over seeds, with sample deviation and 95 % interval; seconds and bytes are
-    medians. `lowest_layer` is the mean over seeds of the lowest layer that kept an adapter at the last cut, `saved_bytes`
-    what the longest micro-batch keeps for its backward pass at the end, `peak_bytes` those of the device, or of the process.
+    Scores are means of the primary metric over seeds, with sample deviation and 95 % interval; `mean_best` and `std_best`
+    are those at the best evaluations, where all are known. Seconds and bytes are medians. `lowest_layer` is the mean over
+    seeds of the lowest layer that kept an adapter at the last cut, `saved_bytes` what the longest micro-batch keeps for its
+    backward pass at the end, `peak_bytes` those of the device, or of the process.
 
     Raises:
         ConfigError: no successful run.
     """
-    chosen = chosen_runs([run for run in runs if run.method != "single"])
+    chosen = chosen_runs([run for run in runs if run.method not in NOT_COMPARED])
     if not chosen:
         raise ConfigError("summary: no successful run")
     lines = []
     for task in tasks_of(run for group in chosen.values() for run in group):
         for (label, where), group in chosen.items():
             if where == task:
-                lines.append({"task": task, "setting": label, **_line(group, generator(bootstrap_seed, f"{label} {task}"))})
+                lines.append({"task": task, "setting": label, **_line(group, f"{label} {task}", bootstrap_seed, best or {})})
     return lines
 
 
-def _line(group: Sequence[Run], draws: Any) -> dict[str, Any]:
+def _line(group: Sequence[Run], name: str, bootstrap_seed: int, best: Best) -> dict[str, Any]:
     records = [run.record for run in group]
-    score = summarize([run.score for run in group], draws)
+    score = summarize([run.score for run in group], generator(bootstrap_seed, name))
+    peaks = [best[record.run_id][record.primary_metric] for record in records if record.run_id in best]
+    peak = summarize(peaks, generator(bootstrap_seed, name)) if len(peaks) == len(group) else None
     lowest = [found for record in records if (found := _lowest_layer(record.events)) is not None]
     saved = [record.memory["saved"] for record in records if "saved" in record.memory]
     return {
@@ -49,7 +55,9 @@ def _line(group: Sequence[Run], draws: Any) -> dict[str, Any]:
         "std": score.std,
         "low": score.low,
         "high": score.high,
-        "lr": group[0].point[0],
+        "mean_best": peak.mean if peak else None,
+        "std_best": peak.std if peak else None,
+        **group[0].point.columns(),
         "parameters": fmean(record.parameters["adapter_final"] + record.parameters["base"] for record in records),
         "lowest_layer": fmean(lowest) if lowest else None,
         "train_seconds": median(record.seconds["train"] for record in records),
@@ -62,20 +70,38 @@ def _lowest_layer(events: Sequence[dict[str, Any]]) -> int | None:
     return next((event["lowest_layer"] for event in reversed(events) if event.get("lowest_layer") is not None), None)
 
 
-def draw_summary(lines: Sequence[dict[str, Any]]) -> Grid:
+def caption_summary(runs: Sequence[Run], score: Score) -> str:
+    """Return the caption: models, evaluation, samples, and rates at the edge of those tried."""
+    groups = runs_by_setting([run for run in runs if run.method not in NOT_COMPARED])
+    models = ", ".join(sorted({run.model for run in runs}))
+    said = f"{models}: dev sets, {EVALUATION[score]}."
+    parts = [f"{said} Mean ± standard deviation of the primary metric over seeds (runs)."]
+    samples: dict[str, None] = {}
+    for (_, task), group in groups.items():
+        rows, scored = rows_text(group[0]), dev_rows_text(group[0])
+        if "a sample" in rows or scored:
+            samples[f"{TITLES.get(task, task)} ({rows}{scored})"] = None
+    if samples:
+        parts.append(f"Training rows: {', '.join(samples)}.")
+    choices = {(label, TITLES.get(task, task)): choose_point(group) for (label, task), group in groups.items()}
+    return " ".join(parts + edges({key: choice for key, choice in choices.items() if choice is not None}))
+
+
+def draw_summary(lines: Sequence[dict[str, Any]], score: Score = "last") -> Grid:
     """Draw the lines as a table: scores as mean ± deviation (runs)."""
+    mean, std = ("mean", "std") if score == "last" else ("mean_best", "std_best")
     body: list[tuple[str | Entry, ...]] = []
     rules = set()
     for index, line in enumerate(lines):
         new = index == 0 or line["task"] != lines[index - 1]["task"]
         if index and new:
             rules.add(index)
-        spread = "" if line["std"] is None else f"{line['std']:.{DIGITS}f}"
+        spread = "" if line[std] is None else f"{line[std]:.{DIGITS}f}"
         body.append(
             (
                 TITLES.get(line["task"], line["task"]) if new else "",
                 line["setting"],
-                Entry(f"{line['mean']:.{DIGITS}f}", spread, line["n"]),
+                Entry("" if line[mean] is None else f"{line[mean]:.{DIGITS}f}", spread, line["n"]),
                 count_text(line["parameters"]),
                 "" if line["lowest_layer"] is None else f"{line['lowest_layer']:.1f}",
                 f"{line['train_seconds']:.0f}",

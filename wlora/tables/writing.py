@@ -119,7 +119,8 @@ def escape(text: str) -> str:
 def to_csv(table: Table) -> str:
     """Write a table, one line per row, in the units and with the column names of `results/paper`.
 
-    Beside every figure stand `_std`, `_low` and `_high` (the 95 % bootstrap interval), beside every task `_runs`,
+    Beside every figure stand `_std`, `_low` and `_high` (the 95 % bootstrap interval), and `_best` and `_best_std`, the
+    figure at the best evaluation of each run; ALL is over what the table shows. Beside every task stand `_runs`,
     `_diverged`, `_missing`, `_lr`, `_warmup`, `_compared` (points that were compared) and `_mark`.
     """
     lines: list[dict[str, Any]] = []
@@ -134,21 +135,24 @@ def to_csv(table: Table) -> str:
         for column in table.layout.columns:
             cell = table.cells[row, column.task]
             for index, metric in enumerate(column.metrics):
-                summary = cell.summaries[index] if cell.summaries else None
-                line |= _summary_columns(column_name(column, metric), summary, decimals(table.layout))
-            lr, warmup = cell.choice.point if cell.choice else (None, None)
+                summary = cell.last[index] if cell.last else None
+                name, digits = column_name(column, metric), decimals(table.layout)
+                line |= _summary_columns(name, summary, digits)
+                best = _summary_columns(f"{name}_best", cell.best[index] if cell.best else None, digits)
+                line |= {key: best[key] for key in (f"{name}_best", f"{name}_best_std")}
+            point = cell.choice.point.columns() if cell.choice else {"lr": None, "warmup": None}
             line |= {
                 f"{column.task}_runs": len(cell.runs),
                 f"{column.task}_diverged": cell.diverged,
                 f"{column.task}_missing": cell.missing,
-                f"{column.task}_lr": lr,
-                f"{column.task}_warmup": warmup,
+                **{f"{column.task}_{key}": value for key, value in point.items()},
                 f"{column.task}_compared": cell.choice.compared if cell.choice else None,
                 f"{column.task}_mark": cell.mark,
             }
         if table.layout.average:
             mean = table.averages.get(row)
-            line |= _summary_columns("all", mean.summaries[0] if mean else None, decimals(table.layout))
+            name = "all" if table.score == "last" else "all_best"
+            line |= _summary_columns(name, mean.summaries[0] if mean else None, decimals(table.layout))
             line |= {"all_runs": mean.summaries[0].n if mean else None, "all_mark": mean.mark if mean else ""}
         lines.append(line)
     return write_csv(lines)
@@ -204,7 +208,7 @@ def runs_csv(runs: Sequence[Run]) -> str:
         record = run.record
         line: dict[str, Any] = {"run_id": record.run_id, "status": record.status, "task": run.task, "model": run.model}
         line |= {"method": run.method, "rank": run.rank, "k": run.k, "seed": run.seed}
-        line |= dict(zip(("lr", "warmup"), run.point, strict=True))
+        line |= run.point.columns()
         line |= {"primary_metric": record.primary_metric} | record.metrics
         for part in ("parameters", "steps", "seconds", "throughput", "memory"):
             line |= {f"{part}_{key}": value for key, value in getattr(record, part).items()}
