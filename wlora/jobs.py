@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import signal
 import sys
 import warnings
@@ -19,11 +18,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wlora.config import METHOD_NOTES, Config, config_folder
-from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
+from wlora.config import Config
+from wlora.errors import ConfigError, RunFault, wrong_value
 from wlora.help import show_values
 from wlora.presets import apply_preset
 from wlora.processes import is_main, several
+from wlora.words import explain, unknown_key
 
 # The plugin's schema of the same name is meant to check what stands in conf/hydra/launcher. Said here, since the processes
 # of launchers import this module before they compose.
@@ -277,62 +277,12 @@ def _refuse_added_keys(composed: DictConfig) -> None:
         allowed = list(_node(schema, parent).keys())  # keys(): a missing value is still a key
         for name in _node(composed, parent):
             if name not in allowed:
-                key = f"{parent}.{name!s}".lstrip(".")
-                raise unknown_name(key, key, _sibling_keys(key))
+                raise unknown_key(f"{parent}.{name!s}".lstrip("."))
 
 
 def _node(config: DictConfig, parent: str) -> DictConfig:
     node: DictConfig = OmegaConf.select(config, parent) if parent else config
     return node
-
-
-def explain(error: Exception) -> str:
-    """Bring an error of Hydra or OmegaConf to one or two lines: the key, the value, what is allowed."""
-    text = f"{error}\n{error.__cause__ or ''}"
-    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
-    if missing:
-        group, name = missing.groups()
-        return str(unknown_name(f"{group}={name}", name, _group_options(group), say=lambda near: f"{group}={near}"))
-    key = re.search(r"full_key: (\S+)", text)
-    value = re.search(r"Value '([^']*)'|Cannot convert '([^']*)'", text)
-    if key and value:
-        return f"{key[1]}={value[1] or value[2]}: allowed is {_expected(key[1], text)}"
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown:
-        return str(unknown_name(unknown[1], unknown[1], _sibling_keys(unknown[1])))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] or type(error).__name__
-
-
-def _expected(key: str, text: str) -> str:
-    """Say what a key takes: its rule where it has one, else the type that OmegaConf asked for."""
-    from wlora.validation import RULES
-
-    if key in RULES:
-        return RULES[key]
-    match = re.search(r"could not be converted to (\w+)|to supported type '([^']+)'|is not a valid (\w+)", text)
-    return next(filter(None, match.groups())).lower() if match else "a value of another type"
-
-
-def _group_options(group: str) -> list[str]:
-    return [file.stem for file in (config_folder() / group).glob("*.yaml")]
-
-
-def _sibling_keys(key: str) -> list[str]:
-    """List the keys beside a mistyped one, in the schema or (for a method) in the YAML files."""
-    parent, _, _ = key.rpartition(".")
-    if parent == "method":
-        found: set[str] = set()
-        chosen = [word.partition("=")[2] for word in sys.argv if word.startswith("method=")]
-        for file in (config_folder() / "method").glob(f"{chosen[-1] if chosen else '*'}.yaml"):
-            content: Any = OmegaConf.to_container(OmegaConf.load(file))
-            found |= {f"method.{name}" for name in content.get("method", content)}
-        found -= {key, *(f"method.{note}" for note in METHOD_NOTES)}
-        return sorted(found | {"method.preset"})
-    schema = OmegaConf.structured(Config)
-    node = OmegaConf.select(schema, parent) if parent else schema
-    names = list(node) if isinstance(node, DictConfig) else list(schema)
-    return [f"{parent}.{name}" if parent and isinstance(node, DictConfig) else str(name) for name in names]
 
 
 def fail(error: Exception) -> None:

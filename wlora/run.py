@@ -16,8 +16,9 @@ from wlora.config import config_folder, register_schema
 from wlora.errors import ConfigError, RunFault
 from wlora.foreign import refuse_code
 from wlora.help import register_help
-from wlora.jobs import DESK, Outcome, attempt, collecting, explain, fail, run_one
+from wlora.jobs import DESK, Outcome, attempt, collecting, fail, run_one
 from wlora.processes import is_main
+from wlora.words import check_form, explain
 
 
 def main() -> None:
@@ -42,11 +43,12 @@ def _run(words: Sequence[str]) -> int:
         if any(word.startswith("from=") for word in words):
             DESK.outcomes.append(attempt("", lambda: _repeat(words)))
         else:
+            check_form(words)
             refuse_code(words)
             with collecting():
                 hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(ConfigError(explain(error)))
+        fail(ConfigError(explain(error, words)))
     except YAMLError as error:
         fail(ConfigError(f"a YAML file cannot be read ({' '.join(str(error).split())[:250]})"))
     except (ConfigError, RunFault) as error:
@@ -63,7 +65,7 @@ def _run(words: Sequence[str]) -> int:
         fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         # What a run raises does not come as far as here: this is Hydra at a value that it does not foresee.
-        fail(ConfigError(f"the command line cannot be composed ({type(error).__name__}: {explain(error)})"))
+        fail(ConfigError(f"the command line cannot be composed ({type(error).__name__}: {explain(error, words)})"))
     else:
         return 0
     return ConfigError.exit_code

@@ -19,12 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import Config, config_folder, register_schema
 from wlora.errors import ConfigError, wrong_value
-from wlora.jobs import explain
 from wlora.models.source import locate
 from wlora.study import Run, choose_tuned, read_runs, read_value, same_setting
 from wlora.tasks.data import fingerprint
 from wlora.training.plan import make_plan
 from wlora.validation import RULES, resolve, satisfies
+from wlora.words import explain
 
 # Overrides that tell the runs of one cell apart; everything else is composed once per cell.
 _POINT = ("lr", "warmup", "seed", "tune_on")
@@ -216,7 +216,7 @@ def _compose(overrides: Sequence[str], **options: bool) -> DictConfig:
             composed: DictConfig = compose("config", overrides=list(overrides), **options)
             return composed
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, overrides)) from error
 
 
 def duration(seconds: float) -> str:
