@@ -17,7 +17,7 @@ from wlora.errors import ConfigError, RunFault
 from wlora.foreign import refuse_code
 from wlora.help import register_help
 from wlora.jobs import DESK, Outcome, attempt, collecting, fail, run_one
-from wlora.processes import is_main
+from wlora.processes import TOLD, is_main
 from wlora.words import check_form, explain
 
 
@@ -26,6 +26,7 @@ def main() -> None:
     # With this set Hydra hands its errors to us instead of printing them with a traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     DESK.outcomes, DESK.command = [], True
+    TOLD.clear()
     code = _run(sys.argv[1:])
     if len(DESK.outcomes) > 1 and is_main():
         _print_sweep(DESK.outcomes)
@@ -79,13 +80,13 @@ def _repeat(words: Sequence[str]) -> Outcome:
 
 
 def _print_sweep(outcomes: Sequence[Outcome]) -> None:
-    """End a sweep with a line per run."""
-    width = max(len(outcome.name) for outcome in outcomes)
+    """End a sweep with a line per run: its number, what it varies, how it ended."""
+    width, digits = max(len(outcome.name) for outcome in outcomes), len(str(len(outcomes)))
     print("\nsweep:")
-    for outcome in outcomes:
+    for number, outcome in enumerate(outcomes, start=1):
         score = "" if outcome.score is None else f"{outcome.score:.4f}"
         reason = (outcome.told.splitlines() or [""])[0]
-        print(f"  {outcome.name:<{width}}  {outcome.status:<11} {score or reason}".rstrip())
+        print(f"  {number:>{digits}}  {outcome.name:<{width}}  {outcome.status:<11} {score or reason}".rstrip())
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from wlora.config import Config, config_folder, register_schema
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.source import locate
+from wlora.presets import apply_preset
 from wlora.study import Run, choose_tuned, read_runs, read_value, same_setting
 from wlora.tasks.data import fingerprint
 from wlora.training.plan import make_plan
 from wlora.validation import RULES, resolve, satisfies
-from wlora.words import explain
+from wlora.words import check_read, explain
 
 # Overrides that tell the runs of one cell apart; everything else is composed once per cell.
 _POINT = ("lr", "warmup", "seed", "tune_on")
@@ -160,7 +161,9 @@ def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
     """
     cells: dict[tuple[str, ...], Cell] = {}
     for words in sweeps:
-        for overrides, points in expand(words):
+        parts = list(expand(words))
+        check_read([overrides for overrides, _ in parts], _compose)
+        for overrides, points in parts:
             key = tuple(sorted(overrides))
             if key not in cells:
                 cells[key] = Cell(compose(overrides))
@@ -201,7 +204,9 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: it would be refused.
     """
-    config = OmegaConf.to_object(_compose(overrides))
+    composed = _compose(overrides)
+    apply_preset(composed, overrides)
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return resolve(config)
 

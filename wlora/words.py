@@ -8,13 +8,34 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
 from wlora.config import METHOD_NOTES, Config, config_folder
 from wlora.errors import ConfigError, unknown_name
+
+# The keys at the top that a method reads only where its configuration interpolates them.
+SHORT = ("rank", "alpha", "dropout", "k", "targets")
+
+
+class Idle(NamedTuple):
+    """Keys that a method does not read while one of its own keys has certain values."""
+
+    method: str
+    own: str
+    holds: Callable[[Any], bool]
+    keys: tuple[str, ...]
+
+
+_OMEGA = ("lr_omega", "select_steps", "project_every", "omega_scheduled", "omega_clipped")
+_IDLE = (
+    Idle("wlora_plus", "schedule", lambda schedule: schedule == "halvings", ("k",)),
+    Idle("wlora_depth", "rule", lambda rule: rule == "once", ("method.project_every",)),
+    Idle("rlora", "draw", lambda draw: draw == "at_start", tuple(f"method.{key}" for key in _OMEGA)),
+    Idle("lora_drop", "threshold", lambda threshold: threshold is not None, ("method.keep",)),
+)
 
 # Other names of keys, by their last component, as in transformers, PEFT and the paper.
 SYNONYMS = {
@@ -85,6 +106,73 @@ def _sample(key: str) -> str:
     """Return what stands for a value that the user has not given."""
     default = OmegaConf.select(OmegaConf.structured(Config), key, default=None) if re.fullmatch(r"[\w.]+", key) else None
     return "true" if isinstance(default, bool) else "VALUE"
+
+
+def swept_keys(config: DictConfig) -> frozenset[str]:
+    """Return the keys that a sweep varies: by its words, or by those that an experiment brings along.
+
+    Args:
+        config: the sweep's own, as Hydra composes it.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    keys = {str(key) for key in OmegaConf.select(config, "hydra.sweeper.params") or ()}
+    words: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.is_sweep_override():
+            keys.add(override.key_or_group)
+        else:
+            keys.discard(override.key_or_group)
+    return frozenset(keys)
+
+
+def check_read(runs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> list[str]:
+    """Find keys that a command sets and its runs do not read. A forced key, `++k=3`, is meant for the runs that read it.
+
+    Args:
+        runs: the words of each run of the command.
+        compose: returns the configuration of a run, with its interpolations, given its words.
+
+    Returns:
+        What to tell the user: keys that only some of the runs read.
+
+    Raises:
+        ConfigError: a key that no run reads.
+    """
+    watched = {*SHORT, *(key for rule in _IDLE for key in rule.keys)}
+    deciding = {"experiment", "method", "method.preset", *(f"method.{rule.own}" for rule in _IDLE)}
+    kinds: dict[tuple[str, ...], Sequence[str]] = {}
+    for words in runs:  # those with the same deciding words read the same keys, and composing is slow
+        kinds.setdefault(tuple(word for word in words if word.partition("=")[0] in deciding), words)
+    read: set[str] = set()
+    unread: dict[str, dict[str, str]] = {}
+    for words in kinds.values():
+        given = {word.partition("=")[0]: word for word in words if word.partition("=")[0] in watched}
+        composed = compose(words) if given else OmegaConf.create()
+        for key, word in given.items():
+            reason = _why_unread(composed, key)
+            if reason is None:
+                read.add(key)
+            else:
+                unread.setdefault(key, {})[reason] = word
+    for key, reasons in unread.items():
+        if key not in read:
+            word = next(iter(reasons.values()))
+            raise ConfigError(f"{word}: {key} is not read by {', '.join(reasons)}\nway out: leave it out; it changes nothing")
+    return [f"{key} is not read by {', '.join(reasons)}" for key, reasons in unread.items()]
+
+
+def _why_unread(composed: DictConfig, key: str) -> str | None:
+    """Return what keeps a run from reading a key, None for one that it reads."""
+    name = composed.method.get("name")
+    content: Any = OmegaConf.to_container(composed, resolve=False)
+    content.pop("hydra", None)  # which quotes the words of the command line
+    if key in SHORT and f"${{{key}}}" not in str(content):
+        return f"method={name}"
+    for rule in _IDLE:
+        if rule.method == name and key in rule.keys and rule.holds(composed.method[rule.own]):
+            return f"method={name} method.{rule.own}={composed.method[rule.own]}"
+    return None
 
 
 def explain(error: Exception, words: Sequence[str] = ()) -> str:
