@@ -158,7 +158,9 @@ def check_read(runs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]],
     for key, reasons in unread.items():
         if key not in read:
             word = next(iter(reasons.values()))
-            raise ConfigError(f"{word}: {key} is not read by {', '.join(reasons)}\nway out: leave it out; it changes nothing")
+            raise ConfigError(
+                f"{word}: {key} is not read by {', '.join(reasons)}\nway out: leave it out; it changes nothing"
+            )
     return [f"{key} is not read by {', '.join(reasons)}" for key, reasons in unread.items()]
 
 
