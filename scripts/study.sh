@@ -21,7 +21,13 @@ chosen() { [ -z "$1" ] || [[ " $1 " == *" $2 "* ]]; }
 # sweep TASK METHOD OVERRIDE...
 sweep() {
     chosen "${TASKS:-}" "$1" && chosen "${METHODS:-}" "$2" || return 0
-    queue+=("results_dir=$RESULTS task=$1 ${DATA:+task.path=$DATA/$1} method=$2 ${*:3} ${extra[*]}")
+    local word words=" ${*:3}"
+    for word in "${extra[@]}"; do
+        # The method may not be one that reads the key. Hydra's ++ forces it, which is then no mistake.
+        [[ $word =~ ^(rank|alpha|dropout|k|targets)= && $words != *" ${word%%=*}="* ]] && word=++$word
+        words+=" $word"
+    done
+    queue+=("results_dir=$RESULTS task=$1 ${DATA:+task.path=$DATA/$1} method=$2$words")
 }
 
 run_sweep() {

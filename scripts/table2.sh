@@ -9,8 +9,8 @@
 targets=${TARGETS:-all}
 for point in "warmup=100 seed=$TUNE_SEED" "lr=tuned seed=$TUNE_SEED" "lr=tuned warmup=tuned seed=range(5)"; do
     for task in mnli sst2 cola qqp qnli rte mrpc; do
-        for method in lora wlora wlora_plus; do
-            sweep $task $method experiment=table2 rank=1,2,4,8 k=20 targets=$targets $point
+        for method in lora "wlora k=20" wlora_plus; do
+            sweep $task $method experiment=table2 rank=1,2,4,8 targets=$targets $point
         done
     done
     stage

@@ -8,8 +8,8 @@
 [ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1 and 6 have a small study" >&2; exit 2; }
 for point in "warmup=25 seed=$TUNE_SEED" "lr=tuned seed=$TUNE_SEED" "lr=tuned warmup=tuned seed=range(5)"; do
     for task in mnli sst2 cola qqp qnli rte mrpc stsb; do
-        for method in lora wlora wlora_plus; do
-            sweep $task $method experiment=table3 rank=1,2,4,8 k=100 $point
+        for method in lora "wlora k=100" wlora_plus; do
+            sweep $task $method experiment=table3 rank=1,2,4,8 $point
         done
     done
     stage

@@ -7,8 +7,8 @@
 [ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1 and 6 have a small study" >&2; exit 2; }
 for point in "warmup=100 seed=$TUNE_SEED" "lr=tuned seed=$TUNE_SEED" "lr=tuned warmup=tuned seed=range(5)"; do
     for task in xsum cnn_dailymail; do
-        for method in lora wlora wlora_plus; do
-            sweep $task $method experiment=table5 rank=1,2,4,8 k=20 $point
+        for method in lora "wlora k=20" wlora_plus; do
+            sweep $task $method experiment=table5 rank=1,2,4,8 $point
         done
     done
     stage

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from wlora.processes import TOLD
+
 ROOT = Path(__file__).parent.parent
 # Numbers are compared to the last bit, and with a second process on the same machine: all but test_gpu.py runs on the CPU.
 # Kept in the environment, which the processes of xdist inherit.
@@ -60,6 +62,12 @@ def _a_yaml_file_is_parsed_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yaml, "load", load)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_told_yet() -> None:
+    """A command tells a notice once; every test is a command of its own."""
+    TOLD.clear()
 
 
 def compose(*overrides: str) -> Any:

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from wlora.config import config_folder
-from wlora.jobs import DESK, Collecting, Outcome
+from wlora.jobs import DESK, Collecting, Outcome, Sweep
 from wlora.records import RecordStore
 
 from .conftest import ROOT, TINY, run_cli
@@ -59,7 +60,7 @@ def test_a_process_that_is_lost_does_not_pass_for_a_run_that_went_well() -> None
 
     DESK.outcomes = [Outcome("before", "success", 1.0, 0)]
     with pytest.raises(RunFault, match="launcher=some: Killed: a worker was killed\n.*the same command"):
-        Collecting(Launcher(), "some").launch([["seed=0"]], 0)
+        Collecting(Launcher(), "some", Sweep(frozenset()), lambda _: OmegaConf.create()).launch([["seed=0"]], 0)
 
 
 def test_joblib_runs_a_sweep_in_other_processes_and_brings_back_how_it_went(tmp_path: Path) -> None:
@@ -68,8 +69,10 @@ def test_joblib_runs_a_sweep_in_other_processes_and_brings_back_how_it_went(tmp_
     assert done.returncode == 2, "of a sweep the highest exit code"
     assert [record.status for record in RecordStore(tmp_path)] == ["success"] * 2
     summary = done.stdout.partition("\nsweep:\n")[2].splitlines()
-    assert [line.split("  ")[-1].strip() for line in summary][0] == "ConfigError seed=-1: allowed is int >= 0"
-    assert [line.split()[4] for line in summary] == ["ConfigError", "success", "success"]
+    assert summary[0] == "  1  seed=-1  ConfigError seed=-1: allowed is int >= 0"
+    assert [line.split()[:3] for line in summary[1:]] == [["2", "seed=0", "success"], ["3", "seed=1", "success"]]
+    headings = sorted(line for line in done.stdout.splitlines() if line.startswith("run "))
+    assert headings == ["run 1 of 3: seed=-1", "run 2 of 3: seed=0", "run 3 of 3: seed=1"], "time left is not known here"
 
 
 def test_a_job_of_submitit_that_is_preempted_is_requeued_and_goes_on(tmp_path: Path) -> None:

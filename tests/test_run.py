@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from wlora.console import protect_output
+from wlora.jobs import DESK, Outcome, Sweep
 
 from .conftest import ROOT, TINY
 
@@ -154,6 +155,54 @@ def test_a_sweep_trains_every_cell_once_and_a_failing_cell_does_not_stop_it(
     assert run_main(*words)[1].count("is done") == 4
     code, printed, _ = run_main("-m", *TINY, "method=lora", "seed=-1,0", f"results_dir={tmp_path}")
     assert code == 2 and "ConfigError" in printed and "is done" in printed
+
+
+def test_a_sweep_says_which_run_is_which_and_repeats_no_notice(
+    tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ["-m", *TINY, "method=lora,probe", "lr=1e-3,2e-3", f"results_dir={tmp_path}"]
+    _, printed, _ = run_main(*words)
+    labels = [f"lr={lr} method={method}" for lr in ("0.001", "0.002") for method in ("lora", "probe")]
+    headings = [line.partition(" (about ") for line in printed.splitlines() if line.startswith("run ")]
+    assert [line for line, *_ in headings] == [f"run {i} of 4: {label}" for i, label in enumerate(labels, start=1)]
+    assert [bool(about) for _, about, _ in headings] == [False, True, True, True]
+    summary = printed.partition("\nsweep:\n")[2].splitlines()
+    assert [line.split() for line in summary] == [
+        [str(i), *label.split(), "success", line.split()[-1]]
+        for i, (label, line) in enumerate(zip(labels, summary, strict=True), start=1)
+    ]
+    assert printed.count("notice: warm-up shortened") == 1
+    # Skipped runs say nothing of the time that the others take.
+    assert "left)" not in run_main(*words)[1]
+
+
+def test_the_time_left_comes_from_runs_that_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Sweep(frozenset({"lr"}), total=12)
+    monkeypatch.setattr(DESK, "command", True)
+    monkeypatch.setattr(DESK, "outcomes", [Outcome("", "success", 0.5, 0), Outcome("", "ConfigError", None, 2)])
+    assert sweep.label(["lr=1", "seed=0", "++lr=2"]) == "lr=1 lr=2"
+    assert sweep.heading(3, "lr=1") == "run 3 of 12: lr=1"
+    DESK.outcomes += [Outcome("", "success", 0.5, 0, seconds=seconds) for seconds in (60, 120)]
+    assert sweep.heading(5, "lr=1") == "run 5 of 12: lr=1 (about 12 min left)"
+    monkeypatch.setattr(DESK, "command", False)
+    assert sweep.heading(5, "lr=1") == "run 5 of 12: lr=1", "a launcher's process does not know what the others do"
+    assert Sweep(frozenset()).heading(5, "") == "run 5", "a sweeper that decides on the way"
+
+
+def test_a_sweep_names_what_an_experiment_brings_along(
+    tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ["-m", "experiment=table1", *TINY, "dry_run=true", f"results_dir={tmp_path}"]
+    _, printed, _ = run_main(*words[:-2], "seed=0,1", *words[-2:])
+    assert "run 2 of 2: seed=1\n" in printed, "TINY's lr takes the place of the grid"
+    _, printed, _ = run_main("-m", "experiment=table1", *TINY[:-1], "dry_run=true", f"results_dir={tmp_path}")
+    assert "run 3 of 3: lr=0.005\n" in printed
+    _, printed, _ = run_main("-m", *TINY, "dry_run=true", "seed=3,3", "hydra.sweeper.max_batch_size=1")
+    assert [line.split() for line in printed.partition("\nsweep:\n")[2].splitlines()] == [
+        ["1", "seed=3", "described"],
+        ["2", "seed=3", "described"],
+    ]
+    assert "run 2: seed=3\n" in printed, "in batches nobody knows how many"
 
 
 def test_a_bug_ends_with_a_traceback_and_a_record_that_says_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

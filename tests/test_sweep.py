@@ -53,6 +53,12 @@ def test_rate_and_warm_up_in_turn(tmp_path: Path) -> None:
     assert counts(tmp_path, *stages) == [(0, 6), (0, 6)]
 
 
+def test_a_preset_counts_in_what_a_cell_holds(tmp_path: Path) -> None:
+    line = ["method=adalora", "task=rte", "method.preset=authors", f"results_dir={tmp_path}"]
+    (cell,) = survey([line])
+    assert cell.config.task.epochs == 50 and cell.wanted == {(1.2e-3, 200, 0)}
+
+
 def test_an_experiment_brings_its_grid(tmp_path: Path) -> None:
     line = ["experiment=table1", "task=rte", "method=lora", f"results_dir={tmp_path}"]
     assert counts(tmp_path, line) == [(0, 3)]
@@ -74,7 +80,14 @@ def test_the_time_left_comes_from_the_nearest_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("word", "said"),
-    [("lr=-1", "lr=-1"), ("rank=0", "rank=0"), ("metod=lora", "did you mean"), ("warmup=9999", "warmup=9999")],
+    [
+        ("lr=-1", "lr=-1"),
+        ("rank=0", "rank=0"),
+        ("metod=lora", "did you mean"),
+        ("warmup=9999", "warmup=9999"),
+        ("method=lora", "k=5: k is not read by method=lora"),
+        ("method.preset=author", "method.preset=author: allowed is authors or null"),
+    ],
 )
 def test_what_a_run_would_refuse_is_refused(tmp_path: Path, word: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

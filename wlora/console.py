@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
+from wlora.processes import first_time
+
 if TYPE_CHECKING:
     from wlora.config import Config
     from wlora.methods.base import Method
@@ -63,6 +65,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def notice(text: str) -> None:
+    """Print a notice for the user, once per command: the runs of a sweep repeat theirs."""
+    if first_time(text):
+        say(f"notice: {text}")
+
+
 def announce(config: Config, identity: str, plan: Plan, precision: Precision) -> None:
     """Say what is about to run, and which default was changed."""
     say(
@@ -71,7 +79,7 @@ def announce(config: Config, identity: str, plan: Plan, precision: Precision) ->
         f"{precision.name} ({precision.reason})"
     )
     if plan.notice:
-        say(f"notice: {plan.notice}")
+        notice(plan.notice)
 
 
 def share_of_model(trainable: int, counts: dict[str, int]) -> str:

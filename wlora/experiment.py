@@ -384,7 +384,7 @@ def _prefix_storage(config: Config) -> Storage | None:
 def _complete(record: Record, result: Result, method: Method, seconds: float) -> None:
     """Fill in what a finished training left behind."""
     kept = method.kept()
-    record.status = "success"
+    record.status, record.trained = "success", True
     record.metrics = {key: float(value) for key, value in result.metrics.items()}
     record.parameters["adapter_final"] = count_elements(kept.values())
     record.adapters = [

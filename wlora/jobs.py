@@ -5,26 +5,27 @@ Nothing here imports torch before a run is known to be sound.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wlora.config import METHOD_NOTES, Config, config_folder
+from wlora.config import Config
 from wlora.console import protect_output
-from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
+from wlora.errors import ConfigError, RunFault, wrong_value
 from wlora.help import show_values
 from wlora.presets import apply_presets
-from wlora.processes import is_main, several
+from wlora.processes import first_time, is_main, several
+from wlora.words import check_read, explain, swept_keys, unknown_key
 
 # The plugin's schema of the same name is meant to check what stands in conf/hydra/launcher. Said here, since the processes
 # of launchers import this module before they compose.
@@ -39,7 +40,9 @@ class Outcome:
     """How one run of a sweep ended.
 
     Attributes:
+        name: what the sweep varies, with this run's values.
         told: what went wrong, for the summary of a sweep whose launcher keeps the output of its processes to itself.
+        seconds: the length of a run that has trained; None for one that was skipped or failed.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Outcome:
     score: float | None
     exit_code: int
     told: str = ""
+    seconds: float | None = None
 
 
 @dataclass
@@ -64,7 +68,37 @@ class Desk:
 DESK = Desk([])
 
 
-def run_one(composed: DictConfig) -> Outcome:
+@dataclass
+class Sweep:
+    """What a run says of the sweep that it belongs to. It travels with the task function to the processes of launchers.
+
+    Attributes:
+        keys: what the sweep varies.
+        in_batches: whether the sweeper launches the runs in several batches, so that one does not tell how many there are.
+        total: how many runs there are; None while that is not known.
+    """
+
+    keys: frozenset[str]
+    in_batches: bool = False
+    total: int | None = None
+
+    def label(self, words: Sequence[str]) -> str:
+        """Return those words of a run that tell it from the others."""
+        return " ".join(word.lstrip("+") for word in words if word.partition("=")[0].lstrip("+") in self.keys)
+
+    def heading(self, number: int, label: str) -> str:
+        """Return the line above a run; time left is only known where the runs follow each other in this process."""
+        count = f"run {number}" + (f" of {self.total}" if self.total else "")
+        lengths = [outcome.seconds for outcome in DESK.outcomes if outcome.seconds is not None]
+        left = ""
+        if DESK.command and lengths and self.total:
+            from wlora.sweep import duration
+
+            left = f" (about {duration(sum(lengths) / len(lengths) * (self.total - number + 1))} left)"
+        return f"{count}: {label}".removesuffix(": ") + left
+
+
+def run_one(composed: DictConfig, sweep: Sweep | None = None) -> Outcome:
     """Run one composed configuration: the function that Hydra calls, in this process or in a launcher's.
 
     Raises:
@@ -72,16 +106,18 @@ def run_one(composed: DictConfig) -> Outcome:
         SystemExit: it asked a job of submitit to, which may have been requeued.
     """
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     protect_output()
-    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     # Unresolved: the words may hold interpolations, which mean nothing in Hydra's own configuration.
     words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     overrides = [str(word) for word in words]
-    name = _name(composed)
+    name = ""
+    if sweep is not None:
+        name = sweep.label(overrides)
+        if is_main():
+            print(sweep.heading(HydraConfig.get().job.num + 1, name), flush=True)
     try:
-        outcome = attempt(name, lambda: _run_composed(name, composed, overrides, in_sweep=in_sweep))
+        outcome = attempt(name, lambda: _run_composed(name, composed, overrides, in_sweep=sweep is not None))
     except KeyboardInterrupt as stop:
         if DESK.command:
             raise
@@ -135,17 +171,24 @@ class Collecting:
     Args:
         launcher: Hydra's.
         name: as in the configuration, for messages.
+        sweep: what its runs are told of the whole.
+        compose: returns the configuration of a run, given its words.
     """
 
-    def __init__(self, launcher: Any, name: str) -> None:
-        self._launcher, self._name = launcher, name
+    def __init__(self, launcher: Any, name: str, sweep: Sweep, compose: Callable[[Sequence[str]], DictConfig]) -> None:
+        self._launcher, self._name, self._sweep, self._compose = launcher, name, sweep, compose
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         """Launch jobs and wait for them.
 
         Raises:
+            ConfigError: a key that no job reads.
             RunFault: a process of the launcher has gone without an answer.
         """
+        for notice in check_read(job_overrides, self._compose):
+            _tell(f"notice: {notice}")
+        if not self._sweep.in_batches:
+            self._sweep.total = len(job_overrides)
         before = len(DESK.outcomes)
         try:
             returned = self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
@@ -177,7 +220,17 @@ def collecting() -> Iterator[None]:
 
     def instantiate(self: Plugins, hydra_context: Any, task_function: Any, config: DictConfig) -> Collecting:
         name = _require_launcher(config)
-        return Collecting(before(self, hydra_context, task_function, config), name)
+        whole = config.hydra.sweeper._target_.endswith(".BasicSweeper") and config.hydra.sweeper.max_batch_size is None
+        sweep = Sweep(swept_keys(config), in_batches=not whole)
+        launcher = before(self, hydra_context, functools.partial(task_function, sweep=sweep), config)
+
+        def compose(words: Sequence[str]) -> DictConfig:
+            composed: DictConfig = hydra_context.config_loader.load_sweep_config(config, list(words))
+            with suppress(ConfigError):  # which the run itself will meet
+                apply_presets(composed, words)
+            return composed
+
+        return Collecting(launcher, name, sweep, compose)
 
     Plugins.instantiate_launcher = instantiate
     try:
@@ -200,15 +253,6 @@ def _require_launcher(config: DictConfig) -> str:
     return name
 
 
-def _name(composed: DictConfig) -> str:
-    """Name a run for the summary of a sweep; what is missing in a wrong configuration is a question mark."""
-    try:
-        task, method, model = (OmegaConf.select(composed, f"{group}.name") or "?" for group in ("task", "method", "model"))
-        return f"{task} {method} {model} seed={composed.seed}"
-    except OmegaConfBaseException:
-        return "?"
-
-
 def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_sweep: bool) -> Outcome:
     """Run one composed configuration.
 
@@ -225,16 +269,18 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     _refuse_added_keys(composed)
-    if preset and is_main():
-        print(f"preset: {show_values(preset)}", flush=True)
+    if not in_sweep:
+        check_read([overrides], lambda _: composed)
+    if preset:
+        _tell(f"preset: {show_values(preset)}")
     resolve(config)
     require_all(config)
     source, data = locate(config.model), fingerprint(config.task)
     wanted = wanted_keys(config)
     choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
-    if choice is not None and is_main():
+    if choice is not None:
         where = config.tune_on or config.task.name
-        print(f"tuned: {choice.describe(wanted)}, best of {choice.compared} on {where} seed={choice.seed}")
+        _tell(f"tuned: {choice.describe(wanted)}, best of {choice.compared} on {where} seed={choice.seed}")
 
     if config.dry_run:
         from wlora.dry_run import describe
@@ -245,7 +291,8 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     from wlora.stock import stock_of_process
 
     record = run(config, overrides, stock_of_process() if in_sweep else None)
-    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0)
+    seconds = record.seconds["total"] if record.trained else None
+    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
 
 
 def require_all(config: Config) -> None:
@@ -285,8 +332,7 @@ def _refuse_added_keys(composed: DictConfig) -> None:
         allowed = list(_node(schema, parent).keys())  # keys(): a missing value is still a key
         for name in _node(composed, parent):
             if name not in allowed:
-                key = f"{parent}.{name!s}".lstrip(".")
-                raise unknown_name(key, key, _sibling_keys(key))
+                raise unknown_key(f"{parent}.{name!s}".lstrip("."))
 
 
 def _node(config: DictConfig, parent: str) -> DictConfig:
@@ -294,56 +340,10 @@ def _node(config: DictConfig, parent: str) -> DictConfig:
     return node
 
 
-def explain(error: Exception) -> str:
-    """Bring an error of Hydra or OmegaConf to one or two lines: the key, the value, what is allowed."""
-    text = f"{error}\n{error.__cause__ or ''}"
-    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
-    if missing:
-        group, name = missing.groups()
-        return str(unknown_name(f"{group}={name}", name, _group_options(group), say=lambda near: f"{group}={near}"))
-    key = re.search(r"full_key: (\S+)", text)
-    value = re.search(r"Value '([^']*)'|Cannot convert '([^']*)'", text)
-    if key and value:
-        return f"{key[1]}={value[1] or value[2]}: allowed is {_expected(key[1], text)}"
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown:
-        return str(unknown_name(unknown[1], unknown[1], _sibling_keys(unknown[1])))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] or type(error).__name__
-
-
-def _expected(key: str, text: str) -> str:
-    """Say what a key takes: its rule where it has one, else the type that OmegaConf asked for."""
-    from wlora.validation import RULES
-
-    if key in RULES:
-        return RULES[key]
-    match = re.search(r"could not be converted to (\w+)|to supported type '([^']+)'|is not a valid (\w+)", text)
-    return next(filter(None, match.groups())).lower() if match else "a value of another type"
-
-
-def _group_options(group: str) -> list[str]:
-    return [file.stem for file in (config_folder() / group).glob("*.yaml")]
-
-
-def _sibling_keys(key: str) -> list[str]:
-    """List the keys beside a mistyped one, in the schema or (for a method) in the YAML files."""
-    parent, _, _ = key.rpartition(".")
-    if parent == "method":
-        found: set[str] = set()
-        chosen = [word.partition("=")[2] for word in sys.argv if word.startswith("method=")]
-        for file in (config_folder() / "method").glob(f"{chosen[-1] if chosen else '*'}.yaml"):
-            content: Any = OmegaConf.to_container(OmegaConf.load(file))
-            found |= {f"method.{name}" for name in content.get("method", content)}
-        found -= {key, *(f"method.{note}" for note in METHOD_NOTES)}
-        return sorted(found | {"method.preset"})
-    schema = OmegaConf.structured(Config)
-    while parent:
-        node = OmegaConf.select(schema, parent)
-        if isinstance(node, DictConfig) and len(node):
-            return [f"{parent}.{name!s}" for name in node if name != "presets"]
-        parent = parent.rpartition(".")[0]
-    return [str(name) for name in schema]
+def _tell(text: str) -> None:
+    """Print what runs of a sweep repeat, once per command."""
+    if is_main() and first_time(text):
+        print(text, flush=True)
 
 
 def fail(error: Exception) -> None:

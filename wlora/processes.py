@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# What this process's command has told: the runs of a sweep repeat their notices.
+TOLD: set[str] = set()
+
 
 def is_main() -> bool:
     """Tell whether this is the main process, or the only one; before torch is imported, too."""
@@ -22,6 +25,13 @@ def is_main() -> bool:
 def several() -> bool:
     """Tell whether a launcher has started more than one process; before torch is imported, too."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def first_time(text: str) -> bool:
+    """Tell whether this process's command has not told a text yet, and note it."""
+    new = text not in TOLD
+    TOLD.add(text)
+    return new
 
 
 def from_main(value: T) -> T:

@@ -27,7 +27,13 @@ STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed")
 
 @dataclass
 class Record:
-    """What is known of a run; the meaning of every key stands in the design under "A record"."""
+    """What is known of a run; the meaning of every key stands in the design under "A record".
+
+    Attributes:
+        trained: whether this process trained it to the end, rather than found it recorded. Not written.
+    """
+
+    trained = False
 
     run_id: str
     status: str

@@ -17,8 +17,9 @@ from wlora.console import protect_output
 from wlora.errors import ConfigError, RunFault
 from wlora.foreign import refuse_code
 from wlora.help import register_help
-from wlora.jobs import DESK, Outcome, attempt, collecting, explain, fail, run_one
-from wlora.processes import is_main
+from wlora.jobs import DESK, Outcome, attempt, collecting, fail, run_one
+from wlora.processes import TOLD, is_main
+from wlora.words import check_form, explain
 
 
 def main() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     protect_output()
     DESK.outcomes, DESK.command = [], True
+    TOLD.clear()
     code = _run(sys.argv[1:])
     if len(DESK.outcomes) > 1 and is_main():
         _print_sweep(DESK.outcomes)
@@ -44,11 +46,12 @@ def _run(words: Sequence[str]) -> int:
         if any(word.startswith("from=") for word in words):
             DESK.outcomes.append(attempt("", lambda: _repeat(words)))
         else:
+            check_form(words)
             refuse_code(words)
             with collecting():
                 hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(ConfigError(explain(error)))
+        fail(ConfigError(explain(error, words)))
     except YAMLError as error:
         fail(ConfigError(f"a YAML file cannot be read ({' '.join(str(error).split())[:250]})"))
     except (ConfigError, RunFault) as error:
@@ -61,7 +64,7 @@ def _run(words: Sequence[str]) -> int:
         fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         # What a run raises does not come as far as here: this is Hydra at a value that it does not foresee.
-        fail(ConfigError(f"the command line cannot be composed ({type(error).__name__}: {explain(error)})"))
+        fail(ConfigError(f"the command line cannot be composed ({type(error).__name__}: {explain(error, words)})"))
     else:
         return 0
     return ConfigError.exit_code
@@ -75,13 +78,13 @@ def _repeat(words: Sequence[str]) -> Outcome:
 
 
 def _print_sweep(outcomes: Sequence[Outcome]) -> None:
-    """End a sweep with a line per run."""
-    width = max(len(outcome.name) for outcome in outcomes)
+    """End a sweep with a line per run: its number, what it varies, how it ended."""
+    width, digits = max(len(outcome.name) for outcome in outcomes), len(str(len(outcomes)))
     print("\nsweep:")
-    for outcome in outcomes:
+    for number, outcome in enumerate(outcomes, start=1):
         score = "" if outcome.score is None else f"{outcome.score:.4f}"
         reason = (outcome.told.splitlines() or [""])[0]
-        print(f"  {outcome.name:<{width}}  {outcome.status:<11} {score or reason}".rstrip())
+        print(f"  {number:>{digits}}  {outcome.name:<{width}}  {outcome.status:<11} {score or reason}".rstrip())
 
 
 if __name__ == "__main__":

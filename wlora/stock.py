@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config import Config
-from wlora.console import say
+from wlora.console import notice
 from wlora.models.loading import head_parameters, load_base, load_tokenizer, name_classes, reorder_head, start_head
 from wlora.models.source import ModelSource
 from wlora.tasks import Task, build_task
@@ -140,10 +140,10 @@ def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tu
         features[name] = task.encode(rows, tokenizer, training=name == "train")
         shares[name] = task.truncated_share
         if task.truncated_share:
-            say(f"notice: {task.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
+            notice(f"{task.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
         if name == "train" and task.lost_answers:
             lost = task.lost_answers
-            say(f"notice: {lost} of {len(rows)} rows of {name} have their answer whole in no window: see task.stride")
+            notice(f"{lost} of {len(rows)} rows of {name} have their answer whole in no window: see task.stride")
     train = features.pop("train")
     validation = {name: Split(splits.rows[name], encoded) for name, encoded in features.items()}
     return Data(train=train, validation=validation), {"truncated_share": shares, "lost_answers": lost}

@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 from wlora.config import Config, config_folder, register_schema
 from wlora.console import protect_output
 from wlora.errors import ConfigError, wrong_value
-from wlora.jobs import explain
 from wlora.models.source import locate
 from wlora.presets import apply_presets
 from wlora.study import Point, Run, name_rows, read_runs, read_value
@@ -28,6 +27,7 @@ from wlora.tasks.data import fingerprint
 from wlora.training.plan import make_plan
 from wlora.tuning import choose_tuned, same_setting, wanted_keys
 from wlora.validation import RULES, resolve, satisfies
+from wlora.words import check_read, explain
 
 # Overrides that tell the runs of one cell apart; everything else is composed once per cell.
 _POINT = (*Point._fields, "seed", "tune_on")
@@ -167,7 +167,9 @@ def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
     """
     cells: dict[tuple[str, ...], Cell] = {}
     for words in sweeps:
-        for overrides, points in expand(words):
+        parts = list(expand(words))
+        check_read([overrides for overrides, _ in parts], _compose)
+        for overrides, points in parts:
             key = tuple(sorted(overrides))
             if key not in cells:
                 cells[key] = Cell(compose(overrides))
@@ -225,7 +227,7 @@ def _compose(overrides: Sequence[str], **options: bool) -> DictConfig:
             composed: DictConfig = compose("config", overrides=list(overrides), **options)
             return composed
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, overrides)) from error
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import __version__ as transformers_version
 
-from wlora.console import say
+from wlora.console import notice, say
 from wlora.errors import RunFault
 from wlora.fingerprint import hash_file
 from wlora.models.prefix import Prefix
@@ -101,7 +101,7 @@ class PrefixCache:
         starts = np.full(len(features), -1, dtype=np.int64)
         starts[kept] = np.cumsum(lengths[kept]) - lengths[kept]
         if len(kept) < len(order):
-            say(f"notice: train.prefix_cache_gb holds {len(kept)} of {len(order)} rows of {split}, the others run in full")
+            notice(f"train.prefix_cache_gb holds {len(kept)} of {len(order)} rows of {split}, the others run in full")
         tokens = int(lengths[kept].sum())
         if self.storage.kind == "disk" and tokens:
             states = self._open(features, kept, tokens)
