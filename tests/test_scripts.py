@@ -67,7 +67,7 @@ def test_words_for_every_sweep_may_be_of_keys_that_some_methods_do_not_read(tmp_
     done = run_script("table1", *words, DRY="1", RESULTS=str(tmp_path), TASKS="rte", METHODS="full lora wlora")
     assert done.returncode == 0, done.stderr
     *cells, total = done.stdout.splitlines()
-    assert len(cells) == 3 and total.startswith("0 of 21 runs"), done.stdout
+    assert len(cells) == 3 and total.startswith("0 of 24 runs"), done.stdout
     assert "method=lora rank=4 targets=attention:" in done.stdout and "method=wlora rank=4 k=5 targets=att" in done.stdout
 
 

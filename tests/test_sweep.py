@@ -7,6 +7,7 @@ import pytest
 
 from wlora import sweep
 from wlora.errors import ConfigError
+from wlora.study import Point
 from wlora.sweep import duration, survey
 
 from .synthetic import make_record
@@ -56,7 +57,7 @@ def test_rate_and_warm_up_in_turn(tmp_path: Path) -> None:
 def test_a_preset_counts_in_what_a_cell_holds(tmp_path: Path) -> None:
     line = ["method=adalora", "task=rte", "method.preset=authors", f"results_dir={tmp_path}"]
     (cell,) = survey([line])
-    assert cell.config.task.epochs == 50 and cell.wanted == {(1.2e-3, 200, 0)}
+    assert cell.config.task.epochs == 50 and cell.wanted == {(Point(1.2e-3, 200, None), 0)}
 
 
 def test_an_experiment_brings_its_grid(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class RLoRA(WLoRA):
         drawn = torch.randperm(len(setting.targets), generator=setting.generator)[: self.k].tolist()
         self._drawn = [names[index] for index in drawn]
         if self._draws_at_start:
-            self.cut(0, self._drawn)
+            self.keep(self._drawn)
 
     def groups(self, lr: float) -> list[ParameterGroup]:
         """Return what WeightLoRA trains; with a draw at the start ω does not."""

@@ -124,14 +124,9 @@ class WLoRA(AdapterMethod):
         return [name for name in ranked[:k] if omega[name] > 0]
 
     def cut(self, step: int, survivors: list[str], *, final: bool = True) -> Event:
-        """Disconnect all but the survivors; `final` also fixes their ω."""
+        """Keep the survivors alone, and say what every ω was."""
         omega = self.omegas()
-        for name in self.adapters:
-            if name not in survivors:
-                self.adapters.disconnect(name)
-        if final:
-            for adapter in self.adapters.values():
-                adapter.fix_omega()
+        self.keep(survivors, final=final)
         return Event(step, "cut", {"kept": list(self.adapters), "omega": omega, "lowest_layer": self.adapters.lowest_layer})
 
     def check_informed(self, omega: dict[str, float], k: int) -> None:
@@ -144,6 +139,15 @@ class WLoRA(AdapterMethod):
             raise wrong_value(
                 "method.select_steps", self.select_steps, f"at least {INFORMED_STEPS}: no omega has had a gradient by then"
             )
+
+    def keep(self, survivors: list[str], *, final: bool = True) -> None:
+        """Disconnect all but the survivors; `final` also fixes their ω."""
+        for name in self.adapters:
+            if name not in survivors:
+                self.adapters.disconnect(name)
+        if final:
+            for adapter in self.adapters.values():
+                adapter.fix_omega()
 
     def final_count(self) -> tuple[int, int]:
         """Return what K adapters have."""
