@@ -532,6 +532,11 @@ def test_the_summary_has_a_line_per_setting_with_its_costs(tmp_path: Path, capsy
         for cost in (0.1, 0.2):
             words = ("method=wlora_depth", "task=sst2", f"seed={seed}", f"method.depth_cost={cost}")
             fields = {"memory": {"process": 2**30, "saved": 2**20 * (1 + seed)}, "events": cuts}
+            names = {
+                f"bert.encoder.layer.{4 + seed}.attention.self.value": 0.9,
+                "bert.encoder.layer.5.attention.self.key": 1.5,
+            }
+            fields["adapters"] = [{"name": name, "omega": omega + seed, "rank": 8} for name, omega in names.items()]
             make_record(tmp_path, *words, metrics=score + cost, **fields)
     make_record(tmp_path, "method=single", "method.index=3", "task=sst2", metrics=0.4)  # Figure 2's
     main(["summary", f"results_dir={tmp_path}"])
@@ -543,6 +548,9 @@ def test_the_summary_has_a_line_per_setting_with_its_costs(tmp_path: Path, capsy
         )
     rows = list(csv.DictReader(io.StringIO((tmp_path / "tables" / "summary.csv").read_text())))
     assert [row["n"] for row in rows] == ["2"] * 3 and rows[1]["saved_bytes"] == str(1.5 * 2**20)
+    assert (rows[0]["kept"], rows[0]["omega_low"]) == ("", "")
+    assert rows[1]["kept"] == "0: 4.value 5.key; 1: 5.value 5.key"
+    assert (rows[1]["omega_low"], rows[1]["omega_high"]) == ("0.9", "2.5")
     assert (tmp_path / "tables" / "summary.md").is_file() and (tmp_path / "tables" / "summary.tex").is_file()
 
 

@@ -7,6 +7,7 @@ from statistics import fmean, median
 from typing import Any
 
 from wlora.errors import ConfigError
+from wlora.records import Record
 from wlora.statistics import generator, summarize
 from wlora.study import Run
 from wlora.tables.caption import EVALUATION, dev_rows_text, edges, rows_text
@@ -25,7 +26,8 @@ def summarize_study(runs: Sequence[Run], *, bootstrap_seed: int = 0, best: Best 
     Scores are means of the primary metric over seeds, with sample deviation and 95 % interval; `mean_best` and `std_best`
     are those at the best evaluations, where all are known. Seconds and bytes are medians. `lowest_layer` is the mean over
     seeds of the lowest layer that kept an adapter at the last cut, `saved_bytes` what the longest micro-batch keeps for its
-    backward pass at the end, `peak_bytes` those of the device, or of the process.
+    backward pass at the end, `peak_bytes` those of the device, or of the process. `omega_low` and `omega_high` are the
+    extremes of ω over the adapters that were kept, and `kept` names these, per seed.
 
     Raises:
         ConfigError: no successful run.
@@ -48,6 +50,7 @@ def _line(group: Sequence[Run], name: str, bootstrap_seed: int, best: Best) -> d
     peak = summarize(peaks, generator(bootstrap_seed, name)) if len(peaks) == len(group) else None
     lowest = [found for record in records if (found := _lowest_layer(record.events)) is not None]
     saved = [record.memory["saved"] for record in records if "saved" in record.memory]
+    omegas = [adapter["omega"] for record in records for adapter in record.adapters if adapter["omega"] is not None]
     return {
         "metric": records[0].primary_metric,
         "n": score.n,
@@ -60,10 +63,19 @@ def _line(group: Sequence[Run], name: str, bootstrap_seed: int, best: Best) -> d
         **group[0].point.columns(),
         "parameters": fmean(record.parameters["adapter_final"] + record.parameters["base"] for record in records),
         "lowest_layer": fmean(lowest) if lowest else None,
+        "omega_low": min(omegas, default=None),
+        "omega_high": max(omegas, default=None),
+        "kept": "; ".join(f"{run.seed}: {_kept(run.record)}" for run in group) if omegas else None,
         "train_seconds": median(record.seconds["train"] for record in records),
         "saved_bytes": median(saved) if len(saved) == len(records) else None,
         "peak_bytes": median(record.memory.get("device", record.memory.get("process", 0)) for record in records) or None,
     }
+
+
+def _kept(record: Record) -> str:
+    """Name the adapters that a run kept by layer and module, as in `2.value 5.query`."""
+    parts = [adapter["name"].split(".") for adapter in record.adapters]
+    return " ".join(".".join([*[part for part in name if part.isdigit()][:1], name[-1]]) for name in parts)
 
 
 def _lowest_layer(events: Sequence[dict[str, Any]]) -> int | None:
