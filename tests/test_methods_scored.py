@@ -155,6 +155,31 @@ def test_alora_moves_components_and_keeps_budget_and_function_of_the_growth() ->
     )
 
 
+def test_alora_keeps_the_moments_of_the_components_that_stay() -> None:
+    rig = scored("alora").run(9)
+    before = {
+        name: {key: state(rig, part)["exp_avg_sq"].clone() for key, part in (("A", a.A), ("B", a.B))}
+        for name, a in rig.method.adapters.items()
+    }
+    event = rig.run(1).events[0]
+    for name in event.details["added"]:
+        old, adapter = before[name], rig.method.adapters[name]
+        rank = old["A"].shape[0]
+        assert adapter.rank > rank
+        # The step of the round itself has moved the old moments before they were taken over.
+        for moment, kept in (
+            (state(rig, adapter.A)["exp_avg_sq"][:rank], old["A"]),
+            (state(rig, adapter.B)["exp_avg_sq"][:, :rank], old["B"]),
+        ):
+            assert (moment >= 0.999 * kept * (1 - 1e-5)).all() and moment.abs().sum() > 0
+        assert int(state(rig, adapter.A)["step"]) == 10
+
+
+def state(rig: Rig, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """Return AdamW's state of a parameter."""
+    return dict(rig.optimizers._rules["adamw"].state[parameter])
+
+
 def test_alora_adds_nothing_when_every_adapter_lost_one() -> None:
     rig = scored("alora").run(5)
     event = rig.method.allocate(6, {f"layers.{i}": [0.0, 5.0, 6.0] for i in range(N)})  # type: ignore[attr-defined]
