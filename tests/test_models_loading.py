@@ -156,8 +156,9 @@ def test_the_papers_command_runs_from_local_copies_without_a_hub(
     (file,) = (tmp_path / "records").glob("*.json")
     record = json.loads(file.read_text())
     assert record["status"] == "success" and 0 <= record["metrics"]["accuracy"] <= 1
-    # 6 adapters of rank 4 and 4·(16 + 16) elements; halved twice with doubled ranks, rounded down at 3 → 1.
-    assert (record["parameters"]["adapter_initial"], record["parameters"]["adapter_final"]) == (768, 512)
+    # 6 adapters of rank 4 and 4·(16 + 16) elements; two of them stay, at rank 12.
+    assert (record["parameters"]["adapter_initial"], record["parameters"]["adapter_final"]) == (768, 768)
+    assert [adapter["rank"] for adapter in record["adapters"]] == [12, 12]
     assert record["parameters"]["head"] == (16 * 16 + 16) + (2 * 16 + 2)
 
 

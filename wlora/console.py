@@ -57,12 +57,19 @@ class _Output:
             os.close(nowhere)
 
 
+def put(text: str, stream: TextIO | None = None) -> None:
+    """Print lines in one piece: those of processes that share a stream, such as a launcher's, do not run into each other."""
+    stream = stream or sys.stdout
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
 def say(text: str) -> None:
     """Print for the user, on the main process only."""
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        print(text, flush=True)
+        put(text)
 
 
 def notice(text: str) -> None:

@@ -202,7 +202,8 @@ def _run(
 
 def _keep_predictions(store: RecordStore, record: Record, trainer: Trainer) -> str | None:
     """Write what the run predicted of the dev set; a run is not lost because that cannot be written."""
-    assert trainer.evaluation is not None
+    if trainer.evaluation is None:  # resumed after its last evaluation
+        return None
     try:
         return store.write_predictions(record.run_id, trainer.evaluation.tabulate(trainer.task, trainer.data.validation))
     except OSError as error:

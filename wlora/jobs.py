@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import Config
-from wlora.console import protect_output
+from wlora.console import protect_output, put
 from wlora.errors import ConfigError, RunFault, wrong_value
 from wlora.help import show_values
 from wlora.presets import apply_presets
@@ -115,7 +115,7 @@ def run_one(composed: DictConfig, sweep: Sweep | None = None) -> Outcome:
     if sweep is not None:
         name = sweep.label(overrides)
         if is_main():
-            print(sweep.heading(HydraConfig.get().job.num + 1, name), flush=True)
+            put(sweep.heading(HydraConfig.get().job.num + 1, name))
     try:
         outcome = attempt(name, lambda: _run_composed(name, composed, overrides, in_sweep=sweep is not None))
     except KeyboardInterrupt as stop:
@@ -343,9 +343,9 @@ def _node(config: DictConfig, parent: str) -> DictConfig:
 def _tell(text: str) -> None:
     """Print what runs of a sweep repeat, once per command."""
     if is_main() and first_time(text):
-        print(text, flush=True)
+        put(text)
 
 
 def fail(error: Exception) -> None:
     """Tell the user what went wrong."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    put(f"error: {error}", sys.stderr)
