@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora import experiment, methods
 from wlora.adapters.layer import LowRankAdapter
-from wlora.adapters.peft_format import Factors, describe_lora, fingerprint, read_adapter
+from wlora.adapters.peft_format import Factors, _compile, describe_lora, fingerprint, read_adapter
 from wlora.adapters.variants import BlockDiagonalAdapter, FramedAdapter, GrowingAdapter, TiedAdapter
 from wlora.config import config_folder
 from wlora.errors import ConfigError
@@ -203,6 +204,23 @@ def test_ranks_and_alphas_that_differ_stand_in_patterns() -> None:
     assert tensors["base_model.model.b.x.lora_B.weight"].shape == (6, 3)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["query", "layer.1.*query", "^bert.layer.1.query", "^layer.1.query", r"r\.1\.query", "1.*"]
+)
+def test_a_pattern_names_the_modules_that_peft_takes_it_to_name(pattern: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    for module in (
+        "bert.layer.1.query",
+        "bert.layer.11.query",
+        "bert.layer.1.query_proj",
+        "layer.1.query",
+        "bert.layer-1-query",
+    ):
+        theirs = get_pattern_key([pattern], module) == pattern and re.match(rf"(.*\.)?({pattern})$", module) is not None
+        assert (_compile(pattern).match(module) is not None) == theirs, module
+
+
 def test_layer_1_is_not_taken_for_layer_11(tmp_path: Path) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -341,8 +359,14 @@ class Malicious:
         ("empty", "adapter_model.safetensors cannot be read"),
         ("json", "adapter_config.json cannot be read"),
         ("list", "adapter_config.json cannot be read"),
-        ("alpha", "adapter_config.json cannot be read"),
-        ("pattern", "adapter_config.json cannot be read"),
+        ("deep", "adapter_config.json cannot be read"),
+        ("alpha", "lora_alpha is -1: allowed is a number above 0, at most 1e.09"),
+        ("vast", "lora_alpha is 10000*: allowed is a number above 0"),
+        ("pattern", "alpha_pattern is .*: allowed is names of modules"),
+        ("for ever", "alpha_pattern is .*: allowed is names of modules"),
+        ("modules", "modules_to_save is 5: allowed is a list of names"),
+        ("rank", "r is 0: allowed is 1 or more"),
+        ("no rank", "A and B of bert.* do not belong together"),
         ("dora", "use_dora is True: allowed is False"),
         ("pissa", "init_lora_weights is pissa"),
         ("kind", "peft_type is VERA: allowed is LORA"),
@@ -353,7 +377,6 @@ class Malicious:
 def test_a_broken_or_malicious_folder_is_refused(
     fault: str, message: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import re
 
     monkeypatch.chdir(tmp_path)
     weights, file = trained / "adapter_model.safetensors", trained / "adapter_config.json"
@@ -375,6 +398,20 @@ def test_a_broken_or_malicious_folder_is_refused(
             file.write_text(json.dumps(config | {"lora_alpha": -1}))
         case "pattern":
             file.write_text(json.dumps(config | {"alpha_pattern": {"(": 1}}))
+        case "for ever":
+            file.write_text(json.dumps(config | {"alpha_pattern": {"(\\w*.)*(\\w*.)*(\\w*.)*x": 1}}))
+        case "deep":
+            file.write_text('{"r": ' + "[" * 10_000 + "]" * 10_000 + "}")
+        case "vast":
+            file.write_text(json.dumps(config | {"lora_alpha": 10**400}))
+        case "modules":
+            file.write_text(json.dumps(config | {"modules_to_save": 5}))
+        case "rank":
+            file.write_text(json.dumps(config | {"r": 0}))
+        case "no rank":
+            second = first.replace("lora_A", "lora_B")
+            empty = {first: tensors[first][:0].clone(), second: tensors[second][:, :0].clone()}
+            save_file(tensors | empty, weights)
         case "dora":
             file.write_text(json.dumps(config | {"use_dora": True}))
         case "pissa":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from wlora import staging
 from wlora.errors import RunFault
-from wlora.records import RecordStore
-from wlora.training import checkpoints
+from wlora.records import RecordStore, seal, unseal
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.guard import Guard
 from wlora.training.loop import Trainer
@@ -75,19 +76,69 @@ def test_a_broken_checkpoint_is_told_from_a_whole_one(file: str, tmp_path: Path)
     assert whole(store(tmp_path)) == [3]
 
 
-def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_or_schema_is_neither_taken_nor_removed(tmp_path: Path) -> None:
+    written = store(tmp_path).write(state(3))
+    manifest = unseal((written / "manifest.json").read_text())
+    other = written.parent.rename(tmp_path / "checkpoints" / "other")
+    with pytest.raises(RunFault, match="has schema 1 and is of run run, not 1 and other; nothing was removed\nway out"):
+        whole(CheckpointStore(tmp_path, "other", keep=2))
+    (other / written.name / "manifest.json").write_text(seal(manifest | {"schema": 2, "run_id": "other"}))
+    with pytest.raises(RunFault, match="has schema 2"):
+        whole(CheckpointStore(tmp_path, "other", keep=2))
+
+
+def test_a_manifest_from_before_it_had_a_checksum_is_read(tmp_path: Path) -> None:
+    file = store(tmp_path).write(state(3)) / "manifest.json"
+    file.write_text(json.dumps(unseal(file.read_text())))
+    assert whole(store(tmp_path)) == [3]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize(("owner", "name"), [(Path, "read_bytes"), (os, "listdir")])
+def test_a_fault_that_may_pass_is_tried_again_and_is_no_damage(
+    owner: Any, name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store(tmp_path).write(state(3))
-    (tmp_path / "checkpoints" / "run").rename(tmp_path / "checkpoints" / "other")
-    assert whole(CheckpointStore(tmp_path, "other", keep=2)) == []
+    store(tmp_path).write(state(6))
+    monkeypatch.setattr(staging, "_PAUSES", (0, 0, 0))
+    read, faults = getattr(owner, name), 99
+
+    def fail(path: Any) -> Any:
+        nonlocal faults
+        if faults:
+            faults -= 1
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(owner, name, fail)
+    told = f"cannot be read .{os.strerror(number)}.; nothing was removed\nway out: the same command"
+    with pytest.raises(RunFault, match=told):
+        whole(store(tmp_path))
+    faults = 2
+    assert whole(store(tmp_path)) == [6, 3]
+
+
+def test_a_checkpoint_is_on_the_disk_with_all_the_entries_that_lead_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync = set[int](), os.fsync
+
+    def watch(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    folder = store(tmp_path).write(state(3))
+    assert {path.stat().st_ino for path in (folder.parent, folder, *folder.iterdir())} <= synced
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(tmp_path).write(state(3))
 
-    def fail(path: Path, content: bytes) -> None:
+    def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_write_through", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(RunFault, match="No space left"):
         store(tmp_path).write(state(6))
     assert whole(store(tmp_path)) == [3] and len(list((tmp_path / "checkpoints" / "run").iterdir())) == 1

@@ -173,6 +173,13 @@ def test_what_cannot_be_exported_is_refused_in_a_line_or_two(run_tiny: Callable[
     content[-1] ^= 1
     weights.write_bytes(content)
     assert "is not what the run wrote" in refused(record.run_id, there)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    settings = weights.with_name(CONFIG)
+    own = settings.read_text()
+    settings.write_text(own.replace('"lora_alpha": ', '"lora_alpha": 9'))
+    assert f"{CONFIG} is not what the run wrote" in refused(record.run_id, there)
+    settings.write_text(own)
     weights.unlink()
     assert f"from={record.run_id}" in refused(record.run_id, there)
     assert "method=full has left no adapters" in refused(run_tiny("method=full").run_id, there)
@@ -181,6 +188,13 @@ def test_what_cannot_be_exported_is_refused_in_a_line_or_two(run_tiny: Callable[
     store.write(record)
     assert "its status is failed" in refused(record.run_id, there)
     assert not (tmp_path / "exports").exists()
+
+
+def test_a_record_that_tells_of_the_weights_alone_is_still_exported(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    record = run_tiny("method=lora")
+    del record.model["adapter_config"]
+    RecordStore(tmp_path).write(record)
+    assert (export([record.run_id, f"results_dir={tmp_path}"]) / CONFIG).is_file()
 
 
 def test_packed_weights_are_not_merged(run_tiny: Callable[..., Any], tmp_path: Path) -> None:

@@ -20,12 +20,17 @@ from omegaconf import OmegaConf
 from wlora import run
 from wlora.config import config_folder
 from wlora.errors import ConfigError
+from wlora.experiment import open_record
 from wlora.export import find_record
-from wlora.records import Record, RecordStore, seal
+from wlora.models.source import locate
+from wlora.precision import choose_precision
+from wlora.records import Record, RecordStore, seal, unseal
+from wlora.staging import PARTS, put, staged, write_whole
 from wlora.training import guard
+from wlora.training.checkpoints import CheckpointStore
 from wlora.training.guard import Interrupted
 
-from .conftest import enter_main
+from .conftest import TINY, compose, enter_main
 from .hub_folder import build_folder
 
 CHECKPOINTED = ["method=wlora", "train.checkpoint_every=4", "train.max_steps=12"]
@@ -83,9 +88,9 @@ def test_a_checkpoint_that_is_a_pickle_is_skipped_even_with_the_right_checksum(
             torch.save({"model/x": Bomb(mark)}, file)
         else:
             file.write_bytes(pickle.dumps(Bomb(mark)))
-        manifest = json.loads((file.parent / "manifest.json").read_text())
+        manifest = unseal((file.parent / "manifest.json").read_text())
         manifest["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-        (file.parent / "manifest.json").write_text(json.dumps(manifest))
+        (file.parent / "manifest.json").write_text(seal(manifest))
     found = run_tiny(*CHECKPOINTED)
     assert capsys.readouterr().out.count("is broken and skipped") == 2
     assert not mark.exists() and found.resumed_at == [] and found.metrics == expected.metrics
@@ -259,6 +264,44 @@ def test_each_trick_in_a_record_is_refused_by_itself(
     RecordStore(tmp_path).write(record)
     code, error = command(f"from={record.run_id}", f"results_dir={tmp_path}", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2 and told in error and "Traceback" not in error and "whispered" not in error, error
+
+
+@pytest.mark.parametrize("part", [*PARTS, "checkpoints/RUN"])
+def test_a_linked_folder_that_a_run_would_write_into_is_refused(
+    part: str, run_tiny: Callable[..., Record], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "step-00000001").mkdir(parents=True)
+    source = locate(compose(*TINY).model)
+    identity = open_record(compose(*TINY, *CHECKPOINTED), source, choose_precision("auto", torch.device("cpu"))).run_id
+    link = tmp_path / "results" / part.replace("RUN", identity)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match=f"{link} is a link: allowed is a folder of its own"):
+        run_tiny(*CHECKPOINTED, results=tmp_path / "results")
+    assert [path.name for path in elsewhere.iterdir()] == ["step-00000001"]
+
+
+def test_what_is_written_as_a_whole_takes_the_place_of_a_link(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    for precious in (folder / "precious", file):
+        precious.write_text("precious")
+    for name, target in (("a", folder), ("b", file), ("c", tmp_path / "nowhere")):
+        (tmp_path / name).symlink_to(target)
+        with staged(tmp_path / name) as staging:
+            staging.mkdir()
+            (staging / "new").write_text("new")
+            put(staging, tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["new"] and not (tmp_path / name).is_symlink()
+    (tmp_path / "d").symlink_to(file)
+    write_whole(tmp_path / "d", b"new")
+    assert (tmp_path / "d").read_text() == "new" and file.read_text() == (folder / "precious").read_text() == "precious"
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "nowhere").exists()
+    CheckpointStore(tmp_path, "run", keep=1).folder.parent.mkdir()
+    CheckpointStore(tmp_path, "run", keep=1).folder.symlink_to(folder)
+    CheckpointStore(tmp_path, "run", keep=1).remove()
+    assert not (tmp_path / "checkpoints").exists() and (folder / "precious").is_file()
 
 
 def test_a_record_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:

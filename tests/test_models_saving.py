@@ -21,6 +21,7 @@ from wlora.methods.base import Method
 from wlora.models import saving
 from wlora.models.loading import load_model, load_tokenizer, name_classes
 from wlora.models.source import locate
+from wlora.records import RecordStore
 
 from .bart_folder import build_bart_folder
 from .conftest import ROOT, TINY, compose
@@ -272,14 +273,21 @@ def test_a_full_disk_leaves_the_record_and_no_half_of_a_model(tmp_path: Path, mo
         (Path(folder) / "tokenizer.json").write_text("{")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
-    with pytest.raises(
-        RunFault, match="cannot be written \\(No space left on device\\); an older one stays, and so does the run's record"
-    ):
-        run(tmp_path, "method=lora")
+    words = ["method=lora", "train.checkpoint_every=4", "train.max_steps=10"]
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+        with pytest.raises(
+            RunFault,
+            match="cannot be written \\(No space left on device\\); an older one stays, and so does the run's record",
+        ):
+            run(tmp_path, *words)
     assert not list((tmp_path / "models").iterdir())
-    (file,) = (tmp_path / "records").glob("*.json")
-    assert json.loads(file.read_text())["status"] == "success"
+    (before,) = RecordStore(tmp_path)
+    assert before.status == "success" and list(tmp_path.glob("checkpoints/*/step-00000008"))
+    # The same command goes on from the last checkpoint.
+    record, folder = run(tmp_path, *words)
+    assert record.resumed_at == [8] and record.metrics == before.metrics and record.curve == before.curve
+    assert (folder / "model.safetensors").is_file() and not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

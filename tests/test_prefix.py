@@ -208,6 +208,32 @@ def test_runs_that_store_the_same_at_once_do_not_take_it_from_each_other(
     assert len(written) == 2 and sorted(left) == sorted(written)
 
 
+@pytest.mark.parametrize("when", ["while it is written", "once it is mapped"])
+def test_a_folder_that_is_removed_in_the_middle_costs_no_run(
+    when: str, run_tiny: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*WLORA, "task.max_train_rows=64", "train.max_steps=10"]
+    expected = run_tiny(*words, "train.prefix_cache=memory", results=tmp_path / "a")
+    name = "_compute" if when == "while it is written" else "_open"
+    act, removed = getattr(PrefixCache, name), list[str]()
+
+    def remove(self: PrefixCache) -> None:
+        removed.extend(path.name for path in self.storage.folder.iterdir())
+        shutil.rmtree(self.storage.folder)
+
+    def compute(self: PrefixCache, features: Features, rows: list[int]) -> Iterator[torch.Tensor]:
+        yield from act(self, features, rows)
+        remove(self)
+
+    def opened(self: PrefixCache, features: Features, rows: list[int], tokens: int) -> torch.Tensor:
+        states: torch.Tensor = act(self, features, rows, tokens)
+        remove(self)
+        return states
+
+    monkeypatch.setattr(PrefixCache, name, compute if name == "_compute" else opened)
+    assert same(expected, run_tiny(*words, "train.prefix_cache=disk", results=tmp_path / "b")) and len(removed) == 2
+
+
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
     "emptied": lambda file: file.write_bytes(b""),

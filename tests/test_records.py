@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from wlora import staging
 from wlora.config import Config, ModelConfig, TaskConfig, TrainConfig, run_id, scientific_fields, stream_seed
 from wlora.errors import ConfigError, RunFault
 from wlora.records import Record, RecordStore
@@ -161,6 +164,47 @@ def test_a_full_disk_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.M
         store.write(record)
     assert store.path("x").read_bytes() == before
     assert [file.name for file in store.folder.iterdir()] == ["x.json"]
+
+
+def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RecordStore(tmp_path)
+    record = Record(run_id="x", status="success", config={})
+    store.write(record)
+    monkeypatch.setattr(staging, "_PAUSES", (0, 0, 0))
+    read, faults = Path.read_bytes, 99
+
+    def fail(path: Path) -> bytes:
+        nonlocal faults
+        if faults:
+            faults -= 1
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(RunFault, match="x.json cannot be read .Input/output error.; it stays as it is"):
+        store.read("x")
+    faults = 2
+    assert store.read("x") == record
+
+
+def test_a_curve_that_is_removed_or_replaced_is_written_again(tmp_path: Path) -> None:
+    curve = RecordStore(tmp_path).curve("x")
+    file, elsewhere = tmp_path / "records" / "x.jsonl", tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+
+    def link() -> None:
+        file.unlink()
+        file.symlink_to(elsewhere)
+
+    changes = (file.unlink, lambda: file.write_text("torn"), link, lambda: shutil.rmtree(file.parent))
+    for step, change in enumerate(changes):
+        curve({"step": step})
+        change()
+    curve({"step": 4})
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    file.unlink()
+    assert curve.finish() == hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    assert elsewhere.read_text() == "precious"
 
 
 def test_a_non_finite_number_never_reaches_a_record(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -50,11 +51,12 @@ class _Output:
     def _attempt(self, act: Callable[..., object], *values: str) -> None:
         try:
             act(*values)
-        except OSError:
+        except (OSError, ValueError):
             # A closed pipe, a full disk. What is still buffered must go somewhere, or Python complains at exit.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor, or none to be had
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
 
 
 def put(text: str, stream: TextIO | None = None) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from wlora.adapters.attach import count_elements
 from wlora.adapters.peft_format import Start, read_adapter
 from wlora.config import Config, run_id, scientific_fields, stream_seed
-from wlora.console import announce, say, summarize
+from wlora.console import announce, notice, say, summarize
 from wlora.environment import describe_environment
 from wlora.errors import ConfigError, RunFault
 from wlora.locks import RunLock
@@ -34,7 +34,7 @@ from wlora.models.targets import list_targets, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
 from wlora.processes import from_main, gather
 from wlora.records import Record, RecordStore, peak_memory
-from wlora.staging import remove_leftovers
+from wlora.staging import PARTS, refuse_links, remove_leftovers
 from wlora.stock import Stock
 from wlora.tasks import Task
 from wlora.tasks.data import fingerprint
@@ -74,6 +74,7 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
     )
     _refuse_other_inputs(record)
     store = RecordStore(config.results_dir)
+    refuse_links(config.results_dir, *PARTS, f"checkpoints/{record.run_id}")
     read_start(config)  # what does not fit is told before anything is written or loaded
     lock = RunLock(config.results_dir, record.run_id)
     if done := _find_success(store, record.run_id, config):
@@ -137,9 +138,12 @@ def _run(
 
     checkpoints = CheckpointStore(config.results_dir, record.run_id, keep=config.train.keep)
     tracker = Tracker(accelerator, say=say)
-    if accelerator.is_main_process:
-        if config.force:
-            checkpoints.remove()
+    if config.force and accelerator.is_main_process:
+        checkpoints.remove()
+    earlier = from_main(store.read(record.run_id))
+    # A record of success, whose model alone is missing, is replaced by another of success only.
+    telling = accelerator.is_main_process and (config.force or earlier is None or earlier.status != "success")
+    if telling:
         store.write(record)
     curve = store.curve(record.run_id, write=accelerator.is_main_process)
     guard = Guard(checkpoints, lock, curve=curve, record=record, every=plan.checkpoint_every, begin=begin)
@@ -169,7 +173,7 @@ def _run(
     except BaseException as error:
         record.status, record.error = _classify(error)
         record.seconds = {"total": guard.seconds()}
-        if accelerator.is_main_process and not lock.lost:
+        if telling and not lock.lost:
             store.write(record)
         if isinstance(error, Interrupted):
             accelerator.wait_for_everyone()  # a launcher ends the main process once another one has ended
@@ -185,18 +189,19 @@ def _run(
     finally:
         tracker.finish()
     _complete(record, result, method, guard.seconds())
-    record.curve = curve.checksum()
+    record.curve = curve.finish()
     if accelerator.is_main_process:
         record.predictions = _keep_predictions(store, record, trainer)
         if config.train.save_adapter:
-            record.model["adapter"] = _keep_adapter(model, method, task, adapter_folder(config.results_dir, record.run_id))
+            folder = adapter_folder(config.results_dir, record.run_id)
+            record.model |= {"adapter": None, **_keep_adapter(model, method, task, folder)}
         say(summarize(record, method, str(store.write(record))))
-        if not config.train.keep_after:
-            checkpoints.remove()
         if config.train.save_model:
             saved = model_folder(config.results_dir, record.run_id)
             save_model(model, method, material.tokenizer, saved)
             say(f"model      {saved}")
+        if not config.train.keep_after:  # all that they stand for is on the disk now
+            checkpoints.remove()
     return record
 
 
@@ -211,27 +216,34 @@ def _keep_predictions(store: RecordStore, record: Record, trainer: Trainer) -> s
         return None
 
 
-def _keep_adapter(model: PreTrainedModel, method: Method, task: Task, folder: Path) -> str | None:
+def _keep_adapter(model: PreTrainedModel, method: Method, task: Task, folder: Path) -> dict[str, str]:
     """Write the trained adapters; a run is not lost because they cannot be."""
     try:
         return save_adapter(model, method, folder, kind=task.head)
     except RunFault as error:
         say(f"notice: {error}")
-        return None
+        return {}
 
 
 def _find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
-    """Return the record of a run that has succeeded and is not to be run again, as the main process finds it."""
+    """Return the record of a run that has succeeded and is not to be run again, as the main process finds it.
+
+    A run whose model could not be saved goes on from its checkpoints, if they are still there, and saves it.
+    """
     done = from_main(store.read(identity))
     if done is None or done.status != "success" or config.force:
+        return None
+    saved = model_folder(config.results_dir, identity)
+    lacks_model = config.train.save_model and not saved.is_dir()
+    if from_main(lacks_model and CheckpointStore(config.results_dir, identity, keep=config.train.keep).present()):
+        notice(f"{identity} is done, but its model is not there ({saved}): it goes on from its checkpoint and saves it")
         return None
     say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
     try:
         store.read_curve(done)
     except ConfigError as damage:
         say(f"notice: {damage}; force=true does the run again and writes it")
-    saved = model_folder(config.results_dir, identity)
-    if config.train.save_model and not saved.is_dir():
+    if lacks_model:
         say(f"notice: its model is not there ({saved}): force=true does the run again and saves it")
     return done
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wlora.adapters.peft_format import CONFIG, WEIGHTS
+from wlora.adapters.peft_format import CONFIG, RECORDED
 from wlora.config import Config, restore_config
 from wlora.console import protect_output
 from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
@@ -23,6 +23,7 @@ from wlora.hub import go_offline, require_sources
 from wlora.model_card import write_card
 from wlora.models.source import locate, require_extras
 from wlora.records import Record, RecordStore
+from wlora.staging import refuse_links
 from wlora.study import read_words
 
 if TYPE_CHECKING:
@@ -80,10 +81,12 @@ def export(words: Sequence[str]) -> Path:
         _require_base(config, record)
     from wlora.models.saving import replacing, write_model
 
+    if not options["to"]:
+        refuse_links(results, "exports")
     with replacing(target) as staging:
         if kind == "peft":
             staging.mkdir(parents=True)
-            for name in (CONFIG, WEIGHTS):
+            for name in RECORDED:
                 shutil.copyfile(adapters / name, staging / name)
             _add_tokenizer(config, record, staging)
         else:
@@ -116,23 +119,23 @@ def trained_adapters(results_dir: str, record: Record) -> Path:
     Raises:
         ConfigError: the run has kept none, or the files are not those that it wrote.
     """
-    folder, written = Path(results_dir) / "adapters" / record.run_id, record.model.get("adapter")
+    folder = Path(results_dir) / "adapters" / record.run_id
     if not record.adapters:
         raise ConfigError(
             f"{record.run_id}: method={record.config['method']['name']} has left no adapters\n"
             "way out: train.save_model=true writes the whole model of such a run"
         )
     try:
-        found = hash_file(folder / WEIGHTS)[:16]
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError
+        found = {name: hash_file(folder / name)[:16] for name in RECORDED}
     except OSError:
         raise ConfigError(
             f"{record.run_id}: its adapters are not in {folder}\n"
             f"way out: python -m wlora.run from={record.run_id} results_dir={results_dir} runs it again and keeps them"
         ) from None
-    if found != written:
-        raise ConfigError(f"{folder}: {WEIGHTS} is not what the run wrote ({found}, the record says {written})")
+    for name, key in RECORDED.items():
+        written = record.model.get(key)
+        if written != found[name] and not (name == CONFIG and written is None):
+            raise ConfigError(f"{folder}: {name} is not what the run wrote ({found[name]}, the record says {written})")
     return folder
 
 

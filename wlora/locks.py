@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from wlora.errors import ConfigError
+from wlora.staging import staged
 
 # A holder whose heartbeat is not seen for this long is taken to be dead; on the same machine a dead one shows at once.
 LEASE_SECONDS = 90.0
 # A file that names no holder is a damaged one if it stays so for this long; filelock's own patience is 2 seconds.
 DAMAGED_SECONDS = 5.0
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
 class RunLock:
@@ -70,7 +73,7 @@ class RunLock:
     def _fill_empty(self) -> None:
         """Write into an empty file that is older than the instant in which a holder fills it: only then is it ever ended."""
         if self._silent_for() >= DAMAGED_SECONDS:
-            with contextlib.suppress(OSError), self.path.open("r+b") as stream:
+            with contextlib.suppress(OSError), open(os.open(self.path, os.O_RDWR | _NO_LINK), "r+b") as stream:
                 if not stream.read(1):
                     stream.write(b"damaged\n")
 
@@ -99,14 +102,12 @@ class RunLock:
 
     def _silent_for(self) -> float:
         """Return the seconds since the holder's last heartbeat, by the file system's clock."""
-        probe = self.path.with_suffix(".probe")
         try:
-            probe.touch()
-            return probe.stat().st_mtime - self.path.stat().st_mtime
+            with staged(self.path) as probe:
+                probe.touch(exist_ok=False)
+                return probe.stat().st_mtime - self.path.lstat().st_mtime
         except OSError:
             return 0.0
-        finally:
-            probe.unlink(missing_ok=True)
 
     def _lose(self, compromise: LeaseCompromise) -> None:
         self.lost = True

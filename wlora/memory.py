@@ -28,6 +28,7 @@ from wlora.models.readout import first_token_alone
 from wlora.models.targets import Target, list_targets, read_architecture
 from wlora.precision import choose_precision, lower_base
 from wlora.records import seal
+from wlora.staging import write_whole
 from wlora.study import read_runs
 from wlora.sweep import compose
 from wlora.training.footprint import build_example, make_batch, saved_bytes
@@ -59,8 +60,7 @@ def write(config: Config) -> Path:
     setting = {"model": config.model.name, "targets": config.targets, "rank": config.rank, "n": n}
     setting |= {"batch_size": task.batch_size, "length": task.max_length, "environment": environment}
     content = {**setting, "points": measure(model, config, selections(config))}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(seal(content))
+    write_whole(file, seal(content).encode())
     return file
 
 

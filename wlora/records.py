@@ -6,6 +6,7 @@ disk is seen even where what is left is still JSON. Records from before there we
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, RunFault
-from wlora.staging import staged
+from wlora.staging import patiently, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,10 +109,11 @@ class RecordStore:
 
         Raises:
             ConfigError: the file is damaged, with what is wrong.
+            RunFault: the file cannot be read, which says nothing of what it holds.
         """
         path = self.path(run_id)
         try:
-            content = unseal(path.read_bytes())
+            content = unseal(patiently(path.read_bytes))
             if content.get("schema") != SCHEMA:
                 raise ValueError(f"it is of schema {content.get('schema')}, not {SCHEMA}")
             record = Record(**content)
@@ -119,14 +121,20 @@ class RecordStore:
                 raise ValueError(f"it is of run {record.run_id} with status {record.status}")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise RunFault(f"record {path} cannot be read ({error.strerror}); it stays as it is") from None
+        except ValueError as error:
             raise ConfigError(f"record {path} is damaged: {error}") from None
         except TypeError:
             raise ConfigError(f"record {path} is damaged: its keys are not those of a record") from None
         return record
 
     def read(self, run_id: str) -> Record | None:
-        """Return a run's record, None if there is none or it is damaged (a run then starts over)."""
+        """Return a run's record, None if there is none or it is damaged (a run then starts over).
+
+        Raises:
+            RunFault: the file cannot be read.
+        """
         try:
             return self.load(run_id)
         except ConfigError:
@@ -139,11 +147,11 @@ class RecordStore:
         what a crash left of the last line is skipped.
 
         Raises:
-            ConfigError: the file is damaged.
+            ConfigError: the file is damaged or cannot be read.
         """
         path = self.path(record.run_id).with_suffix(".jsonl")
         try:
-            content = path.read_bytes()
+            content = patiently(path.read_bytes)
             if record.curve is not None and _short_hash(content) != record.curve:
                 raise ValueError("its checksum, which is in the record, does not hold")
             lines = content.decode().splitlines()
@@ -151,7 +159,9 @@ class RecordStore:
             if record.curve is None:
                 return []
             raise ConfigError(f"learning curve {path} is damaged: it is not there") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ConfigError(f"learning curve {path} cannot be read ({error.strerror})") from None
+        except ValueError as error:
             raise ConfigError(f"learning curve {path} is damaged: {error}") from None
         points = []
         for number, line in enumerate(lines, start=1):
@@ -174,17 +184,14 @@ class RecordStore:
         stream = pa.BufferOutputStream()
         parquet.write_table(table, stream, compression="zstd", compression_level=9)
         content = stream.getvalue().to_pybytes()
-        target = self.path(run_id).with_suffix(".parquet")
-        with staged(target) as staging:
-            staging.write_bytes(content)
-            os.replace(staging, target)
+        write_whole(self.path(run_id).with_suffix(".parquet"), content)
         return _short_hash(content)
 
     def read_predictions(self, record: Record) -> pa.Table | None:
         """Return what a run predicted of the dev set (`Task.tabulate`), None where its record tells of none.
 
         Raises:
-            ConfigError: the file is damaged.
+            ConfigError: the file is damaged or cannot be read.
         """
         if record.predictions is None:
             return None
@@ -193,12 +200,14 @@ class RecordStore:
 
         path = self.path(record.run_id).with_suffix(".parquet")
         try:
-            content = path.read_bytes()
+            content = patiently(path.read_bytes)
             if _short_hash(content) != record.predictions:
                 raise ValueError("their checksum, which is in the record, does not hold")
             return parquet.read_table(pa.BufferReader(content))
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ConfigError(f"predictions {path} are damaged: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"predictions {path} cannot be read ({error.strerror or error})") from None
 
     def write(self, record: Record) -> Path:
         """Write a record atomically: the file holds the old content or the new one, never a part.
@@ -209,12 +218,7 @@ class RecordStore:
         text = seal(asdict(record))
         target = self.path(record.run_id)
         try:
-            with staged(target) as staging:
-                with open(staging, "w") as stream:
-                    stream.write(text)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(staging, target)
+            write_whole(target, text.encode())
         except OSError as error:
             raise RunFault(
                 f"the record {target} cannot be written ({error.strerror}); an older one stays as it was"
@@ -233,6 +237,8 @@ class RecordStore:
                     record = self.load(file.stem)
                 except ConfigError as damage:
                     yield damage
+                except RunFault as fault:
+                    yield ConfigError(str(fault))
                 else:
                     if record is not None:  # not removed since
                         yield record
@@ -245,7 +251,7 @@ class RecordStore:
 
 
 class CurveWriter:
-    """Appends points to a learning curve, one JSON object per line.
+    """Appends points to a learning curve, one JSON object per line; a file that was removed is written again.
 
     Attributes:
         points: all points so far.
@@ -253,11 +259,11 @@ class CurveWriter:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._size = 0
         self.points: list[dict[str, Any]] = []
         try:
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("")
+                write_whole(path, b"")
         except OSError as error:
             assert path is not None
             raise ConfigError(f"results_dir: {path.parent} cannot be written ({error.strerror})") from error
@@ -269,29 +275,57 @@ class CurveWriter:
             RunFault: the disk is full.
         """
         self.points.append(point)
-        self._write([point], "a")
+        self._write(_lines([point]))
 
     def checksum(self) -> str:
         """Return 16 hex digits for the file as it is written by now."""
-        return _short_hash("".join(_lines(self.points)).encode())
+        return _short_hash(_lines(self.points))
+
+    def finish(self) -> str:
+        """Bring the whole curve onto the disk, whatever has become of the file since; returns its checksum.
+
+        Raises:
+            RunFault: the disk is full.
+        """
+        self._write(None)
+        return self.checksum()
 
     def restart(self, points: list[dict[str, Any]]) -> None:
         """Go on from the points of a run that was interrupted; what it wrote after them is dropped."""
         self.points = list(points)
-        self._write(self.points, "w")
+        self._write(None)
 
-    def _write(self, points: list[dict[str, Any]], mode: str) -> None:
+    def _write(self, more: bytes | None) -> None:
+        """Append lines; None, or a file that is not as it was left, is to write all points anew."""
         if self._path is None:
             return
         try:
-            with open(self._path, mode) as stream:
-                stream.writelines(_lines(points))
+            if more is None or not self._append(more):
+                content = _lines(self.points)
+                write_whole(self._path, content)
+                self._size = len(content)
         except OSError as error:
             raise RunFault(f"the learning curve {self._path} cannot be written ({error.strerror})") from error
 
+    def _append(self, more: bytes) -> bool:
+        """Append to the file that was written so far; False if another one, a link or none stands there."""
+        assert self._path is not None
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            return False
+        with open(descriptor, "ab") as stream:
+            if os.fstat(descriptor).st_size != self._size:
+                return False
+            stream.write(more)
+        self._size += len(more)
+        return True
 
-def _lines(points: Iterable[dict[str, Any]]) -> Iterator[str]:
-    return (json.dumps(point) + "\n" for point in points)
+
+def _lines(points: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(point) + "\n" for point in points).encode()
 
 
 def peak_memory() -> dict[str, int]:

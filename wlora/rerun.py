@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from wlora.adapters.peft_format import RECORDED
 from wlora.config import Config, method_revision, restore_config
 from wlora.environment import compare_environments
 from wlora.errors import ConfigError, RunFault
@@ -153,7 +154,7 @@ def repeat(words: Sequence[str]) -> bool:
 
 def _input(record: Record, key: str) -> dict[str, Any]:
     """Return what is noted of data or model; the trained adapters are no input."""
-    return {name: value for name, value in getattr(record, key).items() if name != "adapter"}
+    return {name: value for name, value in getattr(record, key).items() if name not in RECORDED.values()}
 
 
 def _differences(key: str, old: Any, new: Any) -> list[str]:

@@ -1,17 +1,53 @@
-"""What is written whole or not at all: under a name of its own first, which only a killed process leaves behind."""
+"""The files of a results folder: written whole or not at all, read patiently, links in it never followed.
+
+What is written has a name of its own first, which only a killed process leaves behind, and is on the disk before it takes
+its place.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from wlora.errors import ConfigError
+
+T = TypeVar("T")
+
+# The folders that a run writes into.
+PARTS = ("records", "checkpoints", "adapters", "models", "locks", "prefix_cache")
+# What says that a file is not there, and not that it cannot be read for now.
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# Faults that may pass: those of a network's file system, and of too many open files.
+_PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT}
+_PAUSES = (0.1, 0.5, 2.0)
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Return what a function reads; after a fault that may pass it is called again, for a few seconds.
+
+    Raises:
+        OSError: the fault stays, or is none that passes.
+    """
+    for pause in _PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+        time.sleep(pause)
+    return read()
 
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Give out a path beside a target, for a file or a folder that the block moves there; what is left of it is removed.
+    """Give out a path beside a target, for a file or a folder that the block puts there; what is left of it is removed.
 
     No two processes get the same one, on whatever machines they run. Missing folders above the target are made.
 
@@ -24,6 +60,51 @@ def staged(target: Path) -> Iterator[Path]:
         yield staging
     finally:
         remove_path(staging)
+
+
+def put(staging: Path, target: Path) -> None:
+    """Move a finished file or folder to its place, in which a link is replaced, too; both are on the disk then.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; what stood there stays.
+    """
+    _sync_all(staging)
+    if staging.is_dir() and os.path.lexists(target):  # no folder takes the place of another in one step
+        with staged(target) as aside:
+            os.replace(target, aside)
+            try:
+                os.replace(staging, target)
+            except OSError:
+                os.replace(aside, target)
+                raise
+    else:
+        os.replace(staging, target)
+    _sync_entries(target.parent)
+
+
+def write_whole(target: Path, content: bytes) -> None:
+    """Write a file so that it holds the old content or the new one, never a part.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; an older file stays.
+    """
+    with staged(target) as staging:
+        with open(staging, "xb") as stream:
+            stream.write(content)
+        put(staging, target)
+
+
+def refuse_links(results_dir: str | Path, *parts: str) -> None:
+    """Refuse a results folder in which a link stands for a folder that is written into.
+
+    A link that stands for a file, or for a folder that is written as a whole, is replaced.
+
+    Raises:
+        ConfigError: which one is a link.
+    """
+    for folder in (Path(results_dir) / part for part in parts):
+        if folder.is_symlink():
+            raise ConfigError(f"results_dir={results_dir}: {folder} is a link: allowed is a folder of its own")
 
 
 def remove_leftovers(results_dir: str | Path, run_id: str) -> None:
@@ -44,3 +125,24 @@ def remove_path(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _sync_all(path: Path) -> None:
+    """Make a file, or a folder with all in it, durable."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            _sync_all(entry)
+        _sync_entries(path)
+    else:
+        with open(path, "r+b") as stream:
+            os.fsync(stream.fileno())
+
+
+def _sync_entries(folder: Path) -> None:
+    """Make a folder's entries durable; not every file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

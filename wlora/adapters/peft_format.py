@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from fnmatch import translate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Under which keys of its `model` a record tells the SHA-256 of the files. Older records tell that of the weights alone.
+RECORDED = {WEIGHTS: "adapter", CONFIG: "adapter_config"}
 _PREFIX = "base_model.model."
+_LARGEST_ALPHA = 1e9
+_LARGEST_CONFIG = 1 << 20  # bytes
 _TASK_TYPES = {"sequence_classification": "SEQ_CLS", "question_answering": "QUESTION_ANS", "seq2seq": "SEQ_2_SEQ_LM"}
 # What else PEFT's LoRA can be: each of these changes the function, and other values than these have no place here.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -76,8 +80,8 @@ def describe_lora(factors: Mapping[str, Factors], *, dropout: float) -> tuple[di
 
 def write_adapter(
     folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], head: Mapping[str, nn.Module], *, kind: str
-) -> str:
-    """Write a PEFT folder; returns the first 16 hex digits of the SHA-256 of its tensors.
+) -> dict[str, str]:
+    """Write a PEFT folder; returns the first 16 hex digits of the SHA-256 of both files, by their keys in a record.
 
     Args:
         head: the modules of head and pooler, by name: they become PEFT's `modules_to_save`.
@@ -93,9 +97,10 @@ def write_adapter(
     content = save(whole, metadata={"format": "pt"})
     described = config | {"modules_to_save": sorted(head) or None, "task_type": _TASK_TYPES[kind], "inference_mode": True}
     folder.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes(content)
-    (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return hashlib.sha256(content).hexdigest()[:16]
+    files = {WEIGHTS: content, CONFIG: (json.dumps(described, indent=2, sort_keys=True) + "\n").encode()}
+    for name, text in files.items():
+        (folder / name).write_bytes(text)
+    return {RECORDED[name]: hashlib.sha256(text).hexdigest()[:16] for name, text in files.items()}
 
 
 def fold_peft(model: nn.Module) -> None:
@@ -147,7 +152,7 @@ def read_adapter(path: str) -> Start:
         tensors = load_file(Path(path) / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"adapter.path={path}: {WEIGHTS} cannot be read ({error})") from error
-    head_modules = tuple(config.get("modules_to_save") or ())
+    head_modules = tuple(config["modules_to_save"])
     matrices: dict[str, dict[str, Tensor]] = {}
     head = {}
     for key, tensor in tensors.items():
@@ -160,31 +165,75 @@ def read_adapter(path: str) -> Start:
         else:
             raise ConfigError(f"adapter.path={path}: {key} is neither LoRA's A or B nor of a head")
     adapters = {}
+    alphas = [(_compile(pattern), alpha) for pattern, alpha in config["alpha_pattern"].items()]
     for name, pair in matrices.items():
-        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]:
+        if len(pair) < 2 or not len(pair["A"]) == pair["B"].shape[1] > 0:
             raise ConfigError(f"adapter.path={path}: A and B of {name} do not belong together")
-        alpha = next(
-            (a for p, a in config["alpha_pattern"].items() if re.match(rf"(.*\.)?({p})$", name)), config["lora_alpha"]
-        )
+        alpha = next((a for pattern, a in alphas if pattern.match(name)), config["lora_alpha"])
         adapters[name] = Factors(pair["A"].float(), pair["B"].float(), alpha / len(pair["A"]))
     return Start(adapters, head)
 
 
 def _read_config(path: str) -> dict[str, Any]:
     """Read a folder's configuration and refuse what is not plain LoRA."""
+    file = Path(path) / CONFIG
     try:
-        config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
-        alphas = [config.get("lora_alpha", 8), *config.setdefault("alpha_pattern", {}).values()]
-        if not all(isinstance(alpha, int | float) and 0 < alpha < math.inf for alpha in alphas):
-            raise ValueError(f"lora_alpha {alphas}")
-        for pattern in config["alpha_pattern"]:
-            re.compile(pattern)
+        if not file.is_file():
+            raise FileNotFoundError
+        with file.open("rb") as stream:
+            content = stream.read(_LARGEST_CONFIG + 1)
+        if len(content) > _LARGEST_CONFIG:
+            raise ValueError(f"more than {_LARGEST_CONFIG >> 20} MiB")
+        config = json.loads(content)
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
     except OSError:
         raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}") from None
-    except (ValueError, AttributeError, TypeError, re.error) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"adapter.path={path}: {CONFIG} cannot be read ({error})") from None
     config.setdefault("lora_alpha", 8)
-    for key, allowed in _PLAIN.items():
-        if key in config and config[key] not in allowed:
-            raise ConfigError(f"adapter.path={path}: {key} is {config[key]}: allowed is {allowed[0]}, PEFT's plain LoRA")
-    return dict(config)
+    for key, empty in (("alpha_pattern", {}), ("rank_pattern", {}), ("modules_to_save", [])):
+        config[key] = empty if config.get(key) is None else config[key]
+    if fault := _find_fault(config):
+        key, allowed = fault
+        raise ConfigError(f"adapter.path={path}: {key} is {str(config[key])[:100]}: allowed is {allowed}")
+    return config
+
+
+def _find_fault(config: dict[str, Any]) -> tuple[str, str] | None:
+    """Return the first key of a configuration that is not plain LoRA's, and what is allowed; None if there is none."""
+    for key, values in _PLAIN.items():
+        if key in config and config[key] not in values:
+            return key, f"{values[0]}, PEFT's plain LoRA"
+    if not _is_alpha(config["lora_alpha"]):
+        return "lora_alpha", f"a number above 0, at most {_LARGEST_ALPHA:g}"
+    for key, holds, what in (("alpha_pattern", _is_alpha, "a number above 0"), ("rank_pattern", _is_rank, "1 or more")):
+        pattern = config[key]
+        if not (isinstance(pattern, dict) and all(map(holds, pattern.values()))):
+            return key, f"{what} for each pattern"
+    if not _is_rank(config.get("r", 1)):
+        return "r", "1 or more"
+    if not all(re.fullmatch(r"\^?(\w|-|\.\*|\\?\.)+", name) for name in config["alpha_pattern"]):
+        return "alpha_pattern", "names of modules, or parts of them, with . and .* for what may be anything"
+    modules = config["modules_to_save"]
+    if not (isinstance(modules, list) and all(isinstance(name, str) and name for name in modules)):
+        return "modules_to_save", "a list of names"
+    return None
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LARGEST_ALPHA
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    """Return what matches the modules that a pattern of PEFT's names: by their last parts unless it begins with `^`.
+
+    It is translated as the pattern of a file's name, which never goes back: a regular expression may take for ever.
+    """
+    whole = pattern.removeprefix("^")
+    glob = re.sub(r"\.\*|\\?\.", lambda found: {".*": "*", ".": "?", "\\.": "."}[found[0]], whole)
+    return re.compile("|".join(map(translate, [glob] if whole != pattern else [glob, f"*.{glob}"])))

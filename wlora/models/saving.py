@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.adapters.peft_format import write_adapter
 from wlora.errors import RunFault
 from wlora.models.loading import head_modules, quiet
-from wlora.staging import staged
+from wlora.staging import put, staged
 
 if TYPE_CHECKING:
     from wlora.methods.base import Method
@@ -31,7 +30,7 @@ def adapter_folder(results_dir: str | Path, run_id: str) -> Path:
     return Path(results_dir) / "adapters" / run_id
 
 
-def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: str) -> str | None:
+def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: str) -> dict[str, str]:
     """Write a trained model's adapters and head as a PEFT folder, whole or not at all (`train.save_adapter`).
 
     Args:
@@ -39,14 +38,14 @@ def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: 
         kind: the kind of head (`Task.head`).
 
     Returns:
-        16 hex digits for the tensors; None if the method has no adapters or none is left, and nothing was written.
+        What the record's `model` says of the two files; nothing if the method has no adapters or none is left.
 
     Raises:
         RunFault: the disk is full or the folder cannot be written; an older folder stays.
     """
     described = method.to_peft()
     if described is None:
-        return None
+        return {}
     config, tensors = described
     config["base_model_name_or_path"] = model.config.name_or_path or None
     config["revision"] = getattr(model.config, "_commit_hash", None)
@@ -85,13 +84,10 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         with staged(folder) as staging:
             yield staging
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(staging, folder)
-    except OSError as error:
-        raise RunFault(
-            f"{folder} cannot be written ({error.strerror or error}); an older one stays, and so does the run's record"
-        ) from error
+            put(staging, folder)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise RunFault(f"{folder} cannot be written ({reason}); an older one stays, and so does the run's record") from error
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from wlora.errors import RunFault
-from wlora.staging import remove_path, staged
+from wlora.records import seal, unseal
+from wlora.staging import MISSING, patiently, put, remove_path, staged
 from wlora.training.state import State
 
 SCHEMA = 1
@@ -51,29 +51,45 @@ class CheckpointStore:
             _FACTS: json.dumps(state.facts).encode(),
         }
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        contents[_MANIFEST] = json.dumps({"schema": SCHEMA, "run_id": self.run_id, "sha256": sums}, indent=1).encode()
+        contents[_MANIFEST] = seal({"schema": SCHEMA, "run_id": self.run_id, "sha256": sums}).encode()
         try:
             with staged(target) as staging:
                 staging.mkdir()
                 for name, content in contents.items():
-                    _write_through(staging / name, content)
-                _sync(staging)
-                remove_path(target)  # an earlier one of the same step, which may be broken
-                os.replace(staging, target)
-                _sync(self.folder)
+                    with open(staging / name, "xb") as stream:
+                        stream.write(content)
+                put(staging, target)  # also in place of an earlier one of the same step, which may be broken
+            older = self._folders()[self.keep :]
         except OSError as error:
             raise RunFault(f"the checkpoint {target} cannot be written ({error.strerror}); older ones stay") from error
-        for old in self._folders()[self.keep :]:
+        for old in older:
             remove_path(old)
         return target
 
     def read(self) -> Iterator[tuple[Path, State | str]]:
-        """Yield the checkpoints, newest first: each as its state, or as what is wrong with it."""
-        for folder in self._folders():
-            try:
-                yield folder, self._read(folder)
-            except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-                yield folder, " ".join(f"{type(error).__name__}: {error}".split())
+        """Yield the checkpoints, newest first: each as its state, or as what is damaged of it.
+
+        Raises:
+            RunFault: one cannot be read, or is another code's or another run's: it may be whole, so nothing is removed.
+        """
+        place = self.folder
+        try:
+            for place in self._folders():
+                try:
+                    yield place, self._read(place)
+                except (*MISSING, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+                    yield place, " ".join(f"{type(error).__name__}: {error}".split())
+        except OSError as error:
+            raise RunFault(
+                f"checkpoint {place} cannot be read ({error.strerror}); nothing was removed\n"
+                "way out: the same command once it can be read; force=true starts afresh"
+            ) from error
+
+    def present(self) -> bool:
+        """Tell whether there is any checkpoint, whole or not."""
+        with contextlib.suppress(OSError):
+            return bool(self._folders())
+        return False
 
     def discard(self, folder: Path) -> None:
         """Remove one checkpoint, such as a broken one, that would else stand in the way as the newest."""
@@ -81,36 +97,27 @@ class CheckpointStore:
 
     def remove(self) -> None:
         """Remove all checkpoints of the run."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_path(self.folder)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()  # if it was the last run's
 
     def _read(self, folder: Path) -> State:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        manifest = unseal(patiently((folder / _MANIFEST).read_bytes))
         if (manifest["schema"], manifest["run_id"]) != (SCHEMA, self.run_id):
-            raise ValueError(f"schema {manifest['schema']} of run {manifest['run_id']}")
-        contents = {name: (folder / name).read_bytes() for name in (_TENSORS, _FACTS)}
+            raise RunFault(
+                f"checkpoint {folder} has schema {manifest['schema']} and is of run {manifest['run_id']}, not {SCHEMA} and "
+                f"{self.run_id}; nothing was removed\nway out: the code that wrote it; force=true starts afresh"
+            )
+        contents = {name: patiently((folder / name).read_bytes) for name in (_TENSORS, _FACTS)}
         for name, content in contents.items():
             if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
                 raise ValueError(f"{name} is not what was written")
         return State(json.loads(contents[_FACTS]), load(contents[_TENSORS]))
 
     def _folders(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with open(path, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make a folder's entries durable; not every file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        """List the checkpoints, newest first; OSError where that fails, since none found would mean to start afresh."""
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            names = patiently(lambda: os.listdir(self.folder))
+        except FileNotFoundError:
+            return []
+        return [self.folder / name for name in sorted(names, reverse=True) if name.startswith("step-")]

@@ -3,7 +3,8 @@
     <results_dir>/prefix_cache/<fingerprint>/   states.bin (hidden states, row after row)   manifest.json
 
 A folder is written whole or not at all, believed only if its checksum holds, and used by every later run with the same
-weights beneath, data, depth and dtype. Deleting the folder costs the next run one pass over the data.
+weights beneath, data, depth and dtype. It may be deleted at any time: a run keeps the file that it has mapped, and the
+next one spends one pass over the data.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from wlora.console import notice, say
 from wlora.errors import RunFault
 from wlora.fingerprint import hash_file
 from wlora.models.prefix import Prefix
-from wlora.staging import remove_path, staged
+from wlora.staging import MISSING, patiently, put, remove_path, staged
 from wlora.tasks.features import INPUT_TYPES, Features
 from wlora.training.batching import evaluation_batches
 
@@ -140,36 +142,32 @@ class PrefixCache:
     def _open(self, features: Features, rows: list[int], tokens: int) -> Tensor:
         """Map the file of these states, which is written first if there is none that holds."""
         folder = self.storage.folder / self._fingerprint(features, rows)
-        fault = _find_fault(folder)
-        if fault is None:
-            say(f"prefix     {folder} is used again")
+        size = tokens * self.prefix.width * self.storage.dtype.itemsize
+        mapped = _find(folder, size)
+        if mapped is None:
+            mapped = self._write(folder, features, rows)
         else:
-            if folder.exists():
-                say(f"notice: the stored prefix {folder} is broken and computed anew ({fault})")
-                remove_path(folder)
-            self._write(folder, features, rows)
-        flat = torch.from_file(str(folder / _STATES), size=tokens * self.prefix.width, dtype=self.storage.dtype)
-        return flat.view(tokens, self.prefix.width)
+            say(f"prefix     {folder} is used again")
+        return torch.frombuffer(mapped, dtype=self.storage.dtype).view(tokens, self.prefix.width)
 
-    def _write(self, folder: Path, features: Features, rows: list[int]) -> None:
-        """Write the states, unless another run, perhaps on another machine, was faster: its folder stays."""
+    def _write(self, folder: Path, features: Features, rows: list[int]) -> mmap.mmap:
+        """Write the states and map the file; it is kept for later runs unless another run was faster or the disk refuses."""
         digest = hashlib.sha256()
         try:
             with staged(folder) as staging:
                 staging.mkdir()
-                with (staging / _STATES).open("wb") as stream:
+                with (staging / _STATES).open("w+b") as stream:
                     for piece in self._compute(features, rows):
                         content = piece.contiguous().view(torch.uint8).numpy().tobytes()
                         digest.update(content)
                         stream.write(content)
                     stream.flush()
-                    os.fsync(stream.fileno())
-                manifest = {"schema": SCHEMA, "sha256": digest.hexdigest()}
-                (staging / _MANIFEST).write_text(json.dumps(manifest))
-                with contextlib.suppress(OSError):  # a folder with files is never replaced
-                    os.replace(staging, folder)
-            if (fault := _find_fault(folder)) is not None:
-                raise RunFault(f"the prefix cache {folder} cannot be written ({fault})")
+                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # stays whatever becomes of the folder
+                with contextlib.suppress(OSError):
+                    (staging / _MANIFEST).write_text(json.dumps({"schema": SCHEMA, "sha256": digest.hexdigest()}))
+                    if not os.path.lexists(folder):
+                        put(staging, folder)
+                return mapped
         except OSError as error:
             raise RunFault(
                 f"the prefix cache {folder} cannot be written ({error.strerror}): train.prefix_cache=memory needs no disk"
@@ -188,12 +186,28 @@ class PrefixCache:
         return digest.hexdigest()[:16]
 
 
-def _find_fault(folder: Path) -> str | None:
-    """Say what is wrong with a stored prefix, None if it is whole."""
+def _find(folder: Path, size: int) -> mmap.mmap | None:
+    """Map the file of a stored prefix that holds; one that is damaged is removed, one that cannot be read stays."""
+    if not os.path.lexists(folder):
+        return None
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
-        if manifest["schema"] != SCHEMA:
-            return f"schema {manifest['schema']}"
-        return None if hash_file(folder / _STATES) == manifest["sha256"] else f"{_STATES} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return _map(folder, size)
+    except (*MISSING, ValueError, KeyError, TypeError, RecursionError) as error:
+        say(f"notice: the stored prefix {folder} is broken and computed anew ({type(error).__name__}: {error})")
+        remove_path(folder)
+    except OSError as error:
+        say(f"notice: the stored prefix {folder} cannot be read ({error.strerror}): it stays, and this run computes its own")
+    return None
+
+
+def _map(folder: Path, size: int) -> mmap.mmap:
+    manifest = json.loads(patiently((folder / _MANIFEST).read_bytes))
+    if manifest["schema"] != SCHEMA:
+        raise ValueError(f"schema {manifest['schema']}")
+    if patiently(lambda: hash_file(folder / _STATES)) != manifest["sha256"]:
+        raise ValueError(f"{_STATES} is not what was written")
+    with (folder / _STATES).open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    if len(mapped) != size:
+        raise ValueError(f"{_STATES} has {len(mapped)} bytes, not {size}")
+    return mapped
