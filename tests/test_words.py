@@ -72,8 +72,8 @@ MEANT = {
     "model.architecture.num_hidden_layers=x": "num_hidden_layers=x: allowed is int >= 1",
     "model=tiny_bert model.architecture.max_position_embeddings=x": "max_position_embeddings=x: allowed is int >= 1",
     "model.source=Net": "model.source=Net: allowed is hub | package | random",
-    "model=minilm model.package=a.b": "model.package=a.b: allowed is the name of a package",
-    "'lr=${method}' '+method.x=${lr}'": "a value leads back to itself",
+    "task=story_nli model=minilm model.package=a.b": "model.package=a.b: allowed is the name of a package",
+    "'lr=${method}' '+method.x=${lr}'": "Interpolation to parent node detected",
 }  # fmt: skip
 
 # All of them in one fresh process, which tells whether torch was imported.

@@ -267,13 +267,8 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
 
     _refuse_removed_keys(composed)
     _refuse_foreign_task(composed)
-    try:
-        preset = apply_presets(composed, overrides)
-        config = OmegaConf.to_object(composed)
-    except RecursionError:
-        raise ConfigError(
-            "a value leads back to itself: allowed is ${KEY} of a key that does not refer to this one"
-        ) from None
+    preset = apply_presets(composed, overrides)
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     _refuse_added_keys(composed)
     if not in_sweep:

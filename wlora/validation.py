@@ -107,6 +107,8 @@ def satisfies(value: Any, rule: str) -> bool:
     if rule.startswith("list of "):
         return isinstance(value, list) and len(value) > 0 and all(satisfies(v, rule.removeprefix("list of ")) for v in value)
     if "|" in rule or not re.match(r"(int|float)\b", rule):
+        if value is None:
+            return False
         choices = _choices(rule)
         name, at, layer = _spell(value, rule).partition("@")
         return name in choices and (not at or ("SET@LAYER" in choices and layer.isdecimal() and len(layer) <= _DIGITS))
