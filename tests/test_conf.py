@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from wlora.config import METHOD_NOTES, config_folder
+from wlora.errors import ConfigError
 from wlora.help import read_comments
 from wlora.methods import build_method
-from wlora.validation import RULES, satisfies
+from wlora.validation import RULES, canonical, satisfies
 
 from .conftest import compose
 
@@ -156,6 +158,61 @@ def test_a_method_says_what_it_is_and_what_its_keys_mean(name: str) -> None:
 def test_every_shared_key_says_what_it_means() -> None:
     meanings = read_comments(config_folder() / "config.yaml")
     assert {key for key in RULES if "." not in key} <= set(meanings) and "preset" in meanings
+
+
+CHOICES = {
+    "train.prefix_cache=OFF": "off",
+    "train.prefix_cache=false": "off",
+    "train.prefix_cache='off'": "off",
+    "train.prefix_cache=Memory": "memory",
+    "train.prefix_cache_dtype=FP32": "fp32",
+    "train.grow_batch=Micro": "micro",
+    "precision=FP32": "fp32",
+    "compat=Release": "release",
+    "track=TensorBoard": "tensorboard",
+    "model.quantization=NONE": "none",
+    "model.source=Random": "random",
+    "targets=QKV": "qkv",
+    "targets=Attention@01": "attention@1",
+    "method.targets=ALL": "all",
+    "method.schedule=Single": "single",
+    "method.extension=QR": "qr",
+    "method.rescale='FALSE'": False,
+    "method.keep_moments=TRUE": True,
+}
+
+
+@pytest.mark.parametrize("word", CHOICES)
+def test_a_choice_has_one_spelling_in_a_run(word: str) -> None:
+    config = compose("model=tiny_bert", "task=story_nli", "method=wlora_plus", word)
+    key = word.partition("=")[0]
+    found: Any = dataclasses.asdict(config)
+    for part in key.split("."):
+        found = found[part]
+    assert found == CHOICES[word] and type(found) is type(CHOICES[word])
+    if key == "targets":
+        assert config.method["targets"] == CHOICES[word]
+
+
+@pytest.mark.parametrize("key", [key for key, rule in RULES.items() if "|" in rule])
+def test_every_key_with_choices_is_compared_as_it_is_used(key: str) -> None:
+    for choice in RULES[key].split(" | "):
+        if choice != "SET@LAYER":
+            assert canonical(choice.upper(), RULES[key]) == choice and satisfies(choice.upper(), RULES[key])
+    assert canonical(False, "off | memory") == "off" and canonical("True", "on | off") == "on"
+    assert not satisfies("qkv@" + "9" * 5000, RULES["targets"]) and not satisfies(None, RULES[key])
+
+
+@pytest.mark.parametrize("word", ["method.rank=-1", "method.dropout=2", "method.targets=none", "method.name=[1]"])
+def test_a_methods_copy_of_a_shared_key_obeys_the_same_rule(word: str) -> None:
+    with pytest.raises(ConfigError, match="method"):
+        compose("method=lora", word)
+
+
+def test_a_methods_rules_are_the_packages() -> None:
+    assert compose("method=wlora", "method.allowed=null").method["lr_omega"] == 5.0
+    with pytest.raises(ConfigError, match="method.lr_omega=x: allowed is float > 0"):
+        compose("method=wlora", "method.lr_omega=x", "method.allowed.lr_omega=x")
 
 
 @pytest.mark.parametrize("name", METHODS)

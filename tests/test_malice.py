@@ -8,17 +8,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
-from wlora import run
 from wlora.config import config_folder
+from wlora.environment import _git_state
 from wlora.errors import ConfigError
 from wlora.experiment import open_record
 from wlora.export import find_record
@@ -173,54 +177,117 @@ def test_hydras_way_to_start_from_a_pickle_is_closed(
 
 
 CALL = "_target_: builtins.open\n    file: {mark}\n    mode: w\n"
-SPELT_OTHERWISE = '"\\x5ftarget_": builtins.open\n    file: {mark}\n    mode: w\n'
 LOGGING = "handlers:\n      boom:\n        (): builtins.open\n        file: {mark}\n        mode: w\n"
-CLASS = "handlers:\n      boom:\n        class: logging_.evil.Handler\n"
+GLOBAL = "# @package _global_\n"
+BOMB = "per_task:\n  a0: &a0 [x, x]\n" + "".join(f"  a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+# What a file from elsewhere may not say: where it stands, its text, and what the answer names.
+FOREIGN = {
+    "a call": ("experiment/x", GLOBAL + f"hydra:\n  callbacks:\n   boom:\n    {CALL}", "hydra.callbacks.boom._target_"),
+    "a handler": ("experiment/x", GLOBAL + f"hydra:\n  job_logging:\n    {LOGGING}", "handlers.boom.()"),
+    "a plugin": ("experiment/x", GLOBAL + "hydra: {launcher: {_target_: hydra_plugins.x.Y}}\n", "launcher._target_"),
+    "variables": ("experiment/x", GLOBAL + "hydra: {job: {env_set: {PATH: /tmp}}}\n", "hydra.job.env_set.PATH"),
+    "a shell": ("hardware/x", GLOBAL + "hydra: {launcher: {setup: [rm]}}\n", "hydra.launcher.setup"),
+    "lines for sbatch": ("hardware/x", GLOBAL + 'hydra: {launcher: {constraint: "a\\nrm"}}\n', "launcher.constraint"),
+    "a search path": ("experiment/x", GLOBAL + "hydra: {searchpath: [/tmp]}\n", "hydra.searchpath"),
+    "a sweep of Hydra's": (
+        "experiment/x",
+        GLOBAL + "hydra: {sweeper: {params: {hydra.job.env_set.A: b}}}\n",
+        "params.hydra",
+    ),
+    "a hidden secret": (
+        "experiment/x",
+        GLOBAL + "hydra: {sweeper: {params: {tune_on: '$\\{oc.env\\:SECRET\\}'}}}\n",
+        "hydra.sweeper.params.tune_on",
+    ),
+    "a secret": ("experiment/x", GLOBAL + "model: {revision: '${oc.env:SECRET}'}\n", "${oc.env:SECRET}"),
+    "Hydra's own": ("experiment/x", GLOBAL + "tune_on: ${hydra.runtime.cwd}\n", "${hydra.runtime.cwd}"),
+    "a place": ("experiment/x", GLOBAL + "results_dir: /tmp/elsewhere\n", "results_dir"),
+    "a preset's keys": ("task/x", "presets: {mine: {all: {results_dir: /tmp}}}\n", "task.presets"),
+    "another package": ("task/x", "# @package hydra.job.env_set\nPATH: /tmp\n", "@package hydra.job.env_set"),
+    "a group of Hydra's": ("hydra/job_logging/x", "root: {level: DEBUG}\n", "hydra/job_logging/x"),
+    "a choice of Hydra's": ("experiment/x", GLOBAL + "defaults: [override /hydra/job_logging: default]\n", "job_logging"),
+    "a place for a choice": ("experiment/x", GLOBAL + "defaults: [/model@hydra.job: y]\n", "model@hydra.job"),
+    "a bomb of aliases": ("experiment/x", GLOBAL + BOMB, "*a0"),
+    "a bomb of references": ("experiment/x", GLOBAL + "per_task: {a: {x: '${per_task.b}'}, b: {}}\n", "per_task.a.x"),
+    "depth": ("experiment/x", GLOBAL + "per_task: " + "[" * 10_000 + "]" * 10_000, "levels"),
+    "size": ("experiment/x", GLOBAL + "#" * 100_000, "more than 64 KiB"),
+    "an unknown key": ("model/x", "name: x\nnope: 1\n", "model.nope"),
+    "no mapping": ("model/x", "[1, 2]\n", "list"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_file_from_elsewhere_sets_only_keys_of_ours(
+    what: str, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SECRET", "whispered")
+    path = os.environ["PATH"]
+    place, text, named = FOREIGN[what]
+    file = tmp_path / "conf" / f"{place}.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(text.replace("{mark}", str(mark)))
+    group = place.removesuffix("/x")
+    words = [f"--config-dir={tmp_path / 'conf'}", f"{group}=x"]
+    code, error = command(*words, f"results_dir={tmp_path / 'r'}", "dry_run=true", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and named in error and "x.yaml: " in error and len(error.splitlines()) == 1, error
+    assert not mark.exists() and not (tmp_path / "r").exists() and os.environ["PATH"] == path and "whispered" not in error
 
 
 @pytest.mark.parametrize(
-    ("kind", "content", "named"),
-    [
-        ("callbacks", f"callbacks:\n  boom:\n    {CALL}", "_target_: builtins.open"),
-        ("callbacks", f"callbacks:\n  boom:\n    {SPELT_OTHERWISE}", "_target_: builtins.open"),
-        ("job_logging", f"job_logging:\n    {LOGGING}", "(): builtins.open"),
-        ("job_logging", f"job_logging:\n    {CLASS}", "class: logging_.evil.Handler"),
-        ("launcher", f"launcher:\n    {CALL}", "_target_: builtins.open"),
-    ],
+    "way", ["--config-dir=", "-cd=", "--config-d=", "a linked folder", "a linked file", "a search path"]
 )
-@pytest.mark.parametrize("way", ["dir", "path", "searchpath"])
-def test_a_configuration_that_names_something_to_call_is_refused(
-    way: str,
-    kind: str,
-    content: str,
-    named: str,
-    mark: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_every_way_to_a_file_from_elsewhere_is_guarded(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "conf"
-    (folder / "experiment").mkdir(parents=True)
-    text = "# @package _global_\nhydra:\n  " + content.format(mark=mark).replace("\n  ", "\n    ")
-    (folder / "experiment" / "evil.yaml").write_text(text)
-    chosen = {"dir": f"--config-dir={folder}", "path": f"-cp={folder}", "searchpath": f"hydra.searchpath=[file://{folder}]"}
-    words = [chosen[way], "experiment=evil", f"results_dir={tmp_path / 'r'}", "dry_run=true"]
-    if way == "path":
-        words.append("-cn=experiment/evil")
-    code, error = command(*words, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2 and f"evil.yaml: {named} would run code" in error and len(error.splitlines()) == 1, error
-    assert not mark.exists()
+    real, given = tmp_path / "its place" / "experiment", tmp_path / "its link"
+    real.mkdir(parents=True)
+    (real / "x.yaml").write_text(GLOBAL + "hydra: {job: {env_set: {A: b}}}\n")
+    given.mkdir()
+    if way == "a linked file":
+        (given / "experiment").mkdir()
+        (given / "experiment" / "x.yaml").symlink_to(real / "x.yaml")
+    else:
+        (given / "experiment").symlink_to(real)
+    flag = way + str(given) if way[0] == "-" else f"--config-dir={given}"
+    words = [f"hydra.searchpath=['file://{given}']" if way == "a search path" else flag, "experiment=x", "dry_run=true"]
+    code, error = command(*words, f"results_dir={tmp_path / 'r'}", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and "hydra.job.env_set.A" in error and len(error.splitlines()) == 1 and "A" not in os.environ, error
+
+
+@pytest.mark.parametrize("word", ["--config-path=/tmp", "-cp=/tmp", "-cn=other", "hydra.searchpath=['pkg://json']"])
+def test_no_other_configuration_takes_the_place_of_the_programs(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, error = command(word, "dry_run=true", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and "allowed" in error and len(error.splitlines()) == 1, error
+
+
+def test_a_file_that_is_not_chosen_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "bomb.yaml").write_text(GLOBAL + BOMB)
+    words = [
+        f"--config-dir={tmp_path}",
+        "task=story_nli",
+        "model=tiny_bert",
+        f"results_dir={tmp_path / 'r'}",
+        "dry_run=true",
+    ]
+    assert command(*words, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
 
 
 @pytest.mark.filterwarnings("ignore:Callback")
 def test_hydra_would_have_called_it(
     mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+
+    monkeypatch.setattr("wlora.foreign.FileConfigSource", FileConfigSource)
     (tmp_path / "experiment").mkdir()
     for kind, content in (("callbacks", f"callbacks:\n  boom:\n    {CALL}"), ("logging", f"job_logging:\n    {LOGGING}")):
         text = "# @package _global_\nhydra:\n  " + content.format(mark=mark).replace("\n  ", "\n    ")
         (tmp_path / "experiment" / f"{kind}.yaml").write_text(text)
-        monkeypatch.setattr(run, "refuse_code", lambda words: None)
         words = [f"--config-dir={tmp_path}", f"experiment={kind}", f"results_dir={tmp_path / 'r'}", "dry_run=true"]
         command(*words, monkeypatch=monkeypatch, capsys=capsys)
         assert mark.exists(), f"{kind}: the bomb is a dud, so the tests around show nothing"
@@ -230,12 +297,150 @@ def test_hydra_would_have_called_it(
 def test_a_configuration_from_elsewhere_may_set_things(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    text = "# @package _global_\ndefaults:\n  - override /task: story_nli\n  - override /model: tiny_bert\nrank: 3\n"
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
-    words = [f"--config-dir={tmp_path / 'conf'}", "experiment=mine", f"results_dir={tmp_path}", "dry_run=true"]
+    files = {
+        "experiment/mine": GLOBAL + "defaults:\n  - override /task: mine\n  - override /model: tiny_bert\nrank: 3\n"
+        "per_task: {story_nli: {steps: 4}}\ntrain: {max_steps: '${per_task.${task.name}.steps}'}\n"
+        "hydra: {sweeper: {params: {lr: '1e-3,1e-4', task.batch_size: 8}}}\n",
+        "task/mine": "defaults: [story_nli, _self_]\nmax_train_rows: 64\n",
+        "hardware/mine": GLOBAL + "defaults: [override /hydra/launcher: submitit_local]\nprecision: fp32\n"
+        "hydra: {launcher: {timeout_min: 9, mem_gb: 8}}\n",
+    }
+    for name, text in files.items():
+        file = tmp_path / "conf" / f"{name}.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    words = [
+        f"--config-dir={tmp_path / 'conf'}",
+        "experiment=mine",
+        "hardware=mine",
+        f"results_dir={tmp_path}",
+        "dry_run=true",
+    ]
     code, error = command(*words, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, error
+
+
+def test_git_is_asked_of_this_checkout_alone(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _git_state()
+    fake = tmp_path / "git"
+    fake.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    if shutil.which("git", path=os.defpath):
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert _git_state() == before and not mark.exists()
+
+
+FUZZED = int(os.environ.get("WLORA_FOREIGN_FILES", "25"))
+"""How many files the test below makes; 2,000 for a thorough search."""
+
+
+def make_foreign(chance: random.Random, mark: Path) -> tuple[str, Any]:
+    """Return a group and a file's content of Hydra's, logging's and our own keys at random."""
+    keys = [
+        "hydra",
+        "job",
+        "env_set",
+        "env_copy",
+        "callbacks",
+        "job_logging",
+        "hydra_logging",
+        "handlers",
+        "formatters",
+        "()",
+    ]
+    keys += [
+        "_target_",
+        "_args_",
+        "class",
+        "filename",
+        "ext",
+        "run",
+        "dir",
+        "sweep",
+        "launcher",
+        "sweeper",
+        "params",
+        "setup",
+    ]
+    keys += [
+        "searchpath",
+        "output_subdir",
+        "help",
+        "mode",
+        "chdir",
+        "name",
+        "path",
+        "task",
+        "model",
+        "method",
+        "train",
+        "rank",
+    ]
+    values = [
+        "builtins.open",
+        "logging.FileHandler",
+        "pathlib.Path.write_text",
+        f"ext://{mark}",
+        str(mark),
+        "w",
+        1,
+        None,
+        "off",
+    ]
+    values += [
+        "${oc.env:SECRET}",
+        "${rank}",
+        "${hydra:runtime.cwd}",
+        "${method}",
+        "${",
+        "nope",
+        True,
+        -1,
+        "1,2",
+        [1],
+        "\x00",
+    ]
+
+    def node(depth: int) -> Any:
+        if depth == 0 or chance.random() < 0.3:
+            return chance.choice(values)
+        return {chance.choice(keys): node(depth - 1) for _ in range(chance.randint(1, 3))}
+
+    content = {chance.choice(keys): node(4) for _ in range(chance.randint(1, 2))}
+    if chance.random() < 0.3:
+        entries = [
+            "_self_",
+            "x",
+            {"override /hydra/job_logging": "default"},
+            {"override /task": "rte"},
+            {"/task@hydra.job": "x"},
+        ]
+        content["defaults"] = chance.sample(entries, 2)
+    return chance.choice(["experiment", "hardware", "task", "model", "method", "train", "hydra/callbacks"]), content
+
+
+def test_foreign_files_of_hydras_own_keys_do_nothing(
+    mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SECRET", "whispered")
+    monkeypatch.chdir(tmp_path)
+    chance, variables = random.Random(0), {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    for number in range(FUZZED):
+        group, content = make_foreign(chance, mark)
+        file = tmp_path / "conf" / group / "x.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        package = chance.choice(["", GLOBAL, GLOBAL, "# @package hydra\n"])
+        file.write_text(package + yaml.safe_dump(content))
+        words = ["--config-dir=conf", f"{'+' if group[:5] == 'hydra' else ''}{group}=x", "offline=true", "dry_run=true"]
+        capsys.readouterr()
+        code = enter_main(monkeypatch, *words, "results_dir=r", *([] if group == "task" else ["task=story_nli"]))
+        out, error = capsys.readouterr()
+        assert code in (0, 2) and "Traceback" not in error and "whispered" not in out + error, (number, content, error)
+        assert code == 0 or len(error.splitlines()) <= 2, (number, content, error)
+        assert {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"} == variables, (number, content)
+        file.unlink()
+        assert {path.name for path in tmp_path.iterdir()} <= {"conf", "r"}, (number, content)
 
 
 @pytest.mark.parametrize(

@@ -105,10 +105,12 @@ def test_the_entry_point_prints_cells_and_the_total(
     assert printed[0] == "task=sst2 model=minilm method=lora rank=8 targets=qkv: 0 of 2 runs done, length unknown"
     assert printed[1].startswith("task=sst2 model=minilm method=wlora rank=8 k=5 targets=qkv: 0 of 2")
     assert printed[2] == "0 of 4 runs done; 0 s left on one process, and 4 runs of unknown length"
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{lines} rank=x\n"))
-    with pytest.raises(SystemExit) as end:
-        sweep.main()
-    assert end.value.code == 2
+    for wrong in ("rank=x", "'task=rte", "--config-dir=x", "k=[1"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{lines} {wrong}\n"))
+        with pytest.raises(SystemExit) as end:
+            sweep.main()
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) <= 2, error
 
 
 def test_durations() -> None:

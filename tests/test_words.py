@@ -60,6 +60,20 @@ MEANT = {
     "demo": "demo: write experiment=demo",
     "task=rte -m method=lora": "method=lora: flags such as -m stand before all keys or behind them, not between",
     "--cfg all_of_it": "invalid choice: 'all_of_it'",
+    "~method": "allowed is method=NAME",
+    "~method.name": "allowed is method=NAME",
+    "~adapter": "~adapter: allowed is adapter=VALUE",
+    "-m hydra.launcher._target_=nope seed=0,1": "Invalid plugin 'nope'",
+    "-m hydra.launcher._target_=.. seed=0,1": "cannot be composed",
+    "-m hydra.sweeper._target_=nope seed=0,1": "Invalid plugin 'nope'",
+    "model.architecture.model_type=gpt2": "model.architecture.model_type=gpt2 is unknown",
+    "model.architecture.model_type=[1]": "model.architecture.model_type=[1] is unknown",
+    "model.architecture.num_hidden_layers=99999999999": "num_hidden_layers=99999999999: allowed is int >= 1, <= 10000",
+    "model.architecture.num_hidden_layers=x": "num_hidden_layers=x: allowed is int >= 1",
+    "model=tiny_bert model.architecture.max_position_embeddings=x": "max_position_embeddings=x: allowed is int >= 1",
+    "model.source=Net": "model.source=Net: allowed is hub | package | random",
+    "task=story_nli model=minilm model.package=a.b": "model.package=a.b: allowed is the name of a package",
+    "'lr=${method}' '+method.x=${lr}'": "Interpolation to parent node detected",
 }  # fmt: skip
 
 # All of them in one fresh process, which tells whether torch was imported.

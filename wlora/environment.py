@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -137,10 +138,13 @@ def _torch_settings() -> dict[str, Any]:
 def _git_state() -> tuple[str | None, bool | None]:
     """Return commit and dirty flag of the checkout this package runs from; None for an installed wheel."""
     here = Path(__file__).parent
+    # The system's git before any other; GIT_DIR and its like, which mean another checkout, have no part in it.
+    program = shutil.which("git", path=os.defpath) or "git"
+    settings = {name: os.environ[name] for name in ("HOME", "PATH", "SYSTEMROOT") if name in os.environ}
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+            [program, *words], cwd=here, env=settings, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
 
     try:

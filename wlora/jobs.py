@@ -5,6 +5,7 @@ Nothing here imports torch before a run is known to be sound.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -264,6 +265,7 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     from wlora.tuning import fill_tuned, wanted_keys
     from wlora.validation import resolve
 
+    _refuse_removed_keys(composed)
     _refuse_foreign_task(composed)
     preset = apply_presets(composed, overrides)
     config = OmegaConf.to_object(composed)
@@ -323,6 +325,15 @@ def _refuse_foreign_task(composed: DictConfig) -> None:
     name = composed.task.name
     if composed.per_task and name not in composed.per_task:
         raise wrong_value("task", name, f"{', '.join(composed.per_task)} in this experiment")
+
+
+def _refuse_removed_keys(composed: DictConfig) -> None:
+    """Refuse what Hydra's `~key` takes away: no run is without its keys, or without a method's name."""
+    for key in (field.name for field in dataclasses.fields(Config)):
+        if key not in composed:
+            raise ConfigError(f"~{key}: allowed is {key}=VALUE: every run has this key")
+    if "name" not in composed.method:
+        raise ConfigError("~method or ~method.name: allowed is method=NAME: every run has a method")
 
 
 def _refuse_added_keys(composed: DictConfig) -> None:

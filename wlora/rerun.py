@@ -66,7 +66,7 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
     merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(overrides))
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
-    check_rules(config)
+    check_rules(config, rewritten=ALLOWED)
     _refuse_other_numerics(record, config)
     config.precision = record.environment.get("precision", config.precision)
     config.results_dir = str(Path(results_dir) / "reruns")

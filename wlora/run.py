@@ -15,7 +15,7 @@ from yaml import YAMLError
 from wlora.config import config_folder, register_schema
 from wlora.console import protect_output
 from wlora.errors import ConfigError, RunFault
-from wlora.foreign import refuse_code
+from wlora.foreign import guard_files, refuse_words
 from wlora.help import register_help
 from wlora.jobs import DESK, Outcome, attempt, collecting, fail, run_one
 from wlora.processes import TOLD, is_main
@@ -47,7 +47,8 @@ def _run(words: Sequence[str]) -> int:
             DESK.outcomes.append(attempt("", lambda: _repeat(words)))
         else:
             check_form(words)
-            refuse_code(words)
+            refuse_words(words)
+            guard_files()
             with collecting():
                 hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -62,7 +63,7 @@ def _run(words: Sequence[str]) -> int:
         sys.exit(getattr(stop, "exit_code", 130))
     except OSError as error:
         fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
-    except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ImportError, RuntimeError) as error:
         # What a run raises does not come as far as here: this is Hydra at a value that it does not foresee.
         fail(ConfigError(f"the command line cannot be composed ({type(error).__name__}: {explain(error, words)})"))
     else:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wlora.config import Config, config_folder, register_schema
 from wlora.console import protect_output
 from wlora.errors import ConfigError, wrong_value
+from wlora.foreign import guard_files
 from wlora.models.source import locate
 from wlora.presets import apply_presets
 from wlora.study import Point, Run, name_rows, read_runs, read_value
@@ -144,9 +145,8 @@ def _rows(config: Config) -> int | None:
 def main() -> None:
     """Print a line per cell and the total; exits with 0, or 2 after a mistake in a sweep."""
     protect_output()
-    lines = [shlex.split(line) for line in sys.stdin if line.strip()]
     try:
-        cells = survey(lines)
+        cells = survey(_split(line) for line in sys.stdin if line.strip())
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -157,6 +157,15 @@ def main() -> None:
     unknown = sum(cell.left for cell in cells if cell.seconds is None)
     print(f"{total - left} of {total} runs done; {duration(sum(known))} left on one process", end="")
     print(f", and {unknown} runs of unknown length" if unknown else "")
+
+
+def _split(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(
+            f"{line.strip()[:80]}: cannot be split into words ({error}): allowed are balanced quotes"
+        ) from None
 
 
 def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
@@ -181,10 +190,14 @@ def expand(words: Sequence[str]) -> Iterator[tuple[list[str], list[dict[str, str
     """Yield the overrides of every cell of a sweep, and the values of lr, warm-up and seed that it runs each over."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     ours = [word for word in words if not word.startswith("hydra")]
     # Of a key given twice the last counts, as in Hydra.
-    parsed = OverridesParser.create().parse_overrides([*_brought_along(words), *ours])
+    try:
+        parsed = OverridesParser.create().parse_overrides([*_brought_along(words), *ours])
+    except HydraException as error:
+        raise ConfigError(explain(error, words)) from None
     last = {override.key_or_group: override for override in parsed}
     point = [override for key, override in last.items() if key in _POINT]
     rest = [override for key, override in last.items() if key not in _POINT]
@@ -222,6 +235,7 @@ def _compose(overrides: Sequence[str], **options: bool) -> DictConfig:
     from hydra.errors import HydraException
 
     register_schema()
+    guard_files()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
             composed: DictConfig = compose("config", overrides=list(overrides), **options)

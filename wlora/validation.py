@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from wlora.adapters.peft_format import fingerprint
-from wlora.config import METHOD_NOTES, AdapterConfig, Config, ModelConfig, method_revision
-from wlora.errors import ConfigError, wrong_value
+from wlora.config import METHOD_NOTES, AdapterConfig, Config, ModelConfig, config_folder, method_revision
+from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.models.targets import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, order_classes, read_architecture
 from wlora.tasks import find_kind
 from wlora.tracking import TRACKERS
 
+_DIGITS = 6  # of a layer's number
 QUANTIZATIONS = ("none", "nf4", "int8")
 
 RULES = {
@@ -34,6 +38,7 @@ RULES = {
     "precision": "auto | fp32 | bf16 | fp16",
     "compat": "paper | release",
     "track": " | ".join(TRACKERS),
+    "model.source": "hub | package | random",
     "model.head": "fresh | kept",
     "model.quantization": " | ".join(QUANTIZATIONS),
     "task.epochs": "float > 0",
@@ -71,17 +76,42 @@ _COMPARISONS = {
 }
 
 
+def canonical(value: Any, rule: str) -> Any:
+    """Return the one spelling of a value under a rule of choices; any other value as it is.
+
+    Choices are in lower case, `true` and `false` are booleans, and YAML's booleans stand for `on` and `off`.
+    """
+    if "|" not in rule or value is None:
+        return value
+    text = _spell(value, rule)
+    return text == "true" if text in ("true", "false") else text
+
+
+def _spell(value: Any, rule: str) -> str:
+    text = str(value).lower()
+    if text in ("true", "false") and text not in _choices(rule):
+        text = "on" if text == "true" else "off"
+    name, at, layer = text.partition("@")
+    return f"{name}@{int(layer)}" if at and layer.isdecimal() and len(layer) <= _DIGITS else text
+
+
+def _choices(rule: str) -> list[str]:
+    return [word.strip() for word in rule.partition(" or ")[0].split("|")]
+
+
 def satisfies(value: Any, rule: str) -> bool:
-    """Tell whether a value obeys a rule; raises ValueError for a rule that cannot be read."""
+    """Tell whether a value, in any spelling, obeys a rule; raises ValueError for a rule that cannot be read."""
     rule, *words = rule.split(" or ")
     if ("null" if value is None else value) in words:
         return True
     if rule.startswith("list of "):
         return isinstance(value, list) and len(value) > 0 and all(satisfies(v, rule.removeprefix("list of ")) for v in value)
     if "|" in rule or not re.match(r"(int|float)\b", rule):
-        choices = [word.strip() for word in rule.split("|")]
-        name, at, layer = str(value).lower().partition("@")
-        return name in choices and (not at or ("SET@LAYER" in choices and layer.isdecimal()))
+        if value is None:
+            return False
+        choices = _choices(rule)
+        name, at, layer = _spell(value, rule).partition("@")
+        return name in choices and (not at or ("SET@LAYER" in choices and layer.isdecimal() and len(layer) <= _DIGITS))
     kind, _, bounds = rule.partition(" ")
     if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
         return False
@@ -133,14 +163,20 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def check_rules(config: Config) -> None:
-    """Check the shared keys against their rules.
+def check_rules(config: Config, rewritten: Container[str] = tuple(RULES)) -> None:
+    """Check the shared keys against their rules, and put choices into their one spelling.
+
+    Args:
+        rewritten: the keys whose spelling may change; what a record's run was asked for keeps its own.
 
     Raises:
         ConfigError: a value outside its rule.
     """
     for key, rule in RULES.items():
-        _check(key, _lookup(config, key), rule)
+        value = _check(key, _lookup(config, key), rule)
+        if key in rewritten:
+            *parents, name = key.split(".")
+            setattr(_lookup(config, ".".join(parents)) if parents else config, name, value)
 
 
 def identify_adapter(adapter: AdapterConfig) -> None:
@@ -169,24 +205,35 @@ def _lookup(config: Config, key: str) -> Any:
     return value
 
 
-def _check(key: str, value: Any, rule: str) -> None:
+def _check(key: str, value: Any, rule: str) -> Any:
+    """Return the canonical value of a key; ConfigError for one outside its rule."""
     if not satisfies(value, rule):
         raise wrong_value(key, "null" if value is None else value, rule)
+    return canonical(value, rule)
 
 
 def _check_method(config: Config) -> None:
-    """Check the method's own keys against the rules of its YAML, which then leave the configuration."""
+    """Check the method's keys against the rules of the package's YAML; its notes then leave the configuration."""
     assert config.method.get("preset") is None and config.task.preset is None, "apply_presets comes first"
-    rules: dict[str, str] = config.method.get("allowed", {})
+    rules = {**RULES, **_method_rules(config.method.get("name"))}
     for note in METHOD_NOTES:
         config.method.pop(note, None)
     for key, value in config.method.items():
         if key in rules:
-            _check(f"method.{key}", value, rules[key])
-        elif key != "name" and key not in RULES:
-            raise ConfigError(
-                f"method.{key} is unknown to method={config.method.get('name')}: allowed is {', '.join(rules)}"
-            )
+            config.method[key] = _check(f"method.{key}", value, rules[key])
+        elif key != "name":
+            own = ", ".join(name for name in rules if name not in RULES)
+            raise ConfigError(f"method.{key} is unknown to method={config.method['name']}: allowed is {own}")
+
+
+def _method_rules(name: Any) -> dict[str, str]:
+    """Return the rules of a method's own keys, as the package's YAML has them."""
+    files = {file.stem: file for file in (config_folder() / "method").glob("*.yaml")}
+    if not isinstance(name, str) or name not in files:
+        raise unknown_name(f"method.name={name}", str(name), files)
+    content: Any = OmegaConf.load(files[name])
+    rules: Any = OmegaConf.to_container(content.get("method", content).get("allowed") or OmegaConf.create())
+    return dict(rules)
 
 
 def _check_model(model: ModelConfig) -> None:

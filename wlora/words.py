@@ -31,9 +31,9 @@ class Idle(NamedTuple):
 
 _OMEGA = ("lr_omega", "select_steps", "project_every", "omega_scheduled", "omega_clipped")
 _IDLE = (
-    Idle("wlora_plus", "schedule", lambda schedule: schedule == "halvings", ("k",)),
-    Idle("wlora_depth", "rule", lambda rule: rule == "once", ("method.project_every",)),
-    Idle("rlora", "draw", lambda draw: draw == "at_start", tuple(f"method.{key}" for key in _OMEGA)),
+    Idle("wlora_plus", "schedule", lambda schedule: str(schedule).lower() == "halvings", ("k",)),
+    Idle("wlora_depth", "rule", lambda rule: str(rule).lower() == "once", ("method.project_every",)),
+    Idle("rlora", "draw", lambda draw: str(draw).lower() == "at_start", tuple(f"method.{key}" for key in _OMEGA)),
     Idle("lora_drop", "threshold", lambda threshold: threshold is not None, ("method.keep",)),
 )
 
@@ -211,7 +211,7 @@ def unknown_key(key: str, words: Sequence[str] = ()) -> ConfigError:
         key: as it was written.
         words: the words of the command line; the methods that they choose decide which of `method`'s keys there are.
     """
-    owners = _method_keys()
+    owners = method_keys()
     chosen = [name for word in words if word.startswith("method=") for name in word[len("method=") :].split(",")]
     found = find_keys(key)
     for near in found:
@@ -238,7 +238,7 @@ def find_keys(key: str) -> list[str]:
     """
     name = key.rpartition(".")[2].lower().replace("-", "_")
     bare = re.sub(r"^(lora|num)_|_(name|steps)$", "", name)
-    known = [*_schema_keys(), *_method_keys()]
+    known = [*_schema_keys(), *method_keys()]
     for form in (name, SYNONYMS.get(name), bare, SYNONYMS.get(bare)):
         found = [near for near in known if near.rpartition(".")[2] == form and form != "name"]
         if found:
@@ -267,7 +267,7 @@ def _schema_keys() -> list[str]:
     return list(walk(OmegaConf.structured(Config), ""))
 
 
-def _method_keys() -> dict[str, list[str]]:
+def method_keys() -> dict[str, list[str]]:
     """Return the full keys of all methods, with the methods that have them."""
     owners: dict[str, list[str]] = {}
     for file in sorted((config_folder() / "method").glob("*.yaml")):

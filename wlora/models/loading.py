@@ -260,8 +260,11 @@ def build_unloaded(
 ) -> PreTrainedModel:
     """Build an architecture, all parameters frozen: with random weights on a device, with none on `meta`, for counting."""
     config = _make_config(model, architecture, num_labels)
-    with torch.device(device):
-        built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
+    try:
+        with torch.device(device):
+            built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever an odd size makes transformers or torch raise
+        raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
     pack_on_meta(built, model.quantization)
     for parameter in built.parameters():
         parameter.requires_grad_(False)
@@ -362,7 +365,7 @@ def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: i
     settings = {key: value for key, value in architecture.items() if key not in left_out}
     try:
         return AutoConfig.for_model(architecture["model_type"], **settings, num_labels=num_labels)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # its own checks of types have a class of their own
         raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wlora.config import ModelConfig
-from wlora.errors import ConfigError
+from wlora.errors import ConfigError, wrong_value
 from wlora.fingerprint import hash_file, hash_files
 from wlora.models.gguf import find_gguf
 
@@ -86,7 +86,8 @@ def require_extras(model: ModelConfig) -> None:
 
 
 def _package_folder(model: ModelConfig) -> Path:
-    assert model.package is not None
+    if model.package is None or not model.package.isidentifier():  # to look for `a.b` imports `a`
+        raise wrong_value("model.package", "null" if model.package is None else model.package, "the name of a package")
     spec = importlib.util.find_spec(model.package)
     if spec is None or not spec.submodule_search_locations:
         name = model.package.replace("_", "-")

@@ -19,6 +19,7 @@ from wlora.models.gguf import find_gguf, read_gguf_architecture
 if TYPE_CHECKING:
     from wlora.config import ModelConfig
 
+MOST_LAYERS = 10_000
 TARGET_SETS = ("qkv", "attention", "all", "release")
 """What `targets` may name; `SET@LAYER` is the part of a set from a layer up."""
 
@@ -122,7 +123,7 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
             supported.
     """
     if model.path is None:
-        return dict(model.architecture)
+        return _check_family(model.architecture, model) if model.architecture else {}
     if model.gguf_file is not None:
         return _check_family(read_gguf_architecture(find_gguf(model)), model)
     file = Path(model.path) / "config.json"
@@ -139,18 +140,28 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
 
 
 def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """Refuse an architecture of another family than the model's YAML, or without layers."""
-    family = architecture["model_type"]
+    """Refuse an architecture of another family than the model's YAML, or with sizes that are none."""
+    family = architecture.get("model_type")
+    if model.path is None and (not isinstance(family, str) or family not in FAMILIES):
+        raise unknown_name(f"model.architecture.model_type={family}", str(family), FAMILIES)
     expected = model.architecture.get("model_type", family)
     if family != expected:
         raise ConfigError(
             f"model.path={model.path}: holds a {family} model, model={model.name} is {expected}: "
             "allowed is a folder of that family, or another model=NAME beside model.path"
         )
-    for stack in FAMILIES[family]:
-        depth = architecture.get(stack.depth_key)
-        if not isinstance(depth, int) or depth < 1:
-            raise ConfigError(f"model.path={model.path}: {stack.depth_key} in config.json is {depth}; allowed is int >= 1")
+    sizes = {stack.depth_key: MOST_LAYERS for stack in FAMILIES[family]}
+    if architecture.get("max_position_embeddings") is not None:
+        sizes["max_position_embeddings"] = 1 << 30
+    for key, most in sizes.items():
+        size = architecture.get(key)
+        if not isinstance(size, int) or not 1 <= size <= most:
+            told = (
+                f"model.path={model.path}: {key} in config.json is {size};"
+                if model.path
+                else f"model.architecture.{key}={size}:"
+            )
+            raise ConfigError(f"{told} allowed is int >= 1, <= {most}")
     return dict(architecture)
 
 
