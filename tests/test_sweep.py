@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wlora import sweep
+from wlora import sweep, tuning
 from wlora.errors import ConfigError
 from wlora.sweep import duration, survey
 
@@ -56,7 +56,7 @@ def test_rate_and_warm_up_in_turn(tmp_path: Path) -> None:
 def test_a_preset_counts_in_what_a_cell_holds(tmp_path: Path) -> None:
     line = ["method=adalora", "task=rte", "method.preset=authors", f"results_dir={tmp_path}"]
     (cell,) = survey([line])
-    assert cell.config.task.epochs == 50 and cell.wanted == {(1.2e-3, 200, 0)}
+    assert cell.config.task.epochs == 50 and cell.wanted == {((1.2e-3, 200, None), 0)}
 
 
 def test_an_experiment_brings_its_grid(tmp_path: Path) -> None:
@@ -114,3 +114,27 @@ def test_durations() -> None:
     assert [duration(seconds) for seconds in (0, 59, 60, 3599, 3600, 12_000)] == [
         "0 s", "59 s", "1 min", "1 h 0 min", "1 h 0 min", "3 h 20 min"
     ]  # fmt: skip
+
+
+def test_hydra_composes_each_choice_of_groups_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    by_hydra = sweep._compose_by_hydra
+    monkeypatch.setattr(sweep, "_compose_by_hydra", lambda words: asked.append(words) or by_hydra(words))
+    sweep._compose_groups.cache_clear()
+    cells = survey([words(tmp_path, "rank=range(1,7)", "train.weight_decay=0.0,0.1")])
+    assert len(cells) == 24 and asked == [("model=minilm", "task=sst2", f"method={name}") for name in ("lora", "wlora")]
+    cell = next(cell for cell in cells if cell.config.rank == 3 and cell.config.method["name"] == "wlora")
+    assert cell.config.method["rank"] == 3 and cell.config.method["k"] == 5
+    whole = by_hydra([*asked[1], "k=5", "rank=3", "+new=1", "~offline", "task.columns=[a]"])
+    assert sweep._compose([*asked[1], "k=5", "rank=3", "+new=1", "~offline", "task.columns=[a]"]) == whole
+
+
+def test_cells_do_not_look_through_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(1, 9):
+        make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=1", f"rank={rank}")
+    looked: list[int] = []
+    flat = tuning._agreeing
+    monkeypatch.setattr(tuning, "_agreeing", lambda *of: looked.append(1) or flat(*of))
+    line = ["model=minilm", "task=sst2", "method=lora", "task.epochs=1", "task.path=data", f"results_dir={tmp_path}"]
+    assert counts(tmp_path, [*line, "rank=range(1,17)"]) == [(1, 1)] * 8 + [(0, 1)] * 8
+    assert len(looked) == 2 * 8 + 16
