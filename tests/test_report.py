@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from wlora import report
-from wlora.records import RecordStore
+from wlora.records import Record, RecordStore
 
 from .synthetic import make_record
 
@@ -64,6 +64,11 @@ def test_the_records_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     study(tmp_path)
     read: list[str] = []
     load = RecordStore.load
-    monkeypatch.setattr(RecordStore, "load", lambda store, run_id: read.append(run_id) or load(store, run_id))
+
+    def noted(store: RecordStore, run_id: str) -> Record | None:
+        read.append(run_id)
+        return load(store, run_id)
+
+    monkeypatch.setattr(RecordStore, "load", noted)
     report.main([f"results_dir={tmp_path}"])
     assert len(read) == len(set(read)) > 1

@@ -9,7 +9,7 @@ import pytest
 
 from wlora.config import restore_config
 from wlora.errors import ConfigError
-from wlora.records import RecordStore
+from wlora.records import Record, RecordStore
 from wlora.study import Point, flatten, name_rows, read_runs, read_value, read_words, require_one_setting, select
 from wlora.tuning import Choice, choose_point, fill_tuned
 
@@ -274,7 +274,12 @@ def test_tuned_reads_only_the_records_of_its_task_and_method(tmp_path: Path, mon
     monkeypatch.setattr("wlora.index.UNINDEXED", 3)
     read: list[str] = []
     load = RecordStore.load
-    monkeypatch.setattr(RecordStore, "load", lambda store, run_id: read.append(run_id) or load(store, run_id))
+
+    def noted(store: RecordStore, run_id: str) -> Record | None:
+        read.append(run_id)
+        return load(store, run_id)
+
+    monkeypatch.setattr(RecordStore, "load", noted)
 
     def tuned() -> tuple[float, int]:
         read.clear()

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
 from wlora import sweep, tuning
 from wlora.errors import ConfigError
@@ -119,7 +121,12 @@ def test_durations() -> None:
 def test_hydra_composes_each_choice_of_groups_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
     by_hydra = sweep._compose_by_hydra
-    monkeypatch.setattr(sweep, "_compose_by_hydra", lambda words: asked.append(words) or by_hydra(words))
+
+    def noted(words: tuple[str, ...]) -> DictConfig:
+        asked.append(words)
+        return by_hydra(words)
+
+    monkeypatch.setattr(sweep, "_compose_by_hydra", noted)
     sweep._compose_groups.cache_clear()
     cells = survey([words(tmp_path, "rank=range(1,7)", "train.weight_decay=0.0,0.1")])
     assert len(cells) == 24 and asked == [("model=minilm", "task=sst2", f"method={name}") for name in ("lora", "wlora")]
@@ -132,9 +139,14 @@ def test_hydra_composes_each_choice_of_groups_once(tmp_path: Path, monkeypatch: 
 def test_cells_do_not_look_through_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in range(1, 9):
         make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=1", f"rank={rank}")
-    looked: list[int] = []
-    flat = tuning._agreeing
-    monkeypatch.setattr(tuning, "_agreeing", lambda *of: looked.append(1) or flat(*of))
+    looked: list[dict[str, Any]] = []
+    agreeing = tuning._agreeing
+
+    def noted(setting: dict[str, Any], parts: tuple[str, ...]) -> tuning.Agreeing:
+        looked.append(setting)
+        return agreeing(setting, parts)
+
+    monkeypatch.setattr(tuning, "_agreeing", noted)
     line = ["model=minilm", "task=sst2", "method=lora", "task.epochs=1", "task.path=data", f"results_dir={tmp_path}"]
     assert counts(tmp_path, [*line, "rank=range(1,17)"]) == [(1, 1)] * 8 + [(0, 1)] * 8
     assert len(looked) == 2 * 8 + 16
