@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from wlora import report
+from wlora.records import Record, RecordStore
 
 from .synthetic import make_record
 
@@ -57,3 +58,17 @@ def test_a_refused_filter_is_told_as_the_tables_tell_it(tmp_path: Path, capsys: 
     with pytest.raises(SystemExit) as end:
         report.main([f"results_dir={tmp_path}", "model=minilmm"])
     assert end.value.code == 2 and "did you mean minilm?" in capsys.readouterr().err
+
+
+def test_the_records_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study(tmp_path)
+    read: list[str] = []
+    load = RecordStore.load
+
+    def noted(store: RecordStore, run_id: str) -> Record | None:
+        read.append(run_id)
+        return load(store, run_id)
+
+    monkeypatch.setattr(RecordStore, "load", noted)
+    report.main([f"results_dir={tmp_path}"])
+    assert len(read) == len(set(read)) > 1

@@ -9,7 +9,7 @@ import pytest
 
 from wlora.config import restore_config
 from wlora.errors import ConfigError
-from wlora.records import RecordStore
+from wlora.records import Record, RecordStore
 from wlora.study import Point, flatten, name_rows, read_runs, read_value, read_words, require_one_setting, select
 from wlora.tuning import Choice, choose_point, fill_tuned
 
@@ -268,3 +268,45 @@ def test_the_entry_point_tunes(tmp_path: Path) -> None:
     done = run_cli("-m", *words, "lr=tuned", "seed=0,1")
     assert done.returncode == 0 and "best of 2 on story_nli seed=0" in done.stdout
     assert "is done" in done.stdout and len(read_runs(tmp_path)) == 3
+
+
+def test_tuned_reads_only_the_records_of_its_task_and_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wlora.index.UNINDEXED", 3)
+    read: list[str] = []
+    load = RecordStore.load
+
+    def noted(store: RecordStore, run_id: str) -> Record | None:
+        read.append(run_id)
+        return load(store, run_id)
+
+    monkeypatch.setattr(RecordStore, "load", noted)
+
+    def tuned() -> tuple[float, int]:
+        read.clear()
+        config = compose("model=minilm", "task.path=data", "task=sst2", "method=lora", "lr=tuned", f"results_dir={tmp_path}")
+        fill_tuned(config, task_data="d", model_data="m")
+        return config.lr, len(read)
+
+    make_record(tmp_path, "task=sst2", "method=lora", "lr=1e-4", metrics=0.7)
+    assert tuned() == (1e-4, 1) and not (tmp_path / "records" / ".index").exists()
+    others = [make_record(tmp_path, "task=rte", "method=lora", f"seed={seed}") for seed in range(4)]
+    assert [tuned(), tuned()] == [(1e-4, 5), (1e-4, 1)]
+    make_record(tmp_path, "task=sst2", "method=lora", "lr=1e-3", metrics=0.8)
+    assert [tuned(), tuned()] == [(1e-3, 2), (1e-3, 2)]
+    # What stands in the index holds for the file that it was made from, and for no other.
+    path = RecordStore(tmp_path).path(others[0].run_id)
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ConfigError, match=f"record {path} is damaged"):
+        tuned()
+    path.unlink()
+    for content in ("", "{", '{"x": 1}'):
+        (tmp_path / "records" / ".index").write_text(content)
+        assert [tuned(), tuned()] == [(1e-3, 5), (1e-3, 2)]
+
+
+def test_equal_parts_of_records_are_kept_once(tmp_path: Path) -> None:
+    for seed in range(2):
+        make_record(tmp_path, "task=sst2", "method=lora", "lr=1e-4", f"seed={seed}")
+    first, second = read_runs(tmp_path)
+    assert first.seed != second.seed and first.setting is second.setting
+    assert first.record.config["model"] is second.record.config["model"]

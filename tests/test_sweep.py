@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
-from wlora import sweep
+from wlora import sweep, tuning
 from wlora.errors import ConfigError
 from wlora.study import Point
 from wlora.sweep import duration, survey
@@ -117,3 +119,37 @@ def test_durations() -> None:
     assert [duration(seconds) for seconds in (0, 59, 60, 3599, 3600, 12_000)] == [
         "0 s", "59 s", "1 min", "1 h 0 min", "1 h 0 min", "3 h 20 min"
     ]  # fmt: skip
+
+
+def test_hydra_composes_each_choice_of_groups_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    by_hydra = sweep._compose_by_hydra
+
+    def noted(words: tuple[str, ...]) -> DictConfig:
+        asked.append(words)
+        return by_hydra(words)
+
+    monkeypatch.setattr(sweep, "_compose_by_hydra", noted)
+    sweep._compose_groups.cache_clear()
+    cells = survey([words(tmp_path, "rank=range(1,7)", "train.weight_decay=0.0,0.1")])
+    assert len(cells) == 24 and asked == [("model=minilm", "task=sst2", f"method={name}") for name in ("lora", "wlora")]
+    cell = next(cell for cell in cells if cell.config.rank == 3 and cell.config.method["name"] == "wlora")
+    assert cell.config.method["rank"] == 3 and cell.config.method["k"] == 5
+    whole = by_hydra([*asked[1], "k=5", "rank=3", "+new=1", "~offline", "task.columns=[a]"])
+    assert sweep._compose([*asked[1], "k=5", "rank=3", "+new=1", "~offline", "task.columns=[a]"]) == whole
+
+
+def test_cells_do_not_look_through_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(1, 9):
+        make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=1", f"rank={rank}")
+    looked: list[dict[str, Any]] = []
+    agreeing = tuning._agreeing
+
+    def noted(setting: dict[str, Any], parts: tuple[str, ...]) -> tuning.Agreeing:
+        looked.append(setting)
+        return agreeing(setting, parts)
+
+    monkeypatch.setattr(tuning, "_agreeing", noted)
+    line = ["model=minilm", "task=sst2", "method=lora", "task.epochs=1", "task.path=data", f"results_dir={tmp_path}"]
+    assert counts(tmp_path, [*line, "rank=range(1,17)"]) == [(1, 1)] * 8 + [(0, 1)] * 8
+    assert len(looked) == 2 * 8 + 16

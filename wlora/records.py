@@ -6,12 +6,13 @@ disk is seen even where what is left is still JSON. Records from before there we
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,9 @@ class Record:
     predictions: str | None = None
 
 
-def seal(content: dict[str, Any]) -> str:
+def seal(content: dict[str, Any], *, indent: int | None = 1) -> str:
     """Return the text of a JSON file that carries a checksum of its content; ValueError for a number that is not finite."""
-    return json.dumps({**content, "checksum": _digest(content)}, indent=1, allow_nan=False) + "\n"
+    return json.dumps({**content, "checksum": _digest(content)}, indent=indent, allow_nan=False) + "\n"
 
 
 def unseal(text: str | bytes) -> dict[str, Any]:
@@ -229,12 +230,21 @@ class RecordStore:
         """Return a writer that starts the run's learning curve afresh; with `write=False` one that only remembers."""
         return CurveWriter(self.folder / f"{run_id}.jsonl" if write else None)
 
-    def scan(self) -> Iterator[Record | ConfigError]:
-        """Iterate over all files, by name: each as its record, or as what is wrong with it."""
-        for file in sorted(self.folder.glob("*.json*")):
-            if file.suffix == ".json":
+    def scan(self, skip: Container[str] = ()) -> Iterator[Record | ConfigError]:
+        """Iterate over all files, by name: each as its record, or as what is wrong with it.
+
+        Args:
+            skip: the run_ids of records that need not be read.
+        """
+        try:
+            names = set(os.listdir(self.folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name in sorted(names):
+            run_id, kind = os.path.splitext(name)
+            if kind == ".json" and run_id not in skip:
                 try:
-                    record = self.load(file.stem)
+                    record = self.load(run_id)
                 except ConfigError as damage:
                     yield damage
                 except RunFault as fault:
@@ -242,8 +252,20 @@ class RecordStore:
                 else:
                     if record is not None:  # not removed since
                         yield record
-            elif file.suffix == ".jsonl" and not file.with_suffix(".json").exists():
-                yield ConfigError(f"record {file.with_suffix('.json')} is not there, but its learning curve is")
+            elif kind == ".jsonl" and f"{run_id}.json" not in names and not self.path(run_id).exists():
+                yield ConfigError(f"record {self.path(run_id)} is not there, but its learning curve is")
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Return, by run_id, the size of each record and when it was changed (nanoseconds), without reading any."""
+        found = {}
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                run_id, kind = os.path.splitext(entry.name)
+                if kind == ".json":
+                    with contextlib.suppress(OSError):  # removed since
+                        stat = entry.stat()
+                        found[run_id] = (stat.st_size, stat.st_mtime_ns)
+        return found
 
     def __iter__(self) -> Iterator[Record]:
         """Iterate over all readable records, by run_id."""

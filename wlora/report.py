@@ -114,15 +114,15 @@ def write(words: Sequence[str]) -> Path:
     if importlib.util.find_spec("markdown_it") is None:
         raise ConfigError("the report needs markdown-it-py\nway out: pip install 'wlora[figures]'")
     results = Path(options["results_dir"] or "results")
-    runs, faults = read_study(results)
-    runs = select(runs, filters)
+    everything, faults = read_study(results)
+    runs = select(everything, filters)
     if not runs:
         raise ConfigError(f"results_dir={results}: no records to report")
     made, summarized = _commands(results, options, filters, runs)
     notices = [f"notice: {fault}; it is left out" for fault in faults]
     printed = ""
     for command in made:
-        said, told = _run(command)
+        said, told = _run(command, everything)
         printed += said
         notices += told
     # What these commands have made, not what others have left in the folders.
@@ -171,7 +171,7 @@ def _commands(
     return [["wlora.tables", "all", *shared, *scored], *summary, ["wlora.figures", "all", *shared]], summarized
 
 
-def _run(command: list[str]) -> tuple[str, list[str]]:
+def _run(command: list[str], runs: Sequence[Run]) -> tuple[str, list[str]]:
     """Run another entry point in this process; returns what it printed and its notices. What it refuses is told as ours."""
     from wlora.figures import __main__ as figures
     from wlora.tables import __main__ as tables
@@ -180,7 +180,7 @@ def _run(command: list[str]) -> tuple[str, list[str]]:
     said, wrong = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong):
-            entry(command[1:])
+            entry(command[1:], runs)
     except SystemExit as end:
         if end.code:
             lines = [line for line in wrong.getvalue().splitlines() if not line.startswith("notice: ")]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from wlora.config import METHOD_LATER, TaskConfig, config_folder, restore_config, scientific_fields
 from wlora.environment import name_machine
 from wlora.errors import ConfigError, unknown_name
-from wlora.models.targets import count_targets, read_architecture
+from wlora.models.targets import count_targets
 from wlora.records import Record, RecordStore
 
 
@@ -106,8 +107,8 @@ class Run:
         if cuts:
             return len(cuts[0])
         targets = self.record.config["method"].get("targets")
-        # The model's folder need not be on this machine.
-        architecture = read_architecture(replace(restore_config(self.record.config).model, path=None))
+        # Not that of the model's folder, which need not be on this machine.
+        architecture = self.record.config["model"].get("architecture")
         return count_targets(architecture, targets) if targets and architecture else None
 
     @property
@@ -149,26 +150,55 @@ def shipped_task(name: str) -> dict[str, Any]:
     return {**asdict(TaskConfig()), **content}
 
 
-def read_study(results_dir: str | Path) -> tuple[list[Run], list[str]]:
+def read_study(results_dir: str | Path, skip: Container[str] = ()) -> tuple[list[Run], list[str]]:
     """Read all records of a study; returns their runs, and what is wrong with the files that hold none.
+
+    Args:
+        results_dir: the study.
+        skip: the run_ids of records that need not be read.
 
     Raises:
         ConfigError: the folder does not exist.
     """
     if not Path(results_dir).is_dir():
         raise ConfigError(f"results_dir={results_dir}: allowed is a folder with the records of a study")
-    store = RecordStore(results_dir)
+    store, shared = RecordStore(results_dir), Shared()
     runs, faults = [], []
-    for found in store.scan():
+    for found in store.scan(skip):
         if isinstance(found, ConfigError):
             faults.append(str(found))
             continue
         try:
-            runs.append(_whole(Run(found, setting_of(found))))
+            runs.append(_whole(shared.run(found)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             # One without a checksum, which would have shown the damage.
             faults.append(f"record {store.path(found.run_id)} is damaged: {type(error).__name__} {error}")
     return runs, faults
+
+
+class Shared:
+    """What the records of a study have in common: equal sections and settings are kept, and worked out, once.
+
+    Nobody changes what is shared.
+    """
+
+    def __init__(self) -> None:
+        self._sections: dict[str, dict[str, Any]] = {}
+        self._settings: dict[str, dict[str, Any]] = {}  # by scalars and, of what is shared, identity
+
+    def run(self, record: Record) -> Run:
+        """Return a record, which lets go of sections that others have too, with its setting."""
+        for parts in (record.config, record.environment):
+            for key, value in parts.items():
+                if isinstance(value, dict):
+                    parts[key] = self._sections.setdefault(json.dumps(value), value)
+        told = {key: id(value) if isinstance(value, dict) else value for key, value in record.config.items()}
+        kind = [told[key] for key in sorted(told.keys() - {"seed", *Point._fields})]
+        contents = record.task.get("data"), record.model.get("fingerprint")
+        known = repr([told.keys(), kind, contents, *map(record.environment.get, ("precision", "wlora"))])
+        if known not in self._settings:
+            self._settings[known] = setting_of(record)
+        return Run(record, self._settings[known])
 
 
 def _whole(run: Run) -> Run:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pickle
 import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,12 +24,15 @@ from wlora.errors import ConfigError, wrong_value
 from wlora.foreign import guard_files
 from wlora.models.source import locate
 from wlora.presets import apply_presets
-from wlora.study import Point, Run, name_rows, read_runs, read_value
+from wlora.study import Point, name_rows, read_runs, read_value
 from wlora.tasks.data import fingerprint
 from wlora.training.plan import make_plan
-from wlora.tuning import choose_tuned, same_setting, wanted_keys
+from wlora.tuning import Choice, Settings, wanted_keys
 from wlora.validation import RULES, resolve, satisfies
 from wlora.words import check_read, explain
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 # Overrides that tell the runs of one cell apart; everything else is composed once per cell.
 _POINT = (*Point._fields, "seed", "tune_on")
@@ -48,10 +52,11 @@ class Cell:
         self.config = config
         self.wanted: set[tuple[Point, int]] = set()
         folder = Path(config.results_dir)
-        self._runs = _read(folder) if folder.is_dir() else []
+        self._study = _read(folder)
         self._data = {"task_data": fingerprint(config.task), "model_data": locate(config.model).fingerprint}
-        self._same = same_setting(config, self._runs, **self._data)
-        self.seconds = expected_seconds(config, self._runs)
+        self._same = self._study.settings.same(config, **self._data)
+        self._choices: dict[str | None, Choice | None] = {}
+        self.seconds = expected_seconds(config, self._study.paces)
 
     @property
     def done(self) -> set[tuple[Point, int]]:
@@ -76,7 +81,7 @@ class Cell:
             config = dataclasses.replace(self.config, **values)
             wanted, choice = wanted_keys(config), None
             if wanted:
-                choice = choose_tuned(config, self._runs, **self._data)
+                choice = self._choose(config)
                 own = config.tune_on in (None, config.task.name)
                 if choice is None and own and self._covers(config):
                     continue  # the best of the grid, whichever it will be
@@ -84,6 +89,12 @@ class Cell:
                 config = dataclasses.replace(config, **{key: getattr(choice.point, key) for key in wanted})
             _check(config)
             self.wanted.add((_point(config), config.seed))
+
+    def _choose(self, config: Config) -> Choice | None:
+        """Return what `tuned` stands for. It hangs on nothing else in which the runs of a cell differ."""
+        if config.tune_on not in self._choices:
+            self._choices[config.tune_on] = self._study.settings.choose(config, **self._data)
+        return self._choices[config.tune_on]
 
     def _covers(self, config: Config) -> bool:
         """Tell whether a run that is asked for may turn out to be this one."""
@@ -105,27 +116,43 @@ def _check(config: Config) -> None:
         make_plan(config, rows)
 
 
-@functools.lru_cache
-def _read(folder: Path) -> list[Run]:
-    return read_runs(folder)
+class Study(NamedTuple):
+    """What the records of a results folder say to all cells.
 
-
-def expected_seconds(config: Config, runs: Iterable[Run]) -> float | None:
-    """Estimate a run's length from recorded ones: seconds per training example, of the nearest kind there is.
-
-    The nearest is the same model, task and method, then the same model and task, then the same model.
+    Attributes:
+        settings: the runs by setting.
+        paces: seconds per training example of the runs that succeeded, by how near they are to a run: by model, task and
+            method, by model and task, and by model.
     """
-    examples, task = _examples(config), name_rows(dataclasses.asdict(config.task))
-    kinds: list[list[float]] = [[], [], []]
+
+    settings: Settings
+    paces: dict[tuple[str, ...], float]
+
+
+@functools.lru_cache
+def _read(folder: Path) -> Study:
+    runs = read_runs(folder) if folder.is_dir() else []
+    paces: dict[tuple[str, ...], list[float]] = {}
     for run in runs:
-        if run.status != "success" or run.model != config.model.name or not run.record.steps.get("total"):
-            continue
-        same_task, same_method = run.task == task, run.method == config.method["name"]
-        batch = run.record.config["task"]["batch_size"] * run.record.config["train"]["accumulation_steps"]
-        pace = run.record.seconds["total"] / (run.record.steps["total"] * batch)
-        kinds[0 if same_task and same_method else 1 if same_task else 2].append(pace)
-    paces = next((kind for kind in kinds if kind), None)
-    return None if paces is None or examples is None else examples * statistics.median(paces)
+        if run.status == "success" and run.record.steps.get("total"):
+            batch = run.record.config["task"]["batch_size"] * run.record.config["train"]["accumulation_steps"]
+            pace = run.record.seconds["total"] / (run.record.steps["total"] * batch)
+            for kind in _kinds(run.model, run.task, run.method):
+                paces.setdefault(kind, []).append(pace)
+    return Study(Settings(runs), {kind: statistics.median(found) for kind, found in paces.items()})
+
+
+def _kinds(model: str, task: str, method: str) -> tuple[tuple[str, ...], ...]:
+    """Return the kinds of runs that tell how long one takes, the nearest first."""
+    return (model, task, method), (model, task), (model,)
+
+
+def expected_seconds(config: Config, paces: dict[tuple[str, ...], float]) -> float | None:
+    """Estimate a run's length from recorded ones: seconds per training example, of the nearest kind there is."""
+    examples = _examples(config)
+    kinds = _kinds(config.model.name, name_rows(dataclasses.asdict(config.task)), config.method["name"])
+    pace = next((paces[kind] for kind in kinds if kind in paces), None)
+    return None if pace is None or examples is None else examples * pace
 
 
 def _examples(config: Config) -> int | None:
@@ -213,7 +240,12 @@ def _brought_along(words: Sequence[str]) -> list[str]:
 
 @functools.lru_cache
 def _params_of(experiment: str) -> list[str]:
-    params = _compose([experiment], return_hydra_config=True).hydra.sweeper.params
+    from hydra.errors import HydraException
+
+    try:
+        params = _compose_by_hydra([experiment], return_hydra_config=True).hydra.sweeper.params
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, [experiment])) from error
     return [f"{key}={value}" for key, value in params.items()] if params else []
 
 
@@ -230,18 +262,52 @@ def compose(overrides: Sequence[str]) -> Config:
     return resolve(config)
 
 
-def _compose(overrides: Sequence[str], **options: bool) -> DictConfig:
-    from hydra import compose, initialize_config_dir
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose a configuration as Hydra does, which chooses the groups first: each choice of them is composed once."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.errors import HydraException
+
+    try:
+        parsed = [_parse(word) for word in overrides]
+        composed: DictConfig = pickle.loads(_compose_groups(tuple(p.input_line for p in parsed if _chooses_group(p))))
+        ConfigLoaderImpl._apply_overrides_to_config([p for p in parsed if not _chooses_group(p)], composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, overrides)) from error
+    return composed
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(word: str) -> Override:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (override,) = OverridesParser.create().parse_overrides([word])
+    return override
+
+
+def _chooses_group(override: Override) -> bool:
+    """Tell whether a word chooses a file, as `task=sst2` does, rather than setting a key; by Hydra's rule."""
+    return _is_group(override.key_or_group) and not isinstance(override.value(), dict)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_group(name: str) -> bool:
+    return (config_folder() / name).is_dir()
+
+
+@functools.lru_cache(maxsize=64)
+def _compose_groups(words: tuple[str, ...]) -> bytes:
+    """Compose what words that choose groups stand for; pickled, since copying it takes five times as long as reading it."""
+    return pickle.dumps(_compose_by_hydra(words))
+
+
+def _compose_by_hydra(words: Sequence[str], **options: bool) -> DictConfig:
+    from hydra import compose, initialize_config_dir
 
     register_schema()
     guard_files()
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-            composed: DictConfig = compose("config", overrides=list(overrides), **options)
-            return composed
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, overrides)) from error
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        composed: DictConfig = compose("config", overrides=list(words), **options)
+        return composed
 
 
 def duration(seconds: float) -> str:

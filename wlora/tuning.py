@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from wlora.config import Config, scientific_fields
 from wlora.errors import ConfigError
-from wlora.study import ENDED, Point, Run, name_rows, read_study, require_one_setting, show, without_point
+from wlora.index import read_related
+from wlora.study import ENDED, Point, Run, name_rows, require_one_setting, show, without_point
 
 # The seed on which the scripts tune; it is not reported.
 TUNE_SEED = 100
 
 _ENVIRONMENT = ("precision", "task.version", "wlora")
+
+Parts = tuple[str, ...]
+Agreeing = frozenset[tuple[str, Hashable]]
+# What the keys begin with of the fields that must agree: on the run's own task, and on another.
+_WHOLE: Parts = ("",)
+_ELSEWHERE: Parts = ("method.", "model.", "compat")
 
 
 @dataclass(frozen=True)
@@ -93,39 +100,53 @@ def wanted_keys(config: Config) -> list[str]:
     return [key for key in Point._fields if getattr(config, key) == "tuned"]
 
 
-def same_setting(
-    config: Config, runs: Iterable[Run], *, task_data: str | None, model_data: str | None, task: str | None = None
-) -> list[Run]:
-    """Return the runs that differ from a configuration in their point, seed, precision or version alone.
+class Settings:
+    """A study's runs by what has to agree before one may be tuned by another, so that none looks through all of them.
 
     Args:
-        config: a resolved configuration; its point may be `tuned`.
         runs: a study's.
-        task_data: content fingerprint of local or generated data, None for the hub.
-        model_data: content fingerprint of local weights, None for the hub.
-        task: another task, whose rows and steps may then be any; None for the configuration's own.
     """
-    own = name_rows(asdict(config.task))
-    task = own if task in (None, config.task.name) else task
-    parts = ("",) if task == own else ("method.", "model.", "compat")
-    fields = scientific_fields(config, task_data=task_data, model_data=model_data, precision="")
-    shared = _shared(without_point(fields), parts)
-    return [run for run in runs if run.task == task and _shared(run.setting, parts) == shared]
 
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self._groups: dict[tuple[str, Parts, Agreeing], list[Run]] = {}
+        names: dict[tuple[int, str], list[tuple[str, Parts, Agreeing]]] = {}
+        for run in runs:
+            # Runs of one setting share it (`wlora.study.Shared`), so that few are looked at.
+            known = (id(run.setting), run.task)
+            if known not in names:
+                names[known] = [(run.task, parts, _agreeing(run.setting, parts)) for parts in (_WHOLE, _ELSEWHERE)]
+            for name in names[known]:
+                self._groups.setdefault(name, []).append(run)
 
-def choose_tuned(config: Config, runs: Iterable[Run], *, task_data: str | None, model_data: str | None) -> Choice | None:
-    """Choose what `tuned` stands for: the best recorded point of the same setting, or of it on the task `tune_on`.
+    def same(self, config: Config, *, task_data: str | None, model_data: str | None, task: str | None = None) -> list[Run]:
+        """Return the runs that differ from a configuration in their point, seed, precision or version alone.
 
-    Raises:
-        ConfigError: on `tune_on` there are runs of several settings.
-    """
-    same = same_setting(config, runs, task_data=task_data, model_data=model_data, task=config.tune_on)
-    require_one_setting(same, f"tune_on={config.tune_on}", ignore=_ENVIRONMENT)
-    return choose_point(same)
+        Args:
+            config: a resolved configuration; its point may be `tuned`.
+            task_data: content fingerprint of local or generated data, None for the hub.
+            model_data: content fingerprint of local weights, None for the hub.
+            task: another task, whose rows and steps may then be any; None for the configuration's own.
+        """
+        own = name_rows(asdict(config.task))
+        task = own if task in (None, config.task.name) else task
+        assert task is not None
+        parts = _WHOLE if task == own else _ELSEWHERE
+        fields = scientific_fields(config, task_data=task_data, model_data=model_data, precision="")
+        return self._groups.get((task, parts, _agreeing(without_point(fields), parts)), [])
+
+    def choose(self, config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
+        """Choose what `tuned` stands for: the best recorded point of the same setting, or of it on the task `tune_on`.
+
+        Raises:
+            ConfigError: on `tune_on` there are runs of several settings.
+        """
+        same = self.same(config, task_data=task_data, model_data=model_data, task=config.tune_on)
+        require_one_setting(same, f"tune_on={config.tune_on}", ignore=_ENVIRONMENT)
+        return choose_point(same)
 
 
 def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
-    """Replace `tuned` by the recorded values (`choose_tuned`); None where nothing was to be tuned.
+    """Replace `tuned` by the recorded values (`Settings.choose`); None where nothing was to be tuned.
 
     Raises:
         ConfigError: no record to choose from, a damaged one (which may be the best), or records of `tune_on` in more than
@@ -136,17 +157,17 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
         if config.tune_on is not None:
             raise ConfigError(f"tune_on={config.tune_on}: allowed is null, as nothing is tuned")
         return None
-    runs, faults = read_study(config.results_dir) if Path(config.results_dir).is_dir() else ([], [])
+    task, method = config.tune_on or config.task.name, str(config.method["name"])
+    runs, faults = read_related(config.results_dir, task, method) if Path(config.results_dir).is_dir() else ([], [])
     if faults:
         raise ConfigError(
             f"{wanted[0]}=tuned: {faults[0]}, so the best is not known\n"
             "way out: the commands of its study do that run again; or remove what is left of it"
         )
-    choice = choose_tuned(config, runs, task_data=task_data, model_data=model_data)
+    choice = Settings(runs).choose(config, task_data=task_data, model_data=model_data)
     if choice is None:
-        task = config.tune_on or config.task.name
         raise ConfigError(
-            f"{wanted[0]}=tuned: {config.results_dir} has no finished run of method={config.method['name']} in this "
+            f"{wanted[0]}=tuned: {config.results_dir} has no finished run of method={method} in this "
             f"setting on task={task}\nway out: run a grid first, as in -m task={task} lr=5e-5,5e-4,5e-3"
         )
     for key in wanted:
@@ -154,6 +175,13 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
     return choice
 
 
-def _shared(setting: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+def _agreeing(setting: dict[str, Any], parts: Parts) -> Agreeing:
     """Return the fields that two settings must share for one to be tuned by the other."""
-    return {key: value for key, value in setting.items() if key.startswith(tuple(parts)) and key not in _ENVIRONMENT}
+    kept = {key: value for key, value in setting.items() if key.startswith(parts) and key not in _ENVIRONMENT}
+    return frozenset((key, _hashable(value)) for key, value in kept.items())
+
+
+def _hashable(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(inner)) for key, inner in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

@@ -36,26 +36,31 @@ Reads the records of one study and writes <results_dir>/figures/NAME.png and .pd
   key=value,value         keep the runs that have one of the values: task=sst2 method=lora,wlora model=minilm"""
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Draw what is asked for; exits with 0, or 2 after a mistake or where there is nothing to draw."""
+def main(words: Sequence[str] | None = None, runs: Sequence[Run] | None = None) -> None:
+    """Draw what is asked for; exits with 0, or 2 after a mistake or where there is nothing to draw.
+
+    Args:
+        words: what is asked for; None for the command line.
+        runs: all of the study, where they have been read already.
+    """
     protect_output()
     words = sys.argv[1:] if words is None else words
     if not words or {"-h", "--help"} & set(words):
         print(USAGE)
         sys.exit(0 if words else 2)
     try:
-        _draw(words)
+        _draw(words, runs)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def _draw(words: Sequence[str]) -> None:
+def _draw(words: Sequence[str], known: Sequence[Run] | None) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("figures need matplotlib\nway out: pip install 'wlora[figures]'")
     names, options, filters = read_words(words, {"results_dir": "results"})
     results = Path(options["results_dir"] or "results")
-    figures = _figures(results, filters)
+    figures = _figures(results, filters, read_runs(results) if known is None else known)
     if len(names) != 1 or names[0] not in (*figures, "all"):
         raise unknown_name(f"figure {' '.join(names) or '(none)'}", names[0] if names else "", [*figures, "all"])
     from wlora.figures.canvas import save
@@ -75,11 +80,11 @@ def _draw(words: Sequence[str]) -> None:
         raise ConfigError(f"results_dir={results}: nothing to draw")
 
 
-def _figures(results: Path, filters: dict[str, str]) -> dict[str, Callable[[], Figure]]:
+def _figures(results: Path, filters: dict[str, str], everything: Sequence[Run]) -> dict[str, Callable[[], Figure]]:
     """Return all figures of a study, each undrawn."""
     from wlora.figures import adapters, footprint, scores
 
-    runs = select(read_runs(results), filters)
+    runs = select(everything, filters)
     single = _of_main_model([run for run in runs if run.method in NOT_COMPARED], "dot_products")
     ours = _of_main_model([run for run in runs if run.method not in NOT_COMPARED], "the others")
     return {

@@ -44,15 +44,20 @@ NAME_own, never in the benchmark's column.
                           compat=paper  train.max_steps=512"""
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Write the tables asked for; exits with 0, or 2 after a mistake in the request."""
+def main(words: Sequence[str] | None = None, runs: Sequence[Run] | None = None) -> None:
+    """Write the tables asked for; exits with 0, or 2 after a mistake in the request.
+
+    Args:
+        words: what is asked for; None for the command line.
+        runs: all of the study, where they have been read already.
+    """
     protect_output()
     words = sys.argv[1:] if words is None else words
     if not words or {"-h", "--help"} & set(words):
         print(USAGE)
         sys.exit(0 if words else 2)
     try:
-        _write(words)
+        _write(words, runs)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -75,7 +80,7 @@ class Request:
     best: Best
 
 
-def _write(words: Sequence[str]) -> None:
+def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
     defaults = {"results_dir": "results", "model": None, "seeds": None, "bootstrap_seed": "0", "score": "last"}
     names, options, filters = read_words(words, defaults)
     layouts = [] if names == ["summary"] else _layouts(names)
@@ -86,7 +91,7 @@ def _write(words: Sequence[str]) -> None:
         for layout in layouts:
             _write_paper(layout, results)
         return
-    everything = read_runs(results)
+    everything = read_runs(results) if known is None else known
     _check_model(options["model"], everything)
     # `single` is one adapter per run, for Figure 2.
     runs = [run for run in select(everything, filters) if run.method not in NOT_COMPARED]
