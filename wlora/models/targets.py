@@ -141,9 +141,9 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
 
 def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """Refuse an architecture of another family than the model's YAML, or with sizes that are none."""
-    family = architecture.get("model_type")
-    if model.path is None and (not isinstance(family, str) or family not in FAMILIES):
-        raise unknown_name(f"model.architecture.model_type={family}", str(family), FAMILIES)
+    family = str(architecture.get("model_type"))
+    if model.path is None and family not in FAMILIES:
+        raise unknown_name(f"model.architecture.model_type={family}", family, FAMILIES)
     expected = model.architecture.get("model_type", family)
     if family != expected:
         raise ConfigError(
