@@ -19,7 +19,7 @@ import torch
 
 from wlora import staging
 from wlora.errors import RunFault
-from wlora.records import RecordStore, seal, unseal
+from wlora.records import Record, RecordStore, seal, unseal
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.guard import Guard
 from wlora.training.loop import Trainer
@@ -278,3 +278,38 @@ def test_a_signal_ends_the_step_saves_and_says_so(number: signal.Signals, tmp_pa
     (folder,) = tmp_path.glob("checkpoints/*/step-*")
     step = json.loads((folder / "facts.json").read_text())["step"]
     assert f"after step {step}" in error and os.listdir(folder.parent) == [folder.name]
+
+
+def test_a_signal_in_the_last_evaluation_ends_the_sweep_after_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    evaluate = Trainer._evaluate
+
+    def signalled(trainer: Trainer, step: int) -> None:
+        evaluate(trainer, step)
+        if step == trainer.plan.total_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_evaluate", signalled)
+    code, _, error = run_main("-m", *TINY, "method=probe", "train.max_steps=4", "seed=0,1", f"results_dir={tmp_path}")
+    assert code == 128 + signal.SIGTERM and "SIGTERM after step 4" in error
+    (record,) = RecordStore(tmp_path)
+    assert record.status == "success" and RecordStore(tmp_path).read_predictions(record) is not None
+
+
+def test_an_interrupt_whose_record_cannot_be_written_still_ends_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    write = RecordStore.write
+
+    def full(store: RecordStore, record: Record) -> Path:
+        if record.status == "interrupted":
+            raise RunFault("the record cannot be written (No space left on device)")
+        return write(store, record)
+
+    monkeypatch.setattr(RecordStore, "write", full)
+    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer, step: os.kill(os.getpid(), signal.SIGTERM))
+    words = ["-m", *TINY, "method=probe", "train.max_steps=4", "train.eval_every=1", "seed=0,1", f"results_dir={tmp_path}"]
+    code, out, error = run_main(*words)
+    assert code == 128 + signal.SIGTERM and "SIGTERM after step 1" in error
+    assert "notice: the record cannot be written" in out and len(list(RecordStore(tmp_path))) == 1

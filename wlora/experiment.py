@@ -42,7 +42,7 @@ from wlora.tracking import Tracker, tracking_folder
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.guard import Guard, Interrupted
 from wlora.training.loop import Diverged, Result, Settings, Trainer
-from wlora.training.plan import make_plan
+from wlora.training.plan import Plan, make_plan
 from wlora.training.prefix_cache import Storage
 from wlora.training.sharding import shard_base
 
@@ -153,56 +153,72 @@ def _run(
         curve(point)
         tracker(point)
 
-    try:
-        trainer = Trainer(
-            model=model,
-            method=method,
-            head=list(head.values()),
-            task=task,
-            tokenizer=material.tokenizer,
-            data=data,
-            plan=plan,
-            settings=_loop_settings(config, method, precision, accelerator.process_index),
-            accelerator=accelerator,
-            log=log,
-            on_step=guard,
-        )
-        guard.resume(trainer)
-        with guard.listening():
+    with guard.listening():
+        try:
+            trainer = Trainer(
+                model=model,
+                method=method,
+                head=list(head.values()),
+                task=task,
+                tokenizer=material.tokenizer,
+                data=data,
+                plan=plan,
+                settings=_loop_settings(config, method, precision, accelerator.process_index),
+                accelerator=accelerator,
+                log=log,
+                on_step=guard,
+            )
+            guard.resume(trainer)
             result = trainer.run()
-    except BaseException as error:
-        record.status, record.error = _classify(error)
-        record.seconds = {"total": guard.seconds()}
-        if telling and not lock.lost:
-            store.write(record)
-        if isinstance(error, Interrupted):
-            accelerator.wait_for_everyone()  # a launcher ends the main process once another one has ended
-        if record.status == "oom":
-            raise RunFault(
-                "out of memory with one row at once: a smaller task.max_length, train.gradient_checkpointing=true or "
-                "model.quantization=nf4 takes less"
-                if accelerator.num_processes == 1
-                else f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, "
-                "which keeps the effective batch"
-            ) from error
-        raise
-    finally:
-        tracker.finish()
-    _complete(record, result, method, guard.seconds())
-    record.curve = curve.finish()
-    if accelerator.is_main_process:
-        record.predictions = _keep_predictions(store, record, trainer)
-        if config.train.save_adapter:
-            folder = adapter_folder(config.results_dir, record.run_id)
-            record.model |= {"adapter": None, **_keep_adapter(model, method, task, folder)}
-        say(summarize(record, method, str(store.write(record))))
-        if config.train.save_model:
-            saved = model_folder(config.results_dir, record.run_id)
-            save_model(model, method, material.tokenizer, saved)
-            say(f"model      {saved}")
-        if not config.train.keep_after:  # all that they stand for is on the disk now
-            checkpoints.remove()
+        except BaseException as error:
+            record.status, record.error = _classify(error)
+            record.seconds = {"total": guard.seconds()}
+            if telling and not lock.lost:
+                _write_ending(store, record)
+            if isinstance(error, Interrupted):
+                accelerator.wait_for_everyone()  # a launcher ends the main process once another one has ended
+            if record.status == "oom":
+                raise _out_of_memory(plan, accelerator.num_processes) from error
+            raise
+        finally:
+            tracker.finish()
+        _complete(record, result, method, guard.seconds())
+        record.curve = curve.finish()
+        if accelerator.is_main_process:
+            record.predictions = _keep_predictions(store, record, trainer)
+            if config.train.save_adapter:
+                folder = adapter_folder(config.results_dir, record.run_id)
+                record.model |= {"adapter": None, **_keep_adapter(model, method, task, folder)}
+            say(summarize(record, method, str(store.write(record))))
+            if config.train.save_model:
+                saved = model_folder(config.results_dir, record.run_id)
+                save_model(model, method, material.tokenizer, saved)
+                say(f"model      {saved}")
+            if not config.train.keep_after:  # all that they stand for is on the disk now
+                checkpoints.remove()
+        guard.answer(trainer)
     return record
+
+
+def _write_ending(store: RecordStore, record: Record) -> None:
+    """Write how a run ended; what ended it is told and decides what follows, even where this cannot be written."""
+    try:
+        store.write(record)
+    except RunFault as error:
+        say(f"notice: {error}")
+
+
+def _out_of_memory(plan: Plan, processes: int) -> RunFault:
+    """Say what takes less memory."""
+    if processes == 1:
+        return RunFault(
+            "out of memory with one row at once: a smaller task.max_length, train.gradient_checkpointing=true or "
+            "model.quantization=nf4 takes less"
+        )
+    return RunFault(
+        f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, which keeps "
+        "the effective batch"
+    )
 
 
 def _keep_predictions(store: RecordStore, record: Record, trainer: Trainer) -> str | None:

@@ -31,7 +31,7 @@ LOST = 1000
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state is saved.
+    """The run was asked to stop; its state is saved, or at its end its record is.
 
     Attributes:
         exit_code: 128 + the signal's number, as a shell reports it.
@@ -85,6 +85,16 @@ class Guard:
         if (due or asked) and not last:
             self.save(trainer)
         if asked and not last:
+            raise Interrupted(asked, trainer.step)
+
+    def answer(self, trainer: Trainer) -> None:
+        """End the command if a signal came too late to stop the run, whose record is whole by now.
+
+        Raises:
+            Interrupted: a signal asked to stop, on any process.
+        """
+        asked = self._asked_anywhere(trainer.accelerator)
+        if asked not in (0, LOST):
             raise Interrupted(asked, trainer.step)
 
     def save(self, trainer: Trainer) -> None:
@@ -151,7 +161,7 @@ class Guard:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Let the signals that ask to stop be heard at the end of a step; a second one stops at once."""
+        """Let the signals that ask to stop be heard at the end of a step or of the run; a second one stops at once."""
         before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
         try:
             yield
