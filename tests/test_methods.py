@@ -472,6 +472,14 @@ def test_an_explicit_T_that_does_not_fit_is_refused_with_the_numbers(name: str) 
     release.plan(Steps(total=40, per_epoch=10))
 
 
+@pytest.mark.parametrize(("changed", "least"), [({}, 4), ({"schedule": "halvings"}, 7)])
+def test_a_run_too_short_to_select_is_refused(changed: dict[str, Any], least: int) -> None:
+    for total in (1, least - 1):
+        with pytest.raises(ConfigError, match=f"the run has {total} optimiser steps: allowed is at least {least}"):
+            build_method({"name": "wlora_plus", **SETTINGS["wlora_plus"], **changed}).plan(Steps(total=total, per_epoch=8))
+    build_method({"name": "wlora_plus", **SETTINGS["wlora_plus"], **changed}).plan(Steps(total=least, per_epoch=8))
+
+
 def test_a_rank_above_the_width_is_refused() -> None:
     with pytest.raises(ConfigError, match=f"rank=17.*{WIDTH}"):
         Rig("lora", rank=17)

@@ -41,6 +41,11 @@ def test_methods_differ_from_each_other_on_the_same_seed(run_tiny: Callable[...,
     assert None not in curves.values() and len(set(curves.values())) == len(METHODS), curves
 
 
+@pytest.mark.parametrize("method", ["adalora", "dynamic_lora", "lora", "full"])
+def test_a_run_of_one_step_ends_well(method: str, run_tiny: Callable[..., Any]) -> None:
+    assert run_tiny(f"method={method}", "rank=4", "train.max_steps=1").status == "success"
+
+
 FORETOLD = ["lora", "wlora", "wlora_plus", "wlora_depth", "rlora", "rlora method.draw=at_start"]
 
 

@@ -88,6 +88,8 @@ class AdaLoRA(ComponentPruning):
         if step > self.end:
             return []
         if step == self.end:
+            if step == 1:  # of a run so short nothing has been scored
+                self.update_scores()
             return [self.prune(step)]
         self.update_scores()
         if step > self.start and step % self.interval == 0:

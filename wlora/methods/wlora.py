@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wlora.adapters.layer import Adapter, LowRankAdapter
-from wlora.errors import wrong_value
+from wlora.errors import ConfigError, wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps, bound_sum
 from wlora.methods.selection import project, top_k
 from wlora.training.optimizers import ParameterGroup
@@ -64,10 +64,15 @@ class WLoRA(AdapterMethod):
         """Fix T.
 
         Raises:
-            ConfigError: an explicit T beyond the first epoch or the run.
+            ConfigError: an explicit T beyond the first epoch or the run; a run too short for any.
         """
         if self.select_steps is None:
             self.select_steps = self.default_select_steps(steps)
+            if self.select_steps >= steps.total:
+                raise ConfigError(
+                    f"the run has {steps.total} optimiser steps: allowed is at least {self.select_steps + 1}, as a selection "
+                    f"takes {self.select_steps}"
+                )
         longest = min(steps.total - 1, steps.total if self.release else max(steps.per_epoch, INFORMED_STEPS))
         if self.select_steps > longest:
             bound = f"the run has {steps.total} optimiser steps" + (
