@@ -70,8 +70,8 @@ class WLoRA(AdapterMethod):
             self.select_steps = self.default_select_steps(steps)
             if self.select_steps >= steps.total:
                 raise ConfigError(
-                    f"the run has {steps.total} optimiser steps: allowed is at least {self.select_steps + 1}, as a selection "
-                    f"takes {self.select_steps}"
+                    f"the run has {steps.total} optimiser steps: allowed is at least {self.select_steps + 1}, "
+                    f"as a selection takes {self.select_steps}"
                 )
         longest = min(steps.total - 1, steps.total if self.release else max(steps.per_epoch, INFORMED_STEPS))
         if self.select_steps > longest:
