@@ -254,9 +254,11 @@ def test_release_starts_A_within_one_over_root_rank() -> None:
 
 def test_T_that_ends_before_omega_has_a_gradient_is_refused() -> None:
     # B = 0 at the first step, so no ω has moved when T = 1 ends: any choice would be one by position.
-    with pytest.raises(ConfigError, match="method.select_steps=1: allowed is at least 3"):
+    with pytest.raises(ConfigError, match="method.select_steps=1: allowed is a longer one"):
         Rig("wlora", select_steps=1).run(1)
     assert len(Rig("wlora", select_steps=1, k=N).run(1).method.adapters) == N, "nothing to choose"
+    with pytest.raises(ConfigError, match="method.select_steps=2: allowed is a longer one"):
+        Rig("wlora_plus", schedule="halvings", select_steps=2).run(1)
 
 
 @pytest.mark.parametrize(("scheduled", "clipped"), [(True, False), (False, True), (True, True)])

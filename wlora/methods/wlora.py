@@ -142,7 +142,10 @@ class WLoRA(AdapterMethod):
         """
         if k < len(omega) and len(set(omega.values())) == 1:
             raise wrong_value(
-                "method.select_steps", self.select_steps, f"at least {INFORMED_STEPS}: no omega has had a gradient by then"
+                "method.select_steps",
+                self.select_steps,
+                "a longer one, as no omega has had a gradient when adapters are chosen; within a warm-up the first comes at "
+                f"step {INFORMED_STEPS}",
             )
 
     def keep(self, survivors: list[str], *, final: bool = True) -> None:

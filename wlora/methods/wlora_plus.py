@@ -108,6 +108,7 @@ class WLoRAPlus(WLoRA):
         else:
             # Beside those that act, the first of the others by ω as it was before the projection set it to 0.
             after = self.omegas()
+            self.check_informed(after, self._sizes[0])
             ranked = sorted(before, key=lambda name: (-after[name], -before[name]))
             survivors = ranked[: self._sizes[0]]
         event = self.cut(step, survivors, final=final)
