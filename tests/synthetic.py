@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from wlora.records import Record, RecordStore
 
 from .conftest import compose
@@ -54,3 +56,16 @@ def make_record(
         setattr(record, key, value)
     RecordStore(results).write(record)
     return record
+
+
+def watch_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that every record read from now on adds its run_id to."""
+    read: list[str] = []
+    load = RecordStore.load
+
+    def noted(store: RecordStore, run_id: str) -> Record | None:
+        read.append(run_id)
+        return load(store, run_id)
+
+    monkeypatch.setattr(RecordStore, "load", noted)
+    return read

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from wlora import report
-from wlora.records import Record, RecordStore
 
-from .synthetic import make_record
+from .synthetic import make_record, watch_loads
 
 
 def study(results: Path) -> None:
@@ -62,13 +61,6 @@ def test_a_refused_filter_is_told_as_the_tables_tell_it(tmp_path: Path, capsys: 
 
 def test_the_records_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study(tmp_path)
-    read: list[str] = []
-    load = RecordStore.load
-
-    def noted(store: RecordStore, run_id: str) -> Record | None:
-        read.append(run_id)
-        return load(store, run_id)
-
-    monkeypatch.setattr(RecordStore, "load", noted)
+    read = watch_loads(monkeypatch)
     report.main([f"results_dir={tmp_path}"])
     assert len(read) == len(set(read)) > 1

@@ -9,12 +9,12 @@ import pytest
 
 from wlora.config import restore_config
 from wlora.errors import ConfigError
-from wlora.records import Record, RecordStore
+from wlora.records import RecordStore
 from wlora.study import Point, flatten, name_rows, read_runs, read_value, read_words, require_one_setting, select
 from wlora.tuning import Choice, choose_point, fill_tuned
 
 from .conftest import ROOT, compose, run_cli
-from .synthetic import make_record
+from .synthetic import make_record, watch_loads
 
 
 def grid(results: Path, *words: str, task: str = "sst2", **scores: float) -> None:
@@ -272,14 +272,7 @@ def test_the_entry_point_tunes(tmp_path: Path) -> None:
 
 def test_tuned_reads_only_the_records_of_its_task_and_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wlora.index.UNINDEXED", 3)
-    read: list[str] = []
-    load = RecordStore.load
-
-    def noted(store: RecordStore, run_id: str) -> Record | None:
-        read.append(run_id)
-        return load(store, run_id)
-
-    monkeypatch.setattr(RecordStore, "load", noted)
+    read = watch_loads(monkeypatch)
 
     def tuned() -> tuple[float, int]:
         read.clear()

@@ -7,12 +7,11 @@ change, that it need not be read. Nothing else is taken from it: every run that 
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
 from wlora.records import RecordStore, seal, unseal
-from wlora.staging import staged
+from wlora.staging import write_whole
 from wlora.study import Run, read_study
 
 # Reading so many records takes a twentieth of a second: a smaller study has no index, and a new record leaves it as it is.
@@ -39,9 +38,8 @@ def read_related(results_dir: str | Path, task: str, method: str) -> tuple[list[
     found = {run.record.run_id: [run.record.config["task"]["name"], run.method] for run in runs}
     new = {run_id: [*stamps[run_id], *about] for run_id, about in found.items() if run_id in stamps.keys() - known.keys()}
     if len(new) >= UNINDEXED:
-        with contextlib.suppress(OSError), staged(file) as staging:  # a folder that cannot be written has none
-            staging.write_text(seal(known | new, indent=None))
-            os.replace(staging, file)
+        with contextlib.suppress(OSError):  # a folder that cannot be written has none
+            write_whole(file, seal(known | new, indent=None).encode())
     return [run for run in runs if found[run.record.run_id] in names], faults
 
 

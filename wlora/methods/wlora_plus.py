@@ -98,10 +98,11 @@ class WLoRAPlus(WLoRA):
             return [self._select_in_place(step)] if step in self._cut_steps else []
         if step > self._cut_steps[-1]:
             return []
-        before = self.omegas()
-        self._project(step)
         if step not in self._cut_steps:
+            self._project(step)
             return []
+        before = self.omegas()  # at the cuts alone: every ω is waited for on a GPU
+        self._project(step)
         final = step == self._cut_steps[-1]
         if final:
             survivors = self.choose(self.k)
