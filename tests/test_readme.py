@@ -38,7 +38,8 @@ README = PAGES["README.md"]
 
 def blocks(page: str, language: str) -> list[str]:
     """Return the code blocks of a page that are in a language; "" stands for none."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 # A command that stands on several pages is checked once.
@@ -421,7 +422,9 @@ def test_links_lead_to_files_and_headings() -> None:
     for file in [*FILES, *more]:
         for link in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", file.read_text(encoding="utf-8")):
             target, _, anchor = "".join(link).partition("#")
-            if target.startswith("https://") or (target.startswith("results/") and not (ROOT / "results" / "selection").is_dir()):
+            if target.startswith("https://") or (
+                target.startswith("results/") and not (ROOT / "results" / "selection").is_dir()
+            ):
                 continue  # an sdist has no results
             there = file.parent / target if target else file
             assert there.is_file(), f"{file.name}: {target}"
