@@ -91,7 +91,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tickets").mkdir()
     for split in ("train", "validation"):
         lines = [f'"It fails, ""again"", {row}",{CLASSES[row % 3]}' for row in range(TRAIN_ROWS)]
-        (folder / "tickets" / f"{split}.csv").write_text("\n".join(["sentence,label", *lines]), encoding="utf-8")
+        (folder / "tickets" / f"{split}.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
     return folder
 
 
