@@ -144,6 +144,8 @@ def shrink(line: str, data: Path, results: Path) -> list[str]:
         words += ["model=tiny_bart", *BART]
     else:
         words += [f"model={'tiny_bert' if '-m' in words else 'tiny_deberta'}", LAYERS]  # a sweep with the faster one
+    if "-m" in words:
+        words.append("lr=5e-4")  # one of its rates and, below, one of its seeds
     if not any(word.startswith("task.path=") for word in words):
         words.append(f"task.path={data}/${{task.name}}")
     return [*words, *SMALL]
