@@ -2,10 +2,10 @@
 
     python scripts/scale.py --records 10000 --cells 5000
 
-The study is made from the committed records of `results/cpu_study`, one per method: their configurations are composed for
-other tasks, ranks, rates and seeds. It stands in a temporary folder. Every command is a process of its own; `first` is without
-an index, `again` with the one that the first left behind. A small study beside it shows what does not depend on the number of
-records. Both seconds are given, since wall time tells more of the load than of the command.
+The study, in a temporary folder, is made from committed records of `results/cpu_study`, one per method, with configurations
+for other tasks, ranks, rates and seeds. Every command is a process of its own. `first` is without an index, `again` with the
+one that the first left behind. A small study beside it shows what does not depend on the number of records. CPU seconds
+stand beside wall seconds because wall time depends on what else the machine does.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What the files of a study said when they were last read, so that thousands of them are not parsed at every command.
 
-A cache, as `<results_dir>/records/.index` for records and `.curves` for learning curves: it may be deleted at any time, and a
-folder that cannot be written has none. An entry holds for the file that it was made from, known by its size, time of change
-and inode, and for no other; the rest is read from the files. It is one line with a checksum of its own, so that damage costs
-an entry, not the index. Whoever writes replaces the whole: of several at once the last counts, and nothing is lost but time.
+A cache: `<results_dir>/records/.index` for records, `.curves` for learning curves. It may be deleted at any time, and a
+folder that cannot be written has none. An entry is valid only for the file that it was made from, known by its size, time
+of change and inode; all other files are read. An entry is one line with a checksum, so that damage costs an entry and not
+the index. Writers replace the whole file: of several at once the last one stays, and nothing is lost but time.
 """
 
 from __future__ import annotations

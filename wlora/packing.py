@@ -1,7 +1,7 @@
 """A record as a few texts, of which only what is asked for is parsed: thousands fit in memory, and in an index.
 
-The frame is what runs of a study share; its text is kept, and parsed, once. The long lists are parsed whenever somebody looks
-into them. The rest is the record's own.
+The frame is what runs of a study share; its text is kept, and parsed, once. The long lists are parsed whenever somebody
+looks into them. The rest is the record's own.
 """
 
 from __future__ import annotations

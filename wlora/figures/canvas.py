@@ -58,7 +58,7 @@ def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple
     """
     if rows * columns > PANELS:
         raise ConfigError(
-            f"figure: {rows * columns} panels: allowed are {PANELS}\nway out: choose, as in task=sst2 method=wlora"
+            f"figure: {rows * columns} panels, more than {PANELS}\nway out: choose, as in task=sst2 method=wlora"
         )
     pyplot.rcParams.update(STYLE)
     figure, axes = pyplot.subplots(rows, columns, figsize=(width, height * rows), squeeze=False)
