@@ -54,10 +54,10 @@ class Later(Sequence[Any]):
         return len(self._parse())
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._parse())
+        yield from self._parse()
 
     def __reversed__(self) -> Iterator[Any]:
-        return reversed(self._parse())
+        yield from reversed(self._parse())
 
     def __eq__(self, other: object) -> bool:
         return bool(self._parse() == (other._parse() if isinstance(other, Later) else other))
@@ -104,10 +104,11 @@ class Unpacker:
         frame = self._frames.get(packed.frame)
         if frame is None:
             frame = self._frames[packed.frame] = json.loads(packed.frame)
-        content = json.loads(packed.own)
+        content: dict[str, Any] = json.loads(packed.own)
         *long, words = (self._long.setdefault(text, Later(text)) for text in packed.long)
         content["config"] = {**frame["config"], **content["config"]}
         content["environment"] = {**frame["environment"]}
         if "overrides" in content["environment"]:
             content["environment"]["overrides"] = words
-        return Record(**content, **dict(zip(_LONG, long, strict=True)), **{name: frame[name] for name in _FRAMED})
+        content |= {**dict(zip(_LONG, long, strict=True)), **{name: frame[name] for name in _FRAMED}}
+        return Record(**content)
