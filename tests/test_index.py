@@ -183,6 +183,15 @@ def test_a_file_that_has_just_changed_is_read_again(study: Path, monkeypatch: py
     assert len(read) == 7, "once more, as all times have changed"
 
 
+def test_what_killed_writers_left_is_removed(study: Path) -> None:
+    left, young = study / "records" / "..index.0", study / "records" / "..index.1"
+    left.touch()
+    settle(study)
+    young.touch()
+    told(study)
+    assert young.exists() and not left.exists()
+
+
 def test_of_several_that_write_the_last_counts(study: Path) -> None:
     store = RecordStore(study)
     names = sorted(store.stamps())

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from wlora.records import RecordStore
-from wlora.staging import write_whole
+from wlora.staging import remove_path, write_whole
 
 # Changes with the meaning of what is written.
 _HEADER = b"wlora index 2\n"
@@ -98,7 +98,14 @@ class Index:
             lines.append(_line(b"file", key, self._stamps[key], digest, *columns))
         with contextlib.suppress(OSError):
             write_whole(self._file, b"".join(lines))
+            self._remove_leftovers()
         self._new.clear()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed writers have left half-written; no living one takes an hour."""
+        for path in self._file.parent.glob(f".{self._file.name}.*"):
+            if time.time() - path.lstat().st_mtime > 3600:
+                remove_path(path)
 
 
 def _line(*columns: bytes) -> bytes:

@@ -40,6 +40,7 @@ class Point(NamedTuple):
         return {key: value for key, value in self._asdict().items() if key != "head_lr" or value is not None}
 
 
+_DAMAGES = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 ENDED = ("success", "diverged")
 """A run with one of these has its result: more steps or another try would not change it."""
 
@@ -195,9 +196,6 @@ def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | Non
             runs.append(run)
     index.write()
     return sorted(runs, key=lambda run: f"{run.record.run_id}.json"), faults
-
-
-_DAMAGES = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 def _kind(task: str, method: str) -> bytes:
