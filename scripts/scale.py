@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ METHODS = ("lora", "wlora", "rlora", "wlora_plus", "adalora", "melora", "increlo
 RANKS = (1, 4, 8)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SMALL = 100
+STUDY = "results_dir={}"
 SETTING = ["model=minilm", "precision=fp32"]
 
 
@@ -43,56 +45,68 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=10_000, help="runs in the study")
     parser.add_argument("--cells", type=int, default=5_000, help="cells in the sweeps")
-    parser.add_argument("--only", default="", help="commands to run, by a part of their names")
+    parser.add_argument("--folder", type=Path, help="where the studies stand or are made; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=Path("results/reliability"))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() if args.folder is None else nullcontext(args.folder) as folder:
+        studies = {count: Path(folder) / f"study_{count}" for count in (args.records, SMALL)}
+        for count, study in studies.items():
+            if not study.exists():
+                write_study(study, count)
         rows = []
-        for count in (SMALL, args.records):
-            study = Path(folder) / f"study_{count}"
-            write_study(study, count)
-            for name, words, lines in commands(study, args.cells):
-                if args.only in name:
-                    for turn in ("first", "again"):
-                        rows.append({"records": count, "command": name, "read": turn, **measure(words, lines, study, turn)})
-                        print(row_of(rows[-1]), flush=True)
+        for name, words, lines, turns in commands(args.cells):
+            for count, study in studies.items() if words[0] == "wlora.run" else [(args.records, studies[args.records])]:
+                for turn in turns:
+                    filled, given = ([word.format(study) for word in part] for part in (words, lines))
+                    told = measure(filled, given, study, turn)
+                    rows.append({"command": name, "records": count, "read": turn, **told})
+                    print(_line(rows[-1].values()), flush=True)
+                    write(rows, args)  # one by one: on a busy machine it takes long
+
+
+def write(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Write what has been measured as JSON and as a table."""
     args.out.mkdir(parents=True, exist_ok=True)
-    summary = {"records": args.records, "cells": args.cells, "cpus": os.cpu_count(), "rows": rows}
+    summary = {
+        "records": args.records,
+        "cells": args.cells,
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[1],
+        "rows": rows,
+    }
     (args.out / "scale.json").write_text(json.dumps(summary, indent=1) + "\n")
-    head = list(rows[0])
-    lines = [f"# python scripts/scale.py --records {args.records} --cells {args.cells}", "", f"| {' | '.join(head)} |"]
-    lines += [f"|{' --- |' * len(head)}", *map(row_of, rows)]
+    lines = [f"# python scripts/scale.py --records {args.records} --cells {args.cells}", "", _line(rows[0])]
+    lines += [f"|{' --- |' * len(rows[0])}", *(_line(row.values()) for row in rows)]
     (args.out / "scale.md").write_text("\n".join(lines) + "\n")
 
 
-def row_of(row: dict[str, Any]) -> str:
-    """Return one measurement as a line of a Markdown table."""
-    return f"| {' | '.join(str(value) for value in row.values())} |"
+def _line(values: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, values))} |"
 
 
-def commands(study: Path, cells: int) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield name, words after `python -m`, and lines of the standard input of every command to measure."""
-    results = f"results_dir={study}"
-    yield "tables all", ["wlora.tables", "all", results], []
-    yield "report", ["wlora.report", results], []
-    yield (
-        "dry run of the study",
-        ["wlora.sweep"],
-        [*sweeps(results, RANKS, ["lr=1e-4,3e-4,1e-3,3e-3,1e-2", "seed=range(10)"])],
-    )
+def commands(cells: int) -> Iterator[tuple[str, list[str], list[str], tuple[str, ...]]]:
+    """Yield, of every command to measure, name, words after `python -m`, lines of its input, and when it reads.
+
+    In words and lines `{}` stands for the study.
+    """
+    both = ("first", "again")
+    yield "tables all", ["wlora.tables", "all", STUDY], [], both
+    yield "report", ["wlora.report", STUDY], [], both
+    tuned = [*SETTING, STUDY, "task=sst2", "method=wlora", "k=5", "rank=8", "seed=77", "dry_run=true"]
+    yield "run lr=tuned dry_run=true", ["wlora.run", *tuned, "lr=tuned"], [], both
+    yield "run lr=1e-3 dry_run=true", ["wlora.run", *tuned, "lr=1e-3"], [], ("again",)
+    asked = [f"lr={','.join(map(str, RATES))}", "seed=range(10)"]
+    yield "dry run of the study", ["wlora.sweep"], [*sweeps(RANKS, asked)], ("again",)
     ranks = range(1, 1 + -(-cells // (len(TASKS) * len(METHODS))))
-    yield f"sweep of {cells} cells", ["wlora.sweep"], [*sweeps(results, ranks, ["lr=1e-4,1e-3,1e-2", "seed=range(5)"])]
-    tuned = [*SETTING, "task=sst2", "method=wlora", "k=5", "rank=8", "seed=77", "dry_run=true", results]
-    yield "run lr=tuned dry_run=true", ["wlora.run", *tuned, "lr=tuned"], []
-    tiny = ["task=story_nli", "model=tiny_bert", "method=lora", "task.max_train_rows=8", "task.max_eval_rows=8"]
-    yield "run of one step", ["wlora.run", *tiny, "train.max_steps=1", "force=true", "offline=true", results], []
+    asked = ["lr=1e-4,1e-3,1e-2", "seed=range(5)"]
+    yield f"sweep of {cells:,} cells or a few more", ["wlora.sweep"], [*sweeps(ranks, asked)], ("again",)
 
 
-def sweeps(results: str, ranks: Sequence[int], points: Sequence[str]) -> Iterator[str]:
+def sweeps(ranks: Sequence[int], points: Sequence[str]) -> Iterator[str]:
     """Yield one sweep per task and method, as the scripts of the tables ask for them."""
     for task, method in itertools.product(TASKS, METHODS):
-        words = [*SETTING, results, f"task={task}", *_method_words(method), f"rank={','.join(map(str, ranks))}", *points]
-        yield " ".join(words)
+        own = [f"task={task}", *_method_words(method), f"rank={','.join(map(str, ranks))}"]
+        yield " ".join([*SETTING, STUDY, *own, *points])
 
 
 def _method_words(method: str) -> list[str]:
@@ -102,7 +116,8 @@ def _method_words(method: str) -> list[str]:
 def measure(words: Sequence[str], lines: Sequence[str], study: Path, turn: str) -> dict[str, Any]:
     """Run one command; returns wall and CPU seconds and the peak of its resident memory, in MB."""
     if turn == "first":
-        (study / "records" / ".index").unlink(missing_ok=True)
+        for index in (".index", ".curves"):
+            (study / "records" / index).unlink(missing_ok=True)
     begin = time.perf_counter()
     child = subprocess.Popen(
         [sys.executable, "-m", *words], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
