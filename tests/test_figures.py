@@ -168,6 +168,18 @@ def test_selection_draws_score_against_k_and_omega_of_all_adapters(tmp_path: Pat
     assert sum(bar.get_height() for bar in histogram.patches) == 6, "two ω in each of three cuts"
 
 
+def test_more_panels_than_a_page_holds_are_refused_with_the_way_to_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task in ("sst2", "rte"):
+        make_record(tmp_path, "method=wlora", f"task={task}", "k=5", metrics=0.8, **kept(VALUE.format(5)))
+    monkeypatch.setattr("wlora.figures.canvas.PANELS", 1)
+    with pytest.raises(SystemExit):
+        figures.main(["adapters", f"results_dir={tmp_path}"])
+    assert "2 panels, more than 1\nway out: choose, as in task=sst2" in capsys.readouterr().err
+    figures.main(["adapters", "task=rte", f"results_dir={tmp_path}"])
+
+
 def test_memory_is_drawn_in_gib(tmp_path: Path) -> None:
     one_of_each(tmp_path)
     (axis,) = footprint.memory(tmp_path / "memory").axes

@@ -32,6 +32,7 @@ def test_the_page_has_tables_figures_environments_and_runs_and_nothing_outside(t
     assert page.count("<td>diverged</td>") == 1 and page.count("<td>success</td>") == 5
     assert "python -m wlora.tables all" in page
     assert "Table 5" not in page, "a table without runs is left out"
+    assert "Left out: dot_products (no successful run of method=single;" in page
 
 
 def test_a_study_of_other_tasks_shows_its_summary(tmp_path: Path) -> None:

@@ -272,6 +272,7 @@ def test_the_entry_point_tunes(tmp_path: Path) -> None:
 
 def test_tuned_reads_only_the_records_of_its_task_and_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wlora.index.UNINDEXED", 3)
+    monkeypatch.setattr("wlora.index.RACY_NS", 0)
     read = watch_loads(monkeypatch)
 
     def tuned() -> tuple[float, int]:

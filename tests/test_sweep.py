@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from wlora import sweep, tuning
 from wlora.errors import ConfigError
@@ -137,6 +137,30 @@ def test_hydra_composes_each_choice_of_groups_once(tmp_path: Path, monkeypatch: 
     assert cell.config.method["rank"] == 3 and cell.config.method["k"] == 5
     whole = by_hydra([*asked[1], "k=5", "rank=3", "+new=1", "~offline", "task.columns=[a]"])
     assert sweep._compose([*asked[1], "k=5", "rank=3", "+new=1", "~offline", "task.columns=[a]"]) == whole
+
+
+@pytest.mark.parametrize(
+    "sweeps",
+    [
+        [["rank=1", "k=2"], ["rank=4", "k=null"], ["rank=1", "k=2"]],
+        [["task.max_train_rows=7"], ["task.max_train_rows=null"], ["rank=3"], ["targets=qkv@2"]],
+        [["task.generation={num_beams: 3}"], ["task.generation={max_new_tokens: 2}"], ["task.columns=[a]"], ["rank=2"]],
+        [["method.preset=authors"], ["method.preset=null"], ["method.preset=authors", "alpha=3"], ["alpha=3"]],
+        [["+method.revision=1"], ["train.keep=3"], ["++train.keep=4"], ["rank=7"]],
+    ],
+)
+def test_what_one_cell_sets_does_not_reach_the_next(sweeps: list[list[str]], tmp_path: Path) -> None:
+    def composed(words: list[str]) -> Any:
+        whole = ["task=rte", "model=minilm", "method=rlora", f"results_dir={tmp_path}", *words]
+        made = sweep._compose(whole)
+        sweep.apply_presets(made, whole)
+        return OmegaConf.to_container(made)
+
+    def afresh(words: list[str]) -> Any:
+        sweep._shared_copy.cache_clear()
+        return composed(words)
+
+    assert [composed(words) for words in sweeps * 2] == [afresh(words) for words in sweeps * 2]
 
 
 def test_cells_do_not_look_through_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ types. Ranges are checked in `wlora.validation`. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -253,10 +254,14 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
 
 def _identifying(section: TaskConfig | ModelConfig | TrainConfig) -> dict[str, Any]:
     """Return a section's keys, those `later` ones left out that hold their default."""
-    defaults = dataclasses.asdict(type(section)())
-    added_later = {field.name for field in dataclasses.fields(section) if field.metadata == LATER}
-    values = dataclasses.asdict(section)
-    return {key: value for key, value in values.items() if key not in added_later or value != defaults[key]}
+    later, values = _later_defaults(type(section)), dataclasses.asdict(section)
+    return {key: value for key, value in values.items() if key not in later or value != later[key]}
+
+
+@functools.cache
+def _later_defaults(kind: type[TaskConfig | ModelConfig | TrainConfig]) -> dict[str, Any]:
+    added = {field.name for field in dataclasses.fields(kind) if field.metadata == LATER}
+    return {key: value for key, value in dataclasses.asdict(kind()).items() if key in added}
 
 
 def _identifying_method(method: dict[str, Any]) -> dict[str, Any]:

@@ -1,51 +1,113 @@
-"""Which task and method each record of a study is of, so that `tuned` reads those it may choose from and no others.
+"""What the files of a study said when they were last read, so that thousands of them are not parsed at every command.
 
-A cache, `<results_dir>/records/.index`: it may be deleted at any time. It says of a file, known by its size and time of
-change, that it need not be read. Nothing else is taken from it: every run that is chosen from is read from its record.
+A cache: `<results_dir>/records/.index` for records, `.curves` for learning curves. It may be deleted at any time, and a
+folder that cannot be written has none. An entry is valid only for the file that it was made from, known by its size, time
+of change and inode; all other files are read. An entry is one line with a checksum, so that damage costs an entry and not
+the index. Writers replace the whole file: of several at once the last one stays, and nothing is lost but time.
 """
 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
-from typing import Any
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from wlora.records import RecordStore, seal, unseal
-from wlora.staging import write_whole
-from wlora.study import Run, read_study
+from wlora.records import RecordStore
+from wlora.staging import remove_path, write_whole
 
-# Reading so many records takes a twentieth of a second: a smaller study has no index, and a new record leaves it as it is.
+# Changes with the meaning of what is written.
+_HEADER = b"wlora index 2\n"
+# Reading so many files takes a twentieth of a second: a smaller study has no index, and a new record leaves it as it is.
 UNINDEXED = 200
+# A file that changed so shortly before it was looked at may change again within one tick of its file system's clock.
+RACY_NS = 2_000_000_000
 
 
-def read_related(results_dir: str | Path, task: str, method: str) -> tuple[list[Run], list[str]]:
-    """Read the runs of one task and method; returns them, and what is wrong with files that may hold further ones.
+class Entry(NamedTuple):
+    """What one file said, as JSON texts.
+
+    Attributes:
+        name: the run_id.
+        frame: a text that many entries share; it is written once.
+        columns: the others.
+    """
+
+    name: str
+    frame: bytes
+    columns: tuple[bytes, ...]
+
+
+class Index:
+    """The entries that hold for the files of one suffix as they were when this was made.
 
     Args:
-        results_dir: the study, an existing folder.
-        task: the name of a task, or of rows of one's own under its name (`wlora.study.name_rows`).
-        method: the name of a method.
+        store: the records of a study.
+        suffix: `.json` or `.jsonl`.
     """
-    store = RecordStore(results_dir)
-    file, stamps = store.folder / ".index", store.stamps()  # taken first: what changes while it is read is read again
-    known = {
-        run_id: entry
-        for run_id, entry in _read(file).items()
-        if isinstance(entry, list) and len(entry) == 4 and entry[:2] == [*stamps.get(run_id, ())]
-    }
-    names = [[name, method] for name in (task, task.removesuffix("_own"))]
-    runs, faults = read_study(results_dir, skip={run_id for run_id, entry in known.items() if entry[2:] not in names})
-    found = {run.record.run_id: [run.record.config["task"]["name"], run.method] for run in runs}
-    new = {run_id: [*stamps[run_id], *about] for run_id, about in found.items() if run_id in stamps.keys() - known.keys()}
-    if len(new) >= UNINDEXED:
-        with contextlib.suppress(OSError):  # a folder that cannot be written has none
-            write_whole(file, seal(known | new, indent=None).encode())
-    return [run for run in runs if found[run.record.run_id] in names], faults
+
+    def __init__(self, store: RecordStore, suffix: str) -> None:
+        begin = time.time_ns()
+        self._file = store.folder / {".json": ".index", ".jsonl": ".curves"}[suffix]
+        stamps = store.stamps(suffix)
+        self._stamps = {os.fsencode(name): b"%d %d %d" % stamp for name, stamp in stamps.items()}
+        self._settled = {name for name, (_, changed, _) in stamps.items() if changed < begin - RACY_NS}
+        self._new: list[Entry] = []
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Iterate over the entries, as they are on the disk."""
+        frames, seen = {b"": b""}, set()
+        for kind, name, stamp, frame, *columns in self._lines():
+            if kind == b"frame":
+                frames[name] = frame
+            elif self._stamps.get(name) == stamp and frame in frames and name not in seen:
+                seen.add(name)
+                yield Entry(os.fsdecode(name), frames[frame], tuple(columns))
+
+    def _lines(self) -> Iterator[list[bytes]]:
+        """Yield the columns of every line whose checksum holds; none where there is no index or it cannot be read."""
+        with contextlib.suppress(OSError):
+            if self._file.is_file():
+                with open(self._file, "rb") as stream:
+                    if stream.readline() == _HEADER:
+                        for line in stream:
+                            told, _, rest = line[:-1].partition(b"\t")
+                            columns = rest.split(b"\t")
+                            if told == b"%08x" % zlib.crc32(rest) and len(columns) > 3:
+                                yield columns
+
+    def add(self, entry: Entry) -> None:
+        """Enter what a file says that was read after this was made, unless it has changed a moment before."""
+        if entry.name in self._settled and not {"\t", "\n"} & set(entry.name):
+            self._new.append(entry)
+
+    def write(self) -> None:
+        """Write the index anew, if enough was entered to be worth it; a folder that cannot be written has none."""
+        if len(self._new) < UNINDEXED:
+            return
+        lines, told = [_HEADER], {b""}
+        for name, frame, columns in (*self, *self._new):
+            digest = hashlib.sha256(frame).hexdigest()[:16].encode() if frame else b""
+            if digest not in told:
+                told.add(digest)
+                lines.append(_line(b"frame", digest, b"", frame))
+            key = os.fsencode(name)
+            lines.append(_line(b"file", key, self._stamps[key], digest, *columns))
+        with contextlib.suppress(OSError):
+            write_whole(self._file, b"".join(lines))
+            self._remove_leftovers()
+        self._new.clear()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed writers have left half-written; no living one takes an hour."""
+        for path in self._file.parent.glob(f".{self._file.name}.*"):
+            if time.time() - path.lstat().st_mtime > 3600:
+                remove_path(path)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """Return the index as it was last written, nothing where it is not there or damaged."""
-    try:
-        return unseal(file.read_bytes()) if file.is_file() else {}
-    except (OSError, ValueError):
-        return {}
+def _line(*columns: bytes) -> bytes:
+    text = b"\t".join(columns)
+    return b"%08x\t%b\n" % (zlib.crc32(text), text)

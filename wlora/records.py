@@ -141,11 +141,15 @@ class RecordStore:
         except ConfigError:
             return None
 
-    def read_curve(self, record: Record) -> list[dict[str, Any]]:
+    def read_curve(self, record: Record, *, key: str = "") -> list[dict[str, Any]]:
         """Return the points of a run's learning curve.
 
         Of a run that has not succeeded, or of a record without a checksum, a curve that is not there has no points, and
         what a crash left of the last line is skipped.
+
+        Args:
+            record: the run's.
+            key: what the wanted points have; others are left out where a checksum says that nobody need look at them.
 
         Raises:
             ConfigError: the file is damaged or cannot be read.
@@ -166,6 +170,8 @@ class RecordStore:
             raise ConfigError(f"learning curve {path} is damaged: {error}") from None
         points = []
         for number, line in enumerate(lines, start=1):
+            if record.curve is not None and key not in line:
+                continue
             try:
                 points.append(json.loads(line))
             except (ValueError, RecursionError):
@@ -255,16 +261,20 @@ class RecordStore:
             elif kind == ".jsonl" and f"{run_id}.json" not in names and not self.path(run_id).exists():
                 yield ConfigError(f"record {self.path(run_id)} is not there, but its learning curve is")
 
-    def stamps(self) -> dict[str, tuple[int, int]]:
-        """Return, by run_id, the size of each record and when it was changed (nanoseconds), without reading any."""
+    def stamps(self, suffix: str = ".json") -> dict[str, tuple[int, int, int]]:
+        """Return, by run_id, the size of each file, when it was changed (nanoseconds) and its inode, without reading any.
+
+        Args:
+            suffix: `.json` for the records, `.jsonl` for the learning curves.
+        """
         found = {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
             for entry in entries:
                 run_id, kind = os.path.splitext(entry.name)
-                if kind == ".json":
+                if kind == suffix:
                     with contextlib.suppress(OSError):  # removed since
                         stat = entry.stat()
-                        found[run_id] = (stat.st_size, stat.st_mtime_ns)
+                        found[run_id] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
         return found
 
     def __iter__(self) -> Iterator[Record]:

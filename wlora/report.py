@@ -143,7 +143,7 @@ def write(words: Sequence[str]) -> Path:
         ),
         notices="\n".join(f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(notices)),
         tables="\n".join(_tables(map(Path, pages))),
-        figures="\n".join(_figures(map(Path, images))) or "<p>None can be drawn from these records.</p>",
+        figures="\n".join([*_figures(map(Path, images)), _left_out(printed)]),
         environments=_table(*_environments(runs)),
         commands=html.escape("\n".join(shlex.join(["python", "-m", *command]) for command in made)),
         runs=_table(*_runs(runs)),
@@ -208,6 +208,12 @@ def _figures(files: Iterable[Path]) -> Iterator[str]:
         content = base64.b64encode(file.read_bytes()).decode()
         name = html.escape(file.stem)
         yield f'<figure><img alt="{name}" src="data:image/png;base64,{content}"><figcaption>{name}</figcaption></figure>'
+
+
+def _left_out(printed: str) -> str:
+    """Say which figures `wlora.figures` has left out, and why."""
+    listed = [f"{name} ({reason})" for name, reason in re.findall(r"^(\w+): left out \((.+)\)$", printed, re.MULTILINE)]
+    return f'<p class="faint">Left out: {html.escape(", ".join(listed))}.</p>' if listed else ""
 
 
 def _environments(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -16,7 +16,9 @@ from omegaconf import OmegaConf
 from wlora.config import METHOD_LATER, TaskConfig, config_folder, restore_config, scientific_fields
 from wlora.environment import name_machine
 from wlora.errors import ConfigError, unknown_name
+from wlora.index import Entry, Index
 from wlora.models.targets import count_targets
+from wlora.packing import Packed, Unpacker, pack
 from wlora.records import Record, RecordStore
 
 
@@ -38,6 +40,7 @@ class Point(NamedTuple):
         return {key: value for key, value in self._asdict().items() if key != "head_lr" or value is not None}
 
 
+_DAMAGES = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 ENDED = ("success", "diverged")
 """A run with one of these has its result: more steps or another try would not change it."""
 
@@ -150,55 +153,67 @@ def shipped_task(name: str) -> dict[str, Any]:
     return {**asdict(TaskConfig()), **content}
 
 
-def read_study(results_dir: str | Path, skip: Container[str] = ()) -> tuple[list[Run], list[str]]:
-    """Read all records of a study; returns their runs, and what is wrong with the files that hold none.
+def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | None = None) -> tuple[list[Run], list[str]]:
+    """Read the records of a study; returns their runs, by run_id, and what is wrong with the files that hold none.
+
+    What `wlora.index` knows of a file is not read from it. Runs of one setting share it, and equal parts of their records:
+    nobody changes what is shared.
 
     Args:
         results_dir: the study.
-        skip: the run_ids of records that need not be read.
+        kinds: the names of task and method, as in the configuration, of the runs to return; None for all.
 
     Raises:
         ConfigError: the folder does not exist.
     """
     if not Path(results_dir).is_dir():
         raise ConfigError(f"results_dir={results_dir}: allowed is a folder with the records of a study")
-    store, shared = RecordStore(results_dir), Shared()
-    runs, faults = [], []
-    for found in store.scan(skip):
+    store = RecordStore(results_dir)
+    index, unpack, wanted = Index(store, ".json"), _Unpacking(), None if kinds is None else {_kind(*kind) for kind in kinds}
+    runs, known, faults = [], set(), []
+    for name, frame, columns in index:
+        try:
+            kind, own, *long = columns
+            if wanted is None or kind in wanted:
+                runs.append(unpack(Packed(frame, own, tuple(long))))
+        except _DAMAGES:
+            continue  # as another version packed it: the file tells
+        known.add(name)
+    for found in store.scan(known):
         if isinstance(found, ConfigError):
             faults.append(str(found))
             continue
         try:
-            runs.append(_whole(shared.run(found)))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            packed = pack(found)
+            run = _whole(unpack(packed))
+        except _DAMAGES as error:
             # One without a checksum, which would have shown the damage.
             faults.append(f"record {store.path(found.run_id)} is damaged: {type(error).__name__} {error}")
-    return runs, faults
+            continue
+        kind = _kind(str(found.config["task"]["name"]), run.method)
+        index.add(Entry(found.run_id, packed.frame, (kind, packed.own, *packed.long)))
+        if wanted is None or kind in wanted:
+            runs.append(run)
+    index.write()
+    return sorted(runs, key=lambda run: f"{run.record.run_id}.json"), faults
 
 
-class Shared:
-    """What the records of a study have in common: equal sections and settings are kept, and worked out, once.
+def _kind(task: str, method: str) -> bytes:
+    return json.dumps([task, method]).encode()
 
-    Nobody changes what is shared.
-    """
+
+class _Unpacking:
+    """Makes runs of packed records; those of one frame are of one setting, which is worked out once."""
 
     def __init__(self) -> None:
-        self._sections: dict[str, dict[str, Any]] = {}
-        self._settings: dict[str, dict[str, Any]] = {}  # by scalars and, of what is shared, identity
+        self._unpack = Unpacker()
+        self._settings: dict[bytes, dict[str, Any]] = {}
 
-    def run(self, record: Record) -> Run:
-        """Return a record, which lets go of sections that others have too, with its setting."""
-        for parts in (record.config, record.environment):
-            for key, value in parts.items():
-                if isinstance(value, dict):
-                    parts[key] = self._sections.setdefault(json.dumps(value), value)
-        told = {key: id(value) if isinstance(value, dict) else value for key, value in record.config.items()}
-        kind = [told[key] for key in sorted(told.keys() - {"seed", *Point._fields})]
-        contents = record.task.get("data"), record.model.get("fingerprint")
-        known = repr([told.keys(), kind, contents, *map(record.environment.get, ("precision", "wlora"))])
-        if known not in self._settings:
-            self._settings[known] = setting_of(record)
-        return Run(record, self._settings[known])
+    def __call__(self, packed: Packed) -> Run:
+        record = self._unpack(packed)
+        if packed.frame not in self._settings:
+            self._settings[packed.frame] = setting_of(record)
+        return Run(record, self._settings[packed.frame])
 
 
 def _whole(run: Run) -> Run:
@@ -222,10 +237,10 @@ def read_runs(results_dir: str | Path) -> list[Run]:
     return runs
 
 
-def read_curve(store: RecordStore, run: Run) -> list[dict[str, Any]]:
-    """Read a run's learning curve; a damaged one is told in a line and left out."""
+def read_curve(store: RecordStore, run: Run, *, key: str = "") -> list[dict[str, Any]]:
+    """Read a run's learning curve (`RecordStore.read_curve`); a damaged one is told in a line and left out."""
     try:
-        return store.read_curve(run.record)
+        return store.read_curve(run.record, key=key)
     except ConfigError as damage:
         print(f"notice: {damage}; it is left out", file=sys.stderr)
         return []

@@ -23,7 +23,7 @@ from wlora.console import protect_output
 from wlora.errors import ConfigError, wrong_value
 from wlora.foreign import guard_files
 from wlora.models.source import locate
-from wlora.presets import apply_presets
+from wlora.presets import KEYED_BY, apply_presets
 from wlora.study import Point, name_rows, read_runs, read_value
 from wlora.tasks.data import fingerprint
 from wlora.training.plan import make_plan
@@ -263,17 +263,46 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
-    """Compose a configuration as Hydra does, which chooses the groups first: each choice of them is composed once."""
+    """Compose a configuration as Hydra does, which chooses the groups first: each choice of them is composed once.
+
+    What is returned may be handed out again with other values: nobody keeps it.
+    """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.errors import HydraException
 
     try:
         parsed = [_parse(word) for word in overrides]
-        composed = copy.deepcopy(_compose_groups(tuple(p.input_line for p in parsed if _chooses_group(p))))
-        ConfigLoaderImpl._apply_overrides_to_config([p for p in parsed if not _chooses_group(p)], composed)
+        groups = tuple(p.input_line for p in parsed if _chooses_group(p))
+        rest = [p for p in parsed if not _chooses_group(p)]
+        # Copying is most of the time. The cells of a sweep set the same keys: what one has set the next one overwrites.
+        again = all(map(_overwrites, rest)) and not _has_preset(_compose_groups(groups))
+        composed = _shared_copy(groups, tuple(p.key_or_group for p in rest)) if again else _copy(groups)
+        ConfigLoaderImpl._apply_overrides_to_config(rest, composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, overrides)) from error
     return composed
+
+
+def _overwrites(override: Override) -> bool:
+    """Tell whether a word sets one value in the place of another; presets go on to set others, and are forgotten then."""
+    from hydra.core.override_parser.types import OverrideType
+
+    single = override.type == OverrideType.CHANGE and not isinstance(override.value(), dict | list)
+    return single and not override.key_or_group.endswith(".preset")
+
+
+def _has_preset(composed: DictConfig) -> bool:
+    return any(composed[group].get("preset") is not None for group in KEYED_BY)
+
+
+def _copy(groups: tuple[str, ...]) -> DictConfig:
+    return copy.deepcopy(_compose_groups(groups))
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_copy(groups: tuple[str, ...], keys: tuple[str, ...]) -> DictConfig:
+    """Return the copy for all words that choose these groups and set these keys."""
+    return _copy(groups)
 
 
 @functools.lru_cache(maxsize=4096)

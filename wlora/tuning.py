@@ -9,8 +9,7 @@ from typing import Any
 
 from wlora.config import Config, scientific_fields
 from wlora.errors import ConfigError
-from wlora.index import read_related
-from wlora.study import ENDED, Point, Run, name_rows, require_one_setting, show, without_point
+from wlora.study import ENDED, Point, Run, name_rows, read_study, require_one_setting, show, without_point
 
 # The seed on which the scripts tune; it is not reported.
 TUNE_SEED = 100
@@ -111,7 +110,7 @@ class Settings:
         self._groups: dict[tuple[str, Parts, Agreeing], list[Run]] = {}
         names: dict[tuple[int, str], list[tuple[str, Parts, Agreeing]]] = {}
         for run in runs:
-            # Runs of one setting share it (`wlora.study.Shared`), so that few are looked at.
+            # Runs of one setting share it (`wlora.study.read_study`), so that few are looked at.
             known = (id(run.setting), run.task)
             if known not in names:
                 names[known] = [(run.task, parts, _agreeing(run.setting, parts)) for parts in (_WHOLE, _ELSEWHERE)]
@@ -158,7 +157,8 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
             raise ConfigError(f"tune_on={config.tune_on}: allowed is null, as nothing is tuned")
         return None
     task, method = config.tune_on or config.task.name, str(config.method["name"])
-    runs, faults = read_related(config.results_dir, task, method) if Path(config.results_dir).is_dir() else ([], [])
+    kinds = {(name, method) for name in (task, task.removesuffix("_own"))}
+    runs, faults = read_study(config.results_dir, kinds) if Path(config.results_dir).is_dir() else ([], [])
     if faults:
         raise ConfigError(
             f"{wanted[0]}=tuned: {faults[0]}, so the best is not known\n"

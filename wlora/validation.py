@@ -7,6 +7,7 @@ YAML under `allowed`.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Container
@@ -231,7 +232,12 @@ def _method_rules(name: Any) -> dict[str, str]:
     files = {file.stem: file for file in (config_folder() / "method").glob("*.yaml")}
     if not isinstance(name, str) or name not in files:
         raise unknown_name(f"method.name={name}", str(name), files)
-    content: Any = OmegaConf.load(files[name])
+    return _read_rules(files[name])
+
+
+@functools.cache
+def _read_rules(file: Path) -> dict[str, str]:
+    content: Any = OmegaConf.load(file)
     rules: Any = OmegaConf.to_container(content.get("method", content).get("allowed") or OmegaConf.create())
     return dict(rules)
 

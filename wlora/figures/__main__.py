@@ -72,7 +72,7 @@ def _draw(words: Sequence[str], known: Sequence[Run] | None) -> None:
         except ConfigError as error:
             if names != ["all"]:
                 raise
-            print(f"{name}: left out ({str(error).partition(': ')[2]})")
+            print(f"{name}: left out ({str(error).partition(': ')[2].splitlines()[0]})")
             continue
         drawn += 1
         print("  ".join(map(str, save(figure, results / "figures", name))), flush=True)

@@ -26,6 +26,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*<>hp"
 DASHES = ("-", "--", "-.", ":")
 
+# More panels than this are too small on a page to be read, and take a minute to lay out.
+PANELS = 60
+
 STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.titlesize": 8,
@@ -48,7 +51,15 @@ def nothing(figure: str, missing: str) -> ConfigError:
 
 
 def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
-    """Open a figure of rows × columns panels; width and height (of one row) in inches."""
+    """Open a figure of rows × columns panels; width and height (of one row) in inches.
+
+    Raises:
+        ConfigError: more than `PANELS`.
+    """
+    if rows * columns > PANELS:
+        raise ConfigError(
+            f"figure: {rows * columns} panels, more than {PANELS}\nway out: choose, as in task=sst2 method=wlora"
+        )
     pyplot.rcParams.update(STYLE)
     figure, axes = pyplot.subplots(rows, columns, figsize=(width, height * rows), squeeze=False)
     return figure, [list(line) for line in axes]
@@ -68,6 +79,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
             with staged(file) as staging:
                 figure.savefig(staging, format=file.suffix[1:], metadata=metadata)
                 os.replace(staging, file)
+            figure.set_layout_engine("none")  # found for the first; finding it is most of the time
     except OSError as error:
         raise ConfigError(f"results_dir: {folder} cannot be written ({error.strerror})") from error
     finally:

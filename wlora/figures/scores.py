@@ -89,8 +89,8 @@ def _metric(chosen: dict[tuple[str, str], list[Run]], task: str) -> str:
 def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
     """Draw loss (smoothed) and primary metric over the steps, mean and range over seeds; dotted: cuts and growths."""
     chosen = chosen_runs(runs)
-    points = {key: [read_curve(store, run) for run in group] for key, group in chosen.items()}
-    if not any(curve for group in points.values() for curve in group):
+    bands = {key: _read_bands(group, store) for key, group in chosen.items()}
+    if not any(bands.values()):
         raise nothing("curves", f"no learning curve of a successful run in {store.folder}")
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
     styles = style_of(labels)
@@ -98,19 +98,14 @@ def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
     for column, task in enumerate(tasks):
         upper, lower = axes[0][column], axes[1][column]
         for label in labels:
-            if (label, task) not in chosen:
+            if (found := bands.get((label, task))) is None:
                 continue
-            group, curve_points = chosen[label, task], points[label, task]
-            metric = group[0].record.primary_metric
-            losses = [_smooth([(p["step"], p["loss"]) for p in curve if "loss" in p]) for curve in curve_points]
-            scores = [
-                [(p["step"], p["metrics"][metric]) for p in curve if metric in p.get("metrics", {})]
-                for curve in curve_points
-            ]
+            losses, metric = found
             style = {key: styles[label][key] for key in ("color", "linestyle")}
-            _draw_curve(upper, losses, label, style)
-            _draw_curve(lower, scores, label, style, marker=styles[label]["marker"])
-            moments = sorted({event["step"] for run in group for event in run.record.events if event["kind"] in MARKED})
+            _draw_band(upper, losses, label, style)
+            _draw_band(lower, metric, label, style, marker=styles[label]["marker"])
+            events = (event for run in chosen[label, task] for event in run.record.events)
+            moments = sorted({event["step"] for event in events if event["kind"] in MARKED})
             for moment in moments if len(moments) <= 4 else (moments[0], moments[-1]):
                 for axis in (upper, lower):
                     axis.axvline(moment, color=style["color"], linewidth=0.5, linestyle=":")
@@ -125,29 +120,45 @@ def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
     return figure
 
 
+def _read_bands(group: Sequence[Run], store: RecordStore) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return smoothed loss and primary metric of the runs of a setting; None if none has a curve.
+
+    The curves of one setting at a time: those of a large study do not fit in memory.
+    """
+    metric, losses, scores = group[0].record.primary_metric, [], []
+    for run in group:
+        curve = read_curve(store, run)
+        losses.append(_smooth([(p["step"], p["loss"]) for p in curve if "loss" in p]))
+        scores.append([(p["step"], p["metrics"][metric]) for p in curve if metric in p.get("metrics", {})])
+    return (_band(losses), _band(scores)) if any(losses) or any(scores) else None
+
+
 def _smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Average each point with those around it, a tenth of the curve in all."""
-    half = len(curve) // 20
-    values = [value for _, value in curve]
-    return [(step, float(np.mean(values[max(0, index - half) : index + half + 1]))) for index, (step, _) in enumerate(curve)]
+    half, count = len(curve) // 20, len(curve)
+    sums = np.concatenate([[0.0], np.cumsum([value for _, value in curve])])
+    edges = ((max(0, index - half), min(count, index + half + 1)) for index in range(count))
+    return [(step, (sums[high] - sums[low]) / (high - low)) for (step, _), (low, high) in zip(curve, edges, strict=True)]
 
 
-def _draw_curve(
-    axis: Axes, series: Sequence[Sequence[tuple[int, float]]], label: str, style: dict[str, Any], marker: str | None = None
-) -> None:
-    """Draw the mean of several curves at the steps that all have, and their range."""
+def _band(series: Sequence[Sequence[tuple[int, float]]]) -> np.ndarray:
+    """Return [4, steps]: the steps that all of several curves have, their mean, lowest and highest value there."""
     by_step: dict[int, list[float]] = {}
     for curve in series:
         for step, value in curve:
             by_step.setdefault(step, []).append(value)
     whole = sorted(step for step, values in by_step.items() if len(values) == len(series))
-    if not whole:
-        return
-    means = [float(np.mean(by_step[step])) for step in whole]
-    axis.plot(whole, means, label=label, marker=marker if len(whole) < 30 else None, **style)
-    if len(series) > 1:
-        low, high = ([edge(by_step[step]) for step in whole] for edge in (min, max))
-        axis.fill_between(whole, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    bands = [(step, np.mean(by_step[step]), min(by_step[step]), max(by_step[step])) for step in whole]
+    return np.array(bands, dtype=float).reshape(-1, 4).T
+
+
+def _draw_band(axis: Axes, band: np.ndarray, label: str, style: dict[str, Any], marker: str | None = None) -> None:
+    """Draw the mean of several curves and their range."""
+    steps, means, low, high = band
+    if len(steps):
+        axis.plot(steps, means, label=label, marker=marker if len(steps) < 30 else None, **style)
+        if (high > low).any():
+            axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def rates(runs: Sequence[Run]) -> Figure:

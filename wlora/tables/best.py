@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from wlora.index import Entry, Index
 from wlora.records import RecordStore
 from wlora.study import Run, read_curve
 from wlora.tables.cells import Best
@@ -16,16 +18,27 @@ from wlora.tables.cells import Best
 def read_best(results_dir: str | Path, runs: Iterable[Run]) -> Best:
     """Return, by run_id, the metrics of successful runs where the primary one was highest.
 
-    A run whose curve is missing, damaged or without an evaluation is left out, and told.
+    A run whose curve is missing, damaged or without an evaluation is left out, and told. A curve that `wlora.index` knows is
+    not read again.
     """
-    store, found, unknown = RecordStore(results_dir), {}, 0
+    store, found, unknown = RecordStore(results_dir), dict[str, Mapping[str, float]](), 0
+    index = Index(store, ".jsonl")
+    known = {name: columns for name, _, columns in index}
     for run in runs:
-        if run.status == "success":
-            primary = run.record.primary_metric
-            scored = [point["metrics"] for point in read_curve(store, run) if _has(point, primary)]
-            if scored:
-                found[run.record.run_id] = max(scored, key=lambda metrics: float(metrics[primary]))
-            unknown += not scored
+        if run.status != "success":
+            continue
+        name, primary = run.record.run_id, run.record.primary_metric
+        wanted = json.dumps([run.record.curve, primary]).encode()
+        said, *best = known.get(name, (b"",))
+        if said == wanted:
+            found[name] = json.loads(best[0])
+            continue
+        scored = [point["metrics"] for point in read_curve(store, run, key="metrics") if _has(point, primary)]
+        if scored:
+            found[name] = max(scored, key=lambda metrics: float(metrics[primary]))
+            index.add(Entry(name, b"", (wanted, json.dumps(found[name]).encode())))
+        unknown += not scored
+    index.write()
     if unknown:
         print(
             f"notice: {unknown} runs have no readable learning curve with evaluations: their best scores are not known",

@@ -146,12 +146,12 @@ def fill(
 
 def belongs(run: Run, layout: Layout) -> bool:
     """Tell whether a run's task, targets and rank are among a table's, and its method may stand there."""
-    if run.method in NOT_COMPARED or run.task not in {column.task for column in layout.columns}:
+    if run.task not in layout.tasks or run.method in NOT_COMPARED:
         return False
     targets = run.record.config["method"].get("targets")
     fits_rank = run.rank is None or layout.ranks is None or run.rank in layout.ranks
     has_group = layout.group is None or getattr(row_of(run), layout.group) is not None
-    has_group &= layout.others or run.method in {row.method for row in layout.rows}
+    has_group &= layout.others or run.method in layout.methods
     return (targets is None or targets in layout.targets) and fits_rank and has_group
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from wlora.study import Run
@@ -100,6 +101,16 @@ class Layout:
     parameters: bool = True
     seeds: int = 5
     remark: str = field(default="", compare=False)
+
+    @cached_property
+    def tasks(self) -> frozenset[str]:
+        """The names of the columns' tasks."""
+        return frozenset(column.task for column in self.columns)
+
+    @cached_property
+    def methods(self) -> frozenset[str]:
+        """The methods of the paper's rows."""
+        return frozenset(row.method for row in self.rows)
 
 
 GLUE = (

@@ -34,10 +34,16 @@ def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
     Settings of a method are told apart in the label by model, rank, K, and any other field in which they differ on the task.
     """
     settings: dict[tuple[str, str, Row, str], list[Run]] = {}
+    names: dict[int, str] = {}  # runs of one setting share it (`wlora.study.read_study`)
     for run in runs:
         if run.status in ENDED:
-            key = (run.task, run.model, row_of(run), repr(sorted(run.setting.items(), key=str)))
-            settings.setdefault(key, []).append(run)
+            known = id(run.setting)
+            if known not in names:
+                names[known] = repr(sorted(run.setting.items(), key=str))
+            settings.setdefault((run.task, run.model, row_of(run), names[known]), []).append(run)
+    others: dict[tuple[str, str, str], list[Run]] = {}
+    for (task, model, row, _), group in settings.items():
+        others.setdefault((task, model, row.method), []).append(group[0])
     ranks = {row.rank for _, _, row, _ in settings if row.rank is not None}
     models = {model for _, model, _, _ in settings}
     found: dict[tuple[str, str], list[Run]] = {}
@@ -50,10 +56,9 @@ def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
 
     for task, model, row, setting in sorted(settings, key=place):
         group = settings[task, model, row, setting]
-        alike = [others[0] for key, others in settings.items() if (*key[:2], key[2].method) == (task, model, row.method)]
         label = row.label + (f" r={row.rank}" if len(ranks) > 1 and row.rank is not None else "")
         label += f" model={model}" if len(models) > 1 else ""
-        found[label + _difference(group[0], alike), task] = group
+        found[label + _difference(group[0], others[task, model, row.method]), task] = group
     return found
 
 

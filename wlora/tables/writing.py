@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wlora.statistics import Summary
@@ -203,27 +203,36 @@ def companion_csv(table: Table, printed: Mapping[Row, PrintedRow]) -> str:
 
 def runs_csv(runs: Sequence[Run]) -> str:
     """Write every run of a study, one per line, whatever its status: for people who bring their own tools."""
+    settings: dict[int, dict[str, Any]] = {}  # runs of one setting share its columns, which are most of a line
     lines = []
     for run in runs:
-        record = run.record
-        line: dict[str, Any] = {"run_id": record.run_id, "status": record.status, "task": run.task, "model": run.model}
-        line |= {"method": run.method, "rank": run.rank, "k": run.k, "seed": run.seed}
-        line |= run.point.columns()
-        line |= {"primary_metric": record.primary_metric} | record.metrics
-        for part in ("parameters", "steps", "seconds", "throughput", "memory"):
-            line |= {f"{part}_{key}": value for key, value in getattr(record, part).items()}
-        line |= {"train_rows": record.task.get("train_rows"), "adapters_kept": len(record.adapters)}
-        line |= {key: record.environment.get(key) for key in ("git_commit", "git_dirty", "device", "processor")}
-        line |= {key: value for key, value in run.setting.items() if not isinstance(value, list) and key not in line}
-        lines.append(line)
-    return write_csv(lines)
+        columns = {key: value for key, value in run.setting.items() if not isinstance(value, list)}
+        lines.append((_own_columns(run), settings.setdefault(id(run.setting), columns)))
+    names = dict.fromkeys(name for line in lines for part in line for name in part)
+    return _csv(names, ([own[name] if name in own else shared.get(name) for name in names] for own, shared in lines))
+
+
+def _own_columns(run: Run) -> dict[str, Any]:
+    record = run.record
+    line: dict[str, Any] = {"run_id": record.run_id, "status": record.status, "task": run.task, "model": run.model}
+    line |= {"method": run.method, "rank": run.rank, "k": run.k, "seed": run.seed}
+    line |= run.point.columns()
+    line |= {"primary_metric": record.primary_metric} | record.metrics
+    for part in ("parameters", "steps", "seconds", "throughput", "memory"):
+        line |= {f"{part}_{key}": value for key, value in getattr(record, part).items()}
+    line |= {"train_rows": record.task.get("train_rows"), "adapters_kept": len(record.adapters)}
+    return line | {key: record.environment.get(key) for key in ("git_commit", "git_dirty", "device", "processor")}
 
 
 def write_csv(lines: Sequence[dict[str, Any]]) -> str:
     """Write lines as CSV; a column for every key that any of them has."""
-    out = io.StringIO()
     names = dict.fromkeys(name for line in lines for name in line)
-    writer = csv.DictWriter(out, list(names), lineterminator="\n")
-    writer.writeheader()
+    return _csv(names, ([line.get(name) for name in names] for line in lines))
+
+
+def _csv(names: Iterable[str], lines: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
     writer.writerows(lines)
     return out.getvalue()
