@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,14 +18,14 @@ from typing import TYPE_CHECKING
 
 from wlora.adapters.peft_format import CONFIG, RECORDED
 from wlora.config import Config, restore_config
-from wlora.console import protect_output
-from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
+from wlora.console import protect_output, telling
+from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
 from wlora.fingerprint import hash_file
 from wlora.hub import go_offline, require_sources
 from wlora.model_card import write_card
 from wlora.models.source import locate, require_extras
 from wlora.records import Record, RecordStore
-from wlora.staging import refuse_links
+from wlora.staging import check_folders
 from wlora.study import read_words
 
 if TYPE_CHECKING:
@@ -47,11 +49,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if not words or "--help" in words:
         print(HELP)
         sys.exit(0 if words else 2)
-    try:
+    with telling():
         print(export(words))
-    except (ConfigError, RunFault) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def export(words: Sequence[str]) -> Path:
@@ -72,7 +71,7 @@ def export(words: Sequence[str]) -> Path:
     record = find_record(results, names[0])
     adapters = trained_adapters(results, record)
     target = Path(options["to"] or Path(results) / "exports" / f"{record.run_id}-{kind}")
-    if options["to"] and target.exists():
+    if options["to"] and os.path.lexists(target):
         raise wrong_value("to", target, "a folder that is not there yet")
     config = restore_config(record.config)
     config.model.path, config.offline = options["model.path"] or config.model.path, options["offline"] == "true"
@@ -82,7 +81,7 @@ def export(words: Sequence[str]) -> Path:
     from wlora.models.saving import replacing, write_model
 
     if not options["to"]:
-        refuse_links(results, "exports")
+        check_folders(results, "exports")
     with replacing(target) as staging:
         if kind == "peft":
             staging.mkdir(parents=True)
@@ -102,12 +101,12 @@ def find_record(results_dir: str, run_id: str) -> Record:
         ConfigError: there is none, or it is damaged.
     """
     store = RecordStore(results_dir)
-    record = store.load(run_id)
+    record = store.load(run_id) if re.fullmatch(r"[\w-]{1,100}", run_id) else None
     if record is None:
         known = [file.stem for file in store.folder.glob("*.json")]
         near = difflib.get_close_matches(run_id, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{run_id}: no record of that name among the {len(known)} in {store.folder}{hint}")
+        raise ConfigError(f"{shorten(run_id)}: no record of that name among the {len(known)} in {store.folder}{hint}")
     if record.status != "success":
         raise ConfigError(f"{run_id}: its status is {record.status}: allowed is a run that has succeeded")
     return record

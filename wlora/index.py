@@ -10,6 +10,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from wlora.reading import read_file
 from wlora.records import RecordStore, seal, unseal
 from wlora.staging import write_whole
 from wlora.study import Run, read_study
@@ -46,6 +47,6 @@ def read_related(results_dir: str | Path, task: str, method: str) -> tuple[list[
 def _read(file: Path) -> dict[str, Any]:
     """Return the index as it was last written, nothing where it is not there or damaged."""
     try:
-        return unseal(file.read_bytes()) if file.is_file() else {}
+        return unseal(read_file(file))
     except (OSError, ValueError):
         return {}

@@ -21,7 +21,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from wlora.console import protect_output
+from wlora.console import protect_output, telling
 from wlora.errors import ConfigError
 from wlora.staging import staged
 from wlora.study import Run, read_study, read_words, select
@@ -95,11 +95,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(words):
         print(USAGE)
         sys.exit(0)
-    try:
+    with telling():
         print(write(words))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def write(words: Sequence[str]) -> Path:

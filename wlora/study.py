@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -144,7 +146,7 @@ def name_rows(task: Mapping[str, Any]) -> str:
 def shipped_task(name: str) -> dict[str, Any]:
     """Return a task's keys as its YAML has them, empty for a task without one."""
     file = config_folder() / "task" / f"{name}.yaml"
-    if not file.is_file():
+    if not re.fullmatch(r"[\w-]{1,200}", name) or not file.is_file():
         return {}
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
     return {**asdict(TaskConfig()), **content}
@@ -160,7 +162,7 @@ def read_study(results_dir: str | Path, skip: Container[str] = ()) -> tuple[list
     Raises:
         ConfigError: the folder does not exist.
     """
-    if not Path(results_dir).is_dir():
+    if not os.path.isdir(results_dir):
         raise ConfigError(f"results_dir={results_dir}: allowed is a folder with the records of a study")
     store, shared = RecordStore(results_dir), Shared()
     runs, faults = [], []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wlora.errors import ConfigError
 from wlora.fingerprint import hash_file
+from wlora.reading import open_file, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -132,7 +134,7 @@ def fingerprint(path: str) -> str:
     try:
         content = hash_file(Path(path) / WEIGHTS)
     except OSError:
-        pickled = "; adapter_model.bin is pickle and never read" if (Path(path) / "adapter_model.bin").is_file() else ""
+        pickled = "; adapter_model.bin is pickle and never read" if os.path.isfile(Path(path) / "adapter_model.bin") else ""
         raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}{pickled}") from None
     alphas = json.dumps([config.get("lora_alpha"), config.get("alpha_pattern")], sort_keys=True)
     return hashlib.sha256(f"{content}{alphas}".encode()).hexdigest()[:16]
@@ -178,18 +180,16 @@ def _read_config(path: str) -> dict[str, Any]:
     """Read a folder's configuration and refuse what is not plain LoRA."""
     file = Path(path) / CONFIG
     try:
-        if not file.is_file():
-            raise FileNotFoundError
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             content = stream.read(_LARGEST_CONFIG + 1)
         if len(content) > _LARGEST_CONFIG:
             raise ValueError(f"more than {_LARGEST_CONFIG >> 20} MiB")
-        config = json.loads(content)
+        config = read_json(content)
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
     except OSError:
         raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"adapter.path={path}: {CONFIG} cannot be read ({error})") from None
     config.setdefault("lora_alpha", 8)
     for key, empty in (("alpha_pattern", {}), ("rank_pattern", {}), ("modules_to_save", [])):

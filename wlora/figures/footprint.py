@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from wlora.figures.canvas import COLUMN, count_axis, new_figure, nothing, style_of
+from wlora.reading import read_file
 from wlora.records import unseal
 
 GIB = 2**30
@@ -49,7 +50,7 @@ def memory(folder: Path, model: str | None = None) -> Figure:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return unseal(file.read_bytes())
+        return unseal(read_file(file))
     except (OSError, ValueError) as error:
         raise nothing("memory", f"measurement {file} is damaged: {error}; python -m wlora.memory makes it again") from None
 

@@ -7,7 +7,7 @@ intermediate linears).
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, unknown_name
 from wlora.models.gguf import find_gguf, read_gguf_architecture
+from wlora.reading import read_file, read_json
 
 if TYPE_CHECKING:
     from wlora.config import ModelConfig
@@ -127,12 +128,12 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
     if model.gguf_file is not None:
         return _check_family(read_gguf_architecture(find_gguf(model)), model)
     file = Path(model.path) / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"model.path={model.path}: allowed is a folder with config.json, tokenizer and weights")
     try:
-        architecture = json.loads(file.read_text(encoding="utf-8"))
+        architecture = read_json(read_file(file))
         family = architecture["model_type"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"model.path={model.path}: config.json cannot be read or has no model_type ({error})") from None
     if not isinstance(family, str) or family not in FAMILIES:
         raise unknown_name(f"model.path={model.path}: model_type {family}", str(family), FAMILIES)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wlora.errors import ConfigError
+from wlora.reading import read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -214,7 +214,7 @@ def _refuse_nulls(column: pa.ChunkedArray, at: str) -> None:
 def _stored_names(schema: pa.Schema) -> list[str] | None:
     """Return the class names that the datasets library writes into the schema of its files."""
     try:
-        info: Any = json.loads((schema.metadata or {})[b"huggingface"])
+        info: Any = read_json((schema.metadata or {})[b"huggingface"])
         return [str(name) for name in info["info"]["features"][LABEL]["names"]]
     except (KeyError, TypeError, ValueError):
         return None
