@@ -26,7 +26,7 @@ from wlora.model_card import write_card
 from wlora.models.source import locate, require_extras
 from wlora.records import Record, RecordStore
 from wlora.staging import check_folders
-from wlora.study import read_words
+from wlora.study import Shared, read_run, read_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,6 +100,8 @@ def find_record(results_dir: str, run_id: str) -> Record:
     Raises:
         ConfigError: there is none, or it is damaged.
     """
+    if not os.path.isdir(results_dir):
+        raise wrong_value("results_dir", results_dir, "a folder with the records of a study")
     store = RecordStore(results_dir)
     record = store.load(run_id) if re.fullmatch(r"[\w-]{1,100}", run_id) else None
     if record is None:
@@ -109,6 +111,10 @@ def find_record(results_dir: str, run_id: str) -> Record:
         raise ConfigError(f"{shorten(run_id)}: no record of that name among the {len(known)} in {store.folder}{hint}")
     if record.status != "success":
         raise ConfigError(f"{run_id}: its status is {record.status}: allowed is a run that has succeeded")
+    try:
+        read_run(record, Shared())
+    except ValueError as error:
+        raise ConfigError(f"record {store.path(run_id)} is damaged: {error}") from None
     return record
 
 

@@ -105,3 +105,46 @@ class Point(_Scored, total=False):
     loss: float
     epoch: float
     metrics: dict[str, float]
+
+
+class Parameters(TypedDict):
+    """The counts of every finished run."""
+
+    adapter_initial: int
+    adapter_final: int
+    base: int
+    head: int
+    total: int
+
+
+class Seconds(TypedDict):
+    """The times of every finished run."""
+
+    train: float
+    total: float
+
+
+class Batch(TypedDict):
+    """What is filled in before a run begins."""
+
+    accumulation_steps: int
+
+
+class Resolved(TypedDict):
+    """What of its configuration no run lacks."""
+
+    task: dict[str, Any]
+    model: dict[str, Any]
+    method: dict[str, Any]
+    train: Batch
+    lr: float
+    seed: int
+    rank: int
+
+
+class Finished(TypedDict):
+    """What no record of a run that succeeded lacks."""
+
+    config: Resolved
+    parameters: Parameters
+    seconds: Seconds

@@ -23,7 +23,7 @@ from typing import Any
 
 from wlora.console import protect_output, telling
 from wlora.errors import ConfigError
-from wlora.staging import staged
+from wlora.staging import check_folders, staged
 from wlora.study import Run, read_study, read_words, select
 from wlora.tables.cells import NOT_COMPARED
 
@@ -111,6 +111,7 @@ def write(words: Sequence[str]) -> Path:
     if importlib.util.find_spec("markdown_it") is None:
         raise ConfigError("the report needs markdown-it-py\nway out: pip install 'wlora[figures]'")
     results = Path(options["results_dir"] or "results")
+    check_folders(results, "tables", "figures")
     everything, faults = read_study(results)
     runs = select(everything, filters)
     if not runs:

@@ -17,8 +17,10 @@ from omegaconf import OmegaConf
 
 from wlora.config import METHOD_LATER, TaskConfig, config_folder, restore_config, scientific_fields
 from wlora.environment import name_machine
-from wlora.errors import ConfigError, unknown_name
+from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.models.targets import count_targets
+from wlora.reading import find_misfit
+from wlora.recorded import Finished
 from wlora.records import Record, RecordStore
 
 
@@ -163,7 +165,7 @@ def read_study(results_dir: str | Path, skip: Container[str] = ()) -> tuple[list
         ConfigError: the folder does not exist.
     """
     if not os.path.isdir(results_dir):
-        raise ConfigError(f"results_dir={results_dir}: allowed is a folder with the records of a study")
+        raise wrong_value("results_dir", results_dir, "a folder with the records of a study")
     store, shared = RecordStore(results_dir), Shared()
     runs, faults = [], []
     for found in store.scan(skip):
@@ -171,11 +173,22 @@ def read_study(results_dir: str | Path, skip: Container[str] = ()) -> tuple[list
             faults.append(str(found))
             continue
         try:
-            runs.append(_whole(shared.run(found)))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            # One without a checksum, which would have shown the damage.
-            faults.append(f"record {store.path(found.run_id)} is damaged: {type(error).__name__} {error}")
+            runs.append(read_run(found, shared))
+        except ValueError as error:
+            faults.append(f"record {store.path(found.run_id)} is damaged: {error}")
     return runs, faults
+
+
+def read_run(record: Record, shared: Shared) -> Run:
+    """Return a record with its setting.
+
+    Raises:
+        ValueError: what keeps its readers from reading it; a checksum would have shown the damage.
+    """
+    try:
+        return _whole(shared.run(record))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__} {error}") from None
 
 
 class Shared:
@@ -204,11 +217,13 @@ class Shared:
 
 
 def _whole(run: Run) -> Run:
-    """Return a run of which everything can be asked that a `Run` tells; KeyError, TypeError or ValueError else."""
+    """Return a run of which everything can be asked that readers ask; KeyError, TypeError or ValueError else."""
     for name in ("task", "model", "method", "seed", "point", "rank", "k", "n"):
         getattr(run, name)
     if run.status == "success":
         float(run.score)
+        if misfit := find_misfit(vars(run.record), Finished):
+            raise ValueError(misfit)
     return run
 
 
