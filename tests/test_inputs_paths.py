@@ -37,7 +37,9 @@ def survey(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     sweep.main()
 
 
-def end(program: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def end(
+    program: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
     """Run a program in this process; returns its exit code and the lines of its error."""
     capsys.readouterr()
     if program == "run":

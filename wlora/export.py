@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wlora.adapters.peft_format import CONFIG, RECORDED
+from wlora.adapters.peft_format import CONFIG, RECORDED, refuse_unbounded
 from wlora.config import Config, restore_config
 from wlora.console import protect_output, telling
 from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
@@ -141,6 +141,7 @@ def trained_adapters(results_dir: str, record: Record) -> Path:
         written = record.model.get(key)
         if written != found[name] and not (name == CONFIG and written is None):
             raise ConfigError(f"{folder}: {name} is not what the run wrote ({found[name]}, the record says {written})")
+    refuse_unbounded(folder)
     return folder
 
 
@@ -156,9 +157,12 @@ def merge(config: Config, adapters: Path) -> tuple[PreTrainedModel, PreTrainedTo
     source, task = locate(config.model), build_task(config.task)
     tokenizer = load_tokenizer(config.model, source)
     base = load_model(config.model, source, tokenizer, head=task.head, num_labels=task.num_labels, seed=0)
-    with quiet():
-        PeftModel.from_pretrained(base, adapters)  # it changes the base in place
-    fold_peft(base)
+    try:
+        with quiet():
+            PeftModel.from_pretrained(base, adapters)  # it changes the base in place
+        fold_peft(base)
+    except Exception as error:  # whatever an odd configuration makes PEFT, safetensors or torch raise
+        raise ConfigError(f"{adapters}: the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
     name_classes(base, config.task.labels, head=task.head)
     if isinstance(task, Summarization):
         task.set_generation(base)

@@ -7,6 +7,7 @@ intermediate linears).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,6 +155,11 @@ def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str,
     sizes = {stack.depth_key: MOST_LAYERS for stack in FAMILIES[family]}
     if architecture.get("max_position_embeddings") is not None:
         sizes["max_position_embeddings"] = 1 << 30
+    try:
+        json.dumps(architecture, allow_nan=False)
+    except ValueError:
+        where = f"model.path={model.path}: config.json" if model.path else "model.architecture"
+        raise ConfigError(f"{where} holds a number that is not finite: allowed are finite numbers") from None
     for key, most in sizes.items():
         size = architecture.get(key)
         if not isinstance(size, int) or not 1 <= size <= most:
