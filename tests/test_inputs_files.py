@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -220,13 +219,3 @@ def test_a_model_that_does_not_fit_into_memory_is_told_in_a_line(
     code = enter_main(monkeypatch, *TINY, "method=lora", f"results_dir={tmp_path}")
     error = capsys.readouterr().err
     assert code == 1 and error.startswith("error: out of memory") and len(error.splitlines()) == 1, error
-
-
-def test_a_foreign_configuration_that_is_a_pipe_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "task").mkdir()
-    os.mkfifo(tmp_path / "task" / "x.yaml")
-    code = enter_main(monkeypatch, f"--config-dir={tmp_path}", "task=x", f"results_dir={tmp_path / 'r'}")
-    error = capsys.readouterr().err
-    assert code == 2 and "it is no regular file" in error and len(error.splitlines()) == 1, error

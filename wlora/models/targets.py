@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from wlora.config import ModelConfig
 
 MOST_LAYERS = 10_000
+# Keys of `config.json` that count something of which every model has at least one.
+_SIZES = re.compile(r"max_position_embeddings|(hidden|intermediate|vocab)_size|d_model|\w+_heads|\w+_ffn_dim")
 TARGET_SETS = ("qkv", "attention", "all", "release")
 """What `targets` may name; `SET@LAYER` is the part of a set from a layer up."""
 
@@ -153,8 +156,7 @@ def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str,
             "allowed is a folder of that family, or another model=NAME beside model.path"
         )
     sizes = {stack.depth_key: MOST_LAYERS for stack in FAMILIES[family]}
-    if architecture.get("max_position_embeddings") is not None:
-        sizes["max_position_embeddings"] = 1 << 30
+    sizes |= {key: 1 << 30 for key, size in architecture.items() if _SIZES.fullmatch(key) and size is not None}
     try:
         json.dumps(architecture, allow_nan=False)
     except ValueError:
@@ -162,7 +164,7 @@ def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str,
         raise ConfigError(f"{where} holds a number that is not finite: allowed are finite numbers") from None
     for key, most in sizes.items():
         size = architecture.get(key)
-        if not isinstance(size, int) or not 1 <= size <= most:
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             told = (
                 f"model.path={model.path}: {key} in config.json is {size};"
                 if model.path
