@@ -365,7 +365,7 @@ class Malicious:
         ("pattern", "alpha_pattern is .*: allowed is names of modules"),
         ("for ever", "alpha_pattern is .*: allowed is names of modules"),
         ("modules", "modules_to_save is 5: allowed is a list of names"),
-        ("rank", "r is 0: allowed is 1 or more"),
+        ("rank", "r is 0: allowed is 1 to 65536"),
         ("no rank", "A and B of bert.* do not belong together"),
         ("dora", "use_dora is True: allowed is False"),
         ("pissa", "init_lora_weights is pissa"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
+from wlora.errors import ConfigError, RunFault, as_fault
 from wlora.processes import first_time
 
 if TYPE_CHECKING:
@@ -28,6 +29,23 @@ def protect_output() -> None:
         if not isinstance(stream, _Output):
             # A process that was started with the stream closed has none.
             setattr(sys, name, _Output(stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")))
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """End the command where the block fails in a way that users meet: a line or two, and the exit code."""
+    told: ConfigError | RunFault | None
+    try:
+        yield
+        return
+    except (ConfigError, RunFault) as error:
+        told = error
+    except Exception as error:
+        told = as_fault(error)
+        if told is None:
+            raise
+    print(f"error: {told}", file=sys.stderr)
+    sys.exit(told.exit_code)
 
 
 class _Output:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 
+_SHOWN = 300
+
 
 class ConfigError(Exception):
     """The request cannot be run as it stands: a wrong key, value, file or folder. Exit code 2."""
@@ -28,7 +30,31 @@ class RunFault(Exception):
 
 def wrong_value(key: str, value: object, allowed: str) -> ConfigError:
     """Build the standard message for a bad value: the key, the value and what is allowed."""
-    return ConfigError(f"{key}={value}: allowed is {allowed}")
+    return ConfigError(f"{key}={shorten(value)}: allowed is {allowed}")
+
+
+def shorten(value: object) -> str:
+    """Return a value as one line of bounded length."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory is exhausted: Python's, a GPU's, or the CPU's, of which torch has no class."""
+    words = ("can't allocate memory", "std::bad_alloc")
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def as_fault(error: Exception) -> RunFault | None:
+    """Return what the file system or the memory has refused as a failure that is told in a line; None for a bug."""
+    if ran_out_of_memory(error):
+        return RunFault(f"out of memory ({shorten(error)})" if str(error) else "out of memory")
+    if not isinstance(error, OSError):
+        return None
+    if error.filename is None:
+        return RunFault(f"{type(error).__name__}: {shorten(error)}")
+    return RunFault(f"{shorten(error.filename)}: {error.strerror}")
 
 
 def unknown_name(

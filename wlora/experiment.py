@@ -22,7 +22,7 @@ from wlora.adapters.peft_format import Start, read_adapter
 from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.console import announce, notice, say, summarize
 from wlora.environment import describe_environment
-from wlora.errors import ConfigError, RunFault
+from wlora.errors import ConfigError, RunFault, ran_out_of_memory
 from wlora.locks import RunLock
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
@@ -34,7 +34,7 @@ from wlora.models.targets import list_targets, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
 from wlora.processes import from_main, gather
 from wlora.records import Record, RecordStore, peak_memory
-from wlora.staging import PARTS, refuse_links, remove_leftovers
+from wlora.staging import PARTS, check_folders, remove_leftovers
 from wlora.stock import Stock
 from wlora.tasks import Task
 from wlora.tasks.data import fingerprint
@@ -74,7 +74,7 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
     )
     _refuse_other_inputs(record)
     store = RecordStore(config.results_dir)
-    refuse_links(config.results_dir, *PARTS, f"checkpoints/{record.run_id}")
+    check_folders(config.results_dir, *_written(config, record.run_id))
     read_start(config)  # what does not fit is told before anything is written or loaded
     lock = RunLock(config.results_dir, record.run_id)
     if done := _find_success(store, record.run_id, config):
@@ -93,6 +93,12 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
         return _find_success(store, record.run_id, config) or _run(
             config, accelerator, precision, source, record, store, lock, stock or Stock(keep=False)
         )
+
+
+def _written(config: Config, identity: str) -> list[str]:
+    """Return the folders of a results folder that a run writes into."""
+    tracked = [] if config.track == "none" else ["tracking", f"tracking/{identity}"]
+    return [*PARTS, f"checkpoints/{identity}", *tracked]
 
 
 def _run(
@@ -439,7 +445,7 @@ def _classify(error: BaseException) -> tuple[str, str]:
     text = "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, Diverged):
         return "diverged", text
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if ran_out_of_memory(error):
         return "oom", text
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", text

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wlora.adapters.peft_format import CONFIG, RECORDED
+from wlora.adapters.peft_format import CONFIG, RECORDED, refuse_unbounded
 from wlora.config import Config, restore_config
-from wlora.console import protect_output
-from wlora.errors import ConfigError, RunFault, unknown_name, wrong_value
+from wlora.console import protect_output, telling
+from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
 from wlora.fingerprint import hash_file
 from wlora.hub import go_offline, require_sources
 from wlora.model_card import write_card
 from wlora.models.source import locate, require_extras
 from wlora.records import Record, RecordStore
-from wlora.staging import refuse_links
-from wlora.study import read_words
+from wlora.staging import check_folders
+from wlora.study import read_run, read_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,11 +49,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if not words or "--help" in words:
         print(HELP)
         sys.exit(0 if words else 2)
-    try:
+    with telling():
         print(export(words))
-    except (ConfigError, RunFault) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def export(words: Sequence[str]) -> Path:
@@ -72,7 +71,7 @@ def export(words: Sequence[str]) -> Path:
     record = find_record(results, names[0])
     adapters = trained_adapters(results, record)
     target = Path(options["to"] or Path(results) / "exports" / f"{record.run_id}-{kind}")
-    if options["to"] and target.exists():
+    if options["to"] and os.path.lexists(target):
         raise wrong_value("to", target, "a folder that is not there yet")
     config = restore_config(record.config)
     config.model.path, config.offline = options["model.path"] or config.model.path, options["offline"] == "true"
@@ -82,7 +81,7 @@ def export(words: Sequence[str]) -> Path:
     from wlora.models.saving import replacing, write_model
 
     if not options["to"]:
-        refuse_links(results, "exports")
+        check_folders(results, "exports")
     with replacing(target) as staging:
         if kind == "peft":
             staging.mkdir(parents=True)
@@ -101,15 +100,21 @@ def find_record(results_dir: str, run_id: str) -> Record:
     Raises:
         ConfigError: there is none, or it is damaged.
     """
+    if not os.path.isdir(results_dir):
+        raise wrong_value("results_dir", results_dir, "a folder with the records of a study")
     store = RecordStore(results_dir)
-    record = store.load(run_id)
+    record = store.load(run_id) if re.fullmatch(r"[\w-]{1,100}", run_id) else None
     if record is None:
         known = [file.stem for file in store.folder.glob("*.json")]
         near = difflib.get_close_matches(run_id, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{run_id}: no record of that name among the {len(known)} in {store.folder}{hint}")
+        raise ConfigError(f"{shorten(run_id)}: no record of that name among the {len(known)} in {store.folder}{hint}")
     if record.status != "success":
         raise ConfigError(f"{run_id}: its status is {record.status}: allowed is a run that has succeeded")
+    try:
+        read_run(record)
+    except ValueError as error:
+        raise ConfigError(f"record {store.path(run_id)} is damaged: {error}") from None
     return record
 
 
@@ -136,6 +141,7 @@ def trained_adapters(results_dir: str, record: Record) -> Path:
         written = record.model.get(key)
         if written != found[name] and not (name == CONFIG and written is None):
             raise ConfigError(f"{folder}: {name} is not what the run wrote ({found[name]}, the record says {written})")
+    refuse_unbounded(folder)
     return folder
 
 
@@ -151,9 +157,12 @@ def merge(config: Config, adapters: Path) -> tuple[PreTrainedModel, PreTrainedTo
     source, task = locate(config.model), build_task(config.task)
     tokenizer = load_tokenizer(config.model, source)
     base = load_model(config.model, source, tokenizer, head=task.head, num_labels=task.num_labels, seed=0)
-    with quiet():
-        PeftModel.from_pretrained(base, adapters)  # it changes the base in place
-    fold_peft(base)
+    try:
+        with quiet():
+            PeftModel.from_pretrained(base, adapters)  # it changes the base in place
+        fold_peft(base)
+    except Exception as error:  # whatever an odd configuration makes PEFT, safetensors or torch raise
+        raise ConfigError(f"{adapters}: the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
     name_classes(base, config.task.labels, head=task.head)
     if isinstance(task, Summarization):
         task.set_generation(base)

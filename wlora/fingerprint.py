@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from wlora.reading import open_file
+
 
 def hash_file(file: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hex digits; OSError if it cannot be read."""
@@ -26,7 +28,7 @@ def hash_files(files: Iterable[Path]) -> str:
 def _hash_file(file: str, size: int, modified: int) -> str:
     """Hash a file once per process; its size and time of change are part of the key."""
     digest = hashlib.sha256()
-    with Path(file).open("rb") as stream:
+    with open_file(file) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import METHOD_NOTES, Config, config_folder
 from wlora.errors import ConfigError
+from wlora.reading import open_file
 from wlora.words import method_keys
 
 SECTIONS = ("task", "model", "method", "train")
@@ -94,7 +95,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
         if file.resolve().is_relative_to(config_folder().resolve()):
             return super().load_config(config_path)
         try:
-            with file.open("rb") as stream:
+            with open_file(file) as stream:
                 content = stream.read(MOST_BYTES + 1)
             if len(content) > MOST_BYTES:
                 _refuse(file, f"more than {MOST_BYTES >> 10} KiB", "a file of settings")

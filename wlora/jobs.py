@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import Config
 from wlora.console import protect_output, put
-from wlora.errors import ConfigError, RunFault, wrong_value
+from wlora.errors import ConfigError, RunFault, as_fault, wrong_value
 from wlora.help import show_values
 from wlora.presets import apply_presets
 from wlora.processes import first_time, is_main, several
@@ -152,11 +152,10 @@ def attempt(name: str, act: Callable[[], Outcome]) -> Outcome:
         fail(mistake)
         return Outcome(name, "ConfigError", None, ConfigError.exit_code, str(mistake))
     except RunFault as error:
-        fail(error)
-        if several() and not error.everywhere:
-            sys.exit(error.exit_code)
-        return Outcome(name, type(error).__name__, None, error.exit_code, str(error))
+        return _end_run(name, error)
     except Exception as error:
+        if fault := as_fault(error):
+            return _end_run(name, fault)
         # A bug, not a mistake of the user: the record says `failed`, the traceback goes to whoever mends it.
         import traceback
 
@@ -164,6 +163,14 @@ def attempt(name: str, act: Callable[[], Outcome]) -> Outcome:
         if several():
             sys.exit(RunFault.exit_code)
         return Outcome(name, "failed", None, RunFault.exit_code, f"{type(error).__name__}: {error}")
+
+
+def _end_run(name: str, fault: RunFault) -> Outcome:
+    """Tell why a run failed; in a sweep the next one follows, unless other processes may wait for this one."""
+    fail(fault)
+    if several() and not fault.everywhere:
+        sys.exit(fault.exit_code)
+    return Outcome(name, type(fault).__name__, None, fault.exit_code, str(fault))
 
 
 class Collecting:

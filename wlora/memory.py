@@ -7,6 +7,8 @@ which `python -m wlora.figures memory` draws.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,15 +22,15 @@ from transformers import PreTrainedModel
 from wlora.adapters.attach import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
 from wlora.config import Config
-from wlora.console import protect_output
+from wlora.console import protect_output, telling
 from wlora.environment import describe_environment
-from wlora.errors import ConfigError
+from wlora.errors import wrong_value
 from wlora.models.loading import head_parameters
 from wlora.models.readout import first_token_alone
 from wlora.models.targets import Target, list_targets, read_architecture
 from wlora.precision import choose_precision, lower_base
 from wlora.records import seal
-from wlora.staging import write_whole
+from wlora.staging import check_folders, write_whole
 from wlora.study import read_runs
 from wlora.sweep import compose
 from wlora.training.footprint import build_example, make_batch, saved_bytes
@@ -40,17 +42,17 @@ STOPS = 12
 def main(words: Sequence[str] | None = None) -> None:
     """Measure one setting and say where the figures are; exits with 2 after a mistake in the request."""
     protect_output()
-    try:
+    with telling():
         print(write(compose(sys.argv[1:] if words is None else words)))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def write(config: Config) -> Path:
     """Measure one setting and write its file."""
     task, n = config.task, len(list_targets(read_architecture(config.model), config.targets))
     name = f"{config.model.name}_{config.targets}_r{config.rank}_{task.batch_size}x{task.max_length}"
+    if not re.fullmatch(r"[\w.-]{1,100}", config.model.name):
+        raise wrong_value("model.name", config.model.name, "at most 100 letters, digits, dots and dashes, for a file's name")
+    check_folders(config.results_dir, "memory")
     file = Path(config.results_dir) / "memory" / f"{name}.json"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(config.precision, device)
@@ -81,7 +83,7 @@ def selections(config: Config) -> dict[str, list[str]]:
     counts = sorted({1, *(round(len(names) * stop / STOPS) for stop in range(STOPS + 1))})
     found = {f"lowest first {count}": names[:count] for count in counts}
     found |= {f"highest first {count}": names[len(names) - count :] for count in counts}
-    runs = read_runs(config.results_dir) if Path(config.results_dir).is_dir() else []
+    runs = read_runs(config.results_dir) if os.path.isdir(config.results_dir) else []
     mine = [run for run in runs if (run.model, run.method, run.status) == (config.model.name, "wlora", "success")]
     for k in sorted({run.k for run in mine if run.k is not None and run.setting["method.targets"] == config.targets}):
         kept = Counter(adapter["name"] for run in mine if run.k == k for adapter in run.record.adapters)

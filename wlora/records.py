@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, RunFault
+from wlora.reading import find_misfit, read_file, read_json
+from wlora.recorded import Chosen, Content, Point
 from wlora.staging import patiently, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA = 1
+_NO_LINK, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed")
 
 
@@ -60,6 +63,17 @@ class Record:
     predictions: str | None = None
 
 
+def _find_misfit(content: dict[str, Any]) -> str | None:
+    """Return what of a record's content is not of the type that its readers rely on, None if all is."""
+    misfit = (
+        find_misfit(content, Record) or find_misfit(content, Content) or find_misfit(content["config"], Chosen, "config")
+    )
+    primary = content.get("primary_metric")
+    if misfit is None and content["status"] == "success" and primary not in content.get("metrics", {}):
+        return f"metrics has no {primary}"
+    return misfit
+
+
 def seal(content: dict[str, Any], *, indent: int | None = 1) -> str:
     """Return the text of a JSON file that carries a checksum of its content; ValueError for a number that is not finite."""
     return json.dumps({**content, "checksum": _digest(content)}, indent=indent, allow_nan=False) + "\n"
@@ -74,8 +88,8 @@ def unseal(text: str | bytes) -> dict[str, Any]:
     if not text.strip():
         raise ValueError("it is empty")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = read_json(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError("it is no whole JSON") from None
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")
@@ -114,12 +128,14 @@ class RecordStore:
         """
         path = self.path(run_id)
         try:
-            content = unseal(patiently(path.read_bytes))
+            content = unseal(patiently(lambda: read_file(path)))
             if content.get("schema") != SCHEMA:
                 raise ValueError(f"it is of schema {content.get('schema')}, not {SCHEMA}")
             record = Record(**content)
             if record.run_id != run_id or record.status not in STATUSES:
                 raise ValueError(f"it is of run {record.run_id} with status {record.status}")
+            if misfit := _find_misfit(content):
+                raise ValueError(misfit)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -156,7 +172,7 @@ class RecordStore:
         """
         path = self.path(record.run_id).with_suffix(".jsonl")
         try:
-            content = patiently(path.read_bytes)
+            content = patiently(lambda: read_file(path))
             if record.curve is not None and _short_hash(content) != record.curve:
                 raise ValueError("its checksum, which is in the record, does not hold")
             lines = content.decode().splitlines()
@@ -173,10 +189,12 @@ class RecordStore:
             if record.curve is not None and key not in line:
                 continue
             try:
-                points.append(json.loads(line))
-            except (ValueError, RecursionError):
+                points.append(read_json(line))
+            except ValueError:
                 if number < len(lines):
                     raise ConfigError(f"learning curve {path} is damaged: line {number} is no JSON") from None
+        if misfit := find_misfit(points, list[Point], "points"):
+            raise ConfigError(f"learning curve {path} is damaged: {misfit}")
         return points
 
     def write_predictions(self, run_id: str, table: pa.Table) -> str:
@@ -207,7 +225,7 @@ class RecordStore:
 
         path = self.path(record.run_id).with_suffix(".parquet")
         try:
-            content = patiently(path.read_bytes)
+            content = patiently(lambda: read_file(path))
             if _short_hash(content) != record.predictions:
                 raise ValueError("their checksum, which is in the record, does not hold")
             return parquet.read_table(pa.BufferReader(content))
@@ -343,9 +361,9 @@ class CurveWriter:
         """Append to the file that was written so far; False if another one, a link or none stands there."""
         assert self._path is not None
         try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0))
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | _NO_LINK | _NO_WAIT)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ELOOP):
+            if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
                 raise
             return False
         with open(descriptor, "ab") as stream:

@@ -21,9 +21,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from wlora.console import protect_output
+from wlora.console import protect_output, telling
 from wlora.errors import ConfigError
-from wlora.staging import staged
+from wlora.staging import check_folders, staged
 from wlora.study import Run, read_study, read_words, select
 from wlora.tables.cells import NOT_COMPARED
 
@@ -95,11 +95,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(words):
         print(USAGE)
         sys.exit(0)
-    try:
+    with telling():
         print(write(words))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def write(words: Sequence[str]) -> Path:
@@ -114,6 +111,7 @@ def write(words: Sequence[str]) -> Path:
     if importlib.util.find_spec("markdown_it") is None:
         raise ConfigError("the report needs markdown-it-py\nway out: pip install 'wlora[figures]'")
     results = Path(options["results_dir"] or "results")
+    check_folders(results, "tables", "figures")
     everything, faults = read_study(results)
     runs = select(everything, filters)
     if not runs:

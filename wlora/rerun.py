@@ -22,8 +22,9 @@ from wlora.errors import ConfigError, RunFault
 from wlora.export import find_record
 from wlora.models.source import locate
 from wlora.records import Record, RecordStore
+from wlora.staging import check_folders
 from wlora.tasks.data import fingerprint
-from wlora.validation import check_rules, identify_adapter
+from wlora.validation import check_results_folder, check_rules, identify_adapter
 
 ALLOWED = (
     *("results_dir", "offline", "dry_run", "force", "track", "task.path", "task.eval_batch_size", "model.path"),
@@ -70,6 +71,8 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
     _refuse_other_numerics(record, config)
     config.precision = record.environment.get("precision", config.precision)
     config.results_dir = str(Path(results_dir) / "reruns")
+    check_folders(results_dir, "reruns")
+    check_results_folder(config.results_dir)
     identify_adapter(config.adapter)
     _refuse_other_content(record, recorded, config)
     if config.model.source == "hub" and config.model.path is None:

@@ -94,17 +94,19 @@ def write_whole(target: Path, content: bytes) -> None:
         put(staging, target)
 
 
-def refuse_links(results_dir: str | Path, *parts: str) -> None:
-    """Refuse a results folder in which a link stands for a folder that is written into.
+def check_folders(results_dir: str | Path, *parts: str) -> None:
+    """Refuse a results folder in which a link, or a file, stands for a folder that is written into.
 
     A link that stands for a file, or for a folder that is written as a whole, is replaced.
 
     Raises:
-        ConfigError: which one is a link.
+        ConfigError: which one is no folder.
     """
     for folder in (Path(results_dir) / part for part in parts):
-        if folder.is_symlink():
-            raise ConfigError(f"results_dir={results_dir}: {folder} is a link: allowed is a folder of its own")
+        link = os.path.islink(folder)
+        if link or (os.path.lexists(folder) and not os.path.isdir(folder)):
+            what = "a link" if link else "no folder"
+            raise ConfigError(f"results_dir={results_dir}: {folder} is {what}: allowed is a folder of its own")
 
 
 def remove_leftovers(results_dir: str | Path, run_id: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,10 +17,12 @@ from omegaconf import OmegaConf
 
 from wlora.config import METHOD_LATER, TaskConfig, config_folder, restore_config, scientific_fields
 from wlora.environment import name_machine
-from wlora.errors import ConfigError, unknown_name
+from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.index import Entry, Index
 from wlora.models.targets import count_targets
 from wlora.packing import Packed, Unpacker, pack
+from wlora.reading import find_misfit
+from wlora.recorded import Finished
 from wlora.records import Record, RecordStore
 
 
@@ -147,7 +151,7 @@ def name_rows(task: Mapping[str, Any]) -> str:
 def shipped_task(name: str) -> dict[str, Any]:
     """Return a task's keys as its YAML has them, empty for a task without one."""
     file = config_folder() / "task" / f"{name}.yaml"
-    if not file.is_file():
+    if not re.fullmatch(r"[\w-]{1,200}", name) or not file.is_file():
         return {}
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
     return {**asdict(TaskConfig()), **content}
@@ -166,8 +170,8 @@ def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | Non
     Raises:
         ConfigError: the folder does not exist.
     """
-    if not Path(results_dir).is_dir():
-        raise ConfigError(f"results_dir={results_dir}: allowed is a folder with the records of a study")
+    if not os.path.isdir(results_dir):
+        raise wrong_value("results_dir", results_dir, "a folder with the records of a study")
     store = RecordStore(results_dir)
     index, unpack, wanted = Index(store, ".json"), _Unpacking(), None if kinds is None else {_kind(*kind) for kind in kinds}
     runs, known, faults = [], set(), []
@@ -186,6 +190,7 @@ def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | Non
         try:
             packed = pack(found)
             run = _whole(unpack(packed))
+            _check_types(found)
         except _DAMAGES as error:
             # One without a checksum, which would have shown the damage.
             faults.append(f"record {store.path(found.run_id)} is damaged: {type(error).__name__} {error}")
@@ -200,6 +205,20 @@ def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | Non
 
 def _kind(task: str, method: str) -> bytes:
     return json.dumps([task, method]).encode()
+
+
+def read_run(record: Record) -> Run:
+    """Return a record with its setting.
+
+    Raises:
+        ValueError: what keeps its readers from reading it; a checksum would have shown the damage.
+    """
+    try:
+        run = _whole(Run(record, setting_of(record)))
+        _check_types(record)
+    except _DAMAGES as error:
+        raise ValueError(f"{type(error).__name__} {error}") from None
+    return run
 
 
 class _Unpacking:
@@ -217,12 +236,18 @@ class _Unpacking:
 
 
 def _whole(run: Run) -> Run:
-    """Return a run of which everything can be asked that a `Run` tells; KeyError, TypeError or ValueError else."""
+    """Return a run of which everything can be asked that readers ask; KeyError, TypeError or ValueError else."""
     for name in ("task", "model", "method", "seed", "point", "rank", "k", "n"):
         getattr(run, name)
     if run.status == "success":
         float(run.score)
     return run
+
+
+def _check_types(record: Record) -> None:
+    """Refuse a record of success in which something is of another type than its readers rely on; raises ValueError."""
+    if record.status == "success" and (misfit := find_misfit(vars(record), Finished)):
+        raise ValueError(misfit)
 
 
 def read_runs(results_dir: str | Path) -> list[Run]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import shlex
 import statistics
 import sys
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.config import Config, config_folder, register_schema
-from wlora.console import protect_output
+from wlora.console import protect_output, telling
 from wlora.errors import ConfigError, wrong_value
 from wlora.foreign import guard_files
 from wlora.models.source import locate
@@ -131,7 +132,7 @@ class Study(NamedTuple):
 
 @functools.lru_cache
 def _read(folder: Path) -> Study:
-    runs = read_runs(folder) if folder.is_dir() else []
+    runs = read_runs(folder) if os.path.isdir(folder) else []
     paces: dict[tuple[str, ...], list[float]] = {}
     for run in runs:
         if run.status == "success" and run.record.steps.get("total"):
@@ -172,11 +173,8 @@ def _rows(config: Config) -> int | None:
 def main() -> None:
     """Print a line per cell and the total; exits with 0, or 2 after a mistake in a sweep."""
     protect_output()
-    try:
+    with telling():
         cells = survey(_split(line) for line in sys.stdin if line.strip())
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     for cell in cells:
         print(_line(cell))
     left, total = sum(cell.left for cell in cells), sum(len(cell.wanted) for cell in cells)
@@ -320,7 +318,7 @@ def _chooses_group(override: Override) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_group(name: str) -> bool:
-    return (config_folder() / name).is_dir()
+    return os.path.isdir(config_folder() / name)
 
 
 @functools.lru_cache(maxsize=64)

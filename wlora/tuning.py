@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from wlora.config import Config, scientific_fields
@@ -158,7 +158,7 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
         return None
     task, method = config.tune_on or config.task.name, str(config.method["name"])
     kinds = {(name, method) for name in (task, task.removesuffix("_own"))}
-    runs, faults = read_study(config.results_dir, kinds) if Path(config.results_dir).is_dir() else ([], [])
+    runs, faults = read_study(config.results_dir, kinds) if os.path.isdir(config.results_dir) else ([], [])
     if faults:
         raise ConfigError(
             f"{wanted[0]}=tuned: {faults[0]}, so the best is not known\n"

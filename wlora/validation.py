@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from collections.abc import Container
 from pathlib import Path
@@ -145,7 +146,7 @@ def resolve(config: Config) -> Config:
     _check_saving(config)
     _check_sharding(config)
     identify_adapter(config.adapter)
-    _check_results_folder(config)
+    check_results_folder(config.results_dir)
     config.per_task = {}  # what an experiment took from it stands in the keys it set
     config.task.presets = {}
     if config.compat == "release" and config.method["name"] == "probe":
@@ -329,14 +330,20 @@ def _check_lengths(config: Config) -> None:
             raise wrong_value(f"task.{key}", length, f"at most {positions}, the positions of model={config.model.name}")
 
 
-def _check_results_folder(config: Config) -> None:
-    """Refuse a results folder that cannot be written, before hours are spent on a run."""
-    import os
+def check_results_folder(results_dir: str) -> None:
+    """Refuse a results folder that cannot be written, before hours are spent on a run.
 
-    folder = Path(config.results_dir).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    Raises:
+        ConfigError: which part of its path cannot be written, or what is wrong with its name.
+    """
+    folder = Path(results_dir).absolute()
+    try:
+        folder.exists()
+    except OSError as error:
+        raise wrong_value("results_dir", results_dir, f"a folder that can be written ({error.strerror})") from None
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"results_dir={config.results_dir}: allowed is a folder that can be written ({existing} cannot)")
+        raise wrong_value("results_dir", results_dir, f"a folder that can be written ({existing} cannot)")
 
 
 def _resolve_k(config: Config) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wlora.errors import ConfigError
 from wlora.fingerprint import hash_file
+from wlora.reading import open_file, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +29,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORDED = {WEIGHTS: "adapter", CONFIG: "adapter_config"}
 _PREFIX = "base_model.model."
 _LARGEST_ALPHA = 1e9
+_LARGEST_RANK, _MOST_PATTERNS = 1 << 16, 10_000
+_BY_NAME = ("alpha_pattern", "rank_pattern")
+_RANKS = ("r", "init_r", "target_r")
+# What PEFT chooses modules by besides a list of their names, by regular expressions that may take for ever.
+_CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# No name of a module is longer than a few hundred letters: a file's name, neither, and `_compile` takes it for one.
+_PATTERN = re.compile(r"\^?(\w|-|\.\*|\\?\.){1,300}")
 _LARGEST_CONFIG = 1 << 20  # bytes
 _TASK_TYPES = {"sequence_classification": "SEQ_CLS", "question_answering": "QUESTION_ANS", "seq2seq": "SEQ_2_SEQ_LM"}
 # What else PEFT's LoRA can be: each of these changes the function, and other values than these have no place here.
@@ -132,7 +141,7 @@ def fingerprint(path: str) -> str:
     try:
         content = hash_file(Path(path) / WEIGHTS)
     except OSError:
-        pickled = "; adapter_model.bin is pickle and never read" if (Path(path) / "adapter_model.bin").is_file() else ""
+        pickled = "; adapter_model.bin is pickle and never read" if os.path.isfile(Path(path) / "adapter_model.bin") else ""
         raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}{pickled}") from None
     alphas = json.dumps([config.get("lora_alpha"), config.get("alpha_pattern")], sort_keys=True)
     return hashlib.sha256(f"{content}{alphas}".encode()).hexdigest()[:16]
@@ -174,51 +183,84 @@ def read_adapter(path: str) -> Start:
     return Start(adapters, head)
 
 
+def refuse_unbounded(folder: Path) -> None:
+    """Refuse adapters of any kind that PEFT could not load in bounded time and memory, whoever has written them.
+
+    Raises:
+        ConfigError: the configuration cannot be read, or a number or a pattern in it.
+    """
+    config = _load_config(folder, str(folder))
+    if config.get("target_modules") is not None and not _is_names(config["target_modules"]):
+        fault: tuple[str, str] | None = ("target_modules", "a list of names")
+    else:
+        fault = next(((key, "null") for key in _CHOOSING if config.get(key)), None) or _find_unbounded(config)
+        # PEFT takes patterns for regular expressions, in which several `.*` may go back for ever.
+        fault = fault or next(
+            ((key, "names of modules") for key in _BY_NAME if any("*" in name for name in config[key])), None
+        )
+    _refuse(fault, config, str(folder))
+
+
 def _read_config(path: str) -> dict[str, Any]:
     """Read a folder's configuration and refuse what is not plain LoRA."""
-    file = Path(path) / CONFIG
-    try:
-        if not file.is_file():
-            raise FileNotFoundError
-        with file.open("rb") as stream:
-            content = stream.read(_LARGEST_CONFIG + 1)
-        if len(content) > _LARGEST_CONFIG:
-            raise ValueError(f"more than {_LARGEST_CONFIG >> 20} MiB")
-        config = json.loads(content)
-        if not isinstance(config, dict):
-            raise ValueError("no JSON object")
-    except OSError:
-        raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"adapter.path={path}: {CONFIG} cannot be read ({error})") from None
-    config.setdefault("lora_alpha", 8)
-    for key, empty in (("alpha_pattern", {}), ("rank_pattern", {}), ("modules_to_save", [])):
-        config[key] = empty if config.get(key) is None else config[key]
-    if fault := _find_fault(config):
-        key, allowed = fault
-        raise ConfigError(f"adapter.path={path}: {key} is {str(config[key])[:100]}: allowed is {allowed}")
+    config = _load_config(Path(path), f"adapter.path={path}")
+    fault = next(((key, f"{values[0]}, PEFT's plain LoRA") for key, values in _PLAIN.items() if _differs(config, key)), None)
+    _refuse(fault or _find_unbounded(config), config, f"adapter.path={path}")
     return config
 
 
-def _find_fault(config: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the first key of a configuration that is not plain LoRA's, and what is allowed; None if there is none."""
-    for key, values in _PLAIN.items():
-        if key in config and config[key] not in values:
-            return key, f"{values[0]}, PEFT's plain LoRA"
+def _load_config(folder: Path, where: str) -> dict[str, Any]:
+    """Read a folder's configuration with what PEFT takes for keys that are not there."""
+    try:
+        with open_file(folder / CONFIG) as stream:
+            content = stream.read(_LARGEST_CONFIG + 1)
+        if len(content) > _LARGEST_CONFIG:
+            raise ValueError(f"more than {_LARGEST_CONFIG >> 20} MiB")
+        config = read_json(content)
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except OSError:
+        raise ConfigError(f"{where}: allowed is a folder with {CONFIG} and {WEIGHTS}") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: {CONFIG} cannot be read ({error})") from None
+    config.setdefault("lora_alpha", 8)
+    for key, empty in (("alpha_pattern", {}), ("rank_pattern", {}), ("modules_to_save", [])):
+        config[key] = empty if config.get(key) is None else config[key]
+    return config
+
+
+def _refuse(fault: tuple[str, str] | None, config: dict[str, Any], where: str) -> None:
+    if fault:
+        key, allowed = fault
+        raise ConfigError(f"{where}: {key} is {str(config[key])[:100]}: allowed is {allowed}")
+
+
+def _differs(config: dict[str, Any], key: str) -> bool:
+    return key in config and config[key] not in _PLAIN[key]
+
+
+def _find_unbounded(config: dict[str, Any]) -> tuple[str, str] | None:
+    """Return the first key whose numbers or patterns could take for ever, and what is allowed; None if there is none."""
     if not _is_alpha(config["lora_alpha"]):
         return "lora_alpha", f"a number above 0, at most {_LARGEST_ALPHA:g}"
-    for key, holds, what in (("alpha_pattern", _is_alpha, "a number above 0"), ("rank_pattern", _is_rank, "1 or more")):
-        pattern = config[key]
-        if not (isinstance(pattern, dict) and all(map(holds, pattern.values()))):
+    for key in _RANKS:
+        if config.get(key) is not None and not _is_rank(config[key]):
+            return key, f"1 to {_LARGEST_RANK}"
+    patterns = {"alpha_pattern": (_is_alpha, "a number above 0")}
+    if config.get("peft_type") != "ADALORA":  # whose pattern has a mask for each name
+        patterns["rank_pattern"] = (_is_rank, f"1 to {_LARGEST_RANK}")
+    for key, (holds, what) in patterns.items():
+        if not (isinstance(config[key], dict) and all(map(holds, config[key].values()))):
             return key, f"{what} for each pattern"
-    if not _is_rank(config.get("r", 1)):
-        return "r", "1 or more"
-    if not all(re.fullmatch(r"\^?(\w|-|\.\*|\\?\.)+", name) for name in config["alpha_pattern"]):
-        return "alpha_pattern", "names of modules, or parts of them, with . and .* for what may be anything"
-    modules = config["modules_to_save"]
-    if not (isinstance(modules, list) and all(isinstance(name, str) and name for name in modules)):
-        return "modules_to_save", "a list of names"
-    return None
+    for key in _BY_NAME:
+        names = config[key]
+        if not isinstance(names, dict) or len(names) > _MOST_PATTERNS or not all(map(_PATTERN.fullmatch, names)):
+            return key, "names of modules, or parts of them, with . and .* for what may be anything"
+    return None if _is_names(config["modules_to_save"]) else ("modules_to_save", "a list of names")
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
 def _is_alpha(value: object) -> bool:
@@ -226,7 +268,7 @@ def _is_alpha(value: object) -> bool:
 
 
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST_RANK
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

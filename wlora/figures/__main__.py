@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wlora.console import protect_output
+from wlora.console import protect_output, telling
 from wlora.errors import ConfigError, unknown_name
 from wlora.records import RecordStore
+from wlora.staging import check_folders
 from wlora.study import Run, main_model, read_runs, read_words, select
 from wlora.tables.cells import NOT_COMPARED
 
@@ -48,11 +49,8 @@ def main(words: Sequence[str] | None = None, runs: Sequence[Run] | None = None) 
     if not words or {"-h", "--help"} & set(words):
         print(USAGE)
         sys.exit(0 if words else 2)
-    try:
+    with telling():
         _draw(words, runs)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def _draw(words: Sequence[str], known: Sequence[Run] | None) -> None:
@@ -60,6 +58,7 @@ def _draw(words: Sequence[str], known: Sequence[Run] | None) -> None:
         raise ConfigError("figures need matplotlib\nway out: pip install 'wlora[figures]'")
     names, options, filters = read_words(words, {"results_dir": "results"})
     results = Path(options["results_dir"] or "results")
+    check_folders(results, "figures")
     figures = _figures(results, filters, read_runs(results) if known is None else known)
     if len(names) != 1 or names[0] not in (*figures, "all"):
         raise unknown_name(f"figure {' '.join(names) or '(none)'}", names[0] if names else "", [*figures, "all"])

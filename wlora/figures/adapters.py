@@ -75,6 +75,8 @@ def _draw_kept(axis: Axes, runs: Sequence[Run]) -> AxesImage:
     kept, omega, rank = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for run in runs:
         for adapter in run.record.adapters:
+            if adapter["name"] not in place:
+                raise nothing("adapters", f"record {run.record.run_id} has an adapter on {adapter['name']}, no target of it")
             where = place[adapter["name"]]
             kept[where] += 1
             omega[where] += adapter["omega"] if adapter["omega"] is not None else 1.0
@@ -107,9 +109,11 @@ def dot_products(runs: Sequence[Run]) -> Figure:
     products: dict[str, list[float]] = {}
     for run in single:
         for event in run.record.events:
-            if event["kind"] == "dot_product":
+            if event["kind"] == "dot_product" and {"adapter", "value"} <= event.keys():
                 products.setdefault(event["adapter"], []).append(abs(event["value"]))
     targets = targets_of(single[0])
+    if not products.keys() & {target.name for target in targets}:
+        raise nothing("dot_products", f"record {single[0].record.run_id} has no product of any of its targets")
     kinds = list(dict.fromkeys(target.kind for target in targets))
     starred = _starred(runs, single[0])
     figure, ((axis,),) = new_figure(1, 1, width=PAGE if len(targets) > 20 else COLUMN, height=1.9)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from matplotlib.figure import Figure
 
 from wlora.figures.canvas import COLUMN, count_axis, new_figure, nothing, style_of
+from wlora.reading import find_misfit, read_file
 from wlora.records import unseal
 
 GIB = 2**30
@@ -47,9 +48,35 @@ def memory(folder: Path, model: str | None = None) -> Figure:
     return figure
 
 
+class _Measured(TypedDict):
+    order: str
+    connected: int
+    saved_bytes: int
+    peak_bytes: int | None
+
+
+class _Where(TypedDict):
+    precision: str
+
+
+class _Measurement(TypedDict):
+    model: str
+    rank: int
+    n: int
+    batch_size: int
+    length: int
+    environment: _Where
+    points: list[_Measured]
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return unseal(file.read_bytes())
+        content = unseal(read_file(file))
+        if misfit := find_misfit(content, _Measurement):
+            raise ValueError(misfit)
+        if not content["points"]:
+            raise ValueError("it has no points")
+        return content
     except (OSError, ValueError) as error:
         raise nothing("memory", f"measurement {file} is damaged: {error}; python -m wlora.memory makes it again") from None
 

@@ -6,11 +6,13 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Weights a
 from __future__ import annotations
 
 import functools
+import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wlora.errors import ConfigError, wrong_value
+from wlora.reading import open_file
 
 if TYPE_CHECKING:
     from wlora.config import ModelConfig
@@ -37,7 +39,7 @@ def find_gguf(model: ModelConfig) -> Path:
     """
     assert model.path is not None and model.gguf_file is not None
     file = Path(model.path) / model.gguf_file
-    if not file.is_file():
+    if not os.path.isfile(file):
         there = ", ".join(sorted(path.name for path in Path(model.path).glob("*.gguf"))) or "none"
         raise wrong_value("model.gguf_file", model.gguf_file, f"a GGUF file in model.path={model.path} (there: {there})")
     return file
@@ -66,7 +68,7 @@ def read_gguf_architecture(file: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)
 def _read_head(file: str, size: int, modified: int) -> dict[str, Any]:
     """Return the head's numbers and texts by key, and of an array its length; read once per process."""
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         try:
             magic, version, _, entries = struct.unpack("<4sIQQ", stream.read(24))
             if magic != b"GGUF" or version not in _VERSIONS:

@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from wlora.config import ModelConfig
-from wlora.errors import ConfigError
+from wlora.errors import ConfigError, ran_out_of_memory
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.quantization import HEAD_MODULES, keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource
@@ -260,11 +260,8 @@ def build_unloaded(
 ) -> PreTrainedModel:
     """Build an architecture, all parameters frozen: with random weights on a device, with none on `meta`, for counting."""
     config = _make_config(model, architecture, num_labels)
-    try:
-        with torch.device(device):
-            built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
-    except Exception as error:  # whatever an odd size makes transformers or torch raise
-        raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
+    with torch.device(device):
+        built = _build(model, config, head)
     pack_on_meta(built, model.quantization)
     for parameter in built.parameters():
         parameter.requires_grad_(False)
@@ -312,7 +309,7 @@ def _build_random(
         # As in BART, the end of a text starts the decoder, and a text that is cut short is ended.
         config.decoder_start_token_id = config.forced_eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(_RANDOM_BASE_SEED)
-    built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
+    built = _build(model, config, head)
     return built, list(head_parameters(built))
 
 
@@ -334,9 +331,9 @@ def _load_pretrained(
                 # A head for another number of labels is replaced; other shapes in the body are refused below.
                 ignore_mismatched_sizes=True,
             )
-    except MemoryError:
-        raise
     except Exception as error:  # those of four libraries, without a common class
+        if ran_out_of_memory(error):
+            raise
         raise ConfigError(f"{_origin(model)}: the weights cannot be loaded ({_reason(error)})") from error
     head_names = list(head_parameters(loaded))
     absent = sorted(set(report["missing_keys"]) - set(head_names))
@@ -357,6 +354,17 @@ def _load_pretrained(
         )
     outside = {name for name in head_names if not name.startswith(f"{loaded.base_model_prefix}.")}
     return loaded, sorted(unfit if model.head == "kept" else unfit | outside)
+
+
+def _build(model: ModelConfig, config: PretrainedConfig, head: str) -> PreTrainedModel:
+    """Build a model with random weights on the present device."""
+    try:
+        built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever an odd size makes transformers or torch raise
+        if ran_out_of_memory(error):
+            raise
+        raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
+    return built
 
 
 def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: int) -> PretrainedConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from wlora.config import ModelConfig
 from wlora.errors import ConfigError, wrong_value
 from wlora.fingerprint import hash_file, hash_files
 from wlora.models.gguf import find_gguf
+from wlora.reading import read_file, read_json
 
 _CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt"}
 _PACKAGES = {"model.quantization": "bitsandbytes", "model.gguf_file": "gguf"}
@@ -44,11 +45,14 @@ def locate(model: ModelConfig) -> ModelSource:
         folder, key = _package_folder(model), f"model={model.name}"
     else:
         return ModelSource(model.hub_id if model.source == "hub" else None, None)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise ConfigError(f"{key}: allowed is a folder with config.json, tokenizer and weights")
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise ConfigError(f"{key}: no weights there (model.safetensors or pytorch_model.bin)")
+    for file in folder.rglob("*"):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ConfigError(f"{key}: {file.relative_to(folder)} is no regular file: allowed are files and folders")
     for index in folder.glob("*.index.json"):
         _refuse_elsewhere(index, key)
     if model.sha256 is not None and hash_file(weights[0]) != model.sha256:
@@ -63,9 +67,9 @@ def locate(model: ModelConfig) -> ModelSource:
 def _refuse_elsewhere(index: Path, key: str) -> None:
     """Refuse a list of shards that names a file outside its folder, which the fingerprint would not see."""
     try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        names = set(read_json(read_file(index))["weight_map"].values())
         strange = [name for name in names if name in (".", "..") or Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{key}: {index.name} cannot be read ({type(error).__name__}: {str(error)[:100]})") from None
     if strange:
         raise ConfigError(f"{key}: {index.name} names {strange[0]}: allowed are files of the folder")

@@ -8,6 +8,8 @@ intermediate linears).
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, unknown_name
 from wlora.models.gguf import find_gguf, read_gguf_architecture
+from wlora.reading import read_file, read_json
 
 if TYPE_CHECKING:
     from wlora.config import ModelConfig
 
 MOST_LAYERS = 10_000
+# Keys of `config.json` that count something of which every model has at least one.
+_SIZES = re.compile(r"max_position_embeddings|(hidden|intermediate|vocab)_size|d_model|\w+_heads|\w+_ffn_dim")
 TARGET_SETS = ("qkv", "attention", "all", "release")
 """What `targets` may name; `SET@LAYER` is the part of a set from a layer up."""
 
@@ -127,12 +132,12 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
     if model.gguf_file is not None:
         return _check_family(read_gguf_architecture(find_gguf(model)), model)
     file = Path(model.path) / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"model.path={model.path}: allowed is a folder with config.json, tokenizer and weights")
     try:
-        architecture = json.loads(file.read_text(encoding="utf-8"))
+        architecture = read_json(read_file(file))
         family = architecture["model_type"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"model.path={model.path}: config.json cannot be read or has no model_type ({error})") from None
     if not isinstance(family, str) or family not in FAMILIES:
         raise unknown_name(f"model.path={model.path}: model_type {family}", str(family), FAMILIES)
@@ -151,11 +156,15 @@ def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str,
             "allowed is a folder of that family, or another model=NAME beside model.path"
         )
     sizes = {stack.depth_key: MOST_LAYERS for stack in FAMILIES[family]}
-    if architecture.get("max_position_embeddings") is not None:
-        sizes["max_position_embeddings"] = 1 << 30
+    sizes |= {key: 1 << 30 for key, size in architecture.items() if _SIZES.fullmatch(key) and size is not None}
+    try:
+        json.dumps(architecture, allow_nan=False)
+    except ValueError:
+        where = f"model.path={model.path}: config.json" if model.path else "model.architecture"
+        raise ConfigError(f"{where} holds a number that is not finite: allowed are finite numbers") from None
     for key, most in sizes.items():
         size = architecture.get(key)
-        if not isinstance(size, int) or not 1 <= size <= most:
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             told = (
                 f"model.path={model.path}: {key} in config.json is {size};"
                 if model.path

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from wlora.config import config_folder
-from wlora.console import protect_output
+from wlora.console import protect_output, telling
 from wlora.errors import ConfigError, unknown_name, wrong_value
-from wlora.staging import staged
+from wlora.staging import check_folders, staged
 from wlora.study import Run, main_model, read_runs, read_words, select
 from wlora.tables.best import read_best
 from wlora.tables.caption import caption, machines, notes
@@ -56,11 +56,8 @@ def main(words: Sequence[str] | None = None, runs: Sequence[Run] | None = None) 
     if not words or {"-h", "--help"} & set(words):
         print(USAGE)
         sys.exit(0 if words else 2)
-    try:
+    with telling():
         _write(words, runs)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,8 @@ def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
     seeds, bootstrap_seed = _integer("seeds", options["seeds"], 1), _integer("bootstrap_seed", options["bootstrap_seed"], 0)
     score = _score(options["score"])
     results = Path(options["results_dir"] or "results")
-    if (results / "table1.csv").is_file() and not (results / "records").is_dir():
+    check_folders(results, "tables")
+    if os.path.isfile(results / "table1.csv") and not os.path.isdir(results / "records"):
         for layout in layouts:
             _write_paper(layout, results)
         return

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from wlora.errors import ConfigError
+from wlora.reading import open_file
 from wlora.statistics import Summary
 from wlora.tables.cells import Cell, Table, average, decimals, mark
 from wlora.tables.layouts import Column, Layout, Row
@@ -36,21 +40,27 @@ def column_name(column: Column, metric: str) -> str:
 
 
 def read_printed(layout: Layout, folder: Path | None = None) -> dict[Row, PrintedRow]:
-    """Read the paper's table; empty where the paper has none (the demo's)."""
+    """Read the paper's table; empty where the paper has none (the demo's).
+
+    Raises:
+        ConfigError: a file that is no such table.
+    """
     file = (folder or paper_folder()) / f"table{layout.name}.csv"
-    if not file.is_file():
+    if not os.path.isfile(file):
         return {}
     names = [column_name(column, metric) for column in layout.columns for metric in column.metrics]
     printed = {}
     shown = set(layout.rows)
-    with file.open(newline="", encoding="utf-8") as stream:
-        for line in csv.DictReader(stream):
-            row = Row(line["method"], _integer(line["rank"]), _integer(line["k"]))
-            mean = float(line["all"]) if line.get("all") else None
-            values = {name: float(line[name]) for name in names}
-            if row not in shown:
-                continue
-            printed[row] = PrintedRow(line.get("params", ""), values, mean, line["note"])
+    try:
+        with io.TextIOWrapper(open_file(file), encoding="utf-8", newline="") as stream:
+            for line in csv.DictReader(stream):
+                row = Row(line["method"], _integer(line["rank"]), _integer(line["k"]))
+                mean = float(line["all"]) if line.get("all") else None
+                values = {name: float(line[name]) for name in names}
+                if row in shown:
+                    printed[row] = PrintedRow(line.get("params", ""), values, mean, line["note"])
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ConfigError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
     return printed
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wlora.errors import ConfigError
+from wlora.reading import read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LABEL = "label"
 ANSWERS = "answers"
+MOST_BYTES = 1 << 20
+"""Of a text: one much longer is no row but a whole file, and keeps a tokenizer busy for minutes."""
 _SHOWN = 40
 _LIST_SHOWN = 80
 
@@ -65,11 +67,16 @@ def check_rows(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
 
 def _check_text(column: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     column = _plain(column)
     _refuse_nulls(column, at)
     if not _is_text(column):
         raise ConfigError(f"{at} holds {column.type}; expected is text in every row")
+    sizes = pc.binary_length(column)
+    if (longest := pc.max(sizes).as_py() or 0) > MOST_BYTES:
+        row = pc.index(sizes, longest).as_py()
+        raise ConfigError(f"{at}: row {row} has {longest:,} bytes; allowed is a text of at most {MOST_BYTES:,}")
     return column.cast(pa.string())
 
 
@@ -214,7 +221,7 @@ def _refuse_nulls(column: pa.ChunkedArray, at: str) -> None:
 def _stored_names(schema: pa.Schema) -> list[str] | None:
     """Return the class names that the datasets library writes into the schema of its files."""
     try:
-        info: Any = json.loads((schema.metadata or {})[b"huggingface"])
+        info: Any = read_json((schema.metadata or {})[b"huggingface"])
         return [str(name) for name in info["info"]["features"][LABEL]["names"]]
     except (KeyError, TypeError, ValueError):
         return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError
+from wlora.reading import read_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,12 +41,12 @@ def find_files(folder: Path, split: str) -> list[Path]:
     Raises:
         ConfigError: there is no such folder or file, more than one, or a shard is missing or empty.
     """
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        what = "is a file" if os.path.exists(folder) else "does not exist"
         raise ConfigError(f"task.path={folder} {what}: expected is a folder with {_names_of(split)}")
     shard_name = re.compile(re.escape(split) + r"-(\d{5})-of-(\d{5})\.parquet")
     shards = sorted(file for file in folder.iterdir() if shard_name.fullmatch(file.name))
-    whole = [file for extension in EXTENSIONS if (file := folder / f"{split}.{extension}").is_file()]
+    whole = [file for extension in EXTENSIONS if os.path.isfile(file := folder / f"{split}.{extension}")]
     if not whole and not shards:
         raise ConfigError(
             f"task.path={folder}: no file for the split {split}: looked for {_names_of(split)}\n"
@@ -115,7 +117,7 @@ def _read_json(file: Path, columns: Sequence[str] | None) -> pa.Table:
     # Not with pyarrow.json: it takes strings that look like dates for dates, and reads no arrays.
     import pyarrow as pa
 
-    rows = _unwrap(_parse_values(file.read_text(encoding="utf-8-sig")))
+    rows = _unwrap(_parse_values(read_file(file).decode("utf-8-sig")))
     wrong = next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)
     if wrong is not None:
         raise fault(file, f"row {wrong} is not an object; expected is one object per row with named columns")

@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from wlora.errors import RunFault
+from wlora.reading import read_file, read_json
 from wlora.records import seal, unseal
 from wlora.staging import MISSING, patiently, put, remove_path, staged
 from wlora.training.state import State
@@ -102,17 +104,17 @@ class CheckpointStore:
             self.folder.parent.rmdir()  # if it was the last run's
 
     def _read(self, folder: Path) -> State:
-        manifest = unseal(patiently((folder / _MANIFEST).read_bytes))
+        manifest = unseal(patiently(lambda: read_file(folder / _MANIFEST)))
         if (manifest["schema"], manifest["run_id"]) != (SCHEMA, self.run_id):
             raise RunFault(
                 f"checkpoint {folder} has schema {manifest['schema']} and is of run {manifest['run_id']}, not {SCHEMA} and "
                 f"{self.run_id}; nothing was removed\nway out: the code that wrote it; force=true starts afresh"
             )
-        contents = {name: patiently((folder / name).read_bytes) for name in (_TENSORS, _FACTS)}
+        contents = {name: patiently(partial(read_file, folder / name)) for name in (_TENSORS, _FACTS)}
         for name, content in contents.items():
             if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
                 raise ValueError(f"{name} is not what was written")
-        return State(json.loads(contents[_FACTS]), load(contents[_TENSORS]))
+        return State(read_json(contents[_FACTS]), load(contents[_TENSORS]))
 
     def _folders(self) -> list[Path]:
         """List the checkpoints, newest first; OSError where that fails, since none found would mean to start afresh."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wlora.errors import RunFault
+from wlora.errors import RunFault, ran_out_of_memory
 from wlora.methods.base import Event, Method
 from wlora.models.prefix import Prefix, frozen_depth
 from wlora.models.readout import first_token_alone
@@ -316,8 +316,8 @@ class Trainer:
             counted = self.result.examples, self.result.tokens
             try:
                 return self._accumulate(batches)
-            except torch.OutOfMemoryError:
-                if self.accelerator.num_processes > 1 or self.parts >= self.plan.batch_size:
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out_of_memory(error) or self.accelerator.num_processes > 1 or self.parts >= self.plan.batch_size:
                     raise
             self.optimizers.zero_grad()
             self.method.forget_backward()

@@ -28,6 +28,7 @@ from wlora.console import notice, say
 from wlora.errors import RunFault
 from wlora.fingerprint import hash_file
 from wlora.models.prefix import Prefix
+from wlora.reading import open_file, read_file, read_json
 from wlora.staging import MISSING, patiently, put, remove_path, staged
 from wlora.tasks.features import INPUT_TYPES, Features
 from wlora.training.batching import evaluation_batches
@@ -201,12 +202,12 @@ def _find(folder: Path, size: int) -> mmap.mmap | None:
 
 
 def _map(folder: Path, size: int) -> mmap.mmap:
-    manifest = json.loads(patiently((folder / _MANIFEST).read_bytes))
+    manifest = read_json(patiently(lambda: read_file(folder / _MANIFEST)))
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"schema {manifest['schema']}")
     if patiently(lambda: hash_file(folder / _STATES)) != manifest["sha256"]:
         raise ValueError(f"{_STATES} is not what was written")
-    with (folder / _STATES).open("rb") as stream:
+    with open_file(folder / _STATES) as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     if len(mapped) != size:
         raise ValueError(f"{_STATES} has {len(mapped)} bytes, not {size}")

@@ -1,0 +1,125 @@
+"""Files that anybody may have put there: only regular ones are opened, JSON is shallow and of the types asked for.
+
+Opening a named pipe waits for a writer, and reading a device may never end. JSON nested as deep as Python can parse
+overruns the stack of whatever walks through it later. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from types import UnionType
+from typing import Any, BinaryIO, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+MOST_LEVELS = 64
+_MOST = 1 << 100  # of an integer: a float holds it
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading bytes.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe, a socket or a device; `IsADirectoryError` for a folder.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
+def read_file(path: str | Path) -> bytes:
+    """Return the bytes of a regular file; OSError as for `open_file`."""
+    with open_file(path) as stream:
+        return stream.read()
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # which lets the opening of a pipe not wait
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "it is no regular file", path)
+
+
+def read_json(text: str | bytes) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than `MOST_LEVELS`.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        content = None
+    else:
+        if _is_shallow(content, MOST_LEVELS):
+            return content
+    raise ValueError(f"it is nested in more than {MOST_LEVELS} levels")
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner if isinstance(one, dict | list))
+
+
+def find_misfit(value: Any, kind: Any, at: str = "") -> str | None:
+    """Return what of a JSON value is not of a type; None if all is.
+
+    Args:
+        value: as `json` reads it.
+        kind: an annotation of built-in types, unions, dataclasses and typed dictionaries. Of the latter two, keys that
+            they do not have may be anything, and only a typed dictionary's required keys must be there. A `float` may be
+            written as an integer, and is finite.
+        at: the value's name, for the message.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return None
+    if origin in (Union, UnionType):
+        return None if any(find_misfit(value, one) is None for one in inner) else _told(value, kind, at)
+    if kind in (int, float):
+        numbers = int if kind is int else (int, float)
+        fits = isinstance(value, numbers) and not isinstance(value, bool) and _is_bounded(value)
+        return None if fits else _told(value, kind, at)
+    if dataclasses.is_dataclass(kind) or is_typeddict(kind):
+        return _find_misfit_of_key(value, kind, at)
+    if not isinstance(value, origin or kind):
+        return _told(value, kind, at)
+    if origin is dict:
+        found = (find_misfit(one, inner[1], f"{at}.{key}") for key, one in value.items())
+    elif origin is list:
+        found = (find_misfit(one, inner[0], f"{at}[{index}]") for index, one in enumerate(value))
+    else:
+        return None
+    return next(filter(None, found), None)
+
+
+def _find_misfit_of_key(value: Any, kind: Any, at: str) -> str | None:
+    if not isinstance(value, dict):
+        return _told(value, dict, at)
+    for key in getattr(kind, "__required_keys__", ()):
+        if key not in value:
+            return f"{at}.{key} is missing".lstrip(".")
+    hints = _hints(kind)
+    return next(filter(None, (find_misfit(value[key], hints[key], f"{at}.{key}") for key in hints if key in value)), None)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _is_bounded(value: float) -> bool:
+    return abs(value) < _MOST if isinstance(value, int) else math.isfinite(value)
+
+
+def _told(value: Any, kind: Any, at: str) -> str:
+    return f"{at.lstrip('.')} is {repr(value)[:40]}, not {getattr(kind, '__name__', kind)}"
