@@ -118,6 +118,8 @@ class Claim:
                     self._shut_out(base / name)
             for step in base.glob("step-*"):
                 self._take(step, keep=True)
+            if self.lost():
+                raise self._fault()
         except OSError as error:
             if self.lost():
                 raise self._fault() from error

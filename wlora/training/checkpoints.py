@@ -116,8 +116,8 @@ class CheckpointStore:
         manifest = unseal(patiently((folder / _MANIFEST).read_bytes))
         if (manifest["schema"], manifest["run_id"]) != (SCHEMA, self.run_id):
             raise RunFault(
-                f"checkpoint {self.place(folder)} has schema {manifest['schema']} and is of run {manifest['run_id']}, not {SCHEMA} and "
-                f"{self.run_id}; nothing was removed\nway out: the code that wrote it; force=true starts afresh"
+                f"checkpoint {self.place(folder)} has schema {manifest['schema']} and is of run {manifest['run_id']}, not "
+                f"{SCHEMA} and {self.run_id}; nothing was removed\nway out: the code that wrote it; force=true starts afresh"
             )
         contents = {name: patiently((folder / name).read_bytes) for name in (_TENSORS, _FACTS)}
         for name, content in contents.items():

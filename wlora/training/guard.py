@@ -124,7 +124,8 @@ class Guard:
             trainer.restore(state)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise RunFault(
-                f"checkpoint {self.store.place(folder)} was written by other code (commit {state.facts['git_commit']}): {error}\n"
+                f"checkpoint {self.store.place(folder)} was written by other code "
+                f"(commit {state.facts['git_commit']}): {error}\n"
                 "way out: force=true starts afresh"
             ) from error
         if state.facts["git_commit"] != self.record.environment.get("git_commit"):
