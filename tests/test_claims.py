@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from wlora import locks
+from wlora import experiment, locks
 from wlora.claims import Claim
 from wlora.errors import RunFault, TakenOver
 from wlora.locks import RunLock
@@ -24,6 +24,7 @@ from wlora.training.checkpoints import CheckpointStore
 from wlora.training.guard import Guard
 from wlora.training.state import State
 
+from .conftest import TINY, compose
 from .test_checkpoints import state
 
 SETTINGS = [
@@ -136,6 +137,21 @@ def test_a_taker_goes_on_from_the_checkpoints_of_the_owner_before_it(
     with paused(lambda name, path: name == "rename" and "/.step-00000006" in path, take_over), pytest.raises(TakenOver):
         run_tiny(*SETTINGS, results=results)
     assert others[0].resumed_at == [3]
+
+
+def test_an_owner_that_was_taken_over_says_so_in_a_line_and_exits_with_1(
+    tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    other = compose(*TINY, *SETTINGS, f"results_dir={tmp_path}")
+
+    def take_over() -> None:
+        lose(tmp_path)
+        assert experiment.run(other).trained
+
+    with paused(lambda name, path: name == "replace" and "/adapters/" in path, take_over):
+        code, _, error = run_main(*TINY, *SETTINGS, f"results_dir={tmp_path}")
+    told = "error: another process has taken over the run, since this one gave no sign of life\n"
+    assert (code, error) == (1, told)
 
 
 def test_a_paused_owner_appends_to_no_curve_but_its_own(tmp_path: Path) -> None:
