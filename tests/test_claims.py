@@ -211,6 +211,17 @@ def test_an_owners_checkpoints_stand_beside_its_folder_before_and_after(tmp_path
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("made", ["checkpoints/run", "checkpoints/run/TOKEN"])
+def test_folders_that_an_ending_process_removes_as_empty_are_made_again(made: str, tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, "run")
+    assert lock.acquire() and lock.token
+    path = str(tmp_path / made.replace("TOKEN", lock.token))
+    (tmp_path / "checkpoints").mkdir()
+    pause = paused(lambda name, at: (name, at) == ("mkdir", path), lambda: shutil.rmtree(tmp_path / "checkpoints"))
+    with pause, lock.held(), Claim(tmp_path, lock, lock.token).opened():
+        assert (tmp_path / "checkpoints" / "run" / lock.token).is_dir()
+
+
 def test_a_folder_that_cannot_be_taken_over_ends_the_run_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

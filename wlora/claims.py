@@ -22,6 +22,7 @@ from wlora.locks import RunLock
 from wlora.staging import leftovers, put, remove_path
 
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
+# What a folder says in which another process makes and removes files at the same time.
 _MOVING = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}
 # How often a folder is emptied, into which a process that has woken up may just write.
 _TRIES = 100
@@ -94,15 +95,16 @@ class Claim:
         return TakenOver(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
 
     def _make(self) -> None:
-        try:
-            for _ in range(_TRIES):
+        for _ in range(_TRIES):
+            try:
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):  # a process that has just ended removes what is empty
-                    self.folder.mkdir()
-                    return
-        except OSError as error:
-            raise RunFault(f"{self.folder} cannot be made ({error.strerror})") from error
-        raise RunFault(f"{self.folder} cannot be made: the folder above it is removed again and again")
+                self.folder.mkdir()
+                return
+            except OSError as error:
+                fault = error
+                if error.errno not in _MOVING:  # else a process that has just ended has removed the folders above
+                    break
+        raise RunFault(f"{self.folder} cannot be made ({fault.strerror})") from fault
 
     def _shut_out_others(self) -> list[Path]:
         """Shut out the processes that had the run before; returns what they have half-written elsewhere."""
@@ -141,7 +143,7 @@ class Claim:
             except OSError as error:
                 if _is_gone(other):
                     return
-                if error.errno not in _MOVING:  # else that process has woken up and writes or removes here
+                if error.errno not in _MOVING:  # else that process has woken up and writes or removes there
                     raise
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(other))
 
