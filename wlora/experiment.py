@@ -84,10 +84,9 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
     if not from_main(accelerator.is_main_process and lock.acquire()):
         say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
         return record
-    main = accelerator.is_main_process
     with lock.held():
         claim = Claim(config.results_dir, lock, from_main(lock.token or ""))
-        with claim.opened(afresh=config.force) if main else nullcontext():
+        with claim.opened(afresh=config.force) if accelerator.is_main_process else nullcontext():
             try:
                 store.load(record.run_id)
             except ConfigError as damage:

@@ -66,7 +66,9 @@ class CheckpointStore:
                 self._put(staging, target)  # also in place of an earlier one of the same step, which may be broken
             older = self._folders()[self.keep :]
         except OSError as error:
-            raise RunFault(f"the checkpoint {target} cannot be written ({error.strerror}); older ones stay") from error
+            raise RunFault(
+                f"the checkpoint {self.place(target)} cannot be written ({error.strerror}); older ones stay"
+            ) from error
         for old in older:
             remove_path(old)
         return target
