@@ -1,9 +1,10 @@
-"""Kills runs at random moments and looks at what is left: `kill` for whole runs, `store` for records of many processes.
+"""Kills and pauses runs at random moments and looks at what is left.
 
-    python scripts/reliability.py kill --rounds 3
-    python scripts/reliability.py store
+    python scripts/reliability.py kill --rounds 3       whole runs of every method, killed and gone on with
+    python scripts/reliability.py store                 records of many processes, some of which are killed
+    python scripts/reliability.py pause --rounds 200    owners of a run, stopped until another process has taken it over
 
-Both write a table (.csv, .md) and a summary (.json) to results/reliability and exit with 1 if anything was lost, torn,
+All write a table (.csv, .md) and a summary (.json) to results/reliability and exit with 1 if anything was lost, torn,
 different or done twice.
 """
 
@@ -28,10 +29,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from wlora.claims import Claim
 from wlora.config import config_folder
 from wlora.locks import RunLock
 from wlora.records import Record, RecordStore
-from wlora.staging import remove_leftovers
 
 STEPS = 80
 SETTING = [
@@ -50,11 +51,13 @@ WORKERS, RECORDS_EACH, KILLS = 8, 100, 40
 
 
 def main() -> None:
-    """Run one of the two tests, or be one of their processes."""
+    """Run one of the tests, or be one of their processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "store", "work", "victim"))
-    parser.add_argument("--rounds", type=int, default=3, help="kills per method at random moments; one more is aimed")
-    parser.add_argument("--jobs", type=int, default=2, help="methods at a time")
+    parser.add_argument("what", choices=("kill", "store", "pause", "work", "victim"))
+    parser.add_argument(
+        "--rounds", type=int, help="kills per method at random moments, one more is aimed (3); pauses in all (200)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="methods, or pauses, at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("results/reliability"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -67,7 +70,14 @@ def main() -> None:
     if args.what == "victim":
         run_observed(args.folder, args.aim, args.words)
         return
-    rows, summary, well = kill_all(args) if args.what == "kill" else store(args.seed)
+    if args.what == "pause":
+        from reliability_pause import pause_all  # which imports torch
+
+        args.rounds = args.rounds or 200
+        rows, summary, well = pause_all(args)
+    else:
+        args.rounds = args.rounds or 3
+        rows, summary, well = kill_all(args) if args.what == "kill" else store(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / f"{args.what}.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
@@ -135,7 +145,7 @@ def kill_method(method: str, rounds: int, moments: random.Random, folder: Path) 
         results = folder / method / str(number)
         aimed = aim if number == rounds else ""
         step, part, doing = kill_one(words, results, moments, aimed)
-        left = sorted(int(path.name.removeprefix("step-")) for path in results.glob("checkpoints/*/step-*"))
+        left = sorted(int(path.name.removeprefix("step-")) for path in results.glob("checkpoints/*/*/step-*"))
         start(words, results).wait()
         record = only_record(results)
         outcome = "lost" if record is None else "equal" if same(expected, record, whole, results) else "different"
@@ -248,16 +258,16 @@ def run_observed(moment: Path, aim: str, words: list[str]) -> None:
         with doing("saving"):
             return original(*given)
 
-    def write_file(original: Callable[..., Any], path: Path, content: bytes) -> None:
-        original(path, content)
-        die("saving")  # the first file is there, the others are not
+    def hear(event: str, given: tuple[Any, ...]) -> None:
+        if event == "open" and str(given[0]).endswith("/facts.json") and given[1] == "xb":
+            die("saving")  # the first file is there, the others are not
 
     wrap(loop.Trainer, "_train_step", train_step)
     wrap(loop.Trainer, "_backward", backward)
     wrap(loop.Trainer, "_restructure", restructure)
     wrap(loop.Trainer, "_evaluate", evaluate)
     wrap(checkpoints.CheckpointStore, "write", write)
-    wrap(checkpoints, "_write_through", write_file)
+    sys.addaudithook(hear)
     sys.argv = ["wlora.run", *words]
     run.main()
 
@@ -323,12 +333,12 @@ def work(folder: Path, seed: int) -> None:
             lock = RunLock(folder, name)
             if not lock.acquire():
                 continue
-            with lock.held():
-                remove_leftovers(folder, name)
-                done = records.read(name)
+            claim = Claim(folder, lock, lock.token or "")
+            with lock.held(), claim.opened():
+                own, done = RecordStore(folder, claim.put), records.read(name)
                 if done is None or done.status != "success":
-                    records.write(Record(run_id=name, status="running", config={"padding": "x" * 20_000}))
-                    records.write(Record(run_id=name, status="success", config={"padding": "x" * 20_000}))
+                    own.write(Record(run_id=name, status="running", config={"padding": "x" * 20_000}))
+                    own.write(Record(run_id=name, status="success", config={"padding": "x" * 20_000}))
                     with open(folder / "completed", "a") as stream:
                         stream.write(name + "\n")
             names.remove(name)

@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING
 
@@ -260,7 +260,7 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
 
 def _identifying(section: TaskConfig | ModelConfig | TrainConfig) -> dict[str, Any]:
     """Return a section's keys, those `later` ones left out that hold their default."""
-    later, values = _later_defaults(type(section)), dataclasses.asdict(section)
+    later, values = _later_defaults(cast(Any, type(section))), dataclasses.asdict(section)
     return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
 

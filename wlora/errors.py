@@ -28,6 +28,10 @@ class RunFault(Exception):
     everywhere = False
 
 
+class TakenOver(RunFault):
+    """Another process runs the run now, since this one gave no sign of life: nothing of it may be written any more."""
+
+
 def wrong_value(key: str, value: object, allowed: str) -> ConfigError:
     """Build the standard message for a bad value: the key, the value and what is allowed."""
     return ConfigError(f"{key}={shorten(value)}: allowed is {allowed}")

@@ -9,6 +9,7 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from transformers import PreTrainedModel
 
 from wlora.adapters.attach import count_elements
 from wlora.adapters.peft_format import Start, read_adapter
+from wlora.claims import Claim
 from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.console import announce, notice, say, summarize
 from wlora.environment import describe_environment
-from wlora.errors import ConfigError, RunFault, ran_out_of_memory
+from wlora.errors import ConfigError, RunFault, TakenOver, ran_out_of_memory
 from wlora.locks import RunLock
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
@@ -34,7 +36,7 @@ from wlora.models.targets import list_targets, read_architecture
 from wlora.precision import Precision, choose_precision, lower_base
 from wlora.processes import from_main, gather
 from wlora.records import Record, RecordStore, peak_memory
-from wlora.staging import PARTS, check_folders, remove_leftovers
+from wlora.staging import PARTS, Put, check_folders
 from wlora.stock import Stock
 from wlora.tasks import Task
 from wlora.tasks.data import fingerprint
@@ -83,16 +85,16 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
         say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
         return record
     with lock.held():
-        if accelerator.is_main_process:
-            remove_leftovers(config.results_dir, record.run_id)
-        try:
-            store.load(record.run_id)
-        except ConfigError as damage:
-            say(f"notice: {damage}; the run is done again")
-        # Another process may have finished it between the look and the lock.
-        return _find_success(store, record.run_id, config) or _run(
-            config, accelerator, precision, source, record, store, lock, stock or Stock(keep=False)
-        )
+        claim = Claim(config.results_dir, lock, from_main(lock.token or ""))
+        with claim.opened(afresh=config.force) if accelerator.is_main_process else nullcontext():
+            try:
+                store.load(record.run_id)
+            except ConfigError as damage:
+                say(f"notice: {damage}; the run is done again")
+            # Another process may have finished it between the look and the lock.
+            return _find_success(store, record.run_id, config) or _run(
+                config, accelerator, precision, source, record, claim, stock or Stock(keep=False)
+            )
 
 
 def _written(config: Config, identity: str) -> list[str]:
@@ -107,11 +109,10 @@ def _run(
     precision: Precision,
     source: ModelSource,
     record: Record,
-    store: RecordStore,
-    lock: RunLock,
+    claim: Claim,
     stock: Stock,
 ) -> Record:
-    """Run one configuration and complete its record, under its lock."""
+    """Run one configuration and complete its record, which is this process's to write."""
     begin = time.perf_counter()
     material = stock.material(config, source)
     task, data = material.task, material.data
@@ -142,17 +143,16 @@ def _run(
     record.task.update(train_rows=len(material.splits.rows["train"]), **material.unfit)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
 
-    checkpoints = CheckpointStore(config.results_dir, record.run_id, keep=config.train.keep)
+    store = RecordStore(config.results_dir, claim.put)
+    checkpoints = CheckpointStore(config.results_dir, record.run_id, keep=config.train.keep, claim=claim)
     tracker = Tracker(accelerator, say=say)
-    if config.force and accelerator.is_main_process:
-        checkpoints.remove()
     earlier = from_main(store.read(record.run_id))
     # A record of success, whose model alone is missing, is replaced by another of success only.
     telling = accelerator.is_main_process and (config.force or earlier is None or earlier.status != "success")
     if telling:
         store.write(record)
     curve = store.curve(record.run_id, write=accelerator.is_main_process)
-    guard = Guard(checkpoints, lock, curve=curve, record=record, every=plan.checkpoint_every, begin=begin)
+    guard = Guard(checkpoints, claim.lock, curve=curve, record=record, every=plan.checkpoint_every, begin=begin)
     tracker.start(record.run_id, record.config)
 
     def log(point: dict[str, Any]) -> None:
@@ -179,7 +179,7 @@ def _run(
         except BaseException as error:
             record.status, record.error = _classify(error)
             record.seconds = {"total": guard.seconds()}
-            if telling and not lock.lost:
+            if telling and not isinstance(error, TakenOver):
                 _write_ending(store, record)
             if isinstance(error, Interrupted):
                 accelerator.wait_for_everyone()  # a launcher ends the main process once another one has ended
@@ -187,6 +187,7 @@ def _run(
                 raise _out_of_memory(plan, accelerator.num_processes) from error
             raise
         finally:
+            curve.close()
             tracker.finish()
         _complete(record, result, method, guard.seconds())
         record.curve = curve.finish()
@@ -194,11 +195,11 @@ def _run(
             record.predictions = _keep_predictions(store, record, trainer)
             if config.train.save_adapter:
                 folder = adapter_folder(config.results_dir, record.run_id)
-                record.model |= {"adapter": None, **_keep_adapter(model, method, task, folder)}
+                record.model |= {"adapter": None, **_keep_adapter(model, method, task, folder, claim.put)}
             say(summarize(record, method, str(store.write(record))))
             if config.train.save_model:
                 saved = model_folder(config.results_dir, record.run_id)
-                save_model(model, method, material.tokenizer, saved)
+                save_model(model, method, material.tokenizer, saved, claim.put)
                 say(f"model      {saved}")
             if not config.train.keep_after:  # all that they stand for is on the disk now
                 checkpoints.remove()
@@ -238,10 +239,12 @@ def _keep_predictions(store: RecordStore, record: Record, trainer: Trainer) -> s
         return None
 
 
-def _keep_adapter(model: PreTrainedModel, method: Method, task: Task, folder: Path) -> dict[str, str]:
+def _keep_adapter(model: PreTrainedModel, method: Method, task: Task, folder: Path, put: Put) -> dict[str, str]:
     """Write the trained adapters; a run is not lost because they cannot be."""
     try:
-        return save_adapter(model, method, folder, kind=task.head)
+        return save_adapter(model, method, folder, kind=task.head, put=put)
+    except TakenOver:
+        raise
     except RunFault as error:
         say(f"notice: {error}")
         return {}

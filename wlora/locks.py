@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from wlora.staging import staged
 LEASE_SECONDS = 90.0
 # A file that names no holder is a damaged one if it stays so for this long; filelock's own patience is 2 seconds.
 DAMAGED_SECONDS = 5.0
+# A contender that looks whether a lock is a dead process's puts its own in the place for an instant.
+_LOOKS, _BETWEEN_LOOKS = 20, 0.1
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -79,6 +82,24 @@ class RunLock:
 
     def _fault(self) -> ConfigError:
         return ConfigError(f"lock {self.path} is damaged\nway out: remove it, if nothing runs {self.path.stem} any more")
+
+    @property
+    def token(self) -> str | None:
+        """The name of this hold, 32 hex digits; None while the lock is not held."""
+        return self._lease.token
+
+    def ours(self) -> bool:
+        """Tell whether the lock file names this hold by now."""
+        owner = self._lease.owner
+        return owner is not None and owner.token == self.token
+
+    def confirm(self) -> bool:
+        """Tell whether the lock is still this process's; takes up to two seconds where it is not."""
+        for _ in range(_LOOKS):
+            if self.ours():
+                return True
+            time.sleep(_BETWEEN_LOOKS)
+        return False
 
     def release(self) -> None:
         """Give the lock back."""

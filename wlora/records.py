@@ -15,12 +15,12 @@ import sys
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, RunFault
 from wlora.reading import find_misfit, read_file, read_json
 from wlora.recorded import Chosen, Content, Point
-from wlora.staging import patiently, write_whole
+from wlora.staging import Put, patiently, put, staged, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -110,10 +110,15 @@ def _short_hash(content: bytes) -> str:
 
 
 class RecordStore:
-    """The records of one study: `<results_dir>/records/<run_id>.json`; `.jsonl` is the curve, `.parquet` the predictions."""
+    """The records of one study: `<results_dir>/records/<run_id>.json`; `.jsonl` is the curve, `.parquet` the predictions.
 
-    def __init__(self, results_dir: str | Path) -> None:
+    Args:
+        put: moves what is written to its place; a run's own (`wlora.claims.Claim`) where others may run it, too.
+    """
+
+    def __init__(self, results_dir: str | Path, put: Put = put) -> None:
         self.folder = Path(results_dir) / "records"
+        self._put = put
 
     def path(self, run_id: str) -> Path:
         """Return where a run's record stands."""
@@ -209,7 +214,7 @@ class RecordStore:
         stream = pa.BufferOutputStream()
         parquet.write_table(table, stream, compression="zstd", compression_level=9)
         content = stream.getvalue().to_pybytes()
-        write_whole(self.path(run_id).with_suffix(".parquet"), content)
+        write_whole(self.path(run_id).with_suffix(".parquet"), content, self._put)
         return _short_hash(content)
 
     def read_predictions(self, record: Record) -> pa.Table | None:
@@ -238,12 +243,12 @@ class RecordStore:
         """Write a record atomically: the file holds the old content or the new one, never a part.
 
         Raises:
-            RunFault: the disk is full or the folder cannot be written; the old record stays.
+            RunFault: the disk is full, the folder cannot be written, or the run is another's by now; the old record stays.
         """
         text = seal(asdict(record))
         target = self.path(record.run_id)
         try:
-            write_whole(target, text.encode())
+            write_whole(target, text.encode(), self._put)
         except OSError as error:
             raise RunFault(
                 f"the record {target} cannot be written ({error.strerror}); an older one stays as it was"
@@ -252,7 +257,7 @@ class RecordStore:
 
     def curve(self, run_id: str, *, write: bool = True) -> CurveWriter:
         """Return a writer that starts the run's learning curve afresh; with `write=False` one that only remembers."""
-        return CurveWriter(self.folder / f"{run_id}.jsonl" if write else None)
+        return CurveWriter(self.folder / f"{run_id}.jsonl" if write else None, self._put)
 
     def scan(self, skip: Container[str] = ()) -> Iterator[Record | ConfigError]:
         """Iterate over all files, by name: each as its record, or as what is wrong with it.
@@ -301,19 +306,22 @@ class RecordStore:
 
 
 class CurveWriter:
-    """Appends points to a learning curve, one JSON object per line; a file that was removed is written again.
+    """Appends points to a learning curve, one JSON object per line; a file that was removed or replaced is written again.
+
+    Lines are appended to the file that this writer has put there, which it keeps open so that no other is taken for it.
 
     Attributes:
         points: all points so far.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, put: Put = put) -> None:
+        self._path, self._put = path, put
         self._size = 0
+        self._own: IO[bytes] | None = None
         self.points: list[dict[str, Any]] = []
         try:
             if path is not None:
-                write_whole(path, b"")
+                self._replace()
         except OSError as error:
             assert path is not None
             raise ConfigError(f"results_dir: {path.parent} cannot be written ({error.strerror})") from error
@@ -322,7 +330,7 @@ class CurveWriter:
         """Append one point.
 
         Raises:
-            RunFault: the disk is full.
+            RunFault: the disk is full, or the run is another process's.
         """
         self.points.append(point)
         self._write(_lines([point]))
@@ -338,6 +346,7 @@ class CurveWriter:
             RunFault: the disk is full.
         """
         self._write(None)
+        self.close()
         return self.checksum()
 
     def restart(self, points: list[dict[str, Any]]) -> None:
@@ -345,17 +354,35 @@ class CurveWriter:
         self.points = list(points)
         self._write(None)
 
+    def close(self) -> None:
+        """Let the file go, after the last point."""
+        if self._own is not None:
+            self._own.close()
+            self._own = None
+
     def _write(self, more: bytes | None) -> None:
         """Append lines; None, or a file that is not as it was left, is to write all points anew."""
         if self._path is None:
             return
         try:
             if more is None or not self._append(more):
-                content = _lines(self.points)
-                write_whole(self._path, content)
-                self._size = len(content)
+                self._replace()
         except OSError as error:
             raise RunFault(f"the learning curve {self._path} cannot be written ({error.strerror})") from error
+
+    def _replace(self) -> None:
+        """Put a file with all points in the place."""
+        assert self._path is not None
+        content = _lines(self.points)
+        self.close()
+        with staged(self._path) as staging:
+            staging.write_bytes(content)
+            own = staging.open("rb")
+            if os.name == "nt":  # where an open file cannot be moved, nobody can take its place either
+                own.close()
+            self._put(staging, self._path)
+        self._own = self._path.open("rb") if own.closed else own
+        self._size = len(content)
 
     def _append(self, more: bytes) -> bool:
         """Append to the file that was written so far; False if another one, a link or none stands there."""
@@ -367,7 +394,8 @@ class CurveWriter:
                 raise
             return False
         with open(descriptor, "ab") as stream:
-            if os.fstat(descriptor).st_size != self._size:
+            found = os.fstat(descriptor)
+            if self._own is None or not os.path.samestat(found, os.fstat(self._own.fileno())) or found.st_size != self._size:
                 return False
             stream.write(more)
         self._size += len(more)

@@ -19,6 +19,8 @@ from typing import TypeVar
 from wlora.errors import ConfigError
 
 T = TypeVar("T")
+# Moves a finished file or folder, the first path, to its place.
+Put = Callable[[Path, Path], None]
 
 # The folders that a run writes into.
 PARTS = ("records", "checkpoints", "adapters", "models", "locks", "prefix_cache")
@@ -65,25 +67,31 @@ def staged(target: Path) -> Iterator[Path]:
 def put(staging: Path, target: Path) -> None:
     """Move a finished file or folder to its place, in which a link is replaced, too; both are on the disk then.
 
+    No other folder is written into than the two that `staging` and `target` stand in, and none is made.
+
     Raises:
         OSError: the disk is full or the folder cannot be written; what stood there stays.
     """
     _sync_all(staging)
     if staging.is_dir() and os.path.lexists(target):  # no folder takes the place of another in one step
-        with staged(target) as aside:
-            os.replace(target, aside)
-            try:
-                os.replace(staging, target)
-            except OSError:
-                os.replace(aside, target)
-                raise
+        aside = staging.with_name(f"{staging.name}.old")
+        os.replace(target, aside)
+        try:
+            os.replace(staging, target)
+        except OSError:
+            os.replace(aside, target)
+            raise
+        remove_path(aside)
     else:
         os.replace(staging, target)
     _sync_entries(target.parent)
 
 
-def write_whole(target: Path, content: bytes) -> None:
+def write_whole(target: Path, content: bytes, put: Put = put) -> None:
     """Write a file so that it holds the old content or the new one, never a part.
+
+    Args:
+        put: moves the written file to its place.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; an older file stays.
@@ -109,15 +117,10 @@ def check_folders(results_dir: str | Path, *parts: str) -> None:
             raise ConfigError(f"results_dir={results_dir}: {folder} is {what}: allowed is a folder of its own")
 
 
-def remove_leftovers(results_dir: str | Path, run_id: str) -> None:
-    """Remove what killed processes of a run have left half-written, which nothing reads.
-
-    Only for the holder of the run's lock: nobody else writes for the run, so no living process owns any of it.
-    """
+def leftovers(results_dir: str | Path, run_id: str) -> list[Path]:
+    """List what processes of a run have half-written by now beside the places that it is for; nothing reads it."""
     results = Path(results_dir)
-    found = [path for part in ("models", "adapters", "records") for path in (results / part).glob(f".{run_id}.*")]
-    for path in [*found, *(results / "checkpoints" / run_id).glob(".step-*")]:
-        remove_path(path)
+    return [path for part in ("models", "adapters", "records") for path in (results / part).glob(f".{run_id}.*")]
 
 
 def remove_path(path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from wlora.adapters.peft_format import write_adapter
 from wlora.errors import RunFault
 from wlora.models.loading import head_modules, quiet
-from wlora.staging import put, staged
+from wlora.staging import Put, put, staged
 
 if TYPE_CHECKING:
     from wlora.methods.base import Method
@@ -30,12 +30,13 @@ def adapter_folder(results_dir: str | Path, run_id: str) -> Path:
     return Path(results_dir) / "adapters" / run_id
 
 
-def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: str) -> dict[str, str]:
+def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: str, put: Put = put) -> dict[str, str]:
     """Write a trained model's adapters and head as a PEFT folder, whole or not at all (`train.save_adapter`).
 
     Args:
         folder: is replaced where it exists.
         kind: the kind of head (`Task.head`).
+        put: moves the folder to its place.
 
     Returns:
         What the record's `model` says of the two files; nothing if the method has no adapters or none is left.
@@ -49,11 +50,13 @@ def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: 
     config, tensors = described
     config["base_model_name_or_path"] = model.config.name_or_path or None
     config["revision"] = getattr(model.config, "_commit_hash", None)
-    with replacing(folder) as staging:
+    with replacing(folder, put) as staging:
         return write_adapter(staging, config, tensors, head_modules(model), kind=kind)
 
 
-def save_model(model: PreTrainedModel, method: Method, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, method: Method, tokenizer: PreTrainedTokenizerBase, folder: Path, put: Put = put
+) -> None:
     """Fold a trained model's adapters into its weights and write it with its tokenizer, whole or not at all.
 
     It is folded and written in float32, whatever its base was run in, so that nothing of the adapters is rounded away.
@@ -64,18 +67,19 @@ def save_model(model: PreTrainedModel, method: Method, tokenizer: PreTrainedToke
         method: the policy whose adapters it carries.
         tokenizer: goes into the folder, too.
         folder: is replaced where it exists.
+        put: moves the folder to its place.
 
     Raises:
         RunFault: the disk is full or the folder cannot be written; an older folder stays.
     """
     model.to(device=torch.device("cpu"), dtype=torch.float32)
     method.fold()
-    with replacing(folder) as staging:
+    with replacing(folder, put) as staging:
         write_model(model, tokenizer, staging)
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, put: Put = put) -> Iterator[Path]:
     """Give out a folder to be made and filled, which then takes the other's place; a failure leaves nothing of it.
 
     Raises:

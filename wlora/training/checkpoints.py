@@ -2,6 +2,7 @@
 
     <results_dir>/checkpoints/<run_id>/step-00000120/   tensors.safetensors  facts.json  manifest.json
 
+While a process has the run they stand one folder deeper, in its own (`wlora.claims`).
 There is no pickle anywhere: tensors in safetensors, all else in JSON.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from wlora.claims import Claim
 from wlora.errors import RunFault
 from wlora.reading import read_file, read_json
 from wlora.records import seal, unseal
@@ -35,17 +37,20 @@ class CheckpointStore:
         results_dir: the study's folder.
         run_id: the run; a checkpoint of another one is never taken for its own.
         keep: how many of the newest stay.
+        claim: the right to write for the run, where other processes may run it, too.
     """
 
-    def __init__(self, results_dir: str | Path, run_id: str, *, keep: int) -> None:
-        self.folder = Path(results_dir) / "checkpoints" / run_id
+    def __init__(self, results_dir: str | Path, run_id: str, *, keep: int, claim: Claim | None = None) -> None:
+        self._base = Path(results_dir) / "checkpoints" / run_id
+        self.folder = claim.folder if claim else self._base
         self.run_id, self.keep = run_id, keep
+        self._put = claim.put if claim else put
 
     def write(self, state: State) -> Path:
         """Write a state and remove what is older than the newest `keep`.
 
         Raises:
-            RunFault: the disk is full or the folder cannot be written; older checkpoints stay.
+            RunFault: the disk is full, the folder cannot be written, or the run is another's by now; older checkpoints stay.
         """
         target = self.folder / f"step-{state.facts['step']:08d}"
         contents = {
@@ -55,15 +60,17 @@ class CheckpointStore:
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         contents[_MANIFEST] = seal({"schema": SCHEMA, "run_id": self.run_id, "sha256": sums}).encode()
         try:
-            with staged(target) as staging:
+            with staged(self._base / target.name) as staging:
                 staging.mkdir()
                 for name, content in contents.items():
                     with open(staging / name, "xb") as stream:
                         stream.write(content)
-                put(staging, target)  # also in place of an earlier one of the same step, which may be broken
+                self._put(staging, target)  # also in place of an earlier one of the same step, which may be broken
             older = self._folders()[self.keep :]
         except OSError as error:
-            raise RunFault(f"the checkpoint {target} cannot be written ({error.strerror}); older ones stay") from error
+            raise RunFault(
+                f"the checkpoint {self.place(target)} cannot be written ({error.strerror}); older ones stay"
+            ) from error
         for old in older:
             remove_path(old)
         return target
@@ -83,14 +90,18 @@ class CheckpointStore:
                     yield place, " ".join(f"{type(error).__name__}: {error}".split())
         except OSError as error:
             raise RunFault(
-                f"checkpoint {place} cannot be read ({error.strerror}); nothing was removed\n"
+                f"checkpoint {self.place(place)} cannot be read ({error.strerror}); nothing was removed\n"
                 "way out: the same command once it can be read; force=true starts afresh"
             ) from error
 
+    def place(self, folder: Path) -> Path:
+        """Return where a checkpoint stands while no process has the run, for messages."""
+        return self._base / folder.name
+
     def present(self) -> bool:
-        """Tell whether there is any checkpoint, whole or not."""
+        """Tell whether there is any checkpoint of any process that had the run, whole or not."""
         with contextlib.suppress(OSError):
-            return bool(self._folders())
+            return any(True for pattern in ("step-*", "*/step-*") for _ in self._base.glob(pattern))
         return False
 
     def discard(self, folder: Path) -> None:
@@ -100,15 +111,17 @@ class CheckpointStore:
     def remove(self) -> None:
         """Remove all checkpoints of the run."""
         remove_path(self.folder)
-        with contextlib.suppress(OSError):
-            self.folder.parent.rmdir()  # if it was the last run's
+        with contextlib.suppress(OSError):  # if it was the last run's
+            if self.folder != self._base:
+                self._base.rmdir()
+            self._base.parent.rmdir()
 
     def _read(self, folder: Path) -> State:
         manifest = unseal(patiently(lambda: read_file(folder / _MANIFEST)))
         if (manifest["schema"], manifest["run_id"]) != (SCHEMA, self.run_id):
             raise RunFault(
-                f"checkpoint {folder} has schema {manifest['schema']} and is of run {manifest['run_id']}, not {SCHEMA} and "
-                f"{self.run_id}; nothing was removed\nway out: the code that wrote it; force=true starts afresh"
+                f"checkpoint {self.place(folder)} has schema {manifest['schema']} and is of run {manifest['run_id']}, not "
+                f"{SCHEMA} and {self.run_id}; nothing was removed\nway out: the code that wrote it; force=true starts afresh"
             )
         contents = {name: patiently(partial(read_file, folder / name)) for name in (_TENSORS, _FACTS)}
         for name, content in contents.items():

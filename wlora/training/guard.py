@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from wlora.console import say
-from wlora.errors import RunFault
+from wlora.errors import RunFault, TakenOver
 from wlora.locks import RunLock
 from wlora.processes import from_main, several
 from wlora.records import CurveWriter, Record
@@ -75,11 +75,11 @@ class Guard:
 
         Raises:
             Interrupted: a signal asked to stop, on any process.
-            RunFault: another process has taken over the run.
+            TakenOver: another process has taken over the run.
         """
         asked = self._asked_anywhere(trainer.accelerator)
         if asked == LOST:
-            raise RunFault(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
+            raise TakenOver(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
         last = trainer.step == trainer.plan.total_steps
         due = self.every > 0 and trainer.passed(self.every)
         if (due or asked) and not last:
@@ -124,7 +124,8 @@ class Guard:
             trainer.restore(state)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise RunFault(
-                f"checkpoint {folder} was written by other code (commit {state.facts['git_commit']}): {error}\n"
+                f"checkpoint {self.store.place(folder)} was written by other code "
+                f"(commit {state.facts['git_commit']}): {error}\n"
                 "way out: force=true starts afresh"
             ) from error
         if state.facts["git_commit"] != self.record.environment.get("git_commit"):
@@ -145,7 +146,7 @@ class Guard:
             if isinstance(state, State):
                 found = folder, state
                 break
-            say(f"notice: checkpoint {folder} is broken and skipped ({state})")
+            say(f"notice: checkpoint {self.store.place(folder)} is broken and skipped ({state})")
             broken.append(folder)
         if broken and found is None:
             say("notice: no checkpoint of this run is whole: it starts afresh")
@@ -156,7 +157,7 @@ class Guard:
             return found
         read = dict(self.store.read()).get(self.store.folder / chosen, "it is not there")
         if isinstance(read, str):
-            raise RunFault(f"checkpoint {self.store.folder / chosen} holds on the main process and not here ({read})")
+            raise RunFault(f"checkpoint {self.store.place(Path(chosen))} holds on the main process and not here ({read})")
         return self.store.folder / chosen, read
 
     @contextmanager

@@ -1,0 +1,308 @@
+"""Owners of a run that are stopped for longer than their lock's lease and continued: `python scripts/reliability.py pause`.
+
+A first process runs a tiny experiment and is stopped at a random moment: every other time by a signal from outside, else by
+its own before a random one of its calls that write, so that the pause lies between whatever was looked at and the write. A
+second process takes the run over once the lease has run out. The first is continued before a random one of the second's
+calls that write, or after its end.
+
+All processes are forked from one that has imported everything and has the data and the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from wlora import experiment, locks
+from wlora.adapters.peft_format import RECORDED
+from wlora.config import Config, config_folder, register_schema
+from wlora.errors import ConfigError
+from wlora.jobs import Outcome, attempt
+from wlora.records import Record, RecordStore
+from wlora.stock import Stock
+from wlora.validation import resolve
+
+LEASE_SECONDS = 2.0
+WORDS = [
+    *("task=story_nli", "model=tiny_bert", "task.max_train_rows=32", "task.max_eval_rows=16", "task.batch_size=4"),
+    *("method=wlora", "method.select_steps=4", "rank=4", "lr=1e-3", "offline=true", "precision=fp32"),
+    *("train.max_steps=12", "train.eval_every=2", "train.checkpoint_every=3", "train.save_adapter=true"),
+]
+COMPARED = ("status", "metrics", "adapters", "events", "parameters", "steps", "model", "curve", "predictions")
+CALLS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open")
+PARTS = ("locks", "records", "checkpoints", "adapters")
+FAULTS = ("torn", "double_winner", "no_winner", "different", "files_left", "tracebacks")
+ENDED = "its end"
+DEADLINE = 300
+# Seconds after a call within which a signal stops a process: as long as a step takes on a busy machine.
+LONGEST_BETWEEN_CALLS = 0.1
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Watch:
+    """An audit hook that counts the calls of its process which write below a folder and acts before one of them.
+
+    Attributes:
+        folder: with a slash at its end.
+        parts: the folders in it that count.
+        at: the number of the call, from 1.
+        count: how many calls there were, in memory that is shared with the process that has forked this one.
+        last: the call before which the process is, such as `rename records`.
+    """
+
+    folder: str
+    parts: tuple[str, ...]
+    at: int = 0
+    act: Callable[[], None] = lambda: None
+    count: mmap.mmap = dataclasses.field(default_factory=lambda: mmap.mmap(-1, 2))
+    last: str = ""
+
+    def __call__(self, event: str, given: tuple[Any, ...]) -> None:
+        if event not in CALLS or not isinstance(given[0], str | os.PathLike):
+            return
+        path = os.fspath(given[0])
+        if not path.startswith(self.folder) or (event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        part = path.removeprefix(self.folder).partition("/")[0]
+        if part in self.parts:
+            self.last = f"{event.removeprefix('os.')} {part}"
+            self.count[:] = (self.calls() + 1).to_bytes(2, "little")
+            if self.calls() == self.at:
+                self.act()
+
+    def calls(self) -> int:
+        """Return how many calls there were."""
+        return int.from_bytes(self.count[:], "little")
+
+
+class Stage:
+    """What every process of the test is forked with: the composed experiment, its data and its model."""
+
+    def __init__(self, folder: Path) -> None:
+        locks.LEASE_SECONDS = LEASE_SECONDS
+        torch.set_num_threads(1)
+        register_schema()
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            composed = compose("config", overrides=WORDS)
+        self.config = resolve(OmegaConf.to_object(composed))  # type: ignore[arg-type]
+        self.stock = Stock(keep=True)
+        self.run(folder)  # what is loaded once is loaded here
+
+    def run(self, folder: Path) -> Record:
+        """Run the experiment in this process."""
+        config: Config = dataclasses.replace(self.config, results_dir=str(folder))
+        return experiment.run(config, (), self.stock)
+
+    def fork(self, folder: Path, name: str, watch: Watch, *, until_done: bool = False) -> int:
+        """Run the experiment in a process of its own; returns its number.
+
+        It leaves `<name>.json`, how it ended, and `<name>.out`, what it said, in the folder.
+        """
+        process = os.fork()
+        if not process:
+            output = os.open(folder / f"{name}.out", os.O_WRONLY | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.addaudithook(watch)
+            _end(lambda: self._live(folder, name, until_done))
+        return process
+
+    def _live(self, folder: Path, name: str, until_done: bool) -> None:
+        trained = False
+
+        def act() -> Outcome:
+            nonlocal trained
+            record = self.run(folder / "results")
+            trained = record.trained
+            return Outcome("", record.status, None, 0)
+
+        outcome = attempt("", act)
+        while until_done and outcome.status == "running":  # it was left to the first process
+            time.sleep(0.3)
+            outcome = attempt("", act)
+        told = {"code": outcome.exit_code, "status": outcome.status, "trained": trained}
+        (folder / f"{name}.json").write_text(json.dumps(told))
+
+
+def _end(act: Callable[[], None]) -> NoReturn:
+    """Do one thing in a forked process, in bounded time, and end it without what the first process has yet to do."""
+    signal.alarm(DEADLINE)
+    try:
+        act()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def pause_all(args: argparse.Namespace) -> tuple[list[Row], Row, bool]:
+    """Pause owners until there were `args.rounds` pauses; returns the rows, the summary and whether all went well."""
+    begin, moments, rows = time.monotonic(), random.Random(args.seed), list[Row]()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        stage = Stage(folder / "warm")
+        watches = [Watch(f"{folder}/{kind}/results/", parts) for kind, parts in (("whole", PARTS), ("again", PARTS[1:]))]
+        for kind, watch in zip(("whole", "again"), watches, strict=True):
+            (folder / kind).mkdir()
+            os.waitpid(stage.fork(folder / kind, "first", watch), 0)
+        (expected,) = RecordStore(folder / "whole" / "results")
+        running: dict[int, Path] = {}
+        started = 0
+        while running or sum(row["stopped_before"] != ENDED for row in rows) < args.rounds:
+            paused = sum(row["stopped_before"] != ENDED for row in rows)
+            while len(running) < min(args.jobs, args.rounds - paused):
+                own, started = folder / str(started), started + 1
+                at, on = (moments.randint(1, watch.calls()) for watch in watches)
+                late = moments.random() < 1 / 3
+                trial = Trial(stage, own, at, 0 if late else on, moments.random() if started % 2 else None)
+                sys.stdout.flush()
+                process = os.fork()
+                if not process:
+                    _end(lambda trial=trial: trial.play(expected))  # type: ignore[misc]
+                running[process] = own
+            own = running.pop(os.wait()[0])
+            rows.append({"trial": int(own.name), **json.loads((own / "row.json").read_text())})
+            print(json.dumps(rows[-1]), flush=True)
+            shutil.rmtree(own)
+    return rows, *judge(rows, time.monotonic() - begin)
+
+
+def judge(rows: list[Row], seconds: float) -> tuple[Row, bool]:
+    """Return the summary of all pauses, and whether all went well."""
+    paused = [row for row in rows if row["stopped_before"] != ENDED]
+    counts = {key: sum(row[key] for row in rows) for key in FAULTS}
+    summary = {
+        "pauses": len(paused),
+        "lease_seconds": LEASE_SECONDS,
+        **counts,
+        "seconds": round(seconds),
+        **{key: dict(Counter(row[key] for row in paused)) for key in ("first", "second", "continued", "stopped_before")},
+    }
+    return summary, not any(counts.values()) and sum(row["first"] == "taken over" for row in paused) > len(paused) // 4
+
+
+@dataclasses.dataclass
+class Trial:
+    """One pause of a run's owner and what another process makes of the run.
+
+    Attributes:
+        at: the number of the first process's call before which, or soon after which, it is stopped.
+        on: the number of the second's call before which the first goes on; 0 for after the second's end.
+        chance: where a signal stops the first, how long after its call as a share of the longest; else None.
+    """
+
+    stage: Stage
+    folder: Path
+    at: int
+    on: int
+    chance: float | None
+
+    def play(self, expected: Record) -> None:
+        """Do it and leave a row of the table in `row.json`."""
+        self.folder.mkdir()
+        root = f"{self.folder}/results/"
+        watch = Watch(root, PARTS, 0 if self.chance is not None else self.at)
+        watch.act = lambda: self._stop_itself(watch)
+        first = self.stage.fork(self.folder, "first", watch)
+        try:
+            where = self._wait_for_its_pause(first, watch)
+
+            def go_on() -> None:
+                if where != ENDED:
+                    (self.folder / "continued").touch()
+                    os.kill(first, signal.SIGCONT)
+
+            second = self.stage.fork(self.folder, "second", Watch(root, PARTS[1:], self.on, go_on), until_done=True)
+            os.waitpid(second, 0)
+            during = (self.folder / "continued").exists()
+            if where != ENDED:
+                os.kill(first, signal.SIGCONT)
+                os.waitpid(first, 0)
+        except BaseException:
+            os.kill(first, signal.SIGKILL)
+            raise
+        row = {
+            "stopped_before": where,
+            "continued": "while the second process ran" if during else "after the second process",
+            **{name: self._describe(name) for name in ("first", "second")},
+            **self._look(expected),
+        }
+        (self.folder / "row.json").write_text(json.dumps(row))
+
+    def _stop_itself(self, watch: Watch) -> None:
+        (self.folder / "stopped").write_text(watch.last)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _wait_for_its_pause(self, process: int, watch: Watch) -> str:
+        """Wait until the first process is stopped or has ended; returns where."""
+        if self.chance is None:
+            _, status = os.waitpid(process, os.WUNTRACED)
+            return (self.folder / "stopped").read_text() if os.WIFSTOPPED(status) else ENDED
+        while watch.calls() < self.at:
+            time.sleep(0.005)
+            if os.waitpid(process, os.WNOHANG)[0]:
+                return ENDED
+        time.sleep(self.chance * LONGEST_BETWEEN_CALLS)
+        os.kill(process, signal.SIGSTOP)
+        return "any moment" if os.WIFSTOPPED(os.waitpid(process, os.WUNTRACED)[1]) else ENDED
+
+    def _told(self, name: str) -> Row:
+        file = self.folder / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else {"code": "none", "status": "", "trained": False}
+
+    def _describe(self, name: str) -> str:
+        """Say how a process ended."""
+        told = self._told(name)
+        if told["code"]:
+            said = (self.folder / f"{name}.out").read_text()
+            return "taken over" if "has taken over the run, since this one gave" in said else f"exit code {told['code']}"
+        return "published" if told["trained"] else "found it done" if told["status"] == "success" else "left it"
+
+    def _look(self, expected: Record) -> Row:
+        """Look at what two processes have left of one run: for each kind of fault whether or how often it is there."""
+        results, outputs = self.folder / "results", [self.folder / f"{name}.out" for name in ("first", "second")]
+        winners = sum(self._describe(name) == "published" for name in ("first", "second"))
+        adapters = {f"adapters/{expected.run_id}/{file}": key for file, key in RECORDED.items()}
+        wanted = {*adapters, *(f"records/{expected.run_id}.{kind}" for kind in ("json", "jsonl", "parquet"))}
+        found = {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()}
+        whole = different = False
+        with contextlib.suppress(ConfigError, FileNotFoundError):
+            record = RecordStore(results).load(expected.run_id)
+            if record is not None and record.status == "success" and record.curve and record.predictions:
+                RecordStore(results).read_curve(record)
+                RecordStore(results).read_predictions(record)
+                sums = {key: hashlib.sha256((results / file).read_bytes()).hexdigest() for file, key in adapters.items()}
+                whole = all(sums[key].startswith(record.model[key] or "none") for key in sums)
+                different = any(getattr(record, key) != getattr(expected, key) for key in COMPARED)
+        return {
+            "torn": not whole,
+            "double_winner": winners > 1,
+            "no_winner": winners == 0,
+            "different": different,
+            "files_left": len(found - wanted),
+            "tracebacks": sum("Traceback" in output.read_text() for output in outputs),
+        }
