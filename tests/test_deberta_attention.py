@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
@@ -222,7 +223,25 @@ def test_only_what_occurs_is_multiplied_and_nothing_is_repeated_or_gathered(prec
 
 @pytest.mark.parametrize(("length", "occurring", "gathered"), [(64, 127, False), (129, 257, False), (200, 339, True)])
 def test_positions_that_occur(length: int, occurring: int, gathered: bool) -> None:
-    found = occurring_positions(length, span=256, buckets=256, furthest=512, device=torch.device("cpu"))
-    assert found.rows.stop - found.rows.start == occurring and (found.index is not None) == gathered
-    if found.index is not None:
-        assert found.index.shape == (length, length) and set(found.index.unique().tolist()) == set(range(occurring))
+    found = occurring_positions(length, span=256, buckets=256, furthest=512)
+    assert found.rows.stop - found.rows.start == occurring and (found.places is not None) == gathered
+    if found.places is not None:
+        assert len(found.places) == 2 * length - 1 and set(found.places) == set(range(occurring))
+
+
+def test_a_memory_estimate_leaves_nothing_behind() -> None:
+    """The shapes alone are computed, on no device that is there; then the model runs as before."""
+    model, inputs = build(position_buckets=8), batch(30)
+    replace_attention(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {key: mode.from_tensor(value) for key, value in inputs.items()}
+        assert isinstance(model(**fake).logits, FakeTensor)
+    assert type(model(**inputs).logits) is Tensor
+
+
+def test_an_index_made_in_inference_serves_training() -> None:
+    model, inputs = build(position_buckets=8), batch(31)
+    replace_attention(model)
+    with torch.inference_mode():
+        model(**inputs)
+    assert len(outcome(model, inputs)) > 12

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.models.deberta_v2.modeling_deberta_v2 import (
     DebertaV2Encoder,
     DisentangledSelfAttention,
@@ -34,35 +35,41 @@ class Positions:
 
     Attributes:
         rows: of the table, in its order: the position of the query minus that of the key, from 1 − n to n − 1.
-        index: for query i and key j, the place of i − j among `rows`, int64 [n, n]; None where the place is i − j + n − 1.
+        places: where each of these distances is among `rows`; None where each has a row of its own.
     """
 
     rows: slice
-    index: Tensor | None
+    places: tuple[int, ...] | None
 
 
-@functools.lru_cache(maxsize=_INDICES)
-@torch.inference_mode(False)  # what is kept may be saved for a backward pass later
-def occurring_positions(length: int, *, span: int, buckets: int, furthest: int, device: torch.device) -> Positions:
+@functools.cache
+def occurring_positions(length: int, *, span: int, buckets: int, furthest: int) -> Positions:
     """Return what a text of `length` tokens needs of a table of 2·span rows.
 
-    Computed on the CPU, so that a GPU need not be waited for.
+    Computed on the CPU, so that no GPU is waited for, and with real numbers where a memory estimate runs without any.
 
     Args:
         buckets: of relative positions; 0 or less for a row per position.
         furthest: the distance at which the buckets end.
-        device: of the index.
     """
-    distances = torch.arange(1 - length, length)
-    if buckets > 0 and furthest > 0:
-        distances = make_log_bucket_position(distances, buckets, furthest).long()
-    places = (distances + span).clamp(0, 2 * span - 1)
-    first, last = int(places[0]), int(places[-1])
-    rows = slice(first, last + 1)
-    if torch.equal(places, torch.arange(first, last + 1)):
-        return Positions(rows, None)
-    falling = (places - first).flip(0).to(device, non_blocking=True)
-    return Positions(rows, falling.unfold(0, length, 1).flip(0))
+    with unset_fake_temporarily():
+        distances = torch.arange(1 - length, length, device="cpu")
+        if buckets > 0 and furthest > 0:
+            distances = make_log_bucket_position(distances, buckets, furthest).long()
+        places = (distances + span).clamp(0, 2 * span - 1).tolist()
+    rows = slice(places[0], places[-1] + 1)
+    own = places == list(range(rows.start, rows.stop))
+    return Positions(rows, None if own else tuple(place - rows.start for place in places))
+
+
+@torch.inference_mode(False)  # what is kept may be saved for a backward pass later
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the place of i − j for query i and key j, int64 [n, n]."""
+    falling = torch.tensor(places[::-1]).to(device, non_blocking=True)
+    return falling.unfold(0, (len(places) + 1) // 2, 1).flip(0)
+
+
+_kept_index = functools.lru_cache(maxsize=_INDICES)(_index)
 
 
 class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[misc]
@@ -127,10 +134,12 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
             span=self.pos_ebd_size,
             buckets=self.position_buckets,
             furthest=self.max_relative_positions,
-            device=query.device,
         )
         table = self.pos_dropout(table[positions.rows]).unsqueeze(0)
-        index, parts = positions.index, []
+        index, parts = None, []
+        if positions.places is not None:
+            # The tensors of a memory estimate hold no numbers and must not be kept.
+            index = (_kept_index if type(query) is Tensor else _index)(positions.places, query.device)
         if "c2p" in self.pos_att_type:
             project = self.key_proj if self.share_att_key else self.pos_key_proj
             known = project(table) / divisor
