@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from wlora.config import Config
 from wlora.environment import describe_environment, name_machine
 from wlora.experiment import attach, prepare_method
+from wlora.models.deberta_attention import restore_attention
 from wlora.models.loading import head_parameters
 from wlora.models.prefix import Prefix, frozen_depth
 from wlora.models.readout import first_token_alone
@@ -206,6 +207,7 @@ def build_peft(case: Case, precision: str) -> Contender:
     from transformers import get_linear_schedule_with_warmup
 
     model, batch = build_model(compose(case.words_of("lora")))
+    restore_attention(model)  # as transformers hands it out
     stacks = FAMILIES[model.config.model_type]
     suffixes = sorted({suffix.rpartition(".")[2] for stack in stacks for suffix in stack.qkv})
     head = sorted({name.split(".")[0] if "pooler" not in name else "pooler" for name in head_parameters(model)})

@@ -10,14 +10,24 @@ from typing import Any
 import pytest
 import torch
 
+from wlora.dry_run import describe
 from wlora.records import Record
+from wlora.training import growth as growth_module
 from wlora.training import guard, loop
 from wlora.training.guard import Interrupted
 from wlora.training.loop import Trainer
 
+from .conftest import TINY, compose
+
 DEPTH = ["method=wlora_depth", "k=2", "method.depth_cost=0.5", "method.select_steps=4", "precision=fp32", "dropout=0"]
 QUIET = [f"+model.architecture.{key}=0.0" for key in ("hidden_dropout_prob", "attention_probs_dropout_prob")]
 GROWING = [*DEPTH, *QUIET, "task.batch_size=4", "train.accumulation_steps=4", "task.epochs=3"]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let larger micro-batches count as faster, as on a GPU."""
+    monkeypatch.setattr(growth_module, "larger_is_faster", lambda device: True)
 
 
 @pytest.fixture
@@ -42,6 +52,7 @@ def growth(record: Record) -> dict[str, Any]:
     return event
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_micro_keeps_rows_and_rates_and_takes_fewer_passes(
     run_tiny: Callable[..., Record], tmp_path: Path, updates: list[tuple[int, int, int, float]]
 ) -> None:
@@ -59,6 +70,7 @@ def test_micro_keeps_rows_and_rates_and_takes_fewer_passes(
     assert grown.metrics == pytest.approx(plain.metrics, rel=1e-4) and grown.run_id != plain.run_id
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_effective_takes_several_steps_of_the_plan_at_once_and_ends_with_it(
     run_tiny: Callable[..., Record], tmp_path: Path, updates: list[tuple[int, int, int, float]]
 ) -> None:
@@ -77,11 +89,33 @@ def test_effective_takes_several_steps_of_the_plan_at_once_and_ends_with_it(
     assert [point["step"] for point in map(json.loads, lines) if "metrics" in point] == [8, 16, 24]
 
 
+def test_on_a_cpu_micro_is_off(run_tiny: Callable[..., Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run is that without growth, in its identity, too; whoever asks is told once."""
+    words = [*DEPTH, "task.epochs=1", "train.accumulation_steps=2", "train.grow_batch=micro"]
+    micro = [run_tiny(*words, f"seed={seed}", results=tmp_path / "a") for seed in (0, 1)]
+    assert capsys.readouterr().out.count("notice: train.grow_batch=micro is off on this cpu") == 1
+    off = run_tiny(*words[:-1], results=tmp_path / "b")
+    assert micro[0].run_id == off.run_id and micro[0].config["train"]["grow_batch"] == "off"
+    assert (micro[0].metrics, micro[0].events) == (off.metrics, off.events)
+    assert micro[0].run_id in describe(compose(*TINY, *words, f"results_dir={tmp_path / 'a'}"))
+
+
+def test_on_a_cpu_effective_keeps_its_rows_in_the_micro_batches_of_the_plan(
+    run_tiny: Callable[..., Record], updates: list[tuple[int, int, int, float]]
+) -> None:
+    record = run_tiny(*GROWING, "train.grow_batch=effective")
+    grown = growth(record)
+    assert grown["growth"] >= 2 and grown["micro_batch"] == 4
+    assert all(rows == 4 * passes for _, passes, rows, _ in updates) and max(rows for _, _, rows, _ in updates) > 16
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_without_a_cut_nothing_grows(run_tiny: Callable[..., Record]) -> None:
     record = run_tiny("method=lora", "train.grow_batch=micro", "train.accumulation_steps=4")
     assert record.events == []
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_what_is_measured_leaves_no_trace(
     run_tiny: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +127,7 @@ def test_what_is_measured_leaves_no_trace(
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("kind", ["micro", "effective"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     kind: str, run_tiny: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,24 @@ from wlora.records import Record, RecordStore
 DROPOUT = {name: ["hidden_dropout_prob", "attention_probs_dropout_prob"] for name in ("tiny_bert", "tiny_deberta")}
 DROPOUT["tiny_bart"] = ["dropout"]
 
+WITHOUT_WAITS = """
+import sys, torch
+from wlora import run
+from wlora.training import loop
+
+def train_step(self, step, batches):
+    # Step 1 checks the optimiser's groups; step 8 is that of the cut, which the host decides.
+    torch.cuda.set_sync_debug_mode("default" if step in (1, 8) else "error")
+    try:
+        before(self, step, batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+before, loop.Trainer._train_step, loop.CURVE_POINTS = loop.Trainer._train_step, train_step, 1
+sys.argv[0] = "wlora.run"
+run.main()
+"""
+
 
 def python(*words: str, hidden: bool = False) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "" if hidden else GPUS}
@@ -69,6 +87,16 @@ def test_batches_grow_by_measured_memory(tmp_path: Path) -> None:
     (record,) = run(tmp_path, *words, "task.batch_size=32", "task.max_train_rows=512")
     (grown,) = [event for event in record.events if event["kind"] == "grow_batch"]
     assert grown["bytes_before"] > grown["bytes_after"] > 0 and record.memory["device"] >= grown["bytes_before"]
+
+
+@pytest.mark.parametrize("method", ["wlora", "wlora_depth", "rlora"])
+def test_a_step_does_not_wait_for_the_gpu(tmp_path: Path, method: str) -> None:
+    """DeBERTa in bfloat16: transformers' own BERT, BART and Llama look at their mask in every pass."""
+    words = ["model=tiny_deberta", f"method={method}", "k=2", "method.select_steps=8", "precision=bf16"]
+    done = python("-c", WITHOUT_WAITS, *TINY, *words, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (record,) = RecordStore(tmp_path)
+    assert [event["step"] for event in record.events] == [8]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -17,6 +17,7 @@ from wlora.training import batching, loop
 from wlora.training.batching import evaluation_batches, group_for_steps, share, training_batches
 from wlora.training.optimizers import Optimizers
 from wlora.training.plan import make_plan
+from wlora.training.prefetch import Prefetcher
 
 from .conftest import TINY, compose
 
@@ -322,12 +323,12 @@ def test_out_of_memory_a_step_is_tried_again_in_parts(
             raise torch.OutOfMemoryError("as on a small GPU")
         before(self, loss)
 
-    def collate(self: loop.Trainer, features: Any, rows: list[int]) -> Any:
+    def take(self: Prefetcher, rows: list[int]) -> Any:
         sizes.append(len(rows))
-        return kept_collate(self, features, rows)
+        return kept_take(self, rows)
 
-    kept_collate = loop.Trainer._collate
-    monkeypatch.setattr(loop.Trainer, "_collate", collate)
+    kept_take = Prefetcher.take
+    monkeypatch.setattr(Prefetcher, "take", take)
     monkeypatch.setattr(loop.Trainer, "_backward", backward)
     parts = run_tiny(f"method={method}", *STILL, "precision=fp32", results=tmp_path / "parts")
     assert [event for event in parts.events if event["kind"] == "out_of_memory"] == [

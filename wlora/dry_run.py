@@ -20,6 +20,7 @@ from wlora.precision import Precision, choose_precision
 from wlora.records import RecordStore
 from wlora.tasks import build_task
 from wlora.tasks.data import load_splits
+from wlora.training.growth import settle_growth
 from wlora.training.plan import make_plan
 
 # Stands for a run of unknown length, where a method's structure depends on it.
@@ -29,7 +30,9 @@ LONG = Steps(total=100_000, per_epoch=10_000)
 def describe(config: Config) -> str:
     """Say what a run would do (`dry_run`): adapters, parameters, steps, whether it is done. Needs no weights."""
     source = locate(config.model)
-    precision = choose_precision(config.precision, Accelerator(cpu=not torch.cuda.is_available()).device)
+    device = Accelerator(cpu=not torch.cuda.is_available()).device
+    config = settle_growth(config, device)
+    precision = choose_precision(config.precision, device)
     record = open_record(config, source, precision)
     task = build_task(config.task)
     method = prepare_method(config)

@@ -42,6 +42,7 @@ from wlora.tasks import Task
 from wlora.tasks.data import fingerprint
 from wlora.tracking import Tracker, tracking_folder
 from wlora.training.checkpoints import CheckpointStore
+from wlora.training.growth import settle_growth
 from wlora.training.guard import Guard, Interrupted
 from wlora.training.loop import Diverged, Result, Settings, Trainer
 from wlora.training.plan import Plan, make_plan
@@ -68,6 +69,7 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
         project_dir=str(tracking_folder(config.results_dir)),
     )
     config = from_main(config)  # `tuned` values may have been read from other records a moment later
+    config = settle_growth(config, accelerator.device)
     precision = choose_precision(config.precision, accelerator.device)
     source = locate(config.model)
     record = open_record(config, source, precision)

@@ -62,7 +62,8 @@ class RLoRA(WLoRA):
 
     def mask(self, omega: Tensor) -> Tensor:
         """Return which adapters were drawn, [n] boolean."""
-        return torch.tensor([name in self._drawn for name in self.adapters], device=omega.device)
+        drawn = torch.tensor([name in self._drawn for name in self.adapters])
+        return drawn.to(omega.device, non_blocking=True)  # a GPU is not waited for
 
     def choose(self, k: int) -> list[str]:
         """Return the drawn names, those with ω ≤ 0 left out."""

@@ -15,14 +15,20 @@ MIN_GRADIENT_NORM = 1e-10
 
 
 def top_k(omega: Tensor, k: int) -> Tensor:
-    """Return the boolean mask of the k largest entries of a vector, by signed value; ties go to the lower index."""
-    order = torch.argsort(omega, descending=True, stable=True)
-    mask = torch.zeros_like(omega, dtype=torch.bool)
-    mask[order[:k]] = True
-    return mask
+    """Return the boolean mask of the k largest entries of each vector, by signed value; ties go to the lower index.
+
+    Nothing is read from the device, here or below.
+
+    Args:
+        omega: [..., n].
+    """
+    order = torch.argsort(omega, dim=-1, descending=True, stable=True)
+    return torch.zeros_like(omega, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
 
-def top_k_above(omega: Tensor, layers: Sequence[int], k: int, *, depth_cost: float, num_layers: int) -> tuple[Tensor, float]:
+def top_k_above(
+    omega: Tensor, layers: Sequence[int], k: int, *, depth_cost: float | Tensor, num_layers: int
+) -> tuple[Tensor, Tensor]:
     """Choose adapters and the depth of the cut together, by exact search over the depth.
 
     Maximises Σω over the kept minus depth_cost × (num_layers − lowest kept layer): the layers from the lowest kept one up
@@ -34,17 +40,17 @@ def top_k_above(omega: Tensor, layers: Sequence[int], k: int, *, depth_cost: flo
         k: adapters to keep at most.
 
     Returns:
-        The boolean mask of the kept, [n], and the objective. With depth_cost = 0 these are the k largest positive ω.
+        The boolean mask of the kept, [n], and the objective (float64). With depth_cost = 0 these are the k largest positive
+        ω.
     """
-    best, objective = torch.zeros_like(omega, dtype=torch.bool), -math.inf
-    layer_of = torch.tensor(layers, device=omega.device)
-    for depth in sorted(set(layers)):
-        allowed = omega.masked_fill(layer_of < depth, -math.inf)
-        mask = top_k(allowed, k) & (allowed > 0)
-        value = float(omega[mask].sum()) - depth_cost * (num_layers - depth)
-        if mask.any() and value > objective:
-            best, objective = mask, value
-    return best, objective
+    layer_of = torch.tensor(layers).to(omega.device, non_blocking=True)
+    lowest = torch.tensor(sorted(set(layers))).to(omega.device, non_blocking=True).unsqueeze(1)
+    allowed = omega.masked_fill(layer_of < lowest, -math.inf)  # [depths, n]
+    masks = top_k(allowed, k) & (allowed > 0)
+    values = torch.where(masks, omega.double(), 0.0).sum(1) - depth_cost * (num_layers - lowest.squeeze(1))
+    values = values.masked_fill(~masks.any(1), -math.inf)
+    best = values.argmax()  # the first of equal ones: the deepest
+    return masks.index_select(0, best.view(1)).squeeze(0), values.max()
 
 
 @torch.no_grad()
@@ -52,8 +58,8 @@ def project(adapters: Collection[LowRankAdapter], choose: Callable[[Tensor], Ten
     """Set ω to zero where `choose`, given all ω, returns False (paper §3.3), unless no ω has received a gradient yet."""
     omegas: list[Tensor] = [adapter.omega for adapter in adapters if adapter.omega is not None]
     gradients = [omega.grad for omega in omegas if omega.grad is not None]
-    if not gradients or torch.stack(gradients).norm() <= MIN_GRADIENT_NORM:
+    if not gradients:
         return
-    mask = choose(torch.stack(omegas))
-    for omega, kept in zip(omegas, mask, strict=True):
+    uninformed = torch.stack(gradients).norm() <= MIN_GRADIENT_NORM
+    for omega, kept in zip(omegas, choose(torch.stack(omegas)) | uninformed, strict=True):
         omega.mul_(kept)

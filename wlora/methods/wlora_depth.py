@@ -51,7 +51,8 @@ class WLoRADepth(WLoRA):
         """Return the names of the best set."""
         omega = self.omegas()
         self.check_informed(omega, k)
-        mask, self._objective = self._search(torch.tensor(list(omega.values())))
+        mask, objective = self._search(torch.tensor(list(omega.values())))
+        self._objective = float(objective)
         return [name for name, kept in zip(omega, mask.tolist(), strict=True) if kept]
 
     def cut(self, step: int, survivors: list[str], *, final: bool = True) -> Event:
@@ -72,7 +73,7 @@ class WLoRADepth(WLoRA):
         if self.rule == "projected":
             super()._project(step)
 
-    def _search(self, omega: Tensor) -> tuple[Tensor, float]:
+    def _search(self, omega: Tensor) -> tuple[Tensor, Tensor]:
         layers = [self.adapters.target(name).layer for name in self.adapters]
-        unit = float(omega.std(correction=0)) if self.rule == "once" else 1.0
+        unit = float(omega.std(correction=0)) if self.rule == "once" else 1.0  # then asked at the cut alone
         return top_k_above(omega, layers, self.k, depth_cost=self.depth_cost * unit, num_layers=self.num_layers)

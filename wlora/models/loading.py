@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from wlora.config import ModelConfig
 from wlora.errors import ConfigError, ran_out_of_memory
+from wlora.models.deberta_attention import replace_attention
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.quantization import HEAD_MODULES, keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource
@@ -208,8 +209,8 @@ def load_base(
     loaded.config.problem_type = None  # that of the last training, which may have had labels of another kind
     if head != "seq2seq":
         loaded.config.use_cache = False  # keys and values of past tokens serve generation only
-    for parameter in loaded.parameters():
-        parameter.requires_grad_(False)
+    replace_attention(loaded)
+    loaded.requires_grad_(False)
     return loaded, fresh
 
 
@@ -262,9 +263,9 @@ def build_unloaded(
     config = _make_config(model, architecture, num_labels)
     with torch.device(device):
         built = _build(model, config, head)
+    replace_attention(built)
     pack_on_meta(built, model.quantization)
-    for parameter in built.parameters():
-        parameter.requires_grad_(False)
+    built.requires_grad_(False)
     return built
 
 

@@ -19,6 +19,7 @@ from wlora.processes import gather
 from wlora.tasks import Task
 from wlora.tasks.features import Features
 from wlora.training.batching import evaluation_batches, share
+from wlora.training.prefetch import move
 from wlora.training.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -135,8 +136,3 @@ def _predict(
     shards, totals = gather((indices, predictions)), [part for part in gather(total) if part is not None]
     loss = sum(totals) / sum(features.loss_weights) if totals else None
     return merge_shards(shards, count=len(features)), loss, all(gather(bool(torch.stack(finite).all())))
-
-
-def move(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Move a batch to a device."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

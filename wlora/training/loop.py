@@ -27,17 +27,22 @@ from wlora.tasks import Task
 from wlora.tasks.features import Features
 from wlora.training.batching import share, step_batches
 from wlora.training.bench import Bench
-from wlora.training.evaluation import Evaluation, Split, evaluate, move
+from wlora.training.evaluation import Evaluation, Split, evaluate
 from wlora.training.footprint import activation_bytes, saved_bytes
 from wlora.training.growth import BatchGrowth
 from wlora.training.optimizers import Optimizers, ParameterGroup
 from wlora.training.plan import Plan
+from wlora.training.prefetch import Prefetcher, move
 from wlora.training.prefix_cache import PrefixCache, Storage
 from wlora.training.sharding import average_gradients
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
 
 # Points of the learning curve over a whole run.
 CURVE_POINTS = 200
+# Steps whose losses stay unread on the device at most: to read one is to wait for the device.
+READ_EVERY = 8
+# What methods and libraries raise for numbers that are not finite.
+NUMERIC_ERRORS = (ArithmeticError, LookupError, RuntimeError, ValueError)
 FP16_FIRST_SCALE = 2.0**14
 
 
@@ -143,13 +148,24 @@ class Trainer:
         self.step = 0
         self.parts = 1  # in which a micro-batch is computed, one after the other
         self.growth = BatchGrowth(
-            settings.grow_batch, batch_size=plan.batch_size, accumulation_steps=plan.accumulation_steps
+            settings.grow_batch,
+            batch_size=plan.batch_size,
+            accumulation_steps=plan.accumulation_steps,
+            device=accelerator.device,
         )
         self._before = 0  # the step before the present one
-        self._losses: list[float] = []
+        self._losses: list[float] = []  # since the last point of the curve, as far as they are read
+        self._unread: list[tuple[int, Tensor]] = []
+        self._upcoming: list[list[int]] = []  # the micro-batches of the plan's next step
+        self._prefetch = Prefetcher(lambda rows: self._collate_on_cpu(self.data.train, rows))
 
     def capture(self) -> State:
-        """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU."""
+        """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU.
+
+        Raises:
+            Diverged: a loss up to this step is not finite.
+        """
+        self._read_losses()
         self._note_peak()
         state = capture(self.bare_model, self.method, self.optimizers)
         state.facts |= {"step": self.step, "losses": self._losses, "result": dataclasses.asdict(self.result)}
@@ -184,13 +200,15 @@ class Trainer:
             torch.manual_seed(self.settings.dropout_seed)
         losses = self._losses
         log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
-        with self._progress() as bar, first_token_alone(self.bare_model):
+        with self._progress() as bar, first_token_alone(self.bare_model), self._prefetch.running():
             for step, batches in self._updates():
                 begin = time.perf_counter()
                 with self._noticing_divergence(step):
-                    losses.append(self._train_step(step, batches))
-                self.result.train_seconds += time.perf_counter() - begin
+                    self._train_step(step, batches)
                 self._before, self.step = self.step, step
+                if self.passed(log_every) or self.passed(self.plan.eval_every) or len(self._unread) >= READ_EVERY:
+                    self._read_losses()
+                self.result.train_seconds += time.perf_counter() - begin
                 if self.passed(log_every):
                     self.log({"step": step, "loss": sum(losses) / len(losses)})
                     losses.clear()
@@ -207,18 +225,33 @@ class Trainer:
         """Tell whether the update just taken reached or passed a multiple of `every` steps, or the end."""
         return self.step // every > self._before // every or self.step == self.plan.total_steps
 
+    def _read_losses(self) -> None:
+        """Wait for the device, and take in the losses of the steps since this was last done.
+
+        Raises:
+            Diverged: one of them is not finite; the first such step is named.
+        """
+        unread, self._unread = self._unread, []
+        values = torch.stack([loss for _, loss in unread]).tolist() if unread else []
+        for (step, _), value in zip(unread, values, strict=True):
+            if not math.isfinite(value):
+                raise Diverged(f"the loss is {value} at step {step} of {self.plan.total_steps}")
+            self._losses.append(value)
+
     @contextlib.contextmanager
     def _noticing_divergence(self, step: int) -> Iterator[None]:
         """Turn the failures that numbers which are not finite lead to into one, `Diverged`.
 
         Once the norms of what trains are not finite, methods and libraries fail in their own ways, such as in an SVD.
+        A loss that is not read yet may have been the first such number.
         """
         try:
             yield
-        except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+        except Exception as error:
+            self._read_losses()
             if isinstance(error, FloatingPointError):
                 what = str(error)
-            elif not all(p.norm().isfinite() for p in self.optimizers.parameters()):
+            elif isinstance(error, NUMERIC_ERRORS) and not all(p.norm().isfinite() for p in self.optimizers.parameters()):
                 what = "the norm of what trains is not finite"
             else:
                 raise
@@ -239,7 +272,9 @@ class Trainer:
             accumulation_steps=self.plan.accumulation_steps,
             seed=self.settings.order_seed,
         )
-        for step, batches in enumerate(itertools.islice(steps, self.step, None), start=self.step + 1):
+        pairs = itertools.pairwise(itertools.chain(steps, [[]]))
+        for step, (batches, upcoming) in enumerate(itertools.islice(pairs, self.step, None), start=self.step + 1):
+            self._upcoming = upcoming
             gathered += batches
             count += 1
             if count >= self.growth.steps or step % self.plan.steps_per_epoch == 0 or step == self.plan.total_steps:
@@ -257,12 +292,10 @@ class Trainer:
             collate=lambda rows: self._collate(self.data.train, list(rows)),
         )
 
-    def _train_step(self, step: int, batches: list[list[int]]) -> float:
-        """Take one optimiser step; returns the mean loss over its rows."""
+    def _train_step(self, step: int, batches: list[list[int]]) -> None:
+        """Take one optimiser step; the mean loss over its rows stays on the device, unread."""
         self.optimizers.set_schedule(self.step, warmup=self.plan.warmup, total=self.plan.total_steps)
-        loss = float(self._gradients(batches))
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}")
+        self._unread.append((step, self._gradients(batches)))
         if step == 1:
             self.optimizers.check(self.bare_model)
         if self.scaler:
@@ -276,7 +309,6 @@ class Trainer:
         self.optimizers.zero_grad()
         grown = self.growth.observe(step, settled=self.method.settled(step), measure=lambda: self._measure(activation_bytes))
         self.result.events += [grown] if grown else []
-        return loss
 
     def _measure(self, measure: Callable[[nn.Module, dict[str, Tensor]], int]) -> int:
         """Measure a micro-batch of the longest training rows; nothing else is left behind."""
@@ -337,13 +369,14 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         if self.prefix:
             self.prefix.prepare("train", train)
-        grown = self.growth.regroup(batches, train.lengths)
-        pieces = [batch[part :: self.parts] for batch in grown for part in range(min(self.parts, len(batch)))]
+        pieces = self._pieces(batches)
         for index, piece in enumerate(pieces):
             mine = share(piece, rank, world)
             rows = mine or piece[:1]
-            inputs = self._collate(train, rows)
+            inputs = move(self._prefetch.take(rows), self.accelerator.device)
             last = index == len(pieces) - 1
+            following = next(iter(self._pieces(self._upcoming) if last else pieces[index + 1 :]), [])
+            self._prefetch.expect(share(following, rank, world) or following[:1])
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
                 part = sum(train.loss_weights[row] for row in mine) / whole
                 with self._replayed(rows, inputs):
@@ -359,6 +392,11 @@ class Trainer:
         if world > 1:
             total = self.accelerator.reduce(total, "sum")
         return total
+
+    def _pieces(self, batches: list[list[int]]) -> list[list[int]]:
+        """Return the rows of a step's micro-batches as they are computed: in larger ones or, out of memory, in parts."""
+        grown = self.growth.regroup(batches, self.data.train.lengths) if batches else []
+        return [batch[part :: self.parts] for batch in grown for part in range(min(self.parts, len(batch)))]
 
     def _unscale(self, scaler: torch.amp.GradScaler) -> None:
         """Divide what the backward passes have left by the scaler's factor; where it has overflown, drop all of it.
@@ -404,7 +442,10 @@ class Trainer:
 
     def _collate(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
         """Return rows of features as the model's inputs, on its device."""
-        return move(self.task.collate(features.rows(rows), self.tokenizer), self.accelerator.device)
+        return move(self._collate_on_cpu(features, rows), self.accelerator.device)
+
+    def _collate_on_cpu(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
+        return self.task.collate(features.rows(rows), self.tokenizer)
 
     def _groups(self) -> list[ParameterGroup]:
         return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.head_lr)]

@@ -32,6 +32,7 @@ from wlora.reading import open_file, read_file, read_json
 from wlora.staging import MISSING, patiently, put, remove_path, staged
 from wlora.tasks.features import INPUT_TYPES, Features
 from wlora.training.batching import evaluation_batches
+from wlora.training.prefetch import move
 
 SCHEMA = 1
 _STATES, _MANIFEST = "states.bin", "manifest.json"
@@ -127,10 +128,12 @@ class PrefixCache:
             # Rounded as the stored ones are, so that the limit is no part of the science.
             return self.prefix.replaced(self.prefix.compute(inputs).to(self.storage.dtype))
         mask = inputs["attention_mask"].bool()
-        states = torch.zeros(*mask.shape, self.prefix.width, dtype=self.storage.dtype, device=mask.device)
         spans = zip(stored.starts[rows].tolist(), stored.lengths[rows].tolist(), strict=True)
         pieces = [stored.states[start : start + length] for start, length in spans]
-        states[mask] = torch.cat(pieces).to(mask.device)
+        tokens = move({"states": torch.cat(pieces)}, mask.device)["states"]
+        # Each token takes the next of the stored states: `states[mask] = tokens` would make a GPU be waited for.
+        place = mask.flatten().cumsum(0).sub(1).clamp(min=0)
+        states = tokens[place].view(*mask.shape, -1).masked_fill(~mask.unsqueeze(-1), 0)
         return self.prefix.replaced(states)
 
     def _compute(self, features: Features, rows: list[int]) -> Iterator[Tensor]:
