@@ -20,6 +20,7 @@ import torch
 from wlora import staging
 from wlora.errors import RunFault
 from wlora.records import Record, RecordStore, seal, unseal
+from wlora.training import checkpoints
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.guard import Guard
 from wlora.training.loop import Trainer
@@ -94,7 +95,7 @@ def test_a_manifest_from_before_it_had_a_checksum_is_read(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
-@pytest.mark.parametrize(("owner", "name"), [(Path, "read_bytes"), (os, "listdir")])
+@pytest.mark.parametrize(("owner", "name"), [(checkpoints, "read_file"), (os, "listdir")])
 def test_a_fault_that_may_pass_is_tried_again_and_is_no_damage(
     owner: Any, name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from wlora import staging
+from wlora import records, staging
 from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.errors import ConfigError, RunFault
 from wlora.records import Record, RecordStore
@@ -151,7 +151,7 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monk
     record = Record(run_id="x", status="success", config={})
     store.write(record)
     monkeypatch.setattr(staging, "_PAUSES", (0, 0, 0))
-    read, faults = Path.read_bytes, 99
+    read, faults = records.read_file, 99
 
     def fail(path: Path) -> bytes:
         nonlocal faults
@@ -160,7 +160,7 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monk
             raise OSError(5, "Input/output error")
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(records, "read_file", fail)
     with pytest.raises(RunFault, match="x.json cannot be read .Input/output error.; it stays as it is"):
         store.read("x")
     faults = 2

@@ -69,7 +69,7 @@ def _find_misfit(content: dict[str, Any]) -> str | None:
         find_misfit(content, Record) or find_misfit(content, Content) or find_misfit(content["config"], Chosen, "config")
     )
     primary = content.get("primary_metric")
-    if misfit is None and content["status"] == "success" and primary not in content.get("metrics", {}):
+    if misfit is None and content["status"] == "success" and primary and primary not in content.get("metrics", {}):
         return f"metrics has no {primary}"
     return misfit
 
