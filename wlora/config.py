@@ -254,12 +254,13 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
 
 def _identifying(section: TaskConfig | ModelConfig | TrainConfig) -> dict[str, Any]:
     """Return a section's keys, those `later` ones left out that hold their default."""
-    later, values = _later_defaults(type(section)), dataclasses.asdict(section)
+    kind: Any = type(section)
+    later, values = _later_defaults(kind), dataclasses.asdict(section)
     return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
 
 @functools.cache
-def _later_defaults(kind: type[TaskConfig | ModelConfig | TrainConfig]) -> dict[str, Any]:
+def _later_defaults(kind: Any) -> dict[str, Any]:
     added = {field.name for field in dataclasses.fields(kind) if field.metadata == LATER}
     return {key: value for key, value in dataclasses.asdict(kind()).items() if key in added}
 
