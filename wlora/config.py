@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -181,11 +181,7 @@ class Config:
 
 
 def restore_config(content: dict[str, Any]) -> Config:
-    """Return the configuration that a record holds: keys added since take their defaults, others are left out.
-
-    Raises:
-        KeyError: one that every record has.
-    """
+    """Return the configuration that a record holds: keys added since take their defaults, others are left out."""
     config: Config = _restore(Config, content)
     return config
 
@@ -196,8 +192,6 @@ def _restore(kind: Any, content: dict[str, Any]) -> Any:
         if part.name in content:
             value, inner = content[part.name], part.default_factory
             values[part.name] = _restore(inner, value) if dataclasses.is_dataclass(inner) else value
-        elif part.default == MISSING:
-            raise KeyError(part.name)
     return kind(**values)
 
 
@@ -260,7 +254,8 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
 
 def _identifying(section: TaskConfig | ModelConfig | TrainConfig) -> dict[str, Any]:
     """Return a section's keys, those `later` ones left out that hold their default."""
-    later, values = _later_defaults(cast(Any, type(section))), dataclasses.asdict(section)
+    kind: Any = type(section)
+    later, values = _later_defaults(kind), dataclasses.asdict(section)
     return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
 

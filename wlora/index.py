@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import time
 import zlib
@@ -88,16 +89,17 @@ class Index:
         """Write the index anew, if enough was entered to be worth it; a folder that cannot be written has none."""
         if len(self._new) < UNINDEXED:
             return
-        lines, told = [_HEADER], {b""}
+        out, told = io.BytesIO(), {b""}  # one buffer: thousands of entries are tens of megabytes
+        out.write(_HEADER)
         for name, frame, columns in (*self, *self._new):
             digest = hashlib.sha256(frame).hexdigest()[:16].encode() if frame else b""
             if digest not in told:
                 told.add(digest)
-                lines.append(_line(b"frame", digest, b"", frame))
+                out.write(_line(b"frame", digest, b"", frame))
             key = os.fsencode(name)
-            lines.append(_line(b"file", key, self._stamps[key], digest, *columns))
+            out.write(_line(b"file", key, self._stamps[key], digest, *columns))
         with contextlib.suppress(OSError):
-            write_whole(self._file, b"".join(lines))
+            write_whole(self._file, out.getvalue())
             self._remove_leftovers()
         self._new.clear()
 
