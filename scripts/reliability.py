@@ -2,8 +2,10 @@
 
     python scripts/reliability.py kill --rounds 3
     python scripts/reliability.py store
+    python scripts/reliability.py faults --minutes 25
 
-Both write a table (.csv, .md) and a summary (.json) to results/reliability and exit with 1 if anything was lost, torn,
+`faults` answers single file operations of runs with EIO, ENOSPC, ESTALE or EMFILE (`scripts/reliability_faults.py`). Each
+writes a table (.csv, .md) and a summary (.json) to results/reliability and exits with 1 if anything was lost, torn,
 different or done twice.
 """
 
@@ -50,12 +52,13 @@ WORKERS, RECORDS_EACH, KILLS = 8, 100, 40
 
 
 def main() -> None:
-    """Run one of the two tests, or be one of their processes."""
+    """Run one of the tests, or be one of their processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "store", "work", "victim"))
+    parser.add_argument("what", choices=("kill", "store", "faults", "work", "victim"))
     parser.add_argument("--rounds", type=int, default=3, help="kills per method at random moments; one more is aimed")
     parser.add_argument("--jobs", type=int, default=2, help="methods at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--minutes", type=float, default=25, help="of `faults`: calls that are left by then go unanswered")
     parser.add_argument("--out", type=Path, default=Path("results/reliability"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--aim", default="", help=argparse.SUPPRESS)
@@ -67,7 +70,12 @@ def main() -> None:
     if args.what == "victim":
         run_observed(args.folder, args.aim, args.words)
         return
-    rows, summary, well = kill_all(args) if args.what == "kill" else store(args.seed)
+    if args.what == "faults":
+        from reliability_faults import faults
+
+        rows, summary, well = faults(args.minutes)
+    else:
+        rows, summary, well = kill_all(args) if args.what == "kill" else store(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / f"{args.what}.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0], lineterminator="\n")

@@ -1,0 +1,371 @@
+"""Answers single file operations of runs with a fault: the part `faults` of `scripts/reliability.py`.
+
+A shim stands in for Python's own file functions. It counts what they do to files of the results, the data, the model and
+the adapters, and lets one of these calls fail. It does not see what libraries do natively: safetensors reads and writes
+the weights of models, tokenizers its `tokenizer.json`, pyarrow the rows of data files.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wlora.records import Record, RecordStore
+
+ERRORS = (errno.EIO, errno.ENOSPC, errno.ESTALE, errno.EMFILE)
+STEPS = 8
+SETTING = [
+    *("task=story_nli", "model=tiny_bert", "task.batch_size=4", f"train.max_steps={STEPS}", "train.eval_every=4"),
+    *("train.checkpoint_every=2", "rank=4", "lr=1e-3", "offline=true", "method=wlora", "method.select_steps=4"),
+    "train.save_model=true",
+]
+COMPARED = ("status", "metrics", "adapters", "events", "parameters", "steps", "evaluations", "curve", "predictions")
+SECONDS = 300
+"""After which a run counts as one that hangs."""
+
+# The calls that take a path first, and those that take a descriptor.
+_BY_PATH = ("open", "stat", "lstat", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "listdir", "scandir", "utime")
+_BY_DESCRIPTOR = ("fsync", "read", "write", "fstat", "ftruncate")
+
+
+class Shim:
+    """Counts the calls on files below some folders and answers one of them with a fault.
+
+    Attributes:
+        calls: each call so far, with the file's place: `replace records/.json`.
+    """
+
+    def __init__(self, roots: dict[str, Path], fail_at: int | None, number: int, on_fault: Callable[[str], None]) -> None:
+        self.roots = {f"{folder}": name for name, folder in roots.items()}
+        self.fail_at, self.number, self.on_fault = fail_at, number, on_fault
+        self.calls: list[str] = []
+        self._readlink = os.readlink
+
+    def meet(self, call: str, path: Any, dir_fd: int | None = None) -> None:
+        """Note a call; OSError where it is the one to fail."""
+        place = self.place(path, dir_fd)
+        if place is None:
+            return
+        self.calls.append(f"{call} {place}")
+        if len(self.calls) - 1 == self.fail_at:
+            self.on_fault(self.calls[-1])
+            raise OSError(self.number, os.strerror(self.number), str(path))
+
+    def place(self, path: Any, dir_fd: int | None = None) -> str | None:
+        """Return the watched folder and the kind of file there, None for any other place."""
+        try:
+            if isinstance(path, int):
+                text = self._readlink(f"/proc/self/fd/{path}")
+            else:
+                text = os.fsdecode(os.fspath(path))
+                if not text.startswith("/"):
+                    text = f"{self._readlink(f'/proc/self/fd/{dir_fd}') if dir_fd is not None else os.getcwd()}/{text}"
+        except (OSError, TypeError):
+            return None
+        for root, name in self.roots.items():
+            if text == root or text.startswith(f"{root}/"):
+                parts = text[len(root) :].strip("/").split("/")
+                file = parts[-1].lstrip(".").partition(".")[2] or ("" if len(parts) > 1 else parts[-1])
+                return "/".join(filter(None, (name, parts[0] if len(parts) > 1 else "", file)))
+        return None
+
+    def install(self) -> None:
+        """Put the shim in the place of Python's functions, for good."""
+        for name in (*_BY_PATH, *_BY_DESCRIPTOR):
+            setattr(os, name, self._wrap(name, getattr(os, name)))
+        builtins.open = io.open = self._opener(io.open)  # type: ignore[assignment]
+
+    def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any = ".", *given: Any, **named: Any) -> Any:
+            self.meet(name, path, named.get("dir_fd"))
+            return original(path, *given, **named)
+
+        return call
+
+    def _opener(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `open`, whose files below the watched folders report each read and write of theirs."""
+        shim = self
+
+        class Watched(io.FileIO):
+            def readinto(self, buffer: Any) -> int | None:
+                shim.meet("read", self.name)
+                return super().readinto(buffer)
+
+            def readall(self) -> bytes:
+                shim.meet("read", self.name)
+                return super().readall()
+
+            def write(self, content: Any) -> int:
+                shim.meet("write", self.name)
+                return super().write(content)
+
+        def opened(
+            file: Any,
+            mode: str = "r",
+            buffering: int = -1,
+            encoding: Any = None,
+            errors: Any = None,
+            newline: Any = None,
+            closefd: bool = True,
+            opener: Any = None,
+        ) -> Any:
+            if self.place(file) is None:
+                return original(file, mode, buffering, encoding, errors, newline, closefd, opener)
+            self.meet("open", file)
+            raw = Watched(file, "".join(sign for sign in mode if sign in "rwax+"), closefd, opener)
+            if buffering == 0:
+                return raw
+            kind: Any = io.BufferedReader if mode[0] == "r" else io.BufferedWriter
+            buffer = (io.BufferedRandom if "+" in mode else kind)(raw)
+            return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline)
+
+        return opened
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run in a process of its own ended: its exit code, None if it hung, and all that it printed."""
+
+    code: int | None
+    output: str
+
+    def in_order(self) -> bool:
+        """Tell whether it ended well or with an error of one or two lines."""
+        error = self.output.partition("error: ")[2].splitlines()
+        told = self.code == 0 or (self.code in (1, 2) and 1 <= len(error) <= 2)
+        return told and "Traceback" not in self.output
+
+
+class Bench:
+    """The files of the trials and how runs are started on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.roots = {name: folder / name for name in ("results", "data", "model", "start")}
+        self.words = [*SETTING, f"results_dir={folder / 'results'}", f"task.path={folder / 'data'}"]
+        self.words += [f"model.path={folder / 'model'}", f"adapter.path={folder / 'start'}"]
+
+    @property
+    def results(self) -> Path:
+        """The results folder, which each trial has anew."""
+        return self.roots["results"]
+
+    def prepare(self) -> None:
+        """Write the data, and let runs without a shim make a model and adapters to start from."""
+        from wlora.tasks.story import generate
+
+        self.roots["data"].mkdir()
+        for split, count in (("train", 32), ("validation", 12)):
+            columns = generate("story_nli", split)
+            rows = [columns, *itertools.islice(zip(*columns.values(), strict=True), count)]
+            text = "".join("\t".join(map(str, row)) + "\n" for row in rows)
+            (self.roots["data"] / f"{split}.tsv").write_text(text)
+        ended = self.run([*SETTING, f"task.path={self.folder / 'data'}", f"results_dir={self.folder / 'made'}"])
+        assert ended.code == 0, ended.output
+        for part, name in (("models", "model"), ("adapters", "start")):
+            (made,) = (self.folder / "made" / part).iterdir()
+            shutil.move(made, self.roots[name])
+
+    def run(self, words: list[str], arm: Callable[[], Shim] | None = None, calls: Path | None = None) -> Ended:
+        """Run the entry point in a process forked from this one, with a shim or without.
+
+        Args:
+            calls: where the shim's calls are written.
+        """
+        output = self.folder / "output"
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                signal.alarm(SECONDS)
+                descriptor = os.open(output, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                code = _be_run(words, arm, calls)
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        return Ended(None if code == -signal.SIGALRM else code, output.read_text(errors="replace"))
+
+    def record(self) -> Record | None:
+        """Return the one record of the results folder, None if there is none that can be read."""
+        found = list(RecordStore(self.results))
+        return found[0] if len(found) == 1 else None
+
+    def newest(self) -> int:
+        """Return the step of the newest checkpoint, 0 without any."""
+        return max((int(path.name.removeprefix("step-")) for path in self.results.glob("checkpoints/*/step-*")), default=0)
+
+
+def _be_run(words: list[str], arm: Callable[[], Shim] | None, calls: Path | None) -> int:
+    """Be `python -m wlora.run` in a forked process; returns its exit code."""
+    from wlora import run
+
+    shim = arm() if arm else None
+    if shim is not None:
+        shim.install()
+    sys.argv = ["wlora.run", *words]
+    try:
+        run.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 70
+    sys.stdout.flush()
+    if calls is not None and shim is not None:
+        shim.fail_at = None
+        calls.write_text(json.dumps(shim.calls))
+    return code
+
+
+def scenarios(bench: Bench) -> Iterator[tuple[str, Path | None]]:
+    """Yield what a run may find: nothing, the checkpoints of one that was interrupted, the results of one that is done."""
+    yield "fresh", None
+    yield "resumed", bench.folder / "interrupted"
+    yield "done", bench.folder / "whole"
+
+
+def interrupt(bench: Bench) -> None:
+    """Leave the results of a run that ended in the middle, as a full disk at its sixth step would end it."""
+
+    def arm() -> Shim:
+        from wlora.training.guard import Guard
+
+        before = Guard.__call__
+
+        def stop(self: Guard, trainer: Any) -> None:
+            before(self, trainer)
+            if trainer.step == 6:
+                os._exit(0)
+
+        Guard.__call__ = stop  # type: ignore[method-assign]
+        return Shim({}, None, 0, print)
+
+    bench.run(bench.words, arm)
+    assert bench.newest() == 6
+
+
+def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
+    """Let one call after the other fail, in an order of which every beginning is spread evenly over all of them."""
+    import wlora.experiment
+    import wlora.stock  # noqa: F401  # torch and transformers, before the processes fork
+
+    began, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name).resolve())
+        bench.prepare()
+        interrupt(bench)
+        shutil.move(bench.results, bench.folder / "interrupted")
+        assert (first := bench.run(bench.words)).code == 0, first.output
+        shutil.copytree(bench.results, bench.folder / "whole")
+        expected = bench.record()
+        assert expected is not None
+        sites = [(what, start, *site) for what, start in scenarios(bench) for site in _count(bench, start)]
+        golden = (5**0.5 - 1) / 2
+        for index in sorted(range(len(sites)), key=lambda index: index * golden % 1):
+            if time.monotonic() - began > 60 * minutes:
+                break
+            what, start, at, call = sites[index]
+            row = {"found": what, "call": call, "number": at, **_try(bench, start, at, ERRORS[index % 4], expected)}
+            rows.append(row)
+            if row["outcome"] not in ("went on", "stopped in a line"):
+                print(row, flush=True)
+    rows.sort(key=lambda row: (row["found"], row["number"]))
+    counts = Counter(row["outcome"] for row in rows)
+    good = counts["went on"] + counts["stopped in a line"]
+    summary = {
+        "calls_in_all": len(sites),
+        "calls_answered_with_a_fault": len(rows),
+        "outcomes": dict(counts),
+        "errors": dict(Counter(row["error"] for row in rows)),
+        "calls": dict(Counter(row["call"].partition(" ")[0] for row in rows)),
+        "files": dict(Counter(row["call"].partition(" ")[2].partition("/")[0] for row in rows)),
+        "found_by_the_run": dict(Counter(row["found"] for row in rows)),
+        "not_seen_by_the_shim": "native input and output of safetensors, tokenizers, pyarrow and mmap",
+    }
+    return rows, summary, good == len(rows) > 0
+
+
+def _count(bench: Bench, start: Path | None) -> list[tuple[int, str]]:
+    """Return the calls of an undisturbed run, numbered."""
+    _lay_out(bench, start)
+    calls = bench.folder / "calls"
+    ended = bench.run(bench.words, lambda: Shim(bench.roots, None, 0, print), calls)
+    assert ended.code == 0, ended.output
+    return list(enumerate(json.loads(calls.read_text())))
+
+
+def _lay_out(bench: Bench, start: Path | None) -> None:
+    shutil.rmtree(bench.results, ignore_errors=True)
+    if start is not None:
+        shutil.copytree(start, bench.results)
+
+
+def _try(bench: Bench, start: Path | None, at: int, number: int, expected: Record) -> dict[str, Any]:
+    """Let a call fail and give the same command again; returns what became of both."""
+    _lay_out(bench, start)
+    noted = bench.folder / "noted"
+    noted.write_text("")
+
+    def note(call: str) -> None:
+        noted.write_text(f"{bench.newest()} {call}")
+
+    first = bench.run(bench.words, lambda: Shim(bench.roots, at, number, note))
+    newest, _, hit = noted.read_text().partition(" ")
+    between = bench.record()
+    again = bench.run(bench.words)
+    record = bench.record()
+    if first.code is None or again.code is None:
+        outcome = "hung"
+    elif not (first.in_order() and again.in_order()):
+        outcome = "traceback"
+    elif again.code != 0 or record is None or not _same(bench, expected, record):
+        outcome = "different"
+    elif not hit:
+        outcome = "no fault"
+    elif first.code and not (between and between.status == "success") and max([0, *record.resumed_at]) < int(newest):
+        outcome = "lost"
+    else:
+        outcome = "went on" if first.code == 0 else "stopped in a line"
+    bad = outcome not in ("went on", "stopped in a line")
+    said = next((line for line in first.output.splitlines() if "error: " in line or "cannot" in line), "")
+    told = f"{first.output}\n--- again:\n{again.output}"[-3000:] if bad else said
+    return {
+        "error": errno.errorcode[number],
+        "exit": first.code,
+        "outcome": outcome,
+        "told": told.replace(str(bench.folder), ""),
+    }
+
+
+def _same(bench: Bench, expected: Record, record: Record) -> bool:
+    """Tell whether a record, the files that it tells of and the saved model are those of an undisturbed run."""
+    adapters = [[run.model.get(key) for key in ("adapter", "adapter_config")] for run in (expected, record)]
+    if adapters[0] != adapters[1] or any(getattr(expected, key) != getattr(record, key) for key in COMPARED[:-3]):
+        return False
+    if (expected.curve, expected.predictions) != (record.curve, record.predictions):
+        return False
+    weights = [next(results.glob("models/*/model.safetensors"), None) for results in (bench.folder / "whole", bench.results)]
+    if None in weights or weights[0].read_bytes() != weights[1].read_bytes():  # type: ignore[union-attr]
+        return False
+    store = RecordStore(bench.results)
+    store.read_curve(record)
+    store.read_predictions(record)
+    return not any(bench.results.glob("checkpoints/*"))
