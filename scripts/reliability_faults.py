@@ -39,7 +39,20 @@ SECONDS = 300
 """After which a run counts as one that hangs."""
 
 # The calls that take a path first, and those that take a descriptor.
-_BY_PATH = ("open", "stat", "lstat", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "listdir", "scandir", "utime")
+_BY_PATH = (
+    "open",
+    "stat",
+    "lstat",
+    "mkdir",
+    "rename",
+    "replace",
+    "unlink",
+    "remove",
+    "rmdir",
+    "listdir",
+    "scandir",
+    "utime",
+)
 _BY_DESCRIPTOR = ("fsync", "read", "write", "fstat", "ftruncate")
 
 
@@ -47,13 +60,13 @@ class Shim:
     """Counts the calls on files below some folders and answers one of them with a fault.
 
     Attributes:
-        calls: each call so far, with the file's place: `replace records/.json`.
+        calls: each call so far, with the file's place (`replace results/records/json`) and the lines that led to it.
     """
 
     def __init__(self, roots: dict[str, Path], fail_at: int | None, number: int, on_fault: Callable[[str], None]) -> None:
         self.roots = {f"{folder}": name for name, folder in roots.items()}
         self.fail_at, self.number, self.on_fault = fail_at, number, on_fault
-        self.calls: list[str] = []
+        self.calls: list[tuple[str, str]] = []
         self._readlink = os.readlink
 
     def meet(self, call: str, path: Any, dir_fd: int | None = None) -> None:
@@ -61,9 +74,9 @@ class Shim:
         place = self.place(path, dir_fd)
         if place is None:
             return
-        self.calls.append(f"{call} {place}")
+        self.calls.append((f"{call} {place}", _lines_that_led_here() if self.fail_at is None else ""))
         if len(self.calls) - 1 == self.fail_at:
-            self.on_fault(self.calls[-1])
+            self.on_fault(self.calls[-1][0])
             raise OSError(self.number, os.strerror(self.number), str(path))
 
     def place(self, path: Any, dir_fd: int | None = None) -> str | None:
@@ -135,6 +148,16 @@ class Shim:
             return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline)
 
         return opened
+
+
+def _lines_that_led_here() -> str:
+    """Name the lines of the package that a call comes from, the innermost first."""
+    found, frame = [], sys._getframe(2)
+    while frame.f_back is not None:
+        if "/wlora/" in frame.f_code.co_filename:
+            found.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(found)
 
 
 @dataclass(frozen=True)
@@ -263,7 +286,7 @@ def interrupt(bench: Bench) -> None:
 
 
 def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
-    """Let one call after the other fail, in an order of which every beginning is spread evenly over all of them."""
+    """Let one call after the other fail, as many as the minutes allow."""
     import wlora.experiment
     import wlora.stock  # noqa: F401  # torch and transformers, before the processes fork
 
@@ -278,13 +301,12 @@ def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
         expected = bench.record()
         assert expected is not None
         sites = [(what, start, *site) for what, start in scenarios(bench) for site in _count(bench, start)]
-        golden = (5**0.5 - 1) / 2
-        for index in sorted(range(len(sites)), key=lambda index: index * golden % 1):
+        for index in _in_order(sites):
             if time.monotonic() - began > 60 * minutes:
                 break
-            what, start, at, call = sites[index]
+            what, start, at, call, lines = sites[index]
             row = {"found": what, "call": call, "number": at, **_try(bench, start, at, ERRORS[index % 4], expected)}
-            rows.append(row)
+            rows.append({**row, "lines": lines})
             if row["outcome"] not in ("went on", "stopped in a line"):
                 print(row, flush=True)
     rows.sort(key=lambda row: (row["found"], row["number"]))
@@ -292,7 +314,9 @@ def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
     good = counts["went on"] + counts["stopped in a line"]
     summary = {
         "calls_in_all": len(sites),
+        "different_calls": len({site[3:] for site in sites}),
         "calls_answered_with_a_fault": len(rows),
+        "different_calls_answered": len({(row["call"], row["lines"]) for row in rows}),
         "outcomes": dict(counts),
         "errors": dict(Counter(row["error"] for row in rows)),
         "calls": dict(Counter(row["call"].partition(" ")[0] for row in rows)),
@@ -303,13 +327,26 @@ def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
     return rows, summary, good == len(rows) > 0
 
 
-def _count(bench: Bench, start: Path | None) -> list[tuple[int, str]]:
-    """Return the calls of an undisturbed run, numbered."""
+def _in_order(sites: list[tuple[str, Path | None, int, str, str]]) -> list[int]:
+    """Return in which order calls fail: the first of each kind from each line, then the others.
+
+    Both are ordered so that every beginning is spread evenly over them: where time ends the trials, the rest is thinned.
+    """
+    golden = (5**0.5 - 1) / 2
+    seen, first, others = set[tuple[str, str]](), list[int](), list[int]()
+    for index, (_, _, _, call, lines) in enumerate(sites):
+        (others if (call, lines) in seen else first).append(index)
+        seen.add((call, lines))
+    return [part[at] for part in (first, others) for at in sorted(range(len(part)), key=lambda at: at * golden % 1)]
+
+
+def _count(bench: Bench, start: Path | None) -> list[tuple[int, str, str]]:
+    """Return the calls of an undisturbed run: each with its number and the lines that led to it."""
     _lay_out(bench, start)
     calls = bench.folder / "calls"
     ended = bench.run(bench.words, lambda: Shim(bench.roots, None, 0, print), calls)
     assert ended.code == 0, ended.output
-    return list(enumerate(json.loads(calls.read_text())))
+    return [(number, call, lines) for number, (call, lines) in enumerate(json.loads(calls.read_text()))]
 
 
 def _lay_out(bench: Bench, start: Path | None) -> None:
@@ -367,5 +404,4 @@ def _same(bench: Bench, expected: Record, record: Record) -> bool:
         return False
     store = RecordStore(bench.results)
     store.read_curve(record)
-    store.read_predictions(record)
-    return not any(bench.results.glob("checkpoints/*"))
+    return store.read_predictions(record) is not None

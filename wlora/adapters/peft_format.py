@@ -138,6 +138,11 @@ def fingerprint(path: str) -> str:
     return hashlib.sha256(f"{content}{alphas}".encode()).hexdigest()[:16]
 
 
+def identify_files(path: str) -> tuple[str, list[Path]]:
+    """Return what `fingerprint` does, and the files that it is of."""
+    return fingerprint(path), [Path(path) / CONFIG, Path(path) / WEIGHTS]
+
+
 def read_adapter(path: str) -> Start:
     """Read the adapters and the head of a PEFT folder.
 
