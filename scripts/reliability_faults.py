@@ -269,7 +269,8 @@ def _compose(words: tuple[str, ...]) -> DictConfig:
     """Compose a configuration as the command line does; Hydra reads no file of the results, the data or the model."""
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        return compose("config", overrides=list(words))
+        composed: DictConfig = compose("config", overrides=list(words))
+        return composed
 
 
 def scenarios(bench: Bench) -> Iterator[tuple[str, Path | None]]:

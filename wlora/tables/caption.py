@@ -75,7 +75,7 @@ def machines(runs: Iterable[Run]) -> list[str]:
     moved = sum("earlier" in environment for _, environment in environments)
     if moved:
         found.append(
-            f"Of {moved} runs an earlier part was computed in another environment (versions, hardware or threads), which "
+            f"Of {moved} run{'' if moved == 1 else 's'} an earlier part was computed in another environment (versions, hardware or threads), which "
             "their records name."
         )
     return found
