@@ -74,10 +74,8 @@ def machines(runs: Iterable[Run]) -> list[str]:
         )
     moved = sum("earlier" in environment for _, environment in environments)
     if moved:
-        found.append(
-            f"Of {moved} run{'' if moved == 1 else 's'} an earlier part was computed in another environment (versions, hardware or threads), which "
-            "their records name."
-        )
+        which = f"{moved} run{'' if moved == 1 else 's'}"
+        found.append(f"Of {which} an earlier part was computed in another environment, which the record names.")
     return found
 
 
