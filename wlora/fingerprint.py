@@ -60,11 +60,11 @@ def read_as_hashed(
     if expected is None:
         yield
         return
-    before = _look(identify)
+    before = _look(key, identify)
     if before[0] != expected:
         raise changed(key)
     yield
-    if _look(identify) != before:
+    if _look(key, identify) != before:
         raise changed(key)
 
 
@@ -73,13 +73,13 @@ def changed(key: str) -> ConfigError:
     return ConfigError(f"{key}: the files changed between being hashed and being read\nway out: the same command again")
 
 
-def _look(identify: Callable[[], tuple[str | None, Sequence[Path]]]) -> tuple[str | None, list[Stamp]]:
+def _look(key: str, identify: Callable[[], tuple[str | None, Sequence[Path]]]) -> tuple[str | None, list[Stamp]]:
     """Return the hash of files and their stamps: a change shows in the stamps, or in the hash where these are too coarse."""
     try:
         found, files = identify()
         return found, [_stamp(file) for file in files]
     except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{key}: {error.filename} cannot be read ({error.strerror})") from error
 
 
 def _stamp(file: Path) -> Stamp:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wlora.errors import ConfigError
 from wlora.fingerprint import hash_file
+from wlora.staging import MISSING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -131,9 +132,11 @@ def fingerprint(path: str) -> str:
     config = _read_config(path)
     try:
         content = hash_file(Path(path) / WEIGHTS)
-    except OSError:
+    except MISSING:
         pickled = "; adapter_model.bin is pickle and never read" if (Path(path) / "adapter_model.bin").is_file() else ""
         raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}{pickled}") from None
+    except OSError as error:
+        raise ConfigError(f"adapter.path={path}: {WEIGHTS} cannot be read ({error.strerror})") from None
     alphas = json.dumps([config.get("lora_alpha"), config.get("alpha_pattern")], sort_keys=True)
     return hashlib.sha256(f"{content}{alphas}".encode()).hexdigest()[:16]
 
@@ -192,8 +195,10 @@ def _read_config(path: str) -> dict[str, Any]:
         config = json.loads(content)
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
-    except OSError:
+    except MISSING:
         raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}") from None
+    except OSError as error:
+        raise ConfigError(f"adapter.path={path}: {CONFIG} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"adapter.path={path}: {CONFIG} cannot be read ({error})") from None
     config.setdefault("lora_alpha", 8)
