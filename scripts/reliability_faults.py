@@ -46,21 +46,8 @@ SECONDS = 300
 """After which a run counts as one that hangs."""
 
 # The calls that take a path first, and those that take a descriptor.
-_BY_PATH = [
-    "open",
-    "stat",
-    "lstat",
-    "mkdir",
-    "rename",
-    "replace",
-    "link",
-    "unlink",
-    "remove",
-    "rmdir",
-    "listdir",
-    "scandir",
-    "utime",
-]
+_READ = ("open", "stat", "lstat", "listdir", "scandir")
+_BY_PATH = (*_READ, "mkdir", "rename", "replace", "link", "unlink", "remove", "rmdir", "utime")
 _BY_DESCRIPTOR = ["fsync", "read", "write", "fstat", "ftruncate"]
 
 
