@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from wlora.environment import join_environments
+from wlora.environment import join_environments, name_elsewhere
 from wlora.models import saving
 from wlora.records import Record, RecordStore
 from wlora.staging import put, staged, write_whole
@@ -168,3 +168,9 @@ def test_environments_that_follow_each_other_unchanged_are_one() -> None:
     past = [{"until": 3, **one}, {"until": 6, **one}, {"until": 9, **two}]
     assert join_environments(past, one) == [{"until": 6, **one}, {"until": 9, **two}]
     assert join_environments([{"until": 3, "git_commit": "a"}], {**one, "git_commit": "a"}) == []
+
+
+def test_processes_whose_environment_is_not_the_main_one_s_are_named() -> None:
+    main, other = {"device": "cuda:0", "processor": "A"}, {"device": "cuda:1", "processor": "A"}
+    assert name_elsewhere([main, other]) == []
+    assert name_elsewhere([main, other, main | {"processor": "B"}]) == [{"process": 2, "device": "cuda:0", "processor": "B"}]

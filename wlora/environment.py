@@ -67,8 +67,8 @@ _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
-# What is of a process's command and not of where it ran, and where the environments of earlier processes stand.
-_NOT_COMPARED = ("overrides", "earlier", "until")
+# What is of a process's command and not of where it ran, and where the environments of other processes stand.
+_NOT_COMPARED = ("overrides", "earlier", "until", "elsewhere", "process")
 
 
 def describe_environment(device: str, precision: str, processes: int, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -128,16 +128,27 @@ def join_environments(past: Sequence[dict[str, Any]], now: dict[str, Any]) -> li
         now: the last one.
     """
 
-    def told(environment: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in environment.items() if key not in _NOT_COMPARED}
-
-    following = [told(environment) for environment in (*past[1:], now)]
+    following = [_compared(environment) for environment in (*past[1:], now)]
     # One from an older checkpoint may tell of less than the next.
     return [
         environment
         for environment, after in zip(past, following, strict=True)
-        if any(key in after and after[key] != value for key, value in told(environment).items())
+        if any(key in after and after[key] != value for key, value in _compared(environment).items())
     ]
+
+
+def name_elsewhere(environments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return those environments of a run's processes that are not the main one's, each with its `process`."""
+    differing = [{**_compared(environment), "device": None} for environment in environments]  # each process has its own GPU
+    return [
+        {"process": number, **environment}
+        for number, environment in enumerate(environments)
+        if differing[number] != differing[0]
+    ]
+
+
+def _compared(environment: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in environment.items() if key not in _NOT_COMPARED}
 
 
 def describe_computing(environment: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from wlora.adapters.attach import count_elements
 from wlora.adapters.peft_format import Start, identify_files, read_adapter
 from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.console import announce, notice, say, summarize
-from wlora.environment import describe_environment
+from wlora.environment import describe_environment, name_elsewhere
 from wlora.errors import ConfigError, RunFault
 from wlora.fingerprint import changed, read_as_hashed
 from wlora.locks import RunLock
@@ -72,6 +72,8 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
     record.environment = describe_environment(
         str(accelerator.device), precision.name, accelerator.num_processes, overrides=overrides
     )
+    if elsewhere := name_elsewhere(gather(record.environment)):
+        record.environment["elsewhere"] = elsewhere
     _refuse_other_inputs(record)
     store = RecordStore(config.results_dir)
     refuse_links(config.results_dir, *PARTS, f"checkpoints/{record.run_id}")
