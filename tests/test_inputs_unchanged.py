@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from wlora import experiment, stock
+from wlora import experiment, foreign, stock
 from wlora.adapters.peft_format import CONFIG, WEIGHTS
+from wlora.config import config_folder
 from wlora.errors import ConfigError
 from wlora.export import export
 from wlora.fingerprint import hash_file, read_as_hashed
@@ -192,3 +193,21 @@ def test_a_touched_file_is_hashed_once_more_and_one_that_is_gone_is_told(tmp_pat
         read_as_hashed("key", digest, lambda: (hash_file(file), [file])),
     ):
         file.unlink()
+
+
+def test_a_link_to_a_file_of_the_package_is_read_where_it_led_when_it_was_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task").mkdir()
+    link, other = tmp_path / "task" / "x.yaml", tmp_path / "other.yaml"
+    link.symlink_to(config_folder() / "task" / "rte.yaml")
+    other.write_text("_target_: os.system\n")
+
+    def swap() -> Path:
+        link.unlink()
+        link.symlink_to(other)
+        return config_folder()
+
+    monkeypatch.setattr(foreign, "config_folder", swap)
+    found = foreign.FileConfigSource(provider="test", path=f"file://{tmp_path}").load_config("task/x")
+    assert found.config.name == "rte" and found.path == f"file://{tmp_path}"
