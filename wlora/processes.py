@@ -108,7 +108,9 @@ def lost_another(error: BaseException) -> bool:
         return False
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in text and ("onnection" in text or "imed out" in text or "peer" in text)
+        isinstance(error, RuntimeError)
+        and "gloo" in text
+        and any(sign in text for sign in ("onnection", "imed out", "peer", "roken pipe"))
     )
 
 
