@@ -1,4 +1,4 @@
-"""The README says what is true: its commands run (small and local), and its tree is the real one."""
+"""README and docs say what is true: commands run (small and local), links lead somewhere, the tree is the real one."""
 
 from __future__ import annotations
 
@@ -31,9 +31,19 @@ from wlora.tables import __main__ as tables
 from .conftest import ROOT, compose, enter_main
 from .llama_folder import build_llama_folder, write_gguf
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-LINES = [line for block in BLOCKS for line in block.splitlines()]
+FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in FILES}
+README = PAGES["README.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Return the code blocks of a page that are in a language; "" stands for none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
+
+
+# A command that stands on several pages is checked once.
+LINES = list(dict.fromkeys(line for page in PAGES.values() for block in blocks(page, "bash") for line in block.splitlines()))
 SETUP = [line for line in LINES if line.startswith("pip install")]
 LAUNCHED = [line for line in LINES if re.search(r"^(accelerate|torchrun) |hydra/launcher=|hardware=", line)]
 AFTERWARDS = [line for line in LINES if "RUN_ID" in line]
@@ -43,6 +53,7 @@ STUDIES = [line for line in LINES if re.search(r"(^| )scripts/\w+\.sh$", line)]
 TABLES = [line for line in LINES if line.startswith("python -m wlora.tables ")]
 FIGURES = [line for line in LINES if re.match(r"python -m wlora\.(figures|memory|report) ", line)]
 COMPLETION = [line for line in LINES if line.startswith("eval ")]
+CLASSES = ("bug", "praise", "question")  # of the folder DATA/tickets
 
 TRAIN_ROWS, EVAL_ROWS = 8, 6
 # Enough steps for the default T of every method; enough layers for every explicit k.
@@ -77,6 +88,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split in ("train", *task.validation):
             rows = rows_of(task, TRAIN_ROWS if split == "train" else EVAL_ROWS)
             pq.write_table(pa.table(rows), folder / task.name / f"{split}.parquet")
+    (folder / "tickets").mkdir()
+    for split in ("train", "validation"):
+        lines = [f'"It fails, ""again"", {row}",{CLASSES[row % 3]}' for row in range(TRAIN_ROWS)]
+        (folder / "tickets" / f"{split}.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
     return folder
 
 
@@ -108,7 +123,7 @@ def lora_folder(folder: Path, data: Path) -> Path:
 
 
 def shrink(line: str, data: Path, results: Path) -> list[str]:
-    """Return the arguments of a README command, with overrides appended that make it small and local."""
+    """Return the arguments of a command, with overrides appended that make it small and local."""
     words = shlex.split(line.replace("DATA", str(data)))[3:]
     if "adapter.path=DIR" in words:
         words[words.index("adapter.path=DIR")] = f"adapter.path={lora_folder(results.parent / 'lora', data)}"
@@ -129,7 +144,11 @@ def shrink(line: str, data: Path, results: Path) -> list[str]:
         words += ["model=tiny_bart", *BART]
     else:
         words += [f"model={'tiny_bert' if '-m' in words else 'tiny_deberta'}", LAYERS]  # a sweep with the faster one
-    return [*words, *SMALL, f"task.path={data}/${{task.name}}"]
+    if "-m" in words:
+        words.append("lr=5e-4")  # one of its rates and, below, one of its seeds
+    if not any(word.startswith("task.path=") for word in words):
+        words.append(f"task.path={data}/${{task.name}}")
+    return [*words, *SMALL]
 
 
 def records_in(results: Path) -> list[Record]:
@@ -169,9 +188,18 @@ def test_what_is_launched_composes(line: str, enter: Enter, capsys: pytest.Captu
     assert capsys.readouterr().out
 
 
-def test_what_is_done_with_a_run_afterwards(enter: Enter, data: Path, tmp_path: Path) -> None:
+def labels(output: str) -> list[str]:
+    """Return the first words of what a run prints: not of the line with its `run_id`, nor of indented ones."""
+    return [line.split()[0] for line in output.splitlines()[1:] if line and not line.startswith(" ")]
+
+
+def test_what_is_done_with_a_run_afterwards(
+    enter: Enter, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     results, export = tmp_path / "results", tmp_path / "export"
-    assert enter(*shrink("python -m wlora.run task=rte method=lora", data, results)) == 0
+    assert enter(*shrink("python -m wlora.run task=rte method=wlora", data, results)) == 0
+    expected = next(block for block in blocks(README, "") if "metric " in block)
+    assert labels(capsys.readouterr().out) == labels(expected)
     (record,) = records_in(results)
     assert len(AFTERWARDS) == 3
     for line in AFTERWARDS:
@@ -215,7 +243,7 @@ def in_this_process(enter: Enter) -> Callable[..., Any]:
 
 
 def run_script(line: str, data: Path, *options: str) -> str:
-    """Run a script of the README as `python` would; returns what it prints."""
+    """Run a script as `python` would; returns what it prints."""
     words = shlex.split(line.replace("DATA", str(data)))[1:]
     sys.argv = [str(ROOT / words[0]), *words[1:], *options]
     out = io.StringIO()
@@ -243,24 +271,32 @@ def test_tables_are_made_and_committed_ones_are_those(line: str, tmp_path: Path,
 
 
 def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
-    drawing, measuring, reporting = (shlex.split(line)[3:] for line in FIGURES)
-    shutil.copytree(ROOT / "results" / "cpu_study", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("figures"))
-    figures.main([word if "results_dir" not in word else f"results_dir={tmp_path}" for word in drawing])
-    assert {file.stem for file in (tmp_path / "figures").iterdir()} >= {"adapters", "pareto", "curves", "selection"}
-    assert len(reporting) == 1  # tests/test_report.py writes it
-    small = ["model=tiny_bert", "task.batch_size=2", f"results_dir={tmp_path / 'small'}"]
-    memory.main([*measuring, *small])
-    assert list((tmp_path / "small" / "memory").glob("tiny_bert*.json"))
+    drawn: dict[str, set[str]] = {}
+    for line in FIGURES:
+        _, _, module, *words = shlex.split(line)
+        (folder,) = (word.partition("=")[2] for word in words if word.startswith("results_dir="))
+        if module == "wlora.figures":
+            copy = tmp_path / folder
+            shutil.copytree(ROOT / folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("figures", "tables"))
+            figures.main([word if "results_dir" not in word else f"results_dir={copy}" for word in words])
+            drawn[folder] = {file.name for file in (copy / "figures").iterdir()}
+        elif module == "wlora.memory":
+            memory.main([*words, "model=tiny_bert", "task.batch_size=2", f"results_dir={tmp_path / 'small'}"])
+            assert list((tmp_path / "small" / "memory").glob("tiny_bert*.json"))
+        else:
+            assert module == "wlora.report"  # tests/test_report.py writes it
+    assert drawn["results/cpu_study"] >= {f"{name}.png" for name in ("adapters", "pareto", "curves", "selection")}
+    assert drawn["results/selection"] == {"selection.png", "selection.pdf"}
 
 
 def test_every_score_that_is_shown_stands_in_a_committed_table() -> None:
     made = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "results").glob("*/tables/*.md"))
-    shown = re.findall(r"0\.\d{4} ± 0\.\d{4}", README)
+    shown = [score for page in PAGES.values() for score in re.findall(r"0\.\d{4} ± 0\.\d{4}", page)]
     assert len(shown) > 50 and [score for score in shown if score not in made] == []
 
 
 def test_the_study_that_is_shown_is_the_committed_one() -> None:
-    section = README.split("## CPU study", 1)[1].split("\n## ", 1)[0]
+    section = PAGES["docs/studies.md"].split("## CPU study", 1)[1]
     stretches = itertools.groupby(section.splitlines(), lambda line: line.startswith("| "))
     shown = ["\n".join(lines) for is_table, lines in stretches if is_table]
     folder = ROOT / "results" / "cpu_study" / "tables"
@@ -300,14 +336,13 @@ def test_the_comparison_of_whole_runs_with_peft_runs_once(
     assert sum(str(words[1]).endswith("peft_baseline.py") for words in started if len(words) > 1) == 1
 
 
-def test_every_script_of_the_readme_is_run_here_or_in_test_benchmark() -> None:
+def test_every_script_is_run_here_or_in_test_benchmark() -> None:
     assert {shlex.split(line)[1] for line in SCRIPTS} == {"scripts/benchmark.py"}
 
 
-def tree() -> set[str]:
-    """Return the paths in the README's tree; a folder ends in `/`."""
-    section = README.split("## The tree", 1)[1]
-    (block, *_) = re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+def tree(page: str) -> set[str]:
+    """Return the paths in a page's tree; a folder ends in `/`."""
+    (block,) = (block for block in blocks(page, "") if block.startswith("conf/"))
     found, parents = set(), [""]
     for line in block.splitlines():
         match = re.fullmatch(r"( *)(\S+) +(\S.*)", line)
@@ -330,29 +365,83 @@ def files_of_the_project() -> list[str]:
 
 
 def test_the_tree_is_complete() -> None:
-    listed = tree()
+    listed = tree(PAGES["docs/tree.md"])
     for name in files_of_the_project():
         folder, _, rest = name.partition("/")
         if rest:
-            assert any(entry.startswith(f"{folder}/") for entry in listed), f"{folder}/ is not in the README's tree"
+            assert any(entry.startswith(f"{folder}/") for entry in listed), f"{folder}/ is not in docs/tree.md"
         if re.fullmatch(r"(wlora|scripts)/.*\.py", name) and not name.endswith("__init__.py"):
-            assert name in listed, f"{name} is not in the README's tree"
+            assert name in listed, f"{name} is not in docs/tree.md"
         if re.fullmatch(r"conf/\w+/.*", name):
             assert name.rpartition("/")[0] + "/" in listed
 
 
-def test_the_tree_lists_nothing_that_is_not_there() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/tree.md"])
+def test_the_tree_lists_nothing_that_is_not_there(page: str) -> None:
     made_later = {"results/"}
-    missing = [path for path in tree() - made_later if not (ROOT / path).exists()]
+    missing = [path for path in tree(PAGES[page]) - made_later if not (ROOT / path).exists()]
     # An sdist has no continuous integration.
     assert [path for path in missing if not path.startswith(".")] == []
 
 
-def test_methods_and_record_keys_of_the_readme_are_the_real_ones() -> None:
+def first_cells(page: str) -> list[str]:
+    """Return the first cells of a page's tables that hold names in backticks."""
+    return re.findall(r"^\| (`[^|]*`) \|", page, re.MULTILINE)
+
+
+def test_methods_and_record_keys_are_the_real_ones() -> None:
     methods = {file.stem for file in (config_folder() / "method").glob("*.yaml")}
     (table,) = re.findall(r"^\| `method=` .*?\n\n", README, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"^\| `(\w+)` \| [A-Z]", table, re.MULTILINE)) == methods
-    section = README.split("## Records", 1)[1].split("\n## ", 1)[0]
-    cells = re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE)
-    keys = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    keys = {key for cell in first_cells(PAGES["docs/records.md"]) for key in re.findall(r"`(\w+)`", cell)}
     assert keys == {f.name for f in dataclasses.fields(Record)}
+
+
+@pytest.mark.parametrize(("page", "group"), [("tasks", "task"), ("models", "model"), ("sweeps", "hydra/launcher")])
+def test_every_choice_is_described(page: str, group: str) -> None:
+    cells = first_cells(PAGES[f"docs/{page}.md"])
+    described = {name.rpartition("=")[2] for cell in cells for name in re.findall(r"`([^`]*)`", cell)}
+    assert {file.stem for file in (config_folder() / group).glob("*.yaml")} - described == set()
+
+
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    for block in blocks(PAGES["docs/python.md"], "python"):
+        exec(block, space)
+    assert space["record"].status == "success" and space["logits"].shape == (1, 3)
+
+
+def anchors(page: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    more = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
+    for file in [*FILES, *more]:
+        for link in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", file.read_text(encoding="utf-8")):
+            target, _, anchor = "".join(link).partition("#")
+            if target.startswith("https://") or (
+                target.startswith("results/") and not (ROOT / "results" / "selection").is_dir()
+            ):
+                continue  # an sdist has no results
+            there = file.parent / target if target else file
+            assert there.is_file(), f"{file.name}: {target}"
+            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), f"{file.name}: {target}#{anchor}"
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    assert len(README.splitlines()) <= 200
+    assert [name for name in PAGES if name != "README.md" and f"({name})" not in README] == []
+
+
+def test_the_citation_names_the_paper_and_no_second_version() -> None:
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
+    assert citation["preferred-citation"]["title"] in README
+    assert "version" not in citation, "the version stands in wlora/__init__.py alone"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from wlora import staging
-from wlora.config import Config, ModelConfig, TaskConfig, TrainConfig, run_id, scientific_fields, stream_seed
+from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.errors import ConfigError, RunFault
 from wlora.records import Record, RecordStore
 
@@ -22,26 +22,6 @@ from .conftest import ROOT, TINY, compose
 def identity(*overrides: str, precision: str = "fp32", data: str | None = "d") -> str:
     config = compose(*TINY, *overrides)
     return run_id(scientific_fields(config, task_data=data, model_data=None, precision=precision))
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("method=lora", "8c1352eeb8b1186f"),
-        ("method=wlora method.select_steps=20", "a399207ef0f1ce62"),
-        ("method=wlora compat=release", "6c3e9baab202a312"),
-        ("method=wlora_depth method.select_steps=20", "059d7bd876962f46"),
-        ("method=wlora_plus compat=release", "4dd358c3540af3ab"),
-        ("method=rlora method.draw=at_start", "cd18c450fee72dad"),
-        ("method=rlora compat=release method.draw=at_start", "168203e6ce3d0347"),
-        ("method=increlora", "1691786c74f1f77a"),
-        ("task=xsum model=bart_large method=wlora method.select_steps=20", "935dacee95894950"),
-    ],
-)
-def test_run_id_stays_where_the_numbers_stay(words: str, expected: str) -> None:
-    """As of the version before keys were added to the selecting methods, and the default of T changed."""
-    fields = scientific_fields(compose(*words.split()), task_data=None, model_data=None, precision="fp32")
-    assert run_id(fields) == expected
 
 
 def test_run_id_changes_with_a_methods_revision_and_the_rate_of_the_head() -> None:
@@ -211,24 +191,6 @@ def test_a_non_finite_number_never_reaches_a_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         RecordStore(tmp_path).write(Record(run_id="x", status="success", config={}, metrics={"loss": float("nan")}))
     assert not RecordStore(tmp_path).path("x").exists()
-
-
-def test_records_of_the_first_study_are_found_again() -> None:
-    """Keys that came later leave the run_id of runs without them as it was."""
-    files = sorted((ROOT / "results" / "first_runs" / "records").glob("*.json"))
-    assert len(files) > 20
-    for file in files:
-        content = json.loads(file.read_text())
-        config = content["config"]
-        parts = {"task": TaskConfig, "model": ModelConfig, "train": TrainConfig}
-        known = {name: kind(**config[name]) for name, kind in parts.items()}
-        fields = scientific_fields(
-            Config(**{**config, **known}),
-            task_data=content["task"]["data"],
-            model_data=content["model"]["fingerprint"],
-            precision=content["environment"]["precision"],
-        )
-        assert run_id(fields) == content["run_id"] == file.stem
 
 
 @pytest.mark.parametrize(
