@@ -3,6 +3,7 @@
     python scripts/reliability.py kill --rounds 3       whole runs of every method, killed and gone on with
     python scripts/reliability.py store                 records of many processes, some of which are killed
     python scripts/reliability.py pause --rounds 200    owners of a run, stopped until another process has taken it over
+    python scripts/reliability.py faults --minutes 25   file operations of runs, answered with EIO, ENOSPC, ESTALE or EMFILE
 
 All write a table (.csv, .md) and a summary (.json) to results/reliability and exit with 1 if anything was lost, torn,
 different or done twice.
@@ -53,12 +54,13 @@ WORKERS, RECORDS_EACH, KILLS = 8, 100, 40
 def main() -> None:
     """Run one of the tests, or be one of their processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "store", "pause", "work", "victim"))
+    parser.add_argument("what", choices=("kill", "store", "pause", "faults", "work", "victim"))
     parser.add_argument(
         "--rounds", type=int, help="kills per method at random moments, one more is aimed (3); pauses in all (200)"
     )
     parser.add_argument("--jobs", type=int, default=2, help="methods, or pauses, at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--minutes", type=float, default=25, help="of `faults`: calls that are left by then go unanswered")
     parser.add_argument("--out", type=Path, default=Path("results/reliability"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--aim", default="", help=argparse.SUPPRESS)
@@ -75,6 +77,10 @@ def main() -> None:
 
         args.rounds = args.rounds or 200
         rows, summary, well = pause_all(args)
+    elif args.what == "faults":
+        from reliability_faults import faults
+
+        rows, summary, well = faults(args.minutes)
     else:
         args.rounds = args.rounds or 3
         rows, summary, well = kill_all(args) if args.what == "kill" else store(args.seed)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from wlora import jobs, processes
 from wlora.records import Record, RecordStore
 
-from .conftest import ROOT
+from .conftest import ROOT, TINY
 from .two_processes import LONG, SETTING, SHARDED, STILL, STOPPED
 
 METHODS = ["wlora", "wlora_plus", "increlora", "lora_drop"]
@@ -31,6 +32,15 @@ ACCELERATE = [
     "--main_process_port",
     "0",
 ]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
+ONE_FAILS = [*TORCHRUN, "tests.one_fails"]
+SWEEP = ["-m", *TINY, "method=probe", "train.max_steps=4", "precision=fp32", "offline=true", "seed=0,1"]
+TOLD = {
+    "mistake": "error: task.path: this process cannot see the file",
+    "fault": "error: this process cannot write",
+    "disk": "error: file cannot be read or written (Input/output error)",
+}
+WHOLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 def launch(*words: str) -> subprocess.Popen[str]:
@@ -53,8 +63,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_processes"
     with FileLock(f"{folder}.lock"):  # pytest's own workers share it
         if not folder.is_dir():
-            torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
-            process = launch(*torchrun, "tests.two_processes", str(folder), *METHODS)
+            process = launch(*TORCHRUN, "tests.two_processes", str(folder), *METHODS)
             out, _ = process.communicate(timeout=600)
             assert process.returncode == 0, out
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
@@ -145,3 +154,50 @@ def test_a_signal_to_the_launcher_stops_all_and_the_same_command_goes_on(
     assert (resumed.metrics, resumed.adapters, resumed.events) == (expected.metrics, expected.adapters, expected.events)
     assert losses(tmp_path, resumed.run_id) == losses(both[0] / "long", expected.run_id)
     assert len(list(tmp_path.glob("records/*.json"))) == 1 and told.count("record     ") == 1
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("mistake", "1"), ("fault", "1"), ("disk", "0")])
+def test_a_fault_of_one_process_in_a_sweep_ends_all(kind: str, ranks: str, tmp_path: Path) -> None:
+    process = launch(*ONE_FAILS, kind, ranks, *SWEEP, f"results_dir={tmp_path}")
+    out, _ = process.communicate(timeout=600)  # gloo's own patience is half an hour
+    assert process.returncode != 0 and TOLD[kind] in out
+    assert "run 2 of 2" not in out
+    assert "Traceback" not in out.partition("torch/distributed/elastic")[0], out
+
+
+def test_a_mistake_that_all_processes_meet_costs_its_run_alone(tmp_path: Path) -> None:
+    process = launch(*ONE_FAILS, "mistake", "01", *SWEEP, f"results_dir={tmp_path}")
+    out, _ = process.communicate(timeout=600)
+    assert "run 2 of 2" in out and process.returncode != 0, out
+    (record,) = RecordStore(tmp_path)
+    assert (record.status, record.config["seed"], record.environment["processes"]) == ("success", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 is in the environment without RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is in the environment without RANK"),
+        ({"RANK": "1"}, "RANK=1 is in the environment without LOCAL_RANK"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 is in the environment without MASTER_ADDR"),
+        (WHOLE | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of a process"),
+        (WHOLE | {"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    ],
+)
+def test_what_is_left_of_another_launch_is_told_before_torch(
+    given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jobs, "run_one", None)  # which imports torch
+    code, out, error = run_main(*TINY)
+    way_out = f"or none: unset {' '.join(name for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE') if name in given)}\n"
+    assert (code, out) == (2, "") and error.startswith(f"error: {told}") and error.endswith(way_out)
+    assert error.count("\n") == 1
+
+
+def test_the_end_of_another_process_is_told_from_other_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+    assert not processes.lost_another(gone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes.lost_another(gone) and not processes.lost_another(RuntimeError("mat1 and mat2 cannot be multiplied"))

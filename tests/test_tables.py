@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from wlora.errors import ConfigError
 from wlora.records import Record, RecordStore
 from wlora.study import read_runs
 from wlora.tables.__main__ import main
-from wlora.tables.caption import caption, notes
+from wlora.tables.caption import caption, machines, notes
 from wlora.tables.cells import Table, fill
 from wlora.tables.comparisons import compare_rows
 from wlora.tables.grid import count_text, draw, draw_companion, parameters_text
@@ -584,3 +585,15 @@ def test_mistakes_are_told_in_a_line_or_two(
     error = capsys.readouterr().err
     assert end.value.code == 2 and said in error and len(lines(error)) <= 2
     assert not (tmp_path / "tables").exists()
+
+
+def test_runs_on_other_numbers_of_threads_and_resumed_elsewhere_are_told(tmp_path: Path) -> None:
+    def environment(threads: int, **more: Any) -> dict[str, Any]:
+        return {"precision": "fp32", "processor": "A", "torch": {"threads": threads, "cpu_capability": "X"}, **more}
+
+    for seed, told in enumerate((environment(1), environment(2), environment(2, processes=4, earlier=[environment(1)]))):
+        make_record(tmp_path, f"seed={seed}", environment=told)
+    found = machines(read_runs(tmp_path))
+    assert "Runs were computed 1 with 1 thread, 1 with 2 threads and 1 with 4 processes of 2 threads: their sums" in found[1]
+    assert found[2].startswith("Of 1 run an earlier part was computed in another environment")
+    assert machines(read_runs(tmp_path)[:1]) == []

@@ -181,7 +181,11 @@ class Config:
 
 
 def restore_config(content: dict[str, Any]) -> Config:
-    """Return the configuration that a record holds: keys added since take their defaults, others are left out."""
+    """Return the configuration that a record holds: keys added since take their defaults, others are left out.
+
+    Raises:
+        KeyError: one that every record has.
+    """
     config: Config = _restore(Config, content)
     return config
 
@@ -192,6 +196,8 @@ def _restore(kind: Any, content: dict[str, Any]) -> Any:
         if part.name in content:
             value, inner = content[part.name], part.default_factory
             values[part.name] = _restore(inner, value) if dataclasses.is_dataclass(inner) else value
+        elif part.default == MISSING:
+            raise KeyError(part.name)
     return kind(**values)
 
 

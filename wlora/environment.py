@@ -44,13 +44,31 @@ _PACKAGES = (
 # What of the process's environment torch and its libraries compute by.
 _VARIABLES = (
     "OMP_NUM_THREADS",
+    "OMP_THREAD_LIMIT",
+    "OMP_DYNAMIC",
+    "OMP_SCHEDULE",
+    "OMP_PROC_BIND",
+    "OMP_PLACES",
+    "KMP_AFFINITY",
+    "GOMP_CPU_AFFINITY",
     "MKL_NUM_THREADS",
+    "MKL_DYNAMIC",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OPENBLAS_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
     "CUDA_VISIBLE_DEVICES",
     "CUBLAS_WORKSPACE_CONFIG",
     "PYTHONHASHSEED",
     "ATEN_CPU_CAPABILITY",
     "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
+# What is of a process's command and not of where it ran, and where the environments of other processes stand.
+_NOT_COMPARED = ("overrides", "earlier", "until", "elsewhere", "process")
 
 
 def describe_environment(device: str, precision: str, processes: int, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -93,13 +111,60 @@ def name_machine(environment: dict[str, Any]) -> str:
 def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two environments, by dotted key; what only one of them notes is left out."""
     found: dict[str, tuple[Any, Any]] = {}
-    for key in (key for key in before if key in now and key != "overrides"):
+    for key in (key for key in before if key in now and key not in _NOT_COMPARED):
         if isinstance(before[key], dict) and isinstance(now[key], dict):
             inner = compare_environments(before[key], now[key])
             found |= {f"{key}.{name}": pair for name, pair in inner.items()}
         elif before[key] != now[key]:
             found[key] = (before[key], now[key])
     return found
+
+
+def join_environments(past: Sequence[dict[str, Any]], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return those environments of a run's earlier processes that the next one did not share, for `earlier` in a record.
+
+    Args:
+        past: in order, each with the step `until` which it computed.
+        now: the last one.
+    """
+
+    following = [_compared(environment) for environment in (*past[1:], now)]
+    # One from an older checkpoint may tell of less than the next.
+    return [
+        environment
+        for environment, after in zip(past, following, strict=True)
+        if any(key in after and after[key] != value for key, value in _compared(environment).items())
+    ]
+
+
+def name_elsewhere(environments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return those environments of a run's processes that are not the main one's, each with its `process`."""
+    differing = [{**_compared(environment), "device": None} for environment in environments]  # each process has its own GPU
+    return [
+        {"process": number, **environment}
+        for number, environment in enumerate(environments)
+        if differing[number] != differing[0]
+    ]
+
+
+def _compared(environment: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in environment.items() if key not in _NOT_COMPARED}
+
+
+def describe_computing(environment: dict[str, Any]) -> str:
+    """Return how many threads and processes a recorded run's sums were spread over, in words; empty where it is not known.
+
+    On GPUs the threads of the CPU have no part in it.
+    """
+    torch, processes = environment.get("torch", {}), environment.get("processes", 1)
+    several = f"{processes} process{'' if processes == 1 else 'es'}"
+    if torch.get("gpus"):
+        return several
+    threads = torch.get("threads")
+    if not threads:
+        return ""
+    words = f"{threads} thread{'' if threads == 1 else 's'}"
+    return words if processes == 1 else f"{several} of {words}"
 
 
 def _versions() -> dict[str, str]:

@@ -19,12 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from wlora.adapters.attach import count_elements
-from wlora.adapters.peft_format import Start, read_adapter
+from wlora.adapters.peft_format import Start, identify_files, read_adapter
 from wlora.claims import Claim
 from wlora.config import Config, run_id, scientific_fields, stream_seed
 from wlora.console import announce, notice, say, summarize
-from wlora.environment import describe_environment
+from wlora.environment import describe_environment, name_elsewhere
 from wlora.errors import ConfigError, RunFault, TakenOver, ran_out_of_memory
+from wlora.fingerprint import changed, read_as_hashed
 from wlora.locks import RunLock
 from wlora.methods import build_method
 from wlora.methods.base import Method, Setting, Steps
@@ -38,7 +39,6 @@ from wlora.processes import from_main, gather
 from wlora.records import Record, RecordStore, peak_memory
 from wlora.staging import PARTS, Put, check_folders
 from wlora.stock import Stock
-from wlora.tasks import Task
 from wlora.tasks.data import fingerprint
 from wlora.tracking import Tracker, tracking_folder
 from wlora.training.checkpoints import CheckpointStore
@@ -76,6 +76,8 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
     record.environment = describe_environment(
         str(accelerator.device), precision.name, accelerator.num_processes, overrides=overrides
     )
+    if elsewhere := name_elsewhere(gather(record.environment)):
+        record.environment["elsewhere"] = elsewhere
     _refuse_other_inputs(record)
     store = RecordStore(config.results_dir)
     check_folders(config.results_dir, *_written(config, record.run_id))
@@ -141,6 +143,8 @@ def _run(
     model.to(accelerator.device)
     record.parameters = count_parameters(model, method, head)
     record.model["revision"] = getattr(model.config, "_commit_hash", None)
+    if record.task["data"] not in (None, material.splits.fingerprint):
+        raise changed(f"task.path={config.task.path}")
     record.task.update(version=material.splits.revision, data=material.splits.fingerprint)
     record.task.update(train_rows=len(material.splits.rows["train"]), **material.unfit)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
@@ -194,16 +198,15 @@ def _run(
         _complete(record, result, method, guard.seconds())
         record.curve = curve.finish()
         if accelerator.is_main_process:
-            record.predictions = _keep_predictions(store, record, trainer)
-            if config.train.save_adapter:
-                folder = adapter_folder(config.results_dir, record.run_id)
-                record.model |= {"adapter": None, **_keep_adapter(model, method, task, folder, claim.put)}
+            record.error = _keep_results(store, record, trainer, config, claim.put)
             say(summarize(record, method, str(store.write(record))))
             if config.train.save_model:
                 saved = model_folder(config.results_dir, record.run_id)
                 save_model(model, method, material.tokenizer, saved, claim.put)
                 say(f"model      {saved}")
-            if not config.train.keep_after:  # all that they stand for is on the disk now
+            if record.error and checkpoints.present():
+                say("notice: the checkpoints stay; the same command goes on from the last one and writes what is missing")
+            elif not record.error and not config.train.keep_after:  # all that they stand for is on the disk now
                 checkpoints.remove()
         guard.answer(trainer)
     return record
@@ -230,48 +233,50 @@ def _out_of_memory(plan: Plan, processes: int) -> RunFault:
     )
 
 
-def _keep_predictions(store: RecordStore, record: Record, trainer: Trainer) -> str | None:
-    """Write what the run predicted of the dev set; a run is not lost because that cannot be written."""
-    if trainer.evaluation is None:  # resumed after its last evaluation
-        return None
-    try:
-        return store.write_predictions(record.run_id, trainer.evaluation.tabulate(trainer.task, trainer.data.validation))
-    except OSError as error:
-        say(f"notice: the predictions of {record.run_id} cannot be written ({error.strerror})")
-        return None
-
-
-def _keep_adapter(model: PreTrainedModel, method: Method, task: Task, folder: Path, put: Put) -> dict[str, str]:
-    """Write the trained adapters; a run is not lost because they cannot be."""
-    try:
-        return save_adapter(model, method, folder, kind=task.head, put=put)
-    except TakenOver:
-        raise
-    except RunFault as error:
-        say(f"notice: {error}")
-        return {}
+def _keep_results(store: RecordStore, record: Record, trainer: Trainer, config: Config, put: Put) -> str | None:
+    """Write predictions and adapters; a run is not lost because one of them cannot be: returns what, None for nothing."""
+    failed = []
+    if trainer.evaluation is not None:  # else resumed after its last evaluation
+        try:
+            table = trainer.evaluation.tabulate(trainer.task, trainer.data.validation)
+            record.predictions = store.write_predictions(record.run_id, table)
+        except OSError as error:
+            failed.append(f"the predictions of {record.run_id} cannot be written ({error.strerror})")
+    if config.train.save_adapter:
+        folder = adapter_folder(config.results_dir, record.run_id)
+        record.model["adapter"] = None
+        try:
+            record.model |= save_adapter(trainer.bare_model, trainer.method, folder, kind=trainer.task.head, put=put)
+        except TakenOver:
+            raise
+        except RunFault as error:
+            failed.append(str(error))
+    for text in failed:
+        say(f"notice: {text}")
+    return "; ".join(failed) or None
 
 
 def _find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
     """Return the record of a run that has succeeded and is not to be run again, as the main process finds it.
 
-    A run whose model could not be saved goes on from its checkpoints, if they are still there, and saves it.
+    A run of which something could not be saved goes on from its checkpoints, if they are still there, and saves it.
     """
     done = from_main(store.read(identity))
     if done is None or done.status != "success" or config.force:
         return None
     saved = model_folder(config.results_dir, identity)
     lacks_model = config.train.save_model and not saved.is_dir()
-    if from_main(lacks_model and CheckpointStore(config.results_dir, identity, keep=config.train.keep).present()):
-        notice(f"{identity} is done, but its model is not there ({saved}): it goes on from its checkpoint and saves it")
+    missing = f"its model is not there ({saved})" if lacks_model else done.error
+    if from_main(bool(missing) and CheckpointStore(config.results_dir, identity, keep=config.train.keep).present()):
+        notice(f"{identity} is done, but {missing}: it goes on from its checkpoint and saves it")
         return None
     say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
     try:
         store.read_curve(done)
     except ConfigError as damage:
         say(f"notice: {damage}; force=true does the run again and writes it")
-    if lacks_model:
-        say(f"notice: its model is not there ({saved}): force=true does the run again and saves it")
+    if missing:
+        say(f"notice: {missing}: force=true does the run again and saves it")
     return done
 
 
@@ -332,7 +337,9 @@ def read_start(config: Config) -> Start:
     """
     if config.adapter.path is None:
         return Start({}, {})
-    start = read_adapter(config.adapter.path)
+    path = config.adapter.path
+    with read_as_hashed(f"adapter.path={path}", config.adapter.fingerprint, lambda: identify_files(path)):
+        start = read_adapter(path)
     targets = {target.name for target in list_targets(read_architecture(config.model), config.targets)}
     strange = sorted(set(start.adapters) - targets)
     if strange:
@@ -378,14 +385,13 @@ def count_parameters(model: nn.Module, method: Method, head: dict[str, nn.Parame
 
 
 def open_record(config: Config, source: ModelSource, precision: Precision) -> Record:
-    fields = scientific_fields(
-        config, task_data=fingerprint(config.task), model_data=source.fingerprint, precision=precision.name
-    )
+    data = fingerprint(config.task)
+    fields = scientific_fields(config, task_data=data, model_data=source.fingerprint, precision=precision.name)
     return Record(
         run_id=run_id(fields),
         status="running",
         config=dataclasses.asdict(config),
-        task={"name": config.task.name},
+        task={"name": config.task.name, "data": data},
         model={"name": config.model.name, "fingerprint": source.fingerprint},
         primary_metric=config.task.primary_metric,
     )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import os
 import re
-import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,11 @@ from wlora.adapters.peft_format import CONFIG, RECORDED, refuse_unbounded
 from wlora.config import Config, restore_config
 from wlora.console import protect_output, telling
 from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
-from wlora.fingerprint import hash_file
 from wlora.hub import go_offline, require_sources
 from wlora.model_card import write_card
-from wlora.models.source import locate, require_extras
+from wlora.models.source import ModelSource, locate, require_extras
 from wlora.records import Record, RecordStore
-from wlora.staging import check_folders
+from wlora.staging import MISSING, check_folders, patiently
 from wlora.study import read_run, read_words
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def export(words: Sequence[str]) -> Path:
     config.model.path, config.offline = options["model.path"] or config.model.path, options["offline"] == "true"
     if kind == "merged":
         _refuse_packed(config)
-        _require_base(config, record)
+        _refuse_unknown_scale(record, results)
+        source = _require_base(config, record)
     from wlora.models.saving import replacing, write_model
 
     if not options["to"]:
@@ -85,11 +86,10 @@ def export(words: Sequence[str]) -> Path:
     with replacing(target) as staging:
         if kind == "peft":
             staging.mkdir(parents=True)
-            for name in RECORDED:
-                shutil.copyfile(adapters / name, staging / name)
+            _write_files(adapters, staging)
             _add_tokenizer(config, record, staging)
         else:
-            write_model(*merge(config, adapters), staging)
+            write_model(*merge(config, source, adapters), staging)
         write_card(staging / "README.md", record, config, merged=kind == "merged")
     return target
 
@@ -118,8 +118,8 @@ def find_record(results_dir: str, run_id: str) -> Record:
     return record
 
 
-def trained_adapters(results_dir: str, record: Record) -> Path:
-    """Return the folder of a run's adapters.
+def trained_adapters(results_dir: str, record: Record) -> dict[str, bytes]:
+    """Return the files of a run's adapters by name: the bytes that were hashed, since the files may change at any time.
 
     Raises:
         ConfigError: the run has kept none, or the files are not those that it wrote.
@@ -131,21 +131,40 @@ def trained_adapters(results_dir: str, record: Record) -> Path:
             "way out: train.save_model=true writes the whole model of such a run"
         )
     try:
-        found = {name: hash_file(folder / name)[:16] for name in RECORDED}
-    except OSError:
-        raise ConfigError(
-            f"{record.run_id}: its adapters are not in {folder}\n"
-            f"way out: python -m wlora.run from={record.run_id} results_dir={results_dir} runs it again and keeps them"
-        ) from None
+        files = {name: patiently((folder / name).read_bytes) for name in RECORDED}
+    except MISSING:
+        raise ConfigError(f"{record.run_id}: its adapters are not in {folder}\n{_run_again(record, results_dir)}") from None
+    except OSError as error:
+        raise ConfigError(f"{record.run_id}: its adapters in {folder} cannot be read ({error.strerror})") from None
     for name, key in RECORDED.items():
-        written = record.model.get(key)
-        if written != found[name] and not (name == CONFIG and written is None):
-            raise ConfigError(f"{folder}: {name} is not what the run wrote ({found[name]}, the record says {written})")
-    refuse_unbounded(folder)
-    return folder
+        found, written = hashlib.sha256(files[name]).hexdigest()[:16], record.model.get(key)
+        if written != found and not (name == CONFIG and written is None):
+            raise ConfigError(f"{folder}: {name} is not what the run wrote ({found}, the record says {written})")
+    refuse_unbounded(files[CONFIG], str(folder))
+    return files
 
 
-def merge(config: Config, adapters: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _run_again(record: Record, results_dir: str) -> str:
+    return f"way out: python -m wlora.run from={record.run_id} results_dir={results_dir} runs it again and keeps them"
+
+
+def _refuse_unknown_scale(record: Record, results_dir: str) -> None:
+    """Refuse to fold in what the record does not vouch for: once it told of the weights alone, not of rank and alpha."""
+    if record.model.get(RECORDED[CONFIG]) is None:
+        raise ConfigError(
+            f"format=merged: the record of {record.run_id} is from before {CONFIG} was hashed: allowed is format=peft\n"
+            f"{_run_again(record, results_dir)}"
+        )
+
+
+def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def merge(
+    config: Config, source: ModelSource, adapters: Mapping[str, bytes]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a run's base in float32, fold its adapters in and give it its head; the labels go along by their names."""
     from peft import PeftModel
 
@@ -154,15 +173,16 @@ def merge(config: Config, adapters: Path) -> tuple[PreTrainedModel, PreTrainedTo
     from wlora.tasks import build_task
     from wlora.tasks.summarization import Summarization
 
-    source, task = locate(config.model), build_task(config.task)
+    task = build_task(config.task)
     tokenizer = load_tokenizer(config.model, source)
     base = load_model(config.model, source, tokenizer, head=task.head, num_labels=task.num_labels, seed=0)
     try:
-        with quiet():
-            PeftModel.from_pretrained(base, adapters)  # it changes the base in place
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            _write_files(adapters, Path(folder))
+            PeftModel.from_pretrained(base, folder)  # it changes the base in place
         fold_peft(base)
     except Exception as error:  # whatever an odd configuration makes PEFT, safetensors or torch raise
-        raise ConfigError(f"{adapters}: the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
+        raise ConfigError(f"the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
     name_classes(base, config.task.labels, head=task.head)
     if isinstance(task, Summarization):
         task.set_generation(base)
@@ -174,8 +194,7 @@ def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
     from wlora.models.loading import load_tokenizer, quiet
 
     try:
-        _require_base(config, record)
-        tokenizer = load_tokenizer(config.model, locate(config.model))
+        tokenizer = load_tokenizer(config.model, _require_base(config, record))
     except ConfigError as error:
         print(f"notice: the tokenizer is not exported: {error}", file=sys.stderr)
         return
@@ -189,8 +208,8 @@ def _refuse_packed(config: Config) -> None:
         raise ConfigError("format=merged: packed weights cannot take adapters in: allowed is format=peft")
 
 
-def _require_base(config: Config, record: Record) -> None:
-    """Refuse a base that is not at hand, or not the one that the run's adapters were trained on."""
+def _require_base(config: Config, record: Record) -> ModelSource:
+    """Return the base that the run's adapters were trained on; refuse another one, and one that is not at hand."""
     model = config.model
     if config.offline:
         go_offline()
@@ -198,9 +217,10 @@ def _require_base(config: Config, record: Record) -> None:
     model.revision = record.model.get("revision") or model.revision
     # The data are not asked for.
     require_sources(dataclasses.replace(config, task=dataclasses.replace(config.task, hub_id=None)))
-    found, trained_on = locate(model).fingerprint, record.model.get("fingerprint")
-    if trained_on is not None and found != trained_on:
-        raise ConfigError(f"model.path={model.path}: its content is {found}, the run's base was {trained_on}")
+    source, trained_on = locate(model), record.model.get("fingerprint")
+    if trained_on is not None and source.fingerprint != trained_on:
+        raise ConfigError(f"model.path={model.path}: its content is {source.fingerprint}, the run's base was {trained_on}")
+    return source
 
 
 if __name__ == "__main__":

@@ -92,8 +92,12 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
             ConfigError: a file from elsewhere that cannot be read, is too large or sets what it may not.
         """
         file = Path(self.path, self._normalize_file_name(config_path))
-        if file.resolve().is_relative_to(config_folder().resolve()):
-            return super().load_config(config_path)
+        target = file.resolve()
+        if target.is_relative_to(config_folder().resolve()):
+            # Read by where it is: a link could lead elsewhere by the time that it is followed again.
+            own = file_config_source.FileConfigSource(provider=self.provider, path=f"file://{target.parent}")
+            found = own.load_config(target.name)
+            return dataclasses.replace(found, path=f"{self.scheme()}://{self.path}")
         try:
             with open_file(file) as stream:
                 content = stream.read(MOST_BYTES + 1)

@@ -25,7 +25,7 @@ from wlora.console import protect_output, put
 from wlora.errors import ConfigError, RunFault, as_fault, wrong_value
 from wlora.help import show_values
 from wlora.presets import apply_presets
-from wlora.processes import first_time, is_main, several
+from wlora.processes import all_failed, first_time, is_main, lost_another, several
 from wlora.words import check_read, explain, swept_keys, unknown_key
 
 # The plugin's schema of the same name is meant to check what stands in conf/hydra/launcher. Said here, since the processes
@@ -118,7 +118,8 @@ def run_one(composed: DictConfig, sweep: Sweep | None = None) -> Outcome:
         if is_main():
             put(sweep.heading(HydraConfig.get().job.num + 1, name))
     try:
-        outcome = attempt(name, lambda: _run_composed(name, composed, overrides, in_sweep=sweep is not None))
+        in_sweep = sweep is not None
+        outcome = attempt(name, lambda: _run_composed(name, composed, overrides, in_sweep=in_sweep), in_sweep=in_sweep)
     except KeyboardInterrupt as stop:
         if DESK.command:
             raise
@@ -140,20 +141,25 @@ def _hand_on(exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def attempt(name: str, act: Callable[[], Outcome]) -> Outcome:
+def attempt(name: str, act: Callable[[], Outcome], *, in_sweep: bool = False) -> Outcome:
     """Run what `act` does; a failure is told in a line or two and does not stop a sweep.
 
-    It does where it may be that of one process out of several, for which the others wait: their launcher ends them.
+    In a run of several processes a failure that may be that of one alone exits, so that the launcher stops the others.
     """
     try:
         return act()
     except (ConfigError, OmegaConfBaseException) as error:
         mistake = error if isinstance(error, ConfigError) else ConfigError(explain(error))
         fail(mistake)
+        if in_sweep and several() and not all_failed():
+            sys.exit(ConfigError.exit_code)
         return Outcome(name, "ConfigError", None, ConfigError.exit_code, str(mistake))
     except RunFault as error:
         return _end_run(name, error)
     except Exception as error:
+        if lost_another(error):
+            fail(RunFault("another process of this run has ended, so this one stops"))
+            sys.exit(RunFault.exit_code)
         if fault := as_fault(error):
             return _end_run(name, fault)
         # A bug, not a mistake of the user: the record says `failed`, the traceback goes to whoever mends it.

@@ -35,6 +35,7 @@ class Record:
     """What is known of a run; the meaning of every key stands in the design under "A record".
 
     Attributes:
+        error: what ended a run that did not succeed; of one that did, which of its files could not be written.
         trained: whether this process trained it to the end, rather than found it recorded. Not written.
     """
 

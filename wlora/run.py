@@ -18,7 +18,7 @@ from wlora.errors import ConfigError, RunFault
 from wlora.foreign import guard_files, refuse_words
 from wlora.help import register_help
 from wlora.jobs import DESK, Outcome, attempt, collecting, fail, run_one
-from wlora.processes import TOLD, is_main
+from wlora.processes import TOLD, is_main, require_launch
 from wlora.words import check_form, explain
 
 
@@ -43,6 +43,7 @@ def _run(words: Sequence[str]) -> int:
     register_schema()
     register_help()
     try:
+        require_launch()
         if any(word.startswith("from=") for word in words):
             DESK.outcomes.append(attempt("", lambda: _repeat(words)))
         else:

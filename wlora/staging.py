@@ -56,12 +56,25 @@ def staged(target: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder of the target cannot be made.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:16]}")
     try:
         yield staging
     finally:
         remove_path(staging)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing; each is on the disk with the entry that leads to it.
+
+    Raises:
+        OSError: one of them cannot be made.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_entries(folder.parent)
 
 
 def put(staging: Path, target: Path) -> None:
@@ -125,11 +138,12 @@ def leftovers(results_dir: str | Path, run_id: str) -> list[Path]:
 
 def remove_path(path: Path) -> None:
     """Remove a file, a folder with all in it, or a link and not what it points to; what cannot be removed stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    for _ in range(2):  # once more after a fault that has passed; none is waited for
         with contextlib.suppress(OSError):
-            path.unlink()
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _sync_all(path: Path) -> None:
@@ -144,10 +158,15 @@ def _sync_all(path: Path) -> None:
 
 
 def _sync_entries(folder: Path) -> None:
-    """Make a folder's entries durable; not every file system can."""
-    with contextlib.suppress(OSError):
+    """Make a folder's entries durable, where the file system can; OSError where it can and fails."""
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except PermissionError:  # Windows opens no folders, and a folder may be closed to readers
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)

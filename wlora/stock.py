@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config import Config
 from wlora.console import notice
+from wlora.fingerprint import changed
 from wlora.models.loading import head_parameters, load_base, load_tokenizer, name_classes, reorder_head, start_head
 from wlora.models.source import ModelSource
 from wlora.tasks import Task, build_task
@@ -56,11 +57,14 @@ class Stock:
         Raises:
             ConfigError: rows or a tokenizer that cannot be read.
         """
-        key = _key(config.task, fingerprint(config.task), config.model, source, config.offline)
+        content = fingerprint(config.task)
+        key = _key(config.task, content, config.model, source, config.offline)
         if self._material is None or self._material[0] != key:
             self._material = None  # before the next is loaded: two may not fit
             task = build_task(config.task)
             splits = load_splits(config.task, offline=config.offline)
+            if content not in (None, splits.fingerprint):
+                raise changed(f"task.path={config.task.path}")
             tokenizer = load_tokenizer(config.model, source)
             data, unfit = encode(task, splits, tokenizer)
             self._material = key, Material(task, splits, tokenizer, data, unfit)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wlora.errors import ConfigError
 from wlora.fingerprint import hash_file
 from wlora.reading import open_file, read_json
+from wlora.staging import MISSING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -140,11 +141,18 @@ def fingerprint(path: str) -> str:
     config = _read_config(path)
     try:
         content = hash_file(Path(path) / WEIGHTS)
-    except OSError:
+    except MISSING:
         pickled = "; adapter_model.bin is pickle and never read" if os.path.isfile(Path(path) / "adapter_model.bin") else ""
         raise ConfigError(f"adapter.path={path}: allowed is a folder with {CONFIG} and {WEIGHTS}{pickled}") from None
+    except OSError as error:
+        raise ConfigError(f"adapter.path={path}: {WEIGHTS} cannot be read ({error.strerror})") from None
     alphas = json.dumps([config.get("lora_alpha"), config.get("alpha_pattern")], sort_keys=True)
     return hashlib.sha256(f"{content}{alphas}".encode()).hexdigest()[:16]
+
+
+def identify_files(path: str) -> tuple[str, list[Path]]:
+    """Return what `fingerprint` does, and the files that it is of."""
+    return fingerprint(path), [Path(path) / CONFIG, Path(path) / WEIGHTS]
 
 
 def read_adapter(path: str) -> Start:
@@ -183,13 +191,17 @@ def read_adapter(path: str) -> Start:
     return Start(adapters, head)
 
 
-def refuse_unbounded(folder: Path) -> None:
+def refuse_unbounded(content: bytes, where: str) -> None:
     """Refuse adapters of any kind that PEFT could not load in bounded time and memory, whoever has written them.
+
+    Args:
+        content: of their configuration's file.
+        where: names it in the message.
 
     Raises:
         ConfigError: the configuration cannot be read, or a number or a pattern in it.
     """
-    config = _load_config(folder, str(folder))
+    config = _parse_config(content, where)
     if config.get("target_modules") is not None and not _is_names(config["target_modules"]):
         fault: tuple[str, str] | None = ("target_modules", "a list of names")
     else:
@@ -198,7 +210,7 @@ def refuse_unbounded(folder: Path) -> None:
         fault = fault or next(
             ((key, "names of modules") for key in _BY_NAME if any("*" in name for name in config[key])), None
         )
-    _refuse(fault, config, str(folder))
+    _refuse(fault, config, where)
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -214,13 +226,20 @@ def _load_config(folder: Path, where: str) -> dict[str, Any]:
     try:
         with open_file(folder / CONFIG) as stream:
             content = stream.read(_LARGEST_CONFIG + 1)
+    except MISSING:
+        raise ConfigError(f"{where}: allowed is a folder with {CONFIG} and {WEIGHTS}") from None
+    except OSError as error:
+        raise ConfigError(f"{where}: {CONFIG} cannot be read ({error.strerror or error})") from None
+    return _parse_config(content, where)
+
+
+def _parse_config(content: bytes, where: str) -> dict[str, Any]:
+    try:
         if len(content) > _LARGEST_CONFIG:
             raise ValueError(f"more than {_LARGEST_CONFIG >> 20} MiB")
-        config = read_json(content)
+        config: Any = read_json(content)
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
-    except OSError:
-        raise ConfigError(f"{where}: allowed is a folder with {CONFIG} and {WEIGHTS}") from None
     except ValueError as error:
         raise ConfigError(f"{where}: {CONFIG} cannot be read ({error})") from None
     config.setdefault("lora_alpha", 8)

@@ -37,7 +37,7 @@ from wlora.errors import ConfigError, ran_out_of_memory
 from wlora.models.deberta_attention import replace_attention
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.quantization import HEAD_MODULES, keep_differentiable, loading_options, pack_on_meta
-from wlora.models.source import ModelSource
+from wlora.models.source import ModelSource, unchanged
 from wlora.models.targets import order_classes, read_architecture
 
 # Random base weights stand for pretrained ones, so they are the same for every seed of a run.
@@ -73,15 +73,16 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
         tiny = build_tokenizer()
         _read_marks_as_text(tiny)
         return tiny
-    try:
-        with quiet():
-            tokenizer: PreTrainedTokenizerBase = (
-                _read_gguf_tokenizer(model, source.location)
-                if model.gguf_file
-                else AutoTokenizer.from_pretrained(source.location, revision=model.revision)
-            )
-    except Exception as error:  # those of three libraries, one of them a bare Exception
-        raise ConfigError(f"{_origin(model)}: the tokenizer cannot be loaded ({_reason(error)})") from error
+    with unchanged(model, source):
+        try:
+            with quiet():
+                tokenizer: PreTrainedTokenizerBase = (
+                    _read_gguf_tokenizer(model, source.location)
+                    if model.gguf_file
+                    else AutoTokenizer.from_pretrained(source.location, revision=model.revision)
+                )
+        except Exception as error:  # those of three libraries, one of them a bare Exception
+            raise ConfigError(f"{_origin(model)}: the tokenizer cannot be loaded ({_reason(error)})") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # Without vocabulary files transformers builds a tokenizer all the same, to which every word is unknown.
         raise ConfigError(f"{_origin(model)}: there is no tokenizer (tokenizer.json, spm.model or vocab.txt)")
@@ -200,7 +201,8 @@ def load_base(
         loaded, fresh = _build_random(model, tokenizer, head, num_labels)
     else:
         packing = loading_options(model.quantization, device=device, dtype=dtype)
-        loaded, fresh = _load_pretrained(model, source, head, num_labels, packing)
+        with unchanged(model, source):
+            loaded, fresh = _load_pretrained(model, source, head, num_labels, packing)
         keep_differentiable(loaded)
     known = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:

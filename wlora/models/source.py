@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from wlora.config import ModelConfig
 from wlora.errors import ConfigError, wrong_value
-from wlora.fingerprint import hash_file, hash_files
+from wlora.fingerprint import hash_file, hash_files, read_as_hashed
 from wlora.models.gguf import find_gguf
 from wlora.reading import read_file, read_json
 
@@ -24,10 +26,12 @@ class ModelSource:
     Attributes:
         location: a local folder, a hub id, or None for random weights.
         fingerprint: content hash of local files (first 16 hex digits of SHA-256), None otherwise.
+        files: those that the hash is of.
     """
 
     location: str | None
     fingerprint: str | None
+    files: tuple[Path, ...] = ()
 
 
 def locate(model: ModelConfig) -> ModelSource:
@@ -38,7 +42,7 @@ def locate(model: ModelConfig) -> ModelSource:
             wrong SHA-256.
     """
     if model.path is not None and model.gguf_file is not None:
-        return ModelSource(model.path, hash_files([find_gguf(model)]))  # configuration and tokenizer are in the file
+        return _hashed(f"model.path={model.path}", model.path, [find_gguf(model)])  # which has configuration and tokenizer
     if model.path is not None:
         folder, key = Path(model.path), f"model.path={model.path}"
     elif model.source == "package":
@@ -61,7 +65,28 @@ def locate(model: ModelConfig) -> ModelSource:
             "other weights of this architecture: add model.sha256=null"
         )
     content = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _CONTENT)
-    return ModelSource(str(folder), hash_files(content))
+    return _hashed(key, str(folder), content)
+
+
+def _hashed(key: str, location: str, files: list[Path]) -> ModelSource:
+    try:
+        return ModelSource(location, hash_files(files), tuple(files))
+    except OSError as error:
+        raise ConfigError(f"{key}: {error.filename} cannot be read ({error.strerror})") from error
+
+
+def unchanged(model: ModelConfig, source: ModelSource) -> contextlib.AbstractContextManager[None]:
+    """Return a block that reads a model's files: it fails if they are not those that `source` was made from.
+
+    Raises:
+        ConfigError: they were changed, as seen at the beginning or at the end of the block.
+    """
+
+    def identify() -> tuple[str | None, Sequence[Path]]:
+        found = locate(model)
+        return found.fingerprint, found.files
+
+    return read_as_hashed(f"model.path={source.location}", source.fingerprint, identify)
 
 
 def _refuse_elsewhere(index: Path, key: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from wlora.environment import describe_computing
 from wlora.study import Run, shipped_task, show
 from wlora.tables.cells import Score, Table
 from wlora.tables.layouts import Column
@@ -56,11 +58,25 @@ def notes(table: Table) -> list[str]:
 
 
 def machines(runs: Iterable[Run]) -> list[str]:
-    """Say on which machines runs were made, if on several."""
-    names = sorted({run.machine for run in runs})
-    if len(names) < 2:
-        return []
-    return [f"The runs were made on {_join(names)}: seconds of different machines are not comparable."]
+    """Say on which machines runs were made, if on several, and what of them the numbers depend on."""
+    environments = [(run.machine, run.record.environment) for run in runs]
+    found = []
+    names = sorted({name for name, _ in environments})
+    if len(names) > 1:
+        found.append(f"The runs were made on {_join(names)}: seconds of different machines are not comparable.")
+    computing = Counter(describe_computing(environment) for _, environment in environments)
+    computing.pop("", None)
+    if len(computing) > 1:
+        counts = _join(f"{count} with {how}" for how, count in sorted(computing.items()))
+        found.append(
+            f"Runs were computed {counts}: their sums are rounded in another order, so that equal settings may differ in "
+            "score."
+        )
+    moved = sum("earlier" in environment for _, environment in environments)
+    if moved:
+        which = f"{moved} run{'' if moved == 1 else 's'}"
+        found.append(f"Of {which} an earlier part was computed in another environment, which the record names.")
+    return found
 
 
 def _model(table: Table, runs: Sequence[Run]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wlora.errors import ConfigError
-from wlora.fingerprint import hash_files
+from wlora.fingerprint import hash_files, read_as_hashed
 from wlora.tasks import files
 from wlora.tasks.checks import check_rows, needed_columns
 
@@ -88,7 +88,8 @@ def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
     """
     content, revision = fingerprint(task), None
     if task.path is not None:
-        tables = {split: _read_local(task, split) for split in _split_names(task)}
+        with read_as_hashed(f"task.path={task.path}", content, lambda: (fingerprint(task), find_local(task))):
+            tables = {split: _read_local(task, split) for split in _split_names(task)}
     elif task.generator is not None:
         made = {split: _generate(task.generator, split) for split in _split_names(task)}
         tables = _check_all(made, task, f"task.generator={task.generator}")

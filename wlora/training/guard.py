@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from wlora.console import say
+from wlora.environment import compare_environments, join_environments
 from wlora.errors import RunFault, TakenOver
 from wlora.locks import RunLock
 from wlora.processes import from_main, several
@@ -28,6 +30,8 @@ ECHO_SECONDS = 2.0
 
 # In place of a signal's number: the lock is another's.
 LOST = 1000
+# Differences of an environment that are told; the record has all.
+_SHOWN = 4
 
 
 class Interrupted(KeyboardInterrupt):
@@ -105,6 +109,7 @@ class Guard:
             "seconds": self.seconds(),
             "resumed_at": self.record.resumed_at,
             "git_commit": self.record.environment.get("git_commit"),
+            "environments": self._environments(trainer.step),
         }
         if trainer.accelerator.is_main_process:
             self.store.write(state)
@@ -128,12 +133,33 @@ class Guard:
                 f"(commit {state.facts['git_commit']}): {error}\n"
                 "way out: force=true starts afresh"
             ) from error
-        if state.facts["git_commit"] != self.record.environment.get("git_commit"):
-            say(f"notice: the checkpoint was written by commit {state.facts['git_commit']}")
+        self._note_environment(state, trainer.step)
         self.record.resumed_at = [*state.facts["resumed_at"], trainer.step]
         self.curve.restart(state.facts["curve"])
         say(f"resumed    after step {trainer.step} of {trainer.plan.total_steps}")
         self._begin -= state.facts["seconds"]
+
+    def _environments(self, step: int) -> list[dict[str, Any]]:
+        """Return the environments in which the run has got as far as a step, this process's last."""
+        own = {key: value for key, value in self.record.environment.items() if key != "earlier"}
+        return [*self.record.environment.get("earlier", []), {"until": step, **own}]
+
+    def _note_environment(self, state: State, step: int) -> None:
+        """Let the record name the environments of the processes before, and say what differs here from the last one's."""
+        older = {"until": step, "git_commit": state.facts["git_commit"]}
+        past, now = state.facts.get("environments", [older]), self.record.environment
+        if earlier := join_environments(past, now):
+            now["earlier"] = earlier
+        changes = compare_environments(past[-1], now)
+        if commit := changes.pop("git_commit", None):
+            say(f"notice: the checkpoint was written by commit {commit[0]}")
+        if changes:
+            told = [f"{key} {before} -> {after}" for key, (before, after) in changes.items()]
+            more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
+            say(
+                f"notice: the steps up to {step} were computed in another environment ({', '.join(told[:_SHOWN])}{more}): "
+                "numbers may differ from those of an uninterrupted run"
+            )
 
     def _newest(self, accelerator: Accelerator) -> tuple[Path, State] | None:
         """Return the newest checkpoint that holds; the main process looks, so that all go on from the same.

@@ -26,7 +26,7 @@ from transformers import __version__ as transformers_version
 
 from wlora.console import notice, say
 from wlora.errors import RunFault
-from wlora.fingerprint import hash_file
+from wlora.fingerprint import hash_stream
 from wlora.models.prefix import Prefix
 from wlora.reading import open_file, read_file, read_json
 from wlora.staging import MISSING, patiently, put, remove_path, staged
@@ -208,10 +208,10 @@ def _map(folder: Path, size: int) -> mmap.mmap:
     manifest = read_json(patiently(lambda: read_file(folder / _MANIFEST)))
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"schema {manifest['schema']}")
-    if patiently(lambda: hash_file(folder / _STATES)) != manifest["sha256"]:
-        raise ValueError(f"{_STATES} is not what was written")
-    with open_file(folder / _STATES) as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    with patiently(lambda: open_file(folder / _STATES)) as stream:
+        if patiently(lambda: hash_stream(stream)) != manifest["sha256"]:
+            raise ValueError(f"{_STATES} is not what was written")
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # of what was hashed, whatever the name is of by now
     if len(mapped) != size:
         raise ValueError(f"{_STATES} has {len(mapped)} bytes, not {size}")
     return mapped
