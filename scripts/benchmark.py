@@ -36,20 +36,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wlora.config import Config
-from wlora.environment import describe_environment, name_machine
-from wlora.experiment import attach, prepare_method
+from wlora.cli.sweep import compose
+from wlora.config.schema import Config
+from wlora.experiment.run import attach, prepare_method
+from wlora.models.architectures import FAMILIES
 from wlora.models.deberta_attention import restore_attention
+from wlora.models.first_token import first_token_alone
 from wlora.models.loading import head_parameters
-from wlora.models.prefix import Prefix, frozen_depth
-from wlora.models.readout import first_token_alone
+from wlora.models.prefix_forward import Prefix, frozen_depth
 from wlora.models.source import locate
-from wlora.models.targets import FAMILIES
-from wlora.precision import Precision, choose_precision, lower_base
-from wlora.records import RecordStore
-from wlora.sweep import compose
-from wlora.training.footprint import activation_bytes, build_example, make_batch, saved_bytes
+from wlora.storage.environment import describe_environment, name_machine
+from wlora.storage.records import RecordStore
+from wlora.training.activation_memory import activation_bytes, build_example, make_batch, saved_bytes
 from wlora.training.optimizers import Optimizers
+from wlora.training.precision import Precision, choose_precision, lower_base
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Steps before the clock: on a GPU the first ones choose kernels and fill the allocator.
@@ -306,7 +306,7 @@ def _contender(
     return Contender(name, precision, step, len(batch["input_ids"]), saved, memory)
 
 
-# Every run of `end_to_end`: its name, and its words for `wlora.run`.
+# Every run of `end_to_end`: its name, and its words for `wlora.cli.run`.
 RUNS = {
     "LoRA": ["method=lora"],
     "WLoRA": ["method=wlora", "k=5"],

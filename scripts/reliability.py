@@ -30,10 +30,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from wlora.claims import Claim
-from wlora.config import config_folder
-from wlora.locks import RunLock
-from wlora.records import Record, RecordStore
+from wlora.config.schema import config_folder
+from wlora.storage.claims import Claim
+from wlora.storage.locks import RunLock
+from wlora.storage.records import Record, RecordStore
 
 STEPS = 80
 SETTING = [
@@ -214,8 +214,9 @@ def run_observed(moment: Path, aim: str, words: list[str]) -> None:
 
     `aim` is an activity and a count, as in `saving/4`: the process kills itself in the middle of the fourth of them.
     """
-    from wlora import run
-    from wlora.training import checkpoints, loop
+    from wlora.cli import run
+    from wlora.training import checkpoints
+    from wlora.training import trainer as loop
 
     target, _, count = aim.partition("/")
     met = Counter[str]()
@@ -274,7 +275,7 @@ def run_observed(moment: Path, aim: str, words: list[str]) -> None:
     wrap(loop.Trainer, "_evaluate", evaluate)
     wrap(checkpoints.CheckpointStore, "write", write)
     sys.addaudithook(hear)
-    sys.argv = ["wlora.run", *words]
+    sys.argv = ["wlora.cli.run", *words]
     run.main()
 
 

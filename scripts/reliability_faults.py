@@ -29,9 +29,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from wlora.config import config_folder, register_schema
+from wlora.config.schema import config_folder, register_schema
 from wlora.console import protect_output
-from wlora.records import Record, RecordStore
+from wlora.storage.records import Record, RecordStore
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.ESTALE, errno.EMFILE)
 STEPS = 8
@@ -180,7 +180,7 @@ class Bench:
 
     def prepare(self) -> None:
         """Write the data, and let runs without a shim make a model and adapters to start from."""
-        from wlora.tasks.story import generate
+        from wlora.data.synthetic.world import generate
 
         self.roots["data"].mkdir()
         for split, count in (("train", 32), ("validation", 12)):
@@ -232,7 +232,7 @@ class Bench:
 
 def _be_run(words: list[str], arm: Callable[[], Shim] | None, calls: Path | None) -> int:
     """Be `python -m wlora.run` in a forked process, from where the configuration is composed; returns its exit code."""
-    from wlora import jobs
+    from wlora.cli import job as jobs
 
     composed = _compose(tuple(words)).copy()
     shim = arm() if arm else None
@@ -258,7 +258,7 @@ def _compose(words: tuple[str, ...]) -> DictConfig:
 
 def _die_at_six() -> Shim:
     """Let the run end without a word after its sixth step, whose checkpoint is the third."""
-    from wlora.training.guard import Guard
+    from wlora.training.interruption import Guard
 
     before = Guard.__call__
 
@@ -273,8 +273,8 @@ def _die_at_six() -> Shim:
 
 def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
     """Let one call after the other fail, as many as the minutes allow."""
-    import wlora.experiment
-    import wlora.stock  # noqa: F401  # torch and transformers, before the processes fork
+    import wlora.experiment.run
+    import wlora.experiment.shared_inputs  # noqa: F401  # torch and transformers, before the processes fork
 
     began, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as name:

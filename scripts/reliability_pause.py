@@ -33,14 +33,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from wlora import experiment, locks
 from wlora.adapters.peft_format import RECORDED
-from wlora.config import Config, config_folder, register_schema
+from wlora.cli.job import Outcome, attempt
+from wlora.config.schema import Config, config_folder, register_schema
+from wlora.config.validation import resolve
 from wlora.errors import ConfigError
-from wlora.jobs import Outcome, attempt
-from wlora.records import Record, RecordStore
-from wlora.stock import Stock
-from wlora.validation import resolve
+from wlora.experiment import run as experiment
+from wlora.experiment.shared_inputs import Stock
+from wlora.storage import locks
+from wlora.storage.records import Record, RecordStore
 
 LEASE_SECONDS = 2.0
 WORDS = [

@@ -91,7 +91,7 @@ wait "$SWEEP"
 python - "$WORK/results" <<'CODE'
 import sys
 
-from wlora.records import RecordStore
+from wlora.storage.records import RecordStore
 
 records = list(RecordStore(sys.argv[1]))
 for record in records:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from wlora.processes import TOLD
+from wlora.distributed import TOLD
 
 ROOT = Path(__file__).parent.parent
 # Numbers are compared to the last bit, and with a second process on the same machine: all but test_gpu.py runs on the CPU.
@@ -76,9 +76,9 @@ def compose(*overrides: str) -> Any:
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    from wlora.config import config_folder, register_schema
-    from wlora.presets import apply_presets
-    from wlora.validation import resolve
+    from wlora.config.presets import apply_presets
+    from wlora.config.schema import config_folder, register_schema
+    from wlora.config.validation import resolve
 
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
@@ -92,7 +92,7 @@ def run_tiny(tmp_path: Path) -> Callable[..., Any]:
     """Return a function that runs a tiny experiment in this process and returns its record."""
 
     def run(*overrides: str, results: Path = tmp_path) -> Any:
-        from wlora import experiment
+        from wlora.experiment import run as experiment
 
         return experiment.run(compose(*TINY, f"results_dir={results}", *overrides))
 
@@ -101,7 +101,7 @@ def run_tiny(tmp_path: Path) -> Callable[..., Any]:
 
 def enter_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """Run the entry point in this process, which spares the imports of a fresh one; returns the exit code."""
-    from wlora import run
+    from wlora.cli import run
 
     monkeypatch.setattr(sys, "argv", ["run.py", *words])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the entry point sets it; the test restores it

@@ -6,9 +6,10 @@ import os
 import sys
 from typing import Any
 
-from wlora import run, stock
+from wlora.cli import run
 from wlora.errors import ConfigError, RunFault
-from wlora.training.loop import Trainer
+from wlora.experiment import shared_inputs as stock
+from wlora.training.trainer import Trainer
 
 FAULTS = {
     "mistake": ConfigError("task.path: this process cannot see the file"),
@@ -37,7 +38,7 @@ def main(kind: str, ranks: str, words: list[str]) -> None:
 
     stock.Stock.material = load  # type: ignore[method-assign]
     Trainer._train_step = train  # type: ignore[method-assign]
-    sys.argv = ["wlora.run", *words]
+    sys.argv = ["wlora.cli.run", *words]
     run.main()
 
 

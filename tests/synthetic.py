@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from wlora.records import Record, RecordStore
+from wlora.storage.records import Record, RecordStore
 
 from .conftest import compose
 

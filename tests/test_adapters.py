@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wlora.adapters.attach import AdapterSet
+from wlora.adapters.adapter_set import AdapterSet
 from wlora.adapters.layer import AdaptedLinear, LowRankAdapter
-from wlora.models.targets import Target
+from wlora.models.architectures import Target
 
 
 def filled(d_in: int = 12, d_out: int = 10, rank: int = 3, **settings: object) -> LowRankAdapter:

@@ -17,18 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wlora import experiment, methods
 from wlora.adapters.layer import LowRankAdapter
 from wlora.adapters.peft_format import Factors, _compile, describe_lora, fingerprint, read_adapter
 from wlora.adapters.variants import BlockDiagonalAdapter, FramedAdapter, GrowingAdapter, TiedAdapter
-from wlora.config import config_folder
+from wlora.config.schema import config_folder
 from wlora.errors import ConfigError
+from wlora.experiment import run as experiment
+from wlora.experiment import saving
+from wlora.methods import registry as methods
 from wlora.methods.base import Method
-from wlora.models import saving
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import locate
-from wlora.records import RecordStore
-from wlora.tasks import build_task
+from wlora.storage.records import RecordStore
+from wlora.tasks.base import build_task
 
 from .conftest import TINY, compose
 
@@ -63,7 +64,7 @@ def load_base(record: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def experiment_config(record: Any) -> Any:
-    from wlora.config import restore_config
+    from wlora.config.schema import restore_config
 
     return restore_config(record.config)
 
@@ -281,7 +282,7 @@ def test_with_its_head_a_run_begins_where_the_other_ended(trained: Path, run_tin
 
 def test_the_content_of_the_start_is_part_of_the_identity_and_its_place_is_not(trained: Path, tmp_path: Path) -> None:
     def identity(*words: str) -> str:
-        from wlora.config import run_id, scientific_fields
+        from wlora.config.schema import run_id, scientific_fields
 
         config = compose(*TINY, "method=lora", *words)
         return run_id(scientific_fields(config, task_data="d", model_data=None, precision="fp32"))

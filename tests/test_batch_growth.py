@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from wlora.dry_run import describe
-from wlora.records import Record
-from wlora.training import growth as growth_module
-from wlora.training import guard, loop
-from wlora.training.guard import Interrupted
-from wlora.training.loop import Trainer
+from wlora.experiment.dry_run import describe
+from wlora.storage.records import Record
+from wlora.training import batch_growth as growth_module
+from wlora.training import interruption as guard
+from wlora.training import trainer as loop
+from wlora.training.interruption import Interrupted
+from wlora.training.trainer import Trainer
 
 from .conftest import TINY, compose
 

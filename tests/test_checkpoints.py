@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from wlora import staging
 from wlora.errors import RunFault
-from wlora.records import Record, RecordStore, seal, unseal
+from wlora.storage import atomic_write as staging
+from wlora.storage.records import Record, RecordStore, seal, unseal
 from wlora.training import checkpoints
 from wlora.training.checkpoints import CheckpointStore
-from wlora.training.guard import Guard
-from wlora.training.loop import Trainer
+from wlora.training.interruption import Guard
 from wlora.training.state import State
+from wlora.training.trainer import Trainer
 
 from .conftest import ROOT, TINY
 from .damage import KINDS, damage, flip

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from wlora import experiment, locks
-from wlora.claims import Claim
 from wlora.errors import RunFault, TakenOver
-from wlora.locks import RunLock
-from wlora.records import Record, RecordStore
+from wlora.experiment import run as experiment
+from wlora.storage import locks
+from wlora.storage.claims import Claim
+from wlora.storage.locks import RunLock
+from wlora.storage.records import Record, RecordStore
 from wlora.training.checkpoints import CheckpointStore
-from wlora.training.guard import Guard
+from wlora.training.interruption import Guard
 from wlora.training.state import State
 
 from .conftest import TINY, compose

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from wlora.config import METHOD_NOTES, config_folder
+from wlora.cli.help import read_comments
+from wlora.config.schema import METHOD_NOTES, config_folder
+from wlora.config.validation import RULES, canonical, satisfies
 from wlora.errors import ConfigError
-from wlora.help import read_comments
-from wlora.methods import build_method
-from wlora.validation import RULES, canonical, satisfies
+from wlora.methods.registry import build_method
 
 from .conftest import compose
 

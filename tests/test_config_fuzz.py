@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from wlora import run
-from wlora.config import config_folder
-from wlora.validation import RULES
+from wlora.cli import run
+from wlora.config.schema import config_folder
+from wlora.config.validation import RULES
 
 METHODS = {file.stem: OmegaConf.load(file) for file in sorted((config_folder() / "method").glob("*.yaml"))}
 GROUPS = ("task", "model", "experiment")

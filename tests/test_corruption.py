@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
+from wlora.analysis.study import read_runs, read_study
+from wlora.analysis.tuning import fill_tuned
+from wlora.cli import figures, tables
+from wlora.cli.report import main as report
 from wlora.errors import ConfigError
-from wlora.export import find_record
-from wlora.figures import __main__ as figures
-from wlora.records import Record, RecordStore, seal, unseal
-from wlora.report import main as report
-from wlora.study import read_runs, read_study
-from wlora.tables import __main__ as tables
-from wlora.tuning import fill_tuned
+from wlora.experiment.export import find_record
+from wlora.storage.records import Record, RecordStore, seal, unseal
 
 from .conftest import compose
 from .damage import KINDS, damage, flip

@@ -13,18 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from wlora.adapters.attach import AdapterSet
+from wlora.adapters.adapter_set import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
+from wlora.models.architectures import list_targets
 from wlora.models.deberta_attention import (
     OccurringPositionsAttention,
     occurring_positions,
     replace_attention,
     restore_attention,
 )
+from wlora.models.first_token import first_token_alone
 from wlora.models.loading import checkpoint_activations
-from wlora.models.readout import first_token_alone
-from wlora.models.targets import list_targets
-from wlora.precision import Precision, lower_base
+from wlora.training.precision import Precision, lower_base
 
 BUCKETS = {"position_buckets": 256, "max_relative_positions": -1}
 DEBERTA_V3 = {"share_att_key": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm", **BUCKETS}

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from wlora.environment import join_environments, name_elsewhere
-from wlora.models import saving
-from wlora.records import Record, RecordStore
-from wlora.staging import put, staged, write_whole
+from wlora.experiment import saving
+from wlora.storage.atomic_write import put, staged, write_whole
+from wlora.storage.environment import join_environments, name_elsewhere
+from wlora.storage.records import Record, RecordStore
 from wlora.training.checkpoints import CheckpointStore
-from wlora.training.guard import Guard
+from wlora.training.interruption import Guard
 
 SETTINGS = ["method=lora", "rank=4", "train.max_steps=8", "train.checkpoint_every=3", "train.eval_every=8"]
 FULL = OSError(errno.ENOSPC, "No space left on device")

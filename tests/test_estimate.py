@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wlora.config import Config
-from wlora.dry_run import describe
-from wlora.estimate import Memory, estimate, tell
-from wlora.experiment import attach, prepare_method
+from wlora.config.schema import Config
+from wlora.experiment.dry_run import describe
+from wlora.experiment.memory_estimate import Memory, estimate, tell
+from wlora.experiment.run import attach, prepare_method
 from wlora.methods.base import Steps
-from wlora.models.readout import first_token_alone
-from wlora.precision import Precision, lower_base
-from wlora.training.footprint import build_example, make_batch, saved_bytes
+from wlora.models.first_token import first_token_alone
+from wlora.training.activation_memory import build_example, make_batch, saved_bytes
+from wlora.training.precision import Precision, lower_base
 
 from .conftest import compose
 

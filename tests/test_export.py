@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from wlora.adapters.peft_format import CONFIG, WEIGHTS, fingerprint
-from wlora.config import restore_config
+from wlora.config.schema import restore_config
 from wlora.errors import ConfigError
-from wlora.export import export, main
+from wlora.experiment.export import export, main
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import locate
-from wlora.records import RecordStore
+from wlora.storage.records import RecordStore
 
 from .bart_folder import build_bart_folder
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot
 
+from wlora.analysis.figures import adapters, footprint, scores
+from wlora.analysis.study import read_runs
+from wlora.cli import figures
 from wlora.errors import ConfigError
-from wlora.figures import __main__ as figures
-from wlora.figures import adapters, footprint, scores
-from wlora.records import RecordStore
-from wlora.study import read_runs
+from wlora.storage.records import RecordStore
 
 from .conftest import ROOT
 from .synthetic import make_record
@@ -173,7 +173,7 @@ def test_more_panels_than_a_page_holds_are_refused_with_the_way_to_choose(
 ) -> None:
     for task in ("sst2", "rte"):
         make_record(tmp_path, "method=wlora", f"task={task}", "k=5", metrics=0.8, **kept(VALUE.format(5)))
-    monkeypatch.setattr("wlora.figures.canvas.PANELS", 1)
+    monkeypatch.setattr("wlora.analysis.figures.canvas.PANELS", 1)
     with pytest.raises(SystemExit):
         figures.main(["adapters", f"results_dir={tmp_path}"])
     assert "2 panels, more than 1\nway out: choose, as in task=sst2" in capsys.readouterr().err

@@ -12,15 +12,15 @@ import torch
 
 from tests.conftest import GPUS, ROOT, TINY
 from tests.test_methods_run import METHODS
-from wlora.records import Record, RecordStore
+from wlora.storage.records import Record, RecordStore
 
 DROPOUT = {name: ["hidden_dropout_prob", "attention_probs_dropout_prob"] for name in ("tiny_bert", "tiny_deberta")}
 DROPOUT["tiny_bart"] = ["dropout"]
 
 WITHOUT_WAITS = """
 import sys, torch
-from wlora import run
-from wlora.training import loop
+from wlora.cli import run
+from wlora.training import trainer as loop
 
 def train_step(self, step, batches):
     # Step 1 checks the optimiser's groups; step 8 is that of the cut, which the host decides.
@@ -31,7 +31,7 @@ def train_step(self, step, batches):
         torch.cuda.set_sync_debug_mode("default")
 
 before, loop.Trainer._train_step, loop.CURVE_POINTS = loop.Trainer._train_step, train_step, 1
-sys.argv[0] = "wlora.run"
+sys.argv[0] = "wlora.cli.run"
 run.main()
 """
 

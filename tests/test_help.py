@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from wlora.config import METHOD_NOTES
-from wlora.help import read_comments, show
-from wlora.validation import RULES
+from wlora.cli.help import read_comments, show
+from wlora.config.schema import METHOD_NOTES
+from wlora.config.validation import RULES
 
 from .conftest import ROOT
 from .test_conf import METHODS, read, read_method
@@ -21,7 +21,7 @@ from .test_conf import METHODS, read, read_method
 # All helps in one fresh process: `ask` of them for each method, and one of the whole.
 ASK = """
 import contextlib, io, json, sys
-from wlora import run
+from wlora.cli import run
 said = {}
 for name in [*sys.argv[1:], ""]:
     sys.argv = ["run", *([f"method={name}"] if name else []), "--help"]
@@ -97,7 +97,7 @@ def test_the_help_of_a_task_tells_the_values_of_its_presets(answer: dict[str, An
 def test_help_shows_the_values_that_the_command_line_has_composed(
     capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    from wlora import run
+    from wlora.cli import run
 
     monkeypatch.setattr(sys, "argv", ["run", "method=milora", "rank=4", "--help"])
     with pytest.raises(SystemExit) as end:

@@ -19,7 +19,7 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from wlora import hub
+from wlora.data import hub
 from wlora.errors import ConfigError
 
 from .conftest import ROOT, compose
@@ -27,7 +27,7 @@ from .conftest import ROOT, compose
 # `python -c` in place of `-m`, so that something is left to look at sys.modules once main has ended.
 WRAPPER = """
 import sys
-from wlora.run import main
+from wlora.cli.run import main
 sys.argv = ["wlora", *sys.argv[1:]]
 try:
     main()

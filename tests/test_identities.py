@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from wlora.config import config_folder, restore_config, run_id, scientific_fields
+from wlora.config.schema import config_folder, restore_config, run_id, scientific_fields
 
 from .conftest import ROOT, compose
 

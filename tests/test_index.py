@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from wlora import index, report
-from wlora.index import Entry, Index
-from wlora.packing import Unpacker, pack
-from wlora.records import Record, RecordStore
-from wlora.study import read_study
-from wlora.tables.best import read_best
+from wlora.analysis.study import read_study
+from wlora.analysis.tables.best import read_best
+from wlora.cli import report
+from wlora.storage import index
+from wlora.storage.index import Entry, Index
+from wlora.storage.packing import Unpacker, pack
+from wlora.storage.records import Record, RecordStore
 
 from .conftest import ROOT
 from .damage import KINDS, damage, flip

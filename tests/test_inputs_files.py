@@ -13,14 +13,14 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+from wlora.data.row_checks import MOST_BYTES
+from wlora.data.sources import fingerprint, load_splits
 from wlora.errors import ConfigError, RunFault, ran_out_of_memory
-from wlora.experiment import _classify
+from wlora.experiment.run import _classify
+from wlora.models.architectures import read_architecture
 from wlora.models.source import locate
-from wlora.models.targets import read_architecture
-from wlora.records import Record, RecordStore
-from wlora.tasks.checks import MOST_BYTES
-from wlora.tasks.data import fingerprint, load_splits
-from wlora.training.loop import Trainer
+from wlora.storage.records import Record, RecordStore
+from wlora.training.trainer import Trainer
 
 from .conftest import TINY, compose, enter_main
 from .hub_folder import build_folder
@@ -215,7 +215,7 @@ def test_a_run_without_memory_is_recorded_as_that(
 def test_a_model_that_does_not_fit_into_memory_is_told_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("wlora.stock.load_base", lambda *_, **__: exhaust())
+    monkeypatch.setattr("wlora.experiment.shared_inputs.load_base", lambda *_, **__: exhaust())
     code = enter_main(monkeypatch, *TINY, "method=lora", f"results_dir={tmp_path}")
     error = capsys.readouterr().err
     assert code == 1 and error.startswith("error: out of memory") and len(error.splitlines()) == 1, error

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from wlora import export, memory, report, sweep
 from wlora.adapters.peft_format import CONFIG, WEIGHTS
-from wlora.figures import __main__ as figures
-from wlora.staging import PARTS
-from wlora.tables import __main__ as tables
+from wlora.cli import figures, memory, report, sweep, tables
+from wlora.experiment import export
+from wlora.storage.atomic_write import PARTS
 
 from .conftest import TINY, enter_main
 from .synthetic import make_record
@@ -32,7 +31,7 @@ ENTRIES: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
 
 
 def survey(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask `wlora.sweep` for one sweep."""
+    """Ask `wlora.cli.sweep` for one sweep."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(" ".join(words)))
     sweep.main()
 
@@ -126,7 +125,7 @@ def test_what_stands_for_a_folder_that_is_written_into_is_refused(
     record = make_record(results, "task=sst2", "method=lora", name="0123456789abcdef", adapters=[kept()])
     write_plain(results / "adapters" / record.run_id)
     monkeypatch.setattr(export, "trained_adapters", lambda results, record: tmp_path)
-    monkeypatch.setattr("wlora.rerun._refuse_other_content", lambda *_: None)
+    monkeypatch.setattr("wlora.experiment.rerun._refuse_other_content", lambda *_: None)
     place = results / part
     if place.exists():
         place.rename(tmp_path / "aside")

@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 
-from wlora import export, report, rerun, sweep
+from wlora.analysis.figures.footprint import memory
+from wlora.analysis.study import read_study
+from wlora.cli import figures, report, sweep, tables
 from wlora.errors import ConfigError, RunFault
-from wlora.figures import __main__ as figures
-from wlora.figures.footprint import memory
-from wlora.index import read_related
-from wlora.reading import MOST_LEVELS, find_misfit, read_json
-from wlora.records import Record, RecordStore, seal, unseal
-from wlora.study import read_study
-from wlora.tables import __main__ as tables
+from wlora.experiment import export, rerun
+from wlora.storage.index import read_related
+from wlora.storage.reading import MOST_LEVELS, find_misfit, read_json
+from wlora.storage.records import Record, RecordStore, seal, unseal
 from wlora.training.checkpoints import CheckpointStore
 
 from .synthetic import make_record

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from wlora import experiment, foreign, stock
 from wlora.adapters.peft_format import CONFIG, WEIGHTS
-from wlora.config import config_folder
+from wlora.config import untrusted_yaml as foreign
+from wlora.config.schema import config_folder
 from wlora.errors import ConfigError
-from wlora.export import export
-from wlora.fingerprint import hash_file, read_as_hashed
-from wlora.records import RecordStore
-from wlora.stock import Stock
+from wlora.experiment import run as experiment
+from wlora.experiment import shared_inputs as stock
+from wlora.experiment.export import export
+from wlora.experiment.shared_inputs import Stock
+from wlora.storage.content_hash import hash_file, read_as_hashed
+from wlora.storage.records import RecordStore
 
 from .conftest import TINY, compose
 
@@ -79,7 +81,7 @@ def test_rows_that_change_while_they_are_read_are_refused_even_if_the_first_come
     data = write_rows(tmp_path / "data")
     file = data / "validation.tsv"
     first = file.read_bytes()
-    from wlora.tasks import files
+    from wlora.data import local_files as files
 
     read = files.read_table
 
@@ -141,7 +143,7 @@ def test_an_export_holds_the_bytes_that_were_hashed(
     record = run_tiny(*SHORT)
     folder = tmp_path / "adapters" / record.run_id
     expected = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)}
-    from wlora import export as module
+    from wlora.experiment import export as module
 
     hashed = module.trained_adapters
 
@@ -174,7 +176,7 @@ def test_a_file_that_changes_within_one_tick_of_the_clock_is_hashed_again(
     file = tmp_path / "a"
     file.write_bytes(b"first")
     stamp = file.stat()
-    monkeypatch.setattr("wlora.fingerprint._stamp", lambda file: (0, 0, 5, stamp.st_mtime_ns, stamp.st_ctime_ns))
+    monkeypatch.setattr("wlora.storage.content_hash._stamp", lambda file: (0, 0, 5, stamp.st_mtime_ns, stamp.st_ctime_ns))
     before = hash_file(file)
     file.write_bytes(b"other")
     assert hash_file(file) != before

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from wlora.config import config_folder
-from wlora.jobs import DESK, Collecting, Outcome, Sweep
-from wlora.records import RecordStore
+from wlora.cli.job import DESK, Collecting, Outcome, Sweep
+from wlora.config.schema import config_folder
+from wlora.storage.records import RecordStore
 
 from .conftest import ROOT, TINY, run_cli
 
@@ -41,7 +41,7 @@ def test_a_launcher_that_is_not_installed_is_refused_in_a_line_with_its_extra(la
         "import importlib.util as u, sys\nfind = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name.startswith('hydra_plugins.hydra_') else find(name, *rest)\n"
         f"sys.argv = ['run', '-m', 'hydra/launcher={launcher}', 'task=story_nli', 'model=tiny_bert', 'seed=0,1']\n"
-        "from wlora.run import main\nmain()\n"
+        "from wlora.cli.run import main\nmain()\n"
     )
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 2, done.stderr

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from wlora import locks
 from wlora.errors import ConfigError, RunFault
-from wlora.locks import RunLock
-from wlora.records import RecordStore
-from wlora.training.guard import Guard
-from wlora.training.loop import Trainer
+from wlora.storage import locks
+from wlora.storage.locks import RunLock
+from wlora.storage.records import RecordStore
+from wlora.training.interruption import Guard
+from wlora.training.trainer import Trainer
 
 from .conftest import ROOT
 
 HOLD = """
 import sys, time
-from wlora.locks import RunLock
+from wlora.storage.locks import RunLock
 print(RunLock(sys.argv[1], "run").acquire(), flush=True)
 time.sleep(60)
 """

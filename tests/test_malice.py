@@ -21,18 +21,18 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from wlora.config import config_folder
-from wlora.environment import _git_state
+from wlora.config.schema import config_folder
 from wlora.errors import ConfigError
-from wlora.experiment import open_record
-from wlora.export import find_record
+from wlora.experiment.export import find_record
+from wlora.experiment.run import open_record
 from wlora.models.source import locate
-from wlora.precision import choose_precision
-from wlora.records import Record, RecordStore, seal, unseal
-from wlora.staging import PARTS, put, staged, write_whole
-from wlora.training import guard
+from wlora.storage.atomic_write import PARTS, put, staged, write_whole
+from wlora.storage.environment import _git_state
+from wlora.storage.records import Record, RecordStore, seal, unseal
+from wlora.training import interruption as guard
 from wlora.training.checkpoints import CheckpointStore
-from wlora.training.guard import Interrupted
+from wlora.training.interruption import Interrupted
+from wlora.training.precision import choose_precision
 
 from .conftest import TINY, compose, enter_main
 from .hub_folder import build_folder
@@ -283,7 +283,7 @@ def test_hydra_would_have_called_it(
 ) -> None:
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
 
-    monkeypatch.setattr("wlora.foreign.FileConfigSource", FileConfigSource)
+    monkeypatch.setattr("wlora.config.untrusted_yaml.FileConfigSource", FileConfigSource)
     (tmp_path / "experiment").mkdir()
     for kind, content in (("callbacks", f"callbacks:\n  boom:\n    {CALL}"), ("logging", f"job_logging:\n    {LOGGING}")):
         text = "# @package _global_\nhydra:\n  " + content.format(mark=mark).replace("\n  ", "\n    ")

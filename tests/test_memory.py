@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from wlora import memory
-from wlora.training.footprint import saved_bytes
+from wlora.cli import memory
+from wlora.training.activation_memory import saved_bytes
 
 SMALL = ["model=tiny_bert", "task=sst2", "task.batch_size=2", "task.max_length=16", "rank=2", "dropout=0"]
 

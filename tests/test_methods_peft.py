@@ -127,7 +127,7 @@ def test_what_peft_refuses_is_one_line() -> None:
 
     from wlora.methods.base import Setting
     from wlora.methods.dora import DoRA
-    from wlora.models.targets import Target
+    from wlora.models.architectures import Target
 
     target = [Target("odd", 0, "odd")]
     with pytest.raises(ConfigError, match="PEFT says"):

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from wlora import experiment
 from wlora.adapters.layer import AdaptedLinear
-from wlora.config import config_folder
-from wlora.dry_run import describe
-from wlora.training.loop import Result, Trainer
+from wlora.config.schema import config_folder
+from wlora.experiment import run as experiment
+from wlora.experiment.dry_run import describe
+from wlora.training.trainer import Result, Trainer
 
 from .conftest import TINY, compose
 

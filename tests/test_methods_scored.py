@@ -13,7 +13,7 @@ from torch import nn
 from wlora.errors import ConfigError
 from wlora.methods.flexlora import decompose
 from wlora.methods.lora_drop import choose
-from wlora.training.bench import Batch, Bench
+from wlora.methods.training_data import Batch, Bench
 
 from .test_methods import COMMON, ROWS, SETTINGS, WIDTH, N, Rig
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from wlora.errors import ConfigError
 from wlora.methods.single import Single
-from wlora.training.bench import Bench
+from wlora.methods.training_data import Bench
 
 from .test_methods import COMMON, SETTINGS, WIDTH, Rig
 

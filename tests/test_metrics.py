@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from wlora.errors import ConfigError, RunFault
-from wlora.metrics import Shard, compute, merge_shards, metrics_of
+from wlora.metrics.glue import Shard, compute, merge_shards, metrics_of
 
 ALL_OF_CLASSES = ["accuracy", "f1", "macro_f1", "weighted_f1", "matthews", "accuracy_f1"]
 ALL_OF_VALUES = ["pearson", "spearman", "corr"]
@@ -100,7 +100,7 @@ def test_metrics_write_nothing(tmp_path: Path) -> None:
     home = tmp_path / "file"
     home.touch()
     code = (
-        "import numpy as np; from wlora.metrics import compute;"
+        "import numpy as np; from wlora.metrics.glue import compute;"
         "print(compute(['accuracy', 'corr'], np.array([0, 1]), np.array([0, 1])))"
     )
     places = {name: str(home / "x") for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME")}

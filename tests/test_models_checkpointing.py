@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from wlora.config import config_folder, run_id, scientific_fields
-from wlora.experiment import attach
-from wlora.methods import build_method
+from wlora.config.schema import config_folder, run_id, scientific_fields
+from wlora.experiment.run import attach
 from wlora.methods.base import Method
+from wlora.methods.registry import build_method
+from wlora.models.architectures import FAMILIES, list_targets
 from wlora.models.loading import checkpoint_activations, load_model, load_tokenizer
 from wlora.models.source import ModelSource
-from wlora.models.targets import FAMILIES, list_targets
 
 from .conftest import TINY, compose
 

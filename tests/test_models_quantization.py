@@ -12,14 +12,14 @@ from torch import nn
 
 from wlora.console import share_of_model
 from wlora.errors import ConfigError
-from wlora.experiment import attach, count_parameters
-from wlora.methods import build_method
+from wlora.experiment.run import attach, count_parameters
 from wlora.methods.base import Method
 from wlora.methods.milora import decompose_base
+from wlora.methods.registry import build_method
+from wlora.models.architectures import read_architecture
 from wlora.models.loading import build_unloaded, head_parameters, load_model, load_tokenizer
 from wlora.models.source import locate
-from wlora.models.targets import read_architecture
-from wlora.precision import Precision, lower_base
+from wlora.training.precision import Precision, lower_base
 
 from .bart_folder import build_bart_folder
 from .conftest import TINY, compose
@@ -208,7 +208,7 @@ def test_a_disconnected_adapter_leaves_the_packed_linear_and_folding_is_refused(
 def test_methods_that_need_the_bases_own_weights_are_refused_before_loading(
     method: str, dry_run: str, run_main: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wlora.stock.load_base", None)
+    monkeypatch.setattr("wlora.experiment.shared_inputs.load_base", None)
     code, _, errors = run_main("model=minilm", "model.quantization=nf4", f"method={method}", *TINY[:1], f"dry_run={dry_run}")
     assert code == 2 and errors.splitlines() == [
         f"error: method={method}: reads or trains the base's own weights: allowed is model.quantization=none"

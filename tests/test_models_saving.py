@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from wlora import experiment
-from wlora.config import config_folder, scientific_fields
+from wlora.config.schema import config_folder, scientific_fields
 from wlora.errors import ConfigError, RunFault
+from wlora.experiment import run as experiment
+from wlora.experiment import saving
 from wlora.methods.base import Method
-from wlora.models import saving
 from wlora.models.loading import load_model, load_tokenizer, name_classes
 from wlora.models.source import locate
-from wlora.records import RecordStore
+from wlora.storage.records import RecordStore
 
 from .bart_folder import build_bart_folder
 from .conftest import ROOT, TINY, compose

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wlora import precision as precision_module
-from wlora.experiment import attach
-from wlora.methods import build_method
+from wlora.experiment.run import attach
 from wlora.methods.base import Method
+from wlora.methods.registry import build_method
 from wlora.models.loading import head_parameters, load_model, load_tokenizer
 from wlora.models.source import ModelSource
-from wlora.precision import Precision, choose_precision, lower_base
+from wlora.training import precision as precision_module
+from wlora.training.precision import Precision, choose_precision, lower_base
 
 from .conftest import compose
 
@@ -223,8 +223,8 @@ def test_runs_in_bfloat16_end_in_success(model: str, method: str, run_tiny: Any)
 def test_full_fine_tuning_keeps_float32_master_weights(
     model: str, chosen: str, run_tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wlora import experiment
-    from wlora.training.loop import Trainer
+    from wlora.experiment import run as experiment
+    from wlora.training.trainer import Trainer
 
     trained: list[Any] = []
 

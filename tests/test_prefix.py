@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from wlora.config import run_id, scientific_fields
-from wlora.experiment import attach
-from wlora.methods import build_method
+from wlora.config.schema import run_id, scientific_fields
+from wlora.data.features import Features
+from wlora.experiment.run import attach
 from wlora.methods.alora import ALoRA
+from wlora.methods.registry import build_method
+from wlora.methods.training_data import Bench
 from wlora.models.loading import load_model, load_tokenizer
-from wlora.models.prefix import Prefix, frozen_depth
+from wlora.models.prefix_forward import Prefix, frozen_depth
 from wlora.models.source import ModelSource
-from wlora.records import Record
-from wlora.tasks.features import Features
-from wlora.training.bench import Bench
-from wlora.training.guard import Interrupted
+from wlora.storage.records import Record
+from wlora.training.interruption import Interrupted
 from wlora.training.prefix_cache import PrefixCache
 
 from .conftest import compose
@@ -268,7 +268,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     if method == "rlora":
         words = ["method=rlora", "k=2", "train.prefix_cache=memory"]
     expected = run_tiny(*words, results=tmp_path / "a")
-    from wlora.training import guard
+    from wlora.training import interruption as guard
 
     after = guard.Guard.__call__
 

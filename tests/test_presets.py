@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from wlora.config import method_revision, run_id, scientific_fields
+from wlora.cli.sweep import compose as compose_cell
+from wlora.config.presets import TEXTS, apply_presets, explicit_keys
+from wlora.config.schema import method_revision, run_id, scientific_fields
+from wlora.config.validation import RULES, satisfies
 from wlora.errors import ConfigError
-from wlora.methods import build_method
 from wlora.methods.base import Steps
-from wlora.presets import TEXTS, apply_presets, explicit_keys
-from wlora.records import RecordStore
-from wlora.sweep import compose as compose_cell
-from wlora.training.plan import make_plan
-from wlora.validation import RULES, satisfies
+from wlora.methods.registry import build_method
+from wlora.storage.records import RecordStore
+from wlora.training.run_length import make_plan
 
 from .conftest import ROOT, TINY, compose, enter_main
 from .test_conf import METHODS, options, read, read_method

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from wlora import jobs, processes
-from wlora.records import Record, RecordStore
+from wlora import distributed as processes
+from wlora.cli import job as jobs
+from wlora.storage.records import Record, RecordStore
 
 from .conftest import ROOT, TINY
 from .two_processes import LONG, SETTING, SHARDED, STILL, STOPPED

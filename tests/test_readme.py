@@ -20,13 +20,12 @@ from typing import Any
 
 import pytest
 
-from wlora import experiment, memory
-from wlora import export as exports
-from wlora.config import ModelConfig, config_folder
-from wlora.figures import __main__ as figures
+from wlora.cli import figures, memory, tables
+from wlora.config.schema import ModelConfig, config_folder
+from wlora.experiment import export as exports
+from wlora.experiment import run as experiment
 from wlora.models.source import locate
-from wlora.records import Record, RecordStore
-from wlora.tables import __main__ as tables
+from wlora.storage.records import Record, RecordStore
 
 from .conftest import ROOT, compose, enter_main
 from .llama_folder import build_llama_folder, write_gguf
@@ -205,7 +204,7 @@ def test_what_is_done_with_a_run_afterwards(
     for line in AFTERWARDS:
         words = [word for word in shlex.split(line.replace("RUN_ID", record.run_id)) if not word.startswith("results_dir=")]
         words = [word.replace("to=DIR", f"to={export}") for word in words] + [f"results_dir={results}"]
-        if words[2] == "wlora.run":
+        if words[2] == "wlora.cli.run":
             assert enter(*words[3:]) == 0
         else:
             exports.main(words[3:])
@@ -280,11 +279,11 @@ def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
             shutil.copytree(ROOT / folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("figures", "tables"))
             figures.main([word if "results_dir" not in word else f"results_dir={copy}" for word in words])
             drawn[folder] = {file.name for file in (copy / "figures").iterdir()}
-        elif module == "wlora.memory":
+        elif module == "wlora.cli.memory":
             memory.main([*words, "model=tiny_bert", "task.batch_size=2", f"results_dir={tmp_path / 'small'}"])
             assert list((tmp_path / "small" / "memory").glob("tiny_bert*.json"))
         else:
-            assert module == "wlora.report"  # tests/test_report.py writes it
+            assert module == "wlora.cli.report"  # tests/test_report.py writes it
     assert drawn["results/cpu_study"] >= {f"{name}.png" for name in ("adapters", "pareto", "curves", "selection")}
     assert drawn["results/selection"] == {"selection.png", "selection.pdf"}
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from wlora.methods.lora_drop import LoRADrop
+from wlora.methods.training_data import Bench
+from wlora.models.first_token import every_token, first_token_alone
 from wlora.models.loading import build_unloaded, checkpoint_activations
-from wlora.models.prefix import Prefix
-from wlora.models.readout import every_token, first_token_alone
-from wlora.records import Record
-from wlora.training.bench import Bench
+from wlora.models.prefix_forward import Prefix
+from wlora.storage.records import Record
 
 from .conftest import compose
 from .test_prefix import Rig

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from wlora import records, staging
-from wlora.config import Config, run_id, scientific_fields, stream_seed
+from wlora.config.schema import Config, run_id, scientific_fields, stream_seed
 from wlora.errors import ConfigError, RunFault
-from wlora.records import Record, RecordStore
+from wlora.storage import atomic_write as staging
+from wlora.storage import records
+from wlora.storage.records import Record, RecordStore
 
 from .conftest import ROOT, TINY, compose
 

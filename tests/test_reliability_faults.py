@@ -14,7 +14,7 @@ PROGRAM = """
 import errno, json, os, sys
 from pathlib import Path
 from reliability_faults import Shim
-from wlora.staging import write_whole
+from wlora.storage.atomic_write import write_whole
 
 folder, at = Path(sys.argv[1]), json.loads(sys.argv[2])
 met = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wlora import report
+from wlora.cli import report
 
 from .synthetic import make_record, watch_loads
 

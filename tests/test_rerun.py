@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from wlora.environment import compare_environments, describe_environment
-from wlora.records import RecordStore
+from wlora.storage.environment import compare_environments, describe_environment
+from wlora.storage.records import RecordStore
 
 from .conftest import run_cli
 
@@ -148,7 +148,9 @@ def test_a_committed_record_of_an_earlier_version_is_understood(enter: Callable[
 
 
 def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
-    code = "import sys, wlora.rerun, wlora.export, wlora.tracking; print('torch' in sys.modules)"
+    code = (
+        "import sys, wlora.experiment.rerun, wlora.experiment.export, wlora.storage.trackers; print('torch' in sys.modules)"
+    )
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.scoring import BootstrapAggregator
 
 from wlora.errors import ConfigError
-from wlora.rouge import ROUGE_NAMES, bootstrap_interval, compute_rouge, split_sentences
+from wlora.metrics.rouge import ROUGE_NAMES, bootstrap_interval, compute_rouge, split_sentences
 
 PREDICTIONS = ["the cat sat on the mat", "dogs were running.", "", "one two three four five"]
 REFERENCES = ["the cat lay on the mat", "The dog runs!", "an unseen word", "five four three two one"]
@@ -110,7 +110,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 def test_nothing_is_downloaded() -> None:
     code = (
         "import socket; socket.socket.connect = None\n"
-        "from wlora.rouge import compute_rouge; print(compute_rouge(['rougeLsum'], ['a b. c'], ['a b. c'])['rougeLsum'])"
+        "from wlora.metrics.rouge import compute_rouge; print(compute_rouge(['rougeLsum'], ['a b. c'], ['a b. c'])['rougeLsum'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "1.0", done.stderr

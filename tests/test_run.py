@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from wlora.cli.job import DESK, Outcome, Sweep
 from wlora.console import protect_output
-from wlora.jobs import DESK, Outcome, Sweep
 
 from .conftest import ROOT, TINY
 
 PROBE = (
     "import sys, runpy\n"
     "sys.argv = ['run'] + sys.argv[1:]\n"
-    "try:\n    runpy.run_module('wlora.run', run_name='__main__')\n"
+    "try:\n    runpy.run_module('wlora.cli.run', run_name='__main__')\n"
     "except SystemExit as end:\n    print('TORCH' if 'torch' in sys.modules else 'LIGHT', end.code or 0, file=sys.stderr)\n"
 )
 
@@ -206,7 +206,7 @@ def test_a_sweep_names_what_an_experiment_brings_along(
 
 
 def test_a_bug_ends_with_a_traceback_and_a_record_that_says_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wlora import experiment
+    from wlora.experiment import run as experiment
 
     from .conftest import compose
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from wlora.config import config_folder
+from wlora.config.schema import config_folder
 
 from .conftest import ROOT
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wlora.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS, normalize, score_answers, score_answers_or_none
+from wlora.metrics.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS, normalize, score_answers, score_answers_or_none
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from wlora.statistics import compare, generator, interval, resample, summarize, summarize_strata
+from wlora.analysis.statistics import compare, generator, interval, resample, summarize, summarize_strata
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from wlora import experiment
-from wlora.records import Record
-from wlora.training import loop
-from wlora.training.loop import Trainer
+from wlora.experiment import run as experiment
+from wlora.storage.records import Record
+from wlora.training import trainer as loop
 from wlora.training.prefetch import Prefetcher
+from wlora.training.trainer import Trainer
 
 from .conftest import TINY, compose
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from wlora import experiment
-from wlora import stock as stock_module
+from wlora.experiment import run as experiment
+from wlora.experiment import shared_inputs as stock_module
+from wlora.experiment.shared_inputs import Stock
 from wlora.models.source import locate
-from wlora.records import Record
-from wlora.stock import Stock
+from wlora.storage.records import Record
 
 from .conftest import TINY, compose
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from wlora.config import restore_config
+from wlora.analysis.study import Point, flatten, name_rows, read_runs, read_value, read_words, require_one_setting, select
+from wlora.analysis.tuning import Choice, choose_point, fill_tuned
+from wlora.config.schema import restore_config
 from wlora.errors import ConfigError
-from wlora.records import RecordStore
-from wlora.study import Point, flatten, name_rows, read_runs, read_value, read_words, require_one_setting, select
-from wlora.tuning import Choice, choose_point, fill_tuned
+from wlora.storage.records import RecordStore
 
 from .conftest import ROOT, compose, run_cli
 from .synthetic import make_record, watch_loads
@@ -253,7 +253,7 @@ def test_unreadable_records_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_reading_never_imports_torch() -> None:
-    code = "import sys, wlora.study, wlora.tables.__main__; sys.exit('torch' in sys.modules)"
+    code = "import sys, wlora.analysis.study, wlora.cli.tables; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -271,8 +271,8 @@ def test_the_entry_point_tunes(tmp_path: Path) -> None:
 
 
 def test_tuned_reads_only_the_records_of_its_task_and_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wlora.index.UNINDEXED", 3)
-    monkeypatch.setattr("wlora.index.RACY_NS", 0)
+    monkeypatch.setattr("wlora.storage.index.UNINDEXED", 3)
+    monkeypatch.setattr("wlora.storage.index.RACY_NS", 0)
     read = watch_loads(monkeypatch)
 
     def tuned() -> tuple[float, int]:

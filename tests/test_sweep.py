@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from wlora import sweep, tuning
+from wlora.analysis import tuning
+from wlora.analysis.study import Point
+from wlora.cli import sweep
+from wlora.cli.sweep import duration, survey
 from wlora.errors import ConfigError
-from wlora.study import Point
-from wlora.sweep import duration, survey
 
 from .synthetic import make_record
 

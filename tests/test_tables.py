@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
+from wlora.analysis.study import read_runs
+from wlora.analysis.tables.caption import caption, machines, notes
+from wlora.analysis.tables.cells import Table, fill
+from wlora.analysis.tables.comparisons import compare_rows
+from wlora.analysis.tables.grid import count_text, draw, draw_companion, parameters_text
+from wlora.analysis.tables.layouts import LAYOUTS, Row, row_of
+from wlora.analysis.tables.paper import paper_folder, paper_table, read_printed, unexplained_averages
+from wlora.analysis.tables.writing import escape, runs_csv, to_csv, to_latex, to_markdown
+from wlora.cli.tables import main
 from wlora.errors import ConfigError
-from wlora.records import Record, RecordStore
-from wlora.study import read_runs
-from wlora.tables.__main__ import main
-from wlora.tables.caption import caption, machines, notes
-from wlora.tables.cells import Table, fill
-from wlora.tables.comparisons import compare_rows
-from wlora.tables.grid import count_text, draw, draw_companion, parameters_text
-from wlora.tables.layouts import LAYOUTS, Row, row_of
-from wlora.tables.paper import paper_folder, paper_table, read_printed, unexplained_averages
-from wlora.tables.writing import escape, runs_csv, to_csv, to_latex, to_markdown
+from wlora.storage.records import Record, RecordStore
 
 from .synthetic import make_record
 

@@ -12,11 +12,11 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from wlora.config import TaskConfig
+from wlora.config.schema import TaskConfig
+from wlora.data.features import Features, pad
 from wlora.errors import ConfigError
-from wlora.tasks import build_task
+from wlora.tasks.base import build_task
 from wlora.tasks.classification import SequenceClassification
-from wlora.tasks.features import Features, pad
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "was", "good", "bad", "very"]
 PAD, UNK, CLS, SEP, THE, FILM, WAS, GOOD, BAD, VERY = range(len(WORDS))

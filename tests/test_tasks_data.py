@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wlora.config import TaskConfig
+from wlora.config.schema import TaskConfig
+from wlora.data.local_files import EXTENSIONS
+from wlora.data.sources import fingerprint, load_splits
 from wlora.errors import ConfigError
-from wlora.tasks.data import fingerprint, load_splits
-from wlora.tasks.files import EXTENSIONS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Rows = dict[str, list[Any]]
@@ -424,7 +424,7 @@ def test_offline_without_a_cache_is_refused_before_torch_is_imported(tmp_path: P
         "import sys; sys.path[:0] = ['.', 'tests']\n"
         "from test_tasks_data import make_task\n"
         "from wlora.errors import ConfigError\n"
-        "from wlora.tasks.data import load_splits\n"
+        "from wlora.data.sources import load_splits\n"
         "try: load_splits(make_task(None), offline=True)\n"
         "except ConfigError as error: print(error, 'torch' in sys.modules, sep='\\n')"
     )

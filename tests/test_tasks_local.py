@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from wlora.squad import UNANSWERABLE_METRICS
+from wlora.metrics.squad import UNANSWERABLE_METRICS
 
 Row = dict[str, Any]
 STORY = "Anna went to the library. Ben took the lamp."
@@ -116,7 +116,7 @@ def test_the_record_has_the_share_of_every_split_and_the_answers_no_window_holds
 def test_bad_rows_end_with_one_line_before_any_weights(
     row: Row, message: str, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wlora.stock.load_base", None)
+    monkeypatch.setattr("wlora.experiment.shared_inputs.load_base", None)
     folder = write(tmp_path / "squad", [*SQUAD_V2, row])
     words = ["task=squad_v2", "model=minilm", f"task.path={folder}", "method=lora", f"results_dir={tmp_path / 'out'}"]
     code, _, errors = run_main(*words)

@@ -13,14 +13,14 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from wlora.config import TaskConfig
+from wlora.config.schema import TaskConfig
+from wlora.data.sources import load_splits
 from wlora.errors import ConfigError
-from wlora.metrics import Shard, merge_shards
+from wlora.metrics.glue import Shard, merge_shards
+from wlora.metrics.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS
 from wlora.models.loading import load_tokenizer
 from wlora.models.source import locate
-from wlora.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS
-from wlora.tasks import build_task
-from wlora.tasks.data import load_splits
+from wlora.tasks.base import build_task
 from wlora.tasks.question_answering import QuestionAnswering
 
 from .conftest import TINY, compose
@@ -417,7 +417,7 @@ def test_a_nested_file_that_is_not_squads_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_deberta", "tiny_bart"])
 def test_a_run_from_the_stories_to_the_record(tmp_path: Path, model: str) -> None:
-    from wlora import experiment
+    from wlora.experiment import run as experiment
 
     overrides = [word for word in TINY if not word.startswith(("task=", "model="))]
     windows = ["task.max_length=20", "task.stride=4", "train.max_steps=16"]
@@ -432,7 +432,7 @@ def test_a_run_from_the_stories_to_the_record(tmp_path: Path, model: str) -> Non
 
 def test_positions_are_learnt(tmp_path: Path) -> None:
     """Full fine-tuning of a tiny model on a few stories brings its loss down to less than a half."""
-    from wlora import experiment
+    from wlora.experiment import run as experiment
 
     config = compose(
         *("task=story_qa", "model=tiny_bert", "method=full", "lr=3e-3", "task.max_train_rows=64", "task.max_eval_rows=8"),

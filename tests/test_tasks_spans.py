@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from wlora.squad import score_answers
-from wlora.tasks.spans import Windows, choose_answers, find_best_spans
+from wlora.metrics.squad import score_answers
+from wlora.tasks.answer_spans import Windows, choose_answers, find_best_spans
 
 
 def brute_force(start: list[float], end: list[float], context: range, longest: int) -> list[tuple[int, int, float]]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from wlora.tasks import story
-from wlora.tasks.story_qa import QA_TRIPLES, QUESTION_TEMPLATES
+from wlora.data.synthetic import world as story
+from wlora.data.synthetic.qa import QA_TRIPLES, QUESTION_TEMPLATES
 
 Columns = dict[str, list[Any]]
 

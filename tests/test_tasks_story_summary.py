@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from wlora.tasks import story
-from wlora.tasks.story_summary import SUMMARY_EVENTS, SUMMARY_ROWS
+from wlora.data.synthetic import world as story
+from wlora.data.synthetic.summary import SUMMARY_EVENTS, SUMMARY_ROWS
 
 # A change here changes the data of recorded runs: raise GENERATOR_VERSION with it.
 SHA256 = "55033b293dd6ff5cd8434def1c9bed652b157eaeedeef64dea283fde0297bd15"

@@ -16,18 +16,18 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from wlora.config import ModelConfig, TaskConfig, run_id, scientific_fields
+from wlora.config.schema import ModelConfig, TaskConfig, run_id, scientific_fields
+from wlora.data.features import Features
+from wlora.data.sources import load_splits
 from wlora.errors import ConfigError
-from wlora.experiment import attach
-from wlora.methods import build_method
+from wlora.experiment.run import attach
+from wlora.methods.registry import build_method
 from wlora.models.loading import load_model
 from wlora.models.source import ModelSource, locate
 from wlora.models.tiny import build_tokenizer
-from wlora.precision import Precision, lower_base
-from wlora.tasks import build_task
-from wlora.tasks.data import load_splits
-from wlora.tasks.features import Features
+from wlora.tasks.base import build_task
 from wlora.tasks.summarization import IGNORED, Summarization
+from wlora.training.precision import Precision, lower_base
 
 from .conftest import ROOT, TINY, compose
 

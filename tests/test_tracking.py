@@ -12,7 +12,7 @@ import pytest
 from accelerate import tracking as theirs
 
 from wlora.errors import ConfigError
-from wlora.tracking import TRACKERS, flatten, require_tracker
+from wlora.storage.trackers import TRACKERS, flatten, require_tracker
 
 from .conftest import TINY, compose
 
@@ -95,7 +95,7 @@ def test_a_broken_tracker_is_told_once_and_changes_nothing(
 
 
 def test_a_run_that_fails_closes_its_tracker(fake: type[Fake], run_tiny: Callable[..., Any]) -> None:
-    from wlora.training.loop import Diverged
+    from wlora.training.trainer import Diverged
 
     with pytest.raises(Diverged):
         run_tiny("method=lora", "lr=1e30", "track=wandb", "train.max_grad_norm=1e30")

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from wlora import experiment
 from wlora.errors import ConfigError, RunFault
+from wlora.experiment import run as experiment
 from wlora.tasks.classification import SequenceClassification
-from wlora.training import batching, loop
-from wlora.training.batching import evaluation_batches, group_for_steps, share, training_batches
+from wlora.training import batch_order as batching
+from wlora.training import trainer as loop
+from wlora.training.batch_order import evaluation_batches, group_for_steps, share, training_batches
 from wlora.training.optimizers import Optimizers
-from wlora.training.plan import make_plan
 from wlora.training.prefetch import Prefetcher
+from wlora.training.run_length import make_plan
 
 from .conftest import TINY, compose
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from wlora import experiment
-from wlora.config import config_folder
-from wlora.training.loop import Result, Trainer
+from wlora.config.schema import config_folder
+from wlora.experiment import run as experiment
 from wlora.training.state import State, capture
+from wlora.training.trainer import Result, Trainer
 
 # NoRA's frame of rank 64 is wider than a tiny model.
 OWN = {"nora": ["method.outer_rank=16"], "lora_drop": ["method.share=true"], "flexlora": ["method.ranks=[2,4,4,3]"]}
@@ -85,7 +85,7 @@ def test_a_state_without_its_momentum_would_show(trained: Callable[..., Any], tm
 
 
 def test_an_attribute_of_an_unknown_kind_is_refused() -> None:
-    from wlora.adapters.attach import AdapterSet
+    from wlora.adapters.adapter_set import AdapterSet
     from wlora.methods.probe import Probe
     from wlora.training.optimizers import Optimizers
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import pytest
 
-from wlora.config import config_folder
-from wlora.sweep import _compose
-from wlora.words import _IDLE, SHORT, Idle, check_read, find_keys
+from wlora.cli.sweep import _compose
+from wlora.config.schema import config_folder
+from wlora.config.spelling import _IDLE, SHORT, Idle, check_read, find_keys
 
 from .conftest import ROOT, TINY
 from .test_conf import read_method
@@ -79,7 +79,7 @@ MEANT = {
 # All of them in one fresh process, which tells whether torch was imported.
 ASK = """
 import contextlib, io, json, shlex, sys
-from wlora import run
+from wlora.cli import run
 told = {}
 for line in json.load(sys.stdin):
     sys.argv = ["run", *shlex.split(line)]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from wlora import experiment
-from wlora.training.guard import Guard
-from wlora.training.loop import Trainer
+from wlora.experiment import run as experiment
+from wlora.training.interruption import Guard
+from wlora.training.trainer import Trainer
 
 from .conftest import TINY, compose
 

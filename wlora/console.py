@@ -8,15 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
+from wlora.distributed import first_time
 from wlora.errors import ConfigError, RunFault, as_fault
-from wlora.processes import first_time
 
 if TYPE_CHECKING:
-    from wlora.config import Config
+    from wlora.config.schema import Config
     from wlora.methods.base import Method
-    from wlora.precision import Precision
-    from wlora.records import Record
-    from wlora.training.plan import Plan
+    from wlora.storage.records import Record
+    from wlora.training.precision import Precision
+    from wlora.training.run_length import Plan
 
 
 def protect_output() -> None:

@@ -2,7 +2,7 @@
 
     h = W x + s · ω · B diag(g) A x        A: r×d_in   B: d_out×r   g: r gates   ω: one gate   s: constant
 
-Policies (`wlora.methods`) decide what the gates do; this module only knows how.
+Policies (`wlora.methods.registry`) decide what the gates do; this module only knows how.
 """
 
 from __future__ import annotations

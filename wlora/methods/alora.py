@@ -11,7 +11,7 @@ from torch import nn
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
-from wlora.training.bench import Batch, Bench, Phase
+from wlora.methods.training_data import Batch, Bench, Phase
 
 
 class ALoRA(AdapterMethod):

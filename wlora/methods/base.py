@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wlora.adapters.attach import AdapterSet, count_elements
+from wlora.adapters.adapter_set import AdapterSet, count_elements
 from wlora.adapters.layer import Adapter, LowRankAdapter
 from wlora.adapters.peft_format import Factors, describe_lora
 from wlora.errors import ConfigError
-from wlora.models.targets import Target
-from wlora.training.bench import Bench, Phase
+from wlora.methods.training_data import Bench, Phase
+from wlora.models.architectures import Target
 from wlora.training.optimizers import ParameterGroup
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from wlora.errors import ConfigError, wrong_value
 from wlora.methods.base import AdapterMethod, Event, Setting, Steps
+from wlora.methods.training_data import Bench, Phase
 from wlora.models.loading import head_parameters
-from wlora.training.bench import Bench, Phase
 
 Factors = tuple[Tensor, Tensor]
 DEFAULT_ROUNDS = 8

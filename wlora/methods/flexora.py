@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
-from wlora.training.bench import Bench, Phase
+from wlora.methods.training_data import Bench, Phase
 from wlora.training.optimizers import ParameterGroup
 
 

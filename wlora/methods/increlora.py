@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from wlora.adapters.layer import LowRankAdapter
 from wlora.adapters.variants import GrowingAdapter
+from wlora.distributed import mean
 from wlora.errors import ConfigError, wrong_value
 from wlora.methods.base import AdapterMethod, Event, Setting, Steps
 from wlora.methods.importance import Importance, orthogonality
-from wlora.processes import mean
 from wlora.training.optimizers import ParameterGroup
 
 INIT_STD = 0.02

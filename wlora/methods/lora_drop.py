@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from wlora.adapters.layer import LowRankAdapter
+from wlora.distributed import mean
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps, bound_sum
-from wlora.models.readout import every_token
-from wlora.processes import mean
-from wlora.training.bench import Bench, Phase
+from wlora.methods.training_data import Bench, Phase
+from wlora.models.first_token import every_token
 
 MIN_STAGE_STEPS = 50
 SCORE_BATCH = 32

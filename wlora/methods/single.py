@@ -6,7 +6,7 @@ from torch import nn
 
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Setting, Steps
-from wlora.training.bench import Bench, Phase
+from wlora.methods.training_data import Bench, Phase
 
 PRODUCT_BATCH = 64
 

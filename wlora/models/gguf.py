@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wlora.errors import ConfigError, wrong_value
-from wlora.reading import open_file
+from wlora.storage.reading import open_file
 
 if TYPE_CHECKING:
-    from wlora.config import ModelConfig
+    from wlora.config.schema import ModelConfig
 
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}

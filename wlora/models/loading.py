@@ -32,13 +32,13 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from wlora.config import ModelConfig
+from wlora.config.schema import ModelConfig
 from wlora.errors import ConfigError, ran_out_of_memory
+from wlora.models.architectures import order_classes, read_architecture
 from wlora.models.deberta_attention import replace_attention
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.quantization import HEAD_MODULES, keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource, unchanged
-from wlora.models.targets import order_classes, read_architecture
 
 # Random base weights stand for pretrained ones, so they are the same for every seed of a run.
 _RANDOM_BASE_SEED = 0

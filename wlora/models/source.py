@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wlora.config import ModelConfig
+from wlora.config.schema import ModelConfig
 from wlora.errors import ConfigError, wrong_value
-from wlora.fingerprint import hash_file, hash_files, read_as_hashed
 from wlora.models.gguf import find_gguf
-from wlora.reading import read_file, read_json
+from wlora.storage.content_hash import hash_file, hash_files, read_as_hashed
+from wlora.storage.reading import read_file, read_json
 
 _CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt"}
 _PACKAGES = {"model.quantization": "bitsandbytes", "model.gguf_file": "gguf"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerFast
 
-from wlora.tasks.story import vocabulary
+from wlora.data.synthetic.world import vocabulary
 
 _SPECIAL = {
     "pad_token": "[PAD]",

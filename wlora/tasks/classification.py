@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wlora.config import TaskConfig
+from wlora.config.schema import TaskConfig
+from wlora.data.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad
+from wlora.data.row_checks import LABEL
 from wlora.errors import wrong_value
-from wlora.metrics import compute, metrics_of
-from wlora.tasks import check_metrics
-from wlora.tasks.checks import LABEL
-from wlora.tasks.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad
+from wlora.metrics.glue import compute, metrics_of
+from wlora.tasks.base import check_metrics
 
 
 class SequenceClassification:

@@ -11,9 +11,11 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wlora.config import TaskConfig
+from wlora.config.schema import TaskConfig
+from wlora.data.features import ROWS_AT_ONCE, Features, input_columns, pad
+from wlora.data.row_checks import ANSWERS
 from wlora.errors import ConfigError, wrong_value
-from wlora.squad import (
+from wlora.metrics.squad import (
     ANSWERABLE_METRICS,
     UNANSWERABLE_METRICS,
     count_as_answers,
@@ -21,10 +23,8 @@ from wlora.squad import (
     score_answers_or_none,
     score_each,
 )
-from wlora.tasks import check_metrics
-from wlora.tasks.checks import ANSWERS
-from wlora.tasks.features import ROWS_AT_ONCE, Features, input_columns, pad
-from wlora.tasks.spans import Windows, choose_answers, find_best_spans
+from wlora.tasks.answer_spans import Windows, choose_answers, find_best_spans
+from wlora.tasks.base import check_metrics
 
 _MIN_QUESTION = 4
 """Tokens of a question that must fit beside the stride and the special tokens."""

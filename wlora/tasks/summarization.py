@@ -12,11 +12,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from wlora.config import TaskConfig
+from wlora.config.schema import TaskConfig
+from wlora.data.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad, stack
 from wlora.errors import ConfigError
-from wlora.rouge import ROUGE_NAMES, compute_rouge, score_documents
-from wlora.tasks import check_metrics
-from wlora.tasks.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad, stack
+from wlora.metrics.rouge import ROUGE_NAMES, compute_rouge, score_documents
+from wlora.tasks.base import check_metrics
 
 IGNORED = -100
 """The label of a padded position: torch's cross-entropy leaves it out, and the model shifts it in as padding."""

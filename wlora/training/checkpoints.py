@@ -2,7 +2,7 @@
 
     <results_dir>/checkpoints/<run_id>/step-00000120/   tensors.safetensors  facts.json  manifest.json
 
-While a process has the run they stand one folder deeper, in its own (`wlora.claims`).
+While a process has the run they stand one folder deeper, in its own (`wlora.storage.claims`).
 There is no pickle anywhere: tensors in safetensors, all else in JSON.
 """
 
@@ -19,11 +19,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from wlora.claims import Claim
 from wlora.errors import RunFault
-from wlora.reading import read_file, read_json
-from wlora.records import seal, unseal
-from wlora.staging import MISSING, patiently, put, remove_path, staged
+from wlora.storage.atomic_write import MISSING, patiently, put, remove_path, staged
+from wlora.storage.claims import Claim
+from wlora.storage.reading import read_file, read_json
+from wlora.storage.records import seal, unseal
 from wlora.training.state import State
 
 SCHEMA = 1

@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wlora.metrics import merge_shards
-from wlora.processes import gather
-from wlora.tasks import Task
-from wlora.tasks.features import Features
-from wlora.training.batching import evaluation_batches, share
+from wlora.data.features import Features
+from wlora.distributed import gather
+from wlora.metrics.glue import merge_shards
+from wlora.tasks.base import Task
+from wlora.training.batch_order import evaluation_batches, share
 from wlora.training.prefetch import move
 from wlora.training.prefix_cache import PrefixCache
 

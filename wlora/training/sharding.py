@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
+from wlora.distributed import mean, several
 from wlora.errors import ConfigError
-from wlora.models.targets import FAMILIES
-from wlora.processes import mean, several
+from wlora.models.architectures import FAMILIES
 
 
 def shard_base(model: PreTrainedModel, device: torch.device) -> None:

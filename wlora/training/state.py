@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wlora.adapters.attach import AdapterSet
-from wlora.adapters.structure import describe_adapters, rebuild_adapters
+from wlora.adapters.adapter_set import AdapterSet
+from wlora.adapters.serialization import describe_adapters, rebuild_adapters
+from wlora.distributed import gather
 from wlora.methods.base import Method
 from wlora.methods.importance import Importance
 from wlora.methods.peft_backed import PeftAdapter
-from wlora.processes import gather
-from wlora.training.bench import Bench
+from wlora.methods.training_data import Bench
 from wlora.training.optimizers import Optimizers, ParameterGroup
 
 # What a method holds that is there again once it is attached, and has no state of its own.

@@ -1,0 +1,97 @@
+"""Putting adapters into a model and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from wlora.adapters.layer import AdaptedLinear, Adapter, LowRankAdapter
+from wlora.models.architectures import Target
+
+MakeAdapter = Callable[[int, int, torch.device], LowRankAdapter]
+
+
+class AdapterSet(Mapping[str, LowRankAdapter]):
+    """The adapters in a model, by the name of the module they adapt, from the lowest layer up.
+
+    Attaching freezes nothing else; disconnecting puts the plain base module back and forgets the adapter, so
+    that nothing of it costs memory or time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._targets: dict[str, Target] = {}
+
+    def attach(self, target: Target, make: MakeAdapter) -> LowRankAdapter:
+        """Put an adapter beside the target's module.
+
+        Args:
+            target: the module to adapt; any module with `in_features` and `out_features` that maps [..., d_in] to
+                [..., d_out] will do, quantised ones included.
+            make: builds the adapter from (d_in, d_out, device).
+        """
+        base = self._model.get_submodule(target.name)
+        device = next(base.parameters()).device
+        adapter = make(int(base.in_features), int(base.out_features), device)  # type: ignore[arg-type]
+        self._replace(target.name, AdaptedLinear(base, adapter))
+        self._targets[target.name] = target
+        return adapter
+
+    def disconnect(self, name: str) -> None:
+        """Take an adapter out of the model: the base module stands there again, untouched."""
+        self._replace(name, self._adapted(name).base)
+        del self._targets[name]
+
+    def fold(self, name: str) -> None:
+        """Add ΔW to the base's weight and disconnect the adapter; needs a plain floating-point weight."""
+        adapted = self._adapted(name)
+        weight = adapted.base.weight
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            raise TypeError(f"{name}: only a floating-point weight can take an adapter in")
+        with torch.no_grad():
+            weight.add_(adapted.adapter.delta_weight().to(weight.dtype))
+        self.disconnect(name)
+
+    def replace(self, name: str, adapter: LowRankAdapter) -> None:
+        """Put another adapter in the place of one, such as one that several modules share."""
+        self._adapted(name).adapter = adapter
+
+    def target(self, name: str) -> Target:
+        """Return where an adapter sits."""
+        return self._targets[name]
+
+    @property
+    def lowest_layer(self) -> int | None:
+        """Index of the lowest layer with an adapter: the backward pass ends there. None without adapters."""
+        return min((target.layer for target in self._targets.values()), default=None)
+
+    def count(self) -> int:
+        """Return the number of counted elements over all connected adapters, shared ones once."""
+        return count_elements(self.values())
+
+    def __getitem__(self, name: str) -> LowRankAdapter:
+        if name not in self._targets:
+            raise KeyError(name)
+        return self._adapted(name).adapter
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._targets))
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def _adapted(self, name: str) -> AdaptedLinear:
+        module = self._model.get_submodule(name)
+        assert isinstance(module, AdaptedLinear), name
+        return module
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), child, module)
+
+
+def count_elements(adapters: Iterable[Adapter]) -> int:
+    """Return the number of counted elements over adapters; what several share counts once."""
+    return sum(p.numel() for p in {p for adapter in adapters for p in adapter.counted()})

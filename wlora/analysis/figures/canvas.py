@@ -1,0 +1,104 @@
+"""What all figures share: size, colours, files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from wlora.errors import ConfigError
+from wlora.storage.atomic_write import staged
+
+matplotlib.use("Agg")
+
+# Widths of a text column and of a page, in inches, at which the figures are read.
+COLUMN, PAGE = 3.4, 7.0
+
+# Okabe and Ito's palette, told apart under every common colour blindness; markers and dashes tell lines apart besides.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vPX*<>hp"
+DASHES = ("-", "--", "-.", ":")
+
+# More panels than this are too small on a page to be read, and take a minute to lay out.
+PANELS = 60
+
+STYLE: dict[Any, Any] = {
+    "font.size": 7,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "legend.fontsize": 6,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # embedded as TrueType: what publishers ask for
+}
+
+
+def nothing(figure: str, missing: str) -> ConfigError:
+    """Build the message for a figure without data."""
+    return ConfigError(f"figure {figure}: {missing}")
+
+
+def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """Open a figure of rows × columns panels; width and height (of one row) in inches.
+
+    Raises:
+        ConfigError: more than `PANELS`.
+    """
+    if rows * columns > PANELS:
+        raise ConfigError(
+            f"figure: {rows * columns} panels, more than {PANELS}\nway out: choose, as in task=sst2 method=wlora"
+        )
+    pyplot.rcParams.update(STYLE)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height * rows), squeeze=False)
+    return figure, [list(line) for line in axes]
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and PDF, each whole or not at all; returns the files.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    files = [folder / f"{name}.{kind}" for kind in ("png", "pdf")]
+    try:
+        for file in files:
+            # Without a date the same records give the same file.
+            metadata = {"CreationDate": None} if file.suffix == ".pdf" else {"Software": None}
+            with staged(file) as staging:
+                figure.savefig(staging, format=file.suffix[1:], metadata=metadata)
+                os.replace(staging, file)
+            figure.set_layout_engine("none")  # found for the first; finding it is most of the time
+    except OSError as error:
+        raise ConfigError(f"results_dir: {folder} cannot be written ({error.strerror})") from error
+    finally:
+        pyplot.close(figure)
+    return files
+
+
+def style_of(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Give every label a colour, a marker and a dash of its own."""
+    return {
+        label: {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
+        }
+        for index, label in enumerate(labels)
+    }
+
+
+def count_axis(axis: Axes) -> None:
+    """Put ticks at whole numbers only."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

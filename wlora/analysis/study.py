@@ -1,0 +1,423 @@
+"""One study: the records of one results folder, as tables, figures and tuning read them. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from wlora.config.schema import METHOD_LATER, TaskConfig, config_folder, restore_config, scientific_fields
+from wlora.errors import ConfigError, unknown_name, wrong_value
+from wlora.models.architectures import count_targets
+from wlora.storage.environment import name_machine
+from wlora.storage.index import Entry, Index
+from wlora.storage.packing import Packed, Unpacker, pack
+from wlora.storage.reading import find_misfit
+from wlora.storage.recorded import Finished
+from wlora.storage.records import Record, RecordStore
+
+
+class Point(NamedTuple):
+    """What is tuned.
+
+    Attributes:
+        lr: the learning rate.
+        warmup: the warm-up; None for the default.
+        head_lr: the learning rate of head and pooler; None where it is `lr`.
+    """
+
+    lr: float
+    warmup: int | None = None
+    head_lr: float | None = None
+
+    def columns(self) -> dict[str, float | int | None]:
+        """Return the coordinates by key, `head_lr` only where it is set: most studies have none."""
+        return {key: value for key, value in self._asdict().items() if key != "head_lr" or value is not None}
+
+
+_DAMAGES = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
+ENDED = ("success", "diverged")
+"""A run with one of these has its result: more steps or another try would not change it."""
+
+_NAMES = ("task", "model", "method")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A record, with what has to agree before it may be averaged with another.
+
+    Attributes:
+        record: the record.
+        setting: every scientific field but those of `Point` and the seed, flat (`task.epochs`, `method.k`), and the
+            versions of data and program (`task.version`, `wlora`).
+    """
+
+    record: Record
+    setting: dict[str, Any] = field(repr=False)
+
+    @property
+    def status(self) -> str:
+        """How the run ended."""
+        return self.record.status
+
+    @cached_property
+    def task(self) -> str:
+        """Name under which its rows stand (`name_rows`)."""
+        return name_rows(self.record.config["task"])
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return str(self.record.config["model"]["name"])
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.record.config["method"]["name"])
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.record.config["seed"])
+
+    @property
+    def point(self) -> Point:
+        """Learning rates and warm-up."""
+        return Point(self.record.config["lr"], self.record.config["warmup"], self.record.config.get("head_lr"))
+
+    @property
+    def rank(self) -> int | None:
+        """The rank at whose budget the method is compared, None for a method without adapters."""
+        # VeRA's own rank is that of its shared matrices.
+        rank = self.record.config["rank"] if self.method == "vera" else self.record.config["method"].get("rank")
+        return None if rank is None else int(rank)
+
+    @property
+    def k(self) -> int | None:
+        """The number of adapters asked for, None for a method that does not read `k`."""
+        method = self.record.config["method"]
+        return int(method["k"]) if "k" in method and method.get("schedule", "single") == "single" else None
+
+    @cached_property
+    def n(self) -> int | None:
+        """The number of adapters at the start, None where nothing tells it."""
+        cuts = [event["omega"] for event in self.record.events if event["kind"] in ("cut", "select") and "omega" in event]
+        if cuts:
+            return len(cuts[0])
+        targets = self.record.config["method"].get("targets")
+        # Not that of the model's folder, which need not be on this machine.
+        architecture = self.record.config["model"].get("architecture")
+        return count_targets(architecture, targets) if targets and architecture else None
+
+    @property
+    def machine(self) -> str:
+        """What it ran on."""
+        return name_machine(self.record.environment)
+
+    @cached_property
+    def score(self) -> float:
+        """The primary metric of a run that succeeded."""
+        return self.record.metrics[self.record.primary_metric]
+
+
+# What a task's rows are. Where the rows come from counts only without `task.path`, which may be a copy.
+_SCHEMA = ("kind", "benchmark", "columns", "labels", "validation", "metrics", "unanswerable")
+_SOURCE = ("hub_id", "subset", "generator")
+
+
+def name_rows(task: Mapping[str, Any]) -> str:
+    """Return the name under which the rows of a task's configuration stand: NAME, or NAME_own where they are not NAME's.
+
+    They are not where schema or source differ from the task's YAML, as after `task.columns=...`: a table would print
+    such rows as the benchmark's.
+    """
+    name = str(task["name"])
+    benchmark = shipped_task(name)
+    keys = _SCHEMA if task.get("path") else _SCHEMA + _SOURCE
+    own = benchmark and any(key in task and task[key] != benchmark[key] for key in keys)
+    return f"{name}_own" if own else name
+
+
+@cache
+def shipped_task(name: str) -> dict[str, Any]:
+    """Return a task's keys as its YAML has them, empty for a task without one."""
+    file = config_folder() / "task" / f"{name}.yaml"
+    if not re.fullmatch(r"[\w-]{1,200}", name) or not file.is_file():
+        return {}
+    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return {**asdict(TaskConfig()), **content}
+
+
+def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | None = None) -> tuple[list[Run], list[str]]:
+    """Read the records of a study; returns their runs, by run_id, and what is wrong with the files that hold none.
+
+    What `wlora.storage.index` knows of a file is not read from it. Runs of one setting share it, and equal parts of their records:
+    nobody changes what is shared.
+
+    Args:
+        results_dir: the study.
+        kinds: the names of task and method, as in the configuration, of the runs to return; None for all.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    if not os.path.isdir(results_dir):
+        raise wrong_value("results_dir", results_dir, "a folder with the records of a study")
+    store = RecordStore(results_dir)
+    index, unpack, wanted = Index(store, ".json"), _Unpacking(), None if kinds is None else {_kind(*kind) for kind in kinds}
+    runs, known, faults = [], set(), []
+    for name, frame, columns in index:
+        try:
+            kind, own, *long = columns
+            if wanted is None or kind in wanted:
+                runs.append(unpack(Packed(frame, own, tuple(long))))
+        except _DAMAGES:
+            continue  # as another version packed it: the file tells
+        known.add(name)
+    for found in store.scan(known):
+        if isinstance(found, ConfigError):
+            faults.append(str(found))
+            continue
+        try:
+            packed = pack(found)
+            run = _whole(unpack(packed))
+            _check_types(found)
+        except _DAMAGES as error:
+            # One without a checksum, which would have shown the damage.
+            faults.append(f"record {store.path(found.run_id)} is damaged: {type(error).__name__} {error}")
+            continue
+        kind = _kind(str(found.config["task"]["name"]), run.method)
+        index.add(Entry(found.run_id, packed.frame, (kind, packed.own, *packed.long)))
+        if wanted is None or kind in wanted:
+            runs.append(run)
+    index.write()
+    return sorted(runs, key=lambda run: f"{run.record.run_id}.json"), faults
+
+
+def _kind(task: str, method: str) -> bytes:
+    return json.dumps([task, method]).encode()
+
+
+def read_run(record: Record) -> Run:
+    """Return a record with its setting.
+
+    Raises:
+        ValueError: what keeps its readers from reading it; a checksum would have shown the damage.
+    """
+    try:
+        run = _whole(Run(record, setting_of(record)))
+        _check_types(record)
+    except _DAMAGES as error:
+        raise ValueError(f"{type(error).__name__} {error}") from None
+    return run
+
+
+class _Unpacking:
+    """Makes runs of packed records; those of one frame are of one setting, which is worked out once."""
+
+    def __init__(self) -> None:
+        self._unpack = Unpacker()
+        self._settings: dict[bytes, dict[str, Any]] = {}
+
+    def __call__(self, packed: Packed) -> Run:
+        record = self._unpack(packed)
+        if packed.frame not in self._settings:
+            self._settings[packed.frame] = setting_of(record)
+        return Run(record, self._settings[packed.frame])
+
+
+def _whole(run: Run) -> Run:
+    """Return a run of which everything can be asked that readers ask; KeyError, TypeError or ValueError else."""
+    for name in ("task", "model", "method", "seed", "point", "rank", "k", "n"):
+        getattr(run, name)
+    if run.status == "success":
+        float(run.score)
+    return run
+
+
+def _check_types(record: Record) -> None:
+    """Refuse a record of success in which something is of another type than its readers rely on; raises ValueError."""
+    if record.status == "success" and (misfit := find_misfit(vars(record), Finished)):
+        raise ValueError(misfit)
+
+
+def read_runs(results_dir: str | Path) -> list[Run]:
+    """Read all records of a study; what cannot be read is told in a line each and left out.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    runs, faults = read_study(results_dir)
+    for fault in faults:
+        print(f"notice: {fault}; it is left out", file=sys.stderr)
+    return runs
+
+
+def read_curve(store: RecordStore, run: Run, *, key: str = "") -> list[dict[str, Any]]:
+    """Read a run's learning curve (`RecordStore.read_curve`); a damaged one is told in a line and left out."""
+    try:
+        return store.read_curve(run.record, key=key)
+    except ConfigError as damage:
+        print(f"notice: {damage}; it is left out", file=sys.stderr)
+        return []
+
+
+def read_words(
+    words: Sequence[str], options: dict[str, str | None]
+) -> tuple[list[str], dict[str, str | None], dict[str, str]]:
+    """Split a command line into names, options (`key=value` with a known key, over their defaults) and filters.
+
+    Raises:
+        ConfigError: a key without a value.
+    """
+    names = [word for word in words if "=" not in word]
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    for key, value in given.items():
+        if not key or not value:
+            raise ConfigError(f"{key}={value}: allowed is key=value")
+    filters = {key: value for key, value in given.items() if key not in options}
+    return names, {key: given.get(key, default) for key, default in options.items()}, filters
+
+
+def setting_of(record: Record) -> dict[str, Any]:
+    """Return the setting of a record (see `Run`)."""
+    config = restore_config(record.config)
+    data = record.task.get("data")
+    local = config.task.path is not None or config.task.generator is not None
+    fields = scientific_fields(
+        config,
+        task_data=data if local else None,
+        model_data=record.model.get("fingerprint"),
+        precision=record.environment.get("precision", config.precision),
+    )
+    versions = {"task.version": None if local else data, "wlora": record.environment.get("wlora")}
+    return {**without_point(fields), **versions}
+
+
+def main_model(runs: Iterable[Run], favourite: str | None = None) -> str | None:
+    """Return the model to show: the favourite if it has a successful run, else that of most; None without any."""
+    counts = Counter(sorted(run.model for run in runs if run.status == "success"))
+    return favourite if favourite in counts else next((model for model, _ in counts.most_common(1)), None)
+
+
+def require_one_setting(
+    runs: Sequence[Run], where: str, *, part: str = "", but: str | None = None, ignore: Sequence[str] = ()
+) -> None:
+    """Refuse runs that differ in more than their point and seed: they must not be averaged or compared.
+
+    A key that only some runs of a method have was added after the others were recorded, or is off in them.
+
+    Args:
+        runs: what is to be put side by side.
+        where: what they are, for the message.
+        part: look only at fields that start with this.
+        but: and not with this.
+        ignore: fields that may differ.
+
+    Raises:
+        ConfigError: with the fields that differ, their values, and the way to choose.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key in sorted({key for run in runs for key in run.setting}):
+        if key.startswith(part) and key not in ignore and not (but and key.startswith(but)):
+            has = {run.method for run in runs if key in run.setting}
+            values = [_lookup(run, key)[1] for run in runs if run.method in has or not key.startswith("method.")]
+            found[key] = {repr(value): value for value in values}
+    mixed = {key: [values[text] for text in sorted(values)] for key, values in found.items() if len(values) > 1}
+    if mixed:
+        listed = "; ".join(f"{key}: {' | '.join(show(value) for value in values)}" for key, values in sorted(mixed.items()))
+        key, values = sorted(mixed.items())[0]
+        raise ConfigError(f"{where}: runs of different settings ({listed})\nway out: choose, as in {key}={show(values[0])}")
+
+
+def require_distinct_seeds(runs: Sequence[Run], where: str) -> None:
+    """Refuse two finished runs of one setting, point and seed: one of them was copied or made by other code.
+
+    Raises:
+        ConfigError: with the two files.
+    """
+    seen: dict[tuple[Point, int], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.point, run.seed), run)
+        if other is not run:
+            raise ConfigError(
+                f"{where}: seed={run.seed} is there twice, as records {other.record.run_id} and {run.record.run_id}\n"
+                "way out: remove one of them"
+            )
+
+
+def select(runs: Iterable[Run], filters: dict[str, str]) -> list[Run]:
+    """Keep the runs whose configuration has one of the values given for every key, as in `task=sst2,mrpc seed=0`.
+
+    Keys are those of the configuration (`task`, `model` and `method` mean their names, `wlora`, `task.version` and
+    `task.data` what `Run.setting` holds). A key that a run's method does not have lets the run pass; where other runs of
+    the method have it, it is null.
+
+    Raises:
+        ConfigError: a key that no record has.
+    """
+    kept = list(runs)
+    for key, text in filters.items():
+        allowed = [read_value(word) for word in text.split(",")]
+        values = [_lookup(run, key) for run in kept]
+        has = {run.method for run, (found, _) in zip(kept, values, strict=True) if found}
+        if kept and not has:
+            parent = key.rpartition(".")[0]
+            names = {name for run in kept for name in (*run.record.config, *run.setting)}
+            raise unknown_name(f"{key}={text}", key, {name for name in names if name.rpartition(".")[0] == parent} or names)
+        kept = [run for run, (_, value) in zip(kept, values, strict=True) if run.method not in has or value in allowed]
+    return kept
+
+
+def read_value(text: str) -> Any:
+    """Read a word of the command line: a number, `null`, `true`, `false`, else the word."""
+    constants = {"null": None, "true": True, "false": False}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def show(value: Any) -> str:
+    """Write a value as the command line takes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _lookup(run: Run, key: str) -> tuple[bool, Any]:
+    if key in _NAMES:
+        return True, getattr(run, key)
+    if key in run.setting:
+        return True, run.setting[key]
+    value: Any = run.record.config
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            later = METHOD_LATER.get(run.method, {})
+            name = key.removeprefix("method.")
+            return name != key and name in later, later.get(name)
+        value = value[part]
+    return True, value
+
+
+def without_point(fields: dict[str, Any]) -> dict[str, Any]:
+    return flatten({key: value for key, value in fields.items() if key not in ("version", "seed", *Point._fields)})
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

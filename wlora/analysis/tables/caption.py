@@ -1,0 +1,203 @@
+"""What a reader must know to judge a table: model, split, rows, seeds, learning rates, what is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from wlora.analysis.study import Run, shipped_task, show
+from wlora.analysis.tables.cells import Score, Table
+from wlora.analysis.tables.layouts import Column
+from wlora.analysis.tuning import Choice
+from wlora.storage.environment import describe_computing
+
+EVALUATION: dict[Score, str] = {
+    "last": "after the last step",
+    "best": "at each run's best evaluation, which the same dev set chooses, so that scores are optimistic",
+}
+
+
+def caption(table: Table) -> str:
+    """Return the caption, composed from the records alone."""
+    runs = table.runs()
+    parts = [f"{table.layout.title}. {_model(table, runs)}: dev sets, {EVALUATION[table.score]}."]
+    if runs:
+        parts += [_seeds(runs), _training(table), *_tuning(table), *_mode(runs)]
+    if any(cell.mark for cell in (*table.cells.values(), *table.averages.values())):
+        within = {"rank": " at each rank", "k": " at each K", None: ""}[table.layout.group]
+        parts.append(f"The best{within} is bold, the second underlined; equal printed figures share a mark.")
+    if table.averages and len(table.averaged) < len(table.layout.columns):
+        parts.append(f"ALL is over {_join(_titles(table, table.averaged))}.")
+    return " ".join(parts)
+
+
+def notes(table: Table) -> list[str]:
+    """Return what stands below the table: missing and diverged runs, mixed commits and machines."""
+    found = []
+    missing = sum(cell.missing for cell in table.cells.values())
+    if missing:
+        expected = table.seeds * len(table.cells)
+        found.append(f"Missing: {missing} of {expected} runs ({table.seeds} per cell); a dash is a cell without any.")
+    for (row, task), cell in table.cells.items():
+        if cell.diverged:
+            total = cell.diverged + len(cell.runs)
+            where = f"{row.label}{'' if row.rank is None or table.layout.ranks else f', r={row.rank}'} on {task}"
+            found.append(f"Diverged (†): {cell.diverged} of {total} runs of {where}; not in its mean.")
+    unknown = sum(len(cell.runs) for cell in table.cells.values() if cell.runs and not cell.summaries)
+    if unknown:
+        found.append(f"{unknown} runs stand in cells whose best evaluations are not all known: those cells are empty.")
+    environments = [run.record.environment for run in table.runs()]
+    commits = sorted({str(environment["git_commit"])[:7] for environment in environments if environment.get("git_commit")})
+    if len(commits) > 1:
+        found.append(f"The runs come from {len(commits)} commits: {', '.join(commits)}.")
+    found += machines(table.runs())
+    dirty = sum(bool(environment.get("git_dirty")) for environment in environments)
+    if dirty:
+        found.append(f"{dirty} runs come from a checkout with uncommitted changes.")
+    return found
+
+
+def machines(runs: Iterable[Run]) -> list[str]:
+    """Say on which machines runs were made, if on several, and what of them the numbers depend on."""
+    environments = [(run.machine, run.record.environment) for run in runs]
+    found = []
+    names = sorted({name for name, _ in environments})
+    if len(names) > 1:
+        found.append(f"The runs were made on {_join(names)}: seconds of different machines are not comparable.")
+    computing = Counter(describe_computing(environment) for _, environment in environments)
+    computing.pop("", None)
+    if len(computing) > 1:
+        counts = _join(f"{count} with {how}" for how, count in sorted(computing.items()))
+        found.append(
+            f"Runs were computed {counts}: their sums are rounded in another order, so that equal settings may differ in "
+            "score."
+        )
+    moved = sum("earlier" in environment for _, environment in environments)
+    if moved:
+        which = f"{moved} run{'' if moved == 1 else 's'}"
+        found.append(f"Of {which} an earlier part was computed in another environment, which the record names.")
+    return found
+
+
+def _model(table: Table, runs: Sequence[Run]) -> str:
+    totals = sorted({run.record.parameters["total"] for run in runs})
+    return f"{table.model} ({totals[0] / 1e6:,.1f}M parameters)" if totals else table.model
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    seeds = sorted({run.seed for run in runs})
+    gapless = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
+    listed = f"{seeds[0]} to {seeds[-1]}" if gapless else _join(map(str, seeds))
+    if len(seeds) == 1:
+        return f"One run each (seed {listed})."
+    return f"Mean ± standard deviation over seeds {listed}, number of runs in brackets."
+
+
+def _training(table: Table) -> str:
+    """Say per task how many rows, steps and rows per step; tasks that agree share a clause."""
+    clauses: dict[str, list[str]] = {}
+    for column in table.layout.columns:
+        runs = _runs_of(table, column)
+        if runs:
+            record = runs[0].record
+            batch = record.config["task"]["batch_size"] * (record.config["train"]["accumulation_steps"] or 1)
+            clause = f"{record.steps.get('total', 0):,} steps of {batch} rows{dev_rows_text(runs[0])}"
+            rows = rows_text(runs[0])
+            clauses.setdefault(clause, []).append(f"{column.title} ({rows})" if rows else column.title)
+    return "Training: " + "; ".join(f"{_join(titles)} {clause}" for clause, titles in clauses.items()) + "."
+
+
+def rows_text(run: Run) -> str:
+    """Say how many rows a run was trained on, and of how many if they are a sample; empty where it is not known."""
+    rows, whole = run.record.task.get("train_rows"), shipped_task(run.task).get("train_rows")
+    if not rows:
+        return ""
+    if whole and rows > whole:
+        return f"{rows:,} rows, where the benchmark has {whole:,}"
+    return f"a sample: {rows:,} of {whole:,} rows" if whole and rows < whole else f"{rows:,} rows"
+
+
+def dev_rows_text(run: Run) -> str:
+    """Say, as a clause to append, that only the first dev rows are scored; empty where all are."""
+    limit = run.record.config["task"]["max_eval_rows"]
+    return f", the first {limit:,} dev rows" if limit else ""
+
+
+def _tuning(table: Table) -> list[str]:
+    """Say per task how learning rate and warm-up were chosen; tasks that agree share a clause."""
+    clauses: dict[str, list[str]] = {}
+    for column in table.layout.columns:
+        cells = [table.cells[row, column.task] for row in table.rows]
+        choices = [cell.choice for cell in cells if cell.choice is not None]
+        if not choices:
+            continue
+        elsewhere = sorted({str(run.record.config["tune_on"]) for run in _runs_of(table, column) if _tuned_elsewhere(run)})
+        compared = sorted({choice.compared for choice in choices})
+        if compared[-1] > 1:
+            counts = str(compared[-1]) if len(compared) == 1 else f"{compared[0]} to {compared[-1]}"
+            seeds = _join(sorted({str(choice.seed) for choice in choices if choice.compared > 1}))
+            clause = f"the best of {counts} on seed {seeds} of the same dev set"
+        else:
+            clause = f"chosen on {_join(elsewhere)}" if elsewhere else "the one value that was run"
+        clauses.setdefault(clause, []).append(column.title)
+    found = "; ".join(f"{_join(titles)} {clause}" for clause, titles in clauses.items())
+    rates = "Learning rates" if any(choice.point.head_lr for choice in _choices(table).values()) else "Learning rate"
+    return [f"{rates} and warm-up per method: {found}.", *edges(_choices(table))]
+
+
+def _choices(table: Table) -> dict[tuple[str, str], Choice]:
+    """Return the choices of a table by row and column, as a reader sees them."""
+    titles = {column.task: column.title for column in table.layout.columns}
+    several = table.layout.ranks is None
+    return {
+        (row.label + (f" r={row.rank}" if several and row.rank is not None else ""), titles[task]): cell.choice
+        for (row, task), cell in table.cells.items()
+        if cell.choice is not None
+    }
+
+
+def edges(choices: dict[tuple[str, str], Choice]) -> list[str]:
+    """Say where the chosen rate or warm-up is the smallest or the largest of those tried.
+
+    Args:
+        choices: by setting and task.
+    """
+    names = {"lr": "learning rate", "warmup": "warm-up", "head_lr": "learning rate of the head"}
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for (setting, task), choice in choices.items():
+        for key, edge in choice.edges().items():
+            found.setdefault((task, edge, key), []).append(setting)
+    said = []
+    for (task, edge, key), settings in found.items():
+        tuned = [setting for (setting, where), choice in choices.items() if where == task and choice.compared > 1]
+        rest = [setting for setting in tuned if setting not in settings]
+        who = _join(settings)
+        if len(settings) > 2 * len(rest) + 1:
+            who = "every setting" + (f" but {_join(rest)}" if rest else "")
+        said.append(f"On {task} the {edge} {names[key]} tried was chosen for {who}.")
+    return [" ".join([*said, "A wider grid may find a better one."])] if said else []
+
+
+def _tuned_elsewhere(run: Run) -> bool:
+    return run.record.config.get("tune_on") not in (None, run.task)
+
+
+def _mode(runs: Sequence[Run]) -> list[str]:
+    """Name target set, compat and precision."""
+    targets = sorted({str(run.setting["method.targets"]) for run in runs if "method.targets" in run.setting})
+    words = [f"targets={_join(targets)}"] if targets else []
+    words += [f"{key}={'/'.join(sorted({show(run.setting[key]) for run in runs}))}" for key in ("compat", "precision")]
+    return [", ".join(words) + "."]
+
+
+def _runs_of(table: Table, column: Column) -> list[Run]:
+    return [run for row in table.rows for run in table.cells[row, column.task].runs]
+
+
+def _titles(table: Table, tasks: Iterable[str]) -> list[str]:
+    return [column.title for column in table.layout.columns if column.task in tasks]
+
+
+def _join(words: Iterable[str]) -> str:
+    *most, last = list(words)
+    return f"{', '.join(most)} and {last}" if most else last

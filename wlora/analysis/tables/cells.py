@@ -1,0 +1,294 @@
+"""From runs to cells: which runs belong to a row and a column, at which learning rate, and what they say together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from wlora.analysis.statistics import Summary, generator, summarize, summarize_strata
+from wlora.analysis.study import ENDED, Run, require_distinct_seeds, require_one_setting
+from wlora.analysis.tables.layouts import LAYOUTS, Column, Layout, Row, row_of
+from wlora.analysis.tuning import Choice, choose_point
+
+Score = Literal["last", "best"]
+"""Which evaluation of a run counts: after the last step, or the best one of its learning curve."""
+
+Best = Mapping[str, Mapping[str, float]]
+"""The metrics of runs, by run_id, at the best evaluation (`wlora.analysis.tables.best`)."""
+
+# One adapter alone measures that adapter: it is no method of fine-tuning.
+NOT_COMPARED = ("single",)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task.
+
+    Attributes:
+        summaries: what is shown: `last` or `best`; empty without a successful run.
+        last: one summary per metric of the column, as the layout scales them, after the last step.
+        best: the same at the best evaluation of each run; empty where a run's is not known.
+        scores: per seed, the mean over the column's metrics.
+        runs: the successful runs at the chosen point.
+        choice: how learning rates and warm-up were chosen; None without a successful run.
+        diverged: runs at the chosen point (at any, if none succeeded) that diverged.
+        missing: runs that are expected and have not ended.
+        mark: `best` or `second` among the rows it is compared with, or "".
+    """
+
+    summaries: tuple[Summary, ...] = ()
+    last: tuple[Summary, ...] = ()
+    best: tuple[Summary, ...] = ()
+    scores: Mapping[int, float] = field(default_factory=dict)
+    runs: tuple[Run, ...] = ()
+    choice: Choice | None = None
+    diverged: int = 0
+    missing: int = 0
+    mark: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """The mean over the metrics, which a pair counts as; None without a figure."""
+        return sum(s.mean for s in self.summaries) / len(self.summaries) if self.summaries else None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trained parameters of a row: means over its runs, without the head (full fine-tuning: with it)."""
+
+    initial: float
+    final: float
+    total: float
+    varies: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A filled layout.
+
+    Attributes:
+        cells: by row and task.
+        averages: the column ALL by row, over the tasks `averaged`; a row without all of them has none.
+        score: which evaluation the cells show.
+    """
+
+    layout: Layout
+    model: str
+    rows: tuple[Row, ...]
+    cells: Mapping[tuple[Row, str], Cell]
+    parameters: Mapping[Row, Parameters] = field(default_factory=dict)
+    averages: Mapping[Row, Cell] = field(default_factory=dict)
+    averaged: tuple[str, ...] = ()
+    seeds: int = 0
+    score: Score = "last"
+
+    def row_cells(self, row: Row) -> list[Cell]:
+        """Return a row's cells from left to right."""
+        return [self.cells[row, column.task] for column in self.layout.columns]
+
+    @property
+    def complete(self) -> bool:
+        """Whether ALL is over all tasks, so that it may be held against the paper's."""
+        return len(self.averaged) == len(LAYOUTS[self.layout.name].columns)
+
+    def runs(self) -> list[Run]:
+        """Return the successful runs that stand in the table."""
+        return [run for cell in self.cells.values() for run in cell.runs]
+
+
+def fill(
+    layout: Layout,
+    runs: Iterable[Run],
+    *,
+    model: str,
+    seeds: int | None = None,
+    bootstrap_seed: int = 0,
+    best: Best | None = None,
+    score: Score = "last",
+) -> Table:
+    """Fill a layout from the runs of one model.
+
+    Args:
+        layout: the table.
+        runs: a study's runs, filtered as the user asked.
+        model: whose runs to take.
+        seeds: runs expected per cell; None: the paper's with the paper's model, else as many as the fullest cell has.
+        bootstrap_seed: seed of all intervals.
+        best: the metrics of runs at their best evaluation, as far as they are known.
+        score: which evaluation the cells show; points are chosen by the last one.
+
+    Raises:
+        ConfigError: runs of different settings, or a seed twice, where they would be averaged or compared.
+    """
+    mine = [run for run in runs if run.model == model and belongs(run, layout)]
+    rows = _rows(layout, mine, model)
+    groups: dict[tuple[Row, str], list[Run]] = {(row, column.task): [] for row in rows for column in layout.columns}
+    for run in mine:
+        key = (row_of(run), run.task)
+        if key in groups:
+            groups[key].append(run)
+    cells = {}
+    for (row, task), found in groups.items():
+        column = next(column for column in layout.columns if column.task == task)
+        where = f"table {layout.name}, {row.label} on {task}"
+        cells[row, task] = _fill_cell(found, column, layout, where, bootstrap_seed, best or {}, score)
+    for column in layout.columns:
+        placed = [run for row in rows for run in cells[row, column.task].runs]
+        require_one_setting(placed, f"table {layout.name}, column {column.task}", but="method.")
+    require_one_setting([run for cell in cells.values() for run in cell.runs], f"table {layout.name}", part="method.targets")
+    fullest = max((len(cell.runs) + cell.diverged for cell in cells.values()), default=0)
+    expected = seeds or (layout.seeds if model == layout.model else fullest or layout.seeds)
+    cells = {key: replace(cell, missing=max(0, expected - len(cell.runs) - cell.diverged)) for key, cell in cells.items()}
+    table = Table(layout, model, rows, cells, seeds=expected, score=score)
+    return mark(average(replace(table, parameters=_parameters(table)), bootstrap_seed))
+
+
+def belongs(run: Run, layout: Layout) -> bool:
+    """Tell whether a run's task, targets and rank are among a table's, and its method may stand there."""
+    if run.task not in layout.tasks or run.method in NOT_COMPARED:
+        return False
+    targets = run.record.config["method"].get("targets")
+    fits_rank = run.rank is None or layout.ranks is None or run.rank in layout.ranks
+    has_group = layout.group is None or getattr(row_of(run), layout.group) is not None
+    has_group &= layout.others or run.method in layout.methods
+    return (targets is None or targets in layout.targets) and fits_rank and has_group
+
+
+def _rows(layout: Layout, runs: Sequence[Run], model: str) -> tuple[Row, ...]:
+    """Return the paper's rows and one for every further method, rank and K in the records.
+
+    On another model than the paper's the K are those of the records, where there are any.
+    """
+    found = {row_of(run) for run in runs}
+    rows = list(layout.rows)
+    if model != layout.model:
+        with_k = {row.method for row in found if row.k is not None}
+        rows = [row for row in rows if row.k is None or row.method not in with_k or row in found]
+    order = {method: index for index, method in enumerate(dict.fromkeys(row.method for row in layout.rows))}
+    rows += [row for row in found if row not in rows]
+
+    def place(row: Row) -> tuple[int, int, str, int]:
+        group = getattr(row, layout.group) if layout.group else 0
+        return group, order.get(row.method, len(order)), row.method, row.k or 0
+
+    return tuple(sorted(rows, key=place))
+
+
+def _fill_cell(
+    runs: Sequence[Run], column: Column, layout: Layout, where: str, bootstrap_seed: int, best: Best, score: Score
+) -> Cell:
+    ended = [run for run in runs if run.status in ENDED]
+    require_one_setting(ended, where)
+    require_distinct_seeds(ended, where)
+    choice = choose_point(ended)
+    if choice is None:
+        return Cell(diverged=len({run.seed for run in ended}))
+    chosen = choice.reported(ended)
+    good = tuple(run for run in chosen if run.status == "success")
+    if not good:
+        return Cell(diverged=len(chosen))
+    scale = 100.0 if layout.percent else 1.0
+    stream = f"{layout.name} {good[0].method} {good[0].rank} {good[0].k} {column.task}"
+
+    def summaries(found: Sequence[Mapping[str, float]]) -> tuple[Summary, ...]:
+        return tuple(
+            summarize([scale * metrics[name] for metrics in found], generator(bootstrap_seed, f"{stream} {name}"))
+            for name in column.metrics
+        )
+
+    # All runs or none: a mean over some of the seeds would be compared with means over all.
+    peaks = [best[run.record.run_id] for run in good] if all(run.record.run_id in best for run in good) else []
+    shown = peaks if score == "best" else [run.record.metrics for run in good]
+    after_last, at_best = summaries([run.record.metrics for run in good]), summaries(peaks) if peaks else ()
+    return Cell(
+        summaries=at_best if score == "best" else after_last,
+        last=after_last,
+        best=at_best,
+        scores={
+            run.seed: sum(scale * metrics[name] for name in column.metrics) / len(column.metrics)
+            for run, metrics in zip(good, shown, strict=False)
+        },
+        runs=good,
+        choice=choice,
+        diverged=len(chosen) - len(good),
+    )
+
+
+def _parameters(table: Table) -> dict[Row, Parameters]:
+    found = {}
+    for row in table.rows:
+        counts = [run.record.parameters for cell in table.row_cells(row) for run in cell.runs]
+        if counts:
+            # The paper counts adapters without the head, and a fully trained model with it.
+            base = [count["base"] + count["head"] if count["base"] else 0 for count in counts]
+            final = [count["adapter_final"] + extra for count, extra in zip(counts, base, strict=True)]
+            initial = [count["adapter_initial"] + extra for count, extra in zip(counts, base, strict=True)]
+            total = [count["total"] for count in counts]
+            n = len(counts)
+            found[row] = Parameters(sum(initial) / n, sum(final) / n, sum(total) / n, varies=len(set(final)) > 1)
+    return found
+
+
+def average(table: Table, bootstrap_seed: int = 0) -> Table:
+    """Fill the column ALL: the mean over tasks, a pair of metrics counting as its mean.
+
+    With the paper's model ALL is over all tasks; with another it is over those that no row with runs lacks.
+    """
+    if not table.layout.average:
+        return table
+    tasks = [column.task for column in table.layout.columns]
+    if table.model != table.layout.model:
+        busy = [row for row in table.rows if any(cell.summaries for cell in table.row_cells(row))]
+        tasks = [task for task in tasks if busy and all(table.cells[row, task].summaries for row in busy)]
+    averages = {}
+    for row in table.rows:
+        cells = [table.cells[row, task] for task in tasks]
+        if cells and all(cell.summaries for cell in cells):
+            averages[row] = _average_cell(cells, generator_name=f"table {table.layout.name} {row}", seed=bootstrap_seed)
+    return replace(table, averages=averages, averaged=tuple(tasks))
+
+
+def _average_cell(cells: Sequence[Cell], *, generator_name: str, seed: int) -> Cell:
+    values = [cell.value for cell in cells]
+    mean = sum(value for value in values if value is not None) / len(values)
+    if not all(cell.scores for cell in cells):
+        return Cell((Summary(mean),))
+    strata = summarize_strata([list(cell.scores.values()) for cell in cells], generator(seed, generator_name))
+    # The spread is that of the average of each seed that has run on every task.
+    complete = set.intersection(*(set(cell.scores) for cell in cells))
+    per_seed = {seed: sum(cell.scores[seed] for cell in cells) / len(cells) for seed in sorted(complete)}
+    spread = summarize(list(per_seed.values()), generator(seed, generator_name)).std if per_seed else None
+    return Cell((replace(strata, std=spread, n=len(per_seed)),), scores=per_seed)
+
+
+def mark(table: Table) -> Table:
+    """Mark the best and the second of every column within each group, by the printed figure; ties share a mark."""
+    digits = decimals(table.layout)
+    groups: dict[object, list[Row]] = {}
+    for row in table.rows:
+        groups.setdefault(getattr(row, table.layout.group) if table.layout.group else None, []).append(row)
+    cells, averages = dict(table.cells), dict(table.averages)
+    for rows in groups.values():
+        for column in table.layout.columns:
+            values = {row: value for row in rows if (value := cells[row, column.task].value) is not None}
+            for row, name in _rank(values, digits).items():
+                cells[row, column.task] = replace(cells[row, column.task], mark=name)
+        values = {row: value for row in rows if row in averages and (value := averages[row].value) is not None}
+        for row, name in _rank(values, digits).items():
+            averages[row] = replace(averages[row], mark=name)
+    return replace(table, cells=cells, averages=averages)
+
+
+def _rank(values: Mapping[Row, float], digits: int) -> dict[Row, str]:
+    if len(values) < 2:
+        return {}
+    printed = {row: round(value, digits) for row, value in values.items()}
+    levels = sorted(set(printed.values()), reverse=True)
+    names = dict(zip(levels, ("best", "second"), strict=False))
+    return {row: names[value] for row, value in printed.items() if value in names}
+
+
+def decimals(layout: Layout) -> int:
+    """Return the digits that the paper prints after the point."""
+    return 2 if layout.percent else 4

@@ -1,0 +1,92 @@
+"""The paper's printed figures (`results/paper`), and whether its averages follow from its cells."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from wlora.analysis.statistics import Summary
+from wlora.analysis.tables.cells import Cell, Table, average, decimals, mark
+from wlora.analysis.tables.layouts import Column, Layout, Row
+from wlora.errors import ConfigError
+from wlora.storage.reading import open_file
+
+# Half a unit of the last printed digit, and a little for binary fractions.
+_ROUNDING = 0.5 + 1e-6
+
+
+@dataclass(frozen=True)
+class PrintedRow:
+    """A row as it is printed: parameters, figures by column of the file, the average, and a note on the row."""
+
+    parameters: str
+    values: dict[str, float]
+    average: float | None
+    note: str
+
+
+def paper_folder() -> Path:
+    """Return the folder of the paper's figures: inside an installed wheel, else in the checkout."""
+    installed = Path(__file__).parent.parent / "results" / "paper"
+    return installed if installed.is_dir() else Path(__file__).parent.parent.parent / "results" / "paper"
+
+
+def column_name(column: Column, metric: str) -> str:
+    """Return the name of a metric's column in the CSV files, the paper's and ours."""
+    return f"{column.task}_{metric}"
+
+
+def read_printed(layout: Layout, folder: Path | None = None) -> dict[Row, PrintedRow]:
+    """Read the paper's table; empty where the paper has none (the demo's).
+
+    Raises:
+        ConfigError: a file that is no such table.
+    """
+    file = (folder or paper_folder()) / f"table{layout.name}.csv"
+    if not os.path.isfile(file):
+        return {}
+    names = [column_name(column, metric) for column in layout.columns for metric in column.metrics]
+    printed = {}
+    shown = set(layout.rows)
+    try:
+        with io.TextIOWrapper(open_file(file), encoding="utf-8", newline="") as stream:
+            for line in csv.DictReader(stream):
+                row = Row(line["method"], _integer(line["rank"]), _integer(line["k"]))
+                mean = float(line["all"]) if line.get("all") else None
+                values = {name: float(line[name]) for name in names}
+                if row in shown:
+                    printed[row] = PrintedRow(line.get("params", ""), values, mean, line["note"])
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ConfigError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
+    return printed
+
+
+def paper_table(layout: Layout, folder: Path | None = None) -> Table:
+    """Return the paper's table as one of ours, with the column ALL computed anew from its cells."""
+    printed = read_printed(layout, folder)
+    cells = {}
+    for row in printed:
+        for column in layout.columns:
+            figures = tuple(Summary(printed[row].values[column_name(column, metric)]) for metric in column.metrics)
+            cells[row, column.task] = Cell(figures, last=figures)
+    return mark(average(Table(layout, layout.model, tuple(printed), cells)))
+
+
+def unexplained_averages(layout: Layout, folder: Path | None = None) -> list[str]:
+    """List the rows whose printed ALL does not follow, to rounding, from their cells."""
+    table, printed = paper_table(layout, folder), read_printed(layout, folder)
+    unit = 10.0 ** -decimals(layout)
+    found = []
+    for row, cell in table.averages.items():
+        mean, computed = printed[row].average, cell.value
+        if mean is not None and computed is not None and abs(computed - mean) > _ROUNDING * unit:
+            rank = f", r={row.rank}" if layout.group == "rank" else ""
+            found.append(f"{row.label}{rank}: the paper prints {mean:.4f}, its cells give {computed:.4f}")
+    return found
+
+
+def _integer(text: str) -> int | None:
+    return int(text) if text else None

@@ -1,0 +1,69 @@
+"""The runs of a study by setting, each with a label that tells it from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from wlora.analysis.study import ENDED, Run
+from wlora.analysis.tables.layouts import GLUE, LABELS, LAYOUTS, Row, row_of
+from wlora.analysis.tuning import choose_point
+
+TITLES = {column.task: column.title for layout in LAYOUTS.values() for column in (*GLUE, *layout.columns)}
+
+
+def tasks_of(runs: Iterable[Run]) -> list[str]:
+    """Return the tasks of runs, in the tables' order."""
+    known = list(TITLES)
+    return sorted({run.task for run in runs}, key=lambda task: (known.index(task) if task in known else 99, task))
+
+
+def chosen_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
+    """Return, by label and task, the successful runs at the chosen point of each setting (`runs_by_setting`)."""
+    found = {}
+    for key, group in runs_by_setting(runs).items():
+        choice = choose_point(group)
+        kept = [run for run in choice.reported(group) if run.status == "success"] if choice else []
+        if kept:
+            found[key] = kept
+    return found
+
+
+def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
+    """Return the ended runs of each setting by label and task.
+
+    Settings of a method are told apart in the label by model, rank, K, and any other field in which they differ on the task.
+    """
+    settings: dict[tuple[str, str, Row, str], list[Run]] = {}
+    names: dict[int, str] = {}  # runs of one setting share it (`wlora.analysis.study.read_study`)
+    for run in runs:
+        if run.status in ENDED:
+            known = id(run.setting)
+            if known not in names:
+                names[known] = repr(sorted(run.setting.items(), key=str))
+            settings.setdefault((run.task, run.model, row_of(run), names[known]), []).append(run)
+    others: dict[tuple[str, str, str], list[Run]] = {}
+    for (task, model, row, _), group in settings.items():
+        others.setdefault((task, model, row.method), []).append(group[0])
+    ranks = {row.rank for _, _, row, _ in settings if row.rank is not None}
+    models = {model for _, model, _, _ in settings}
+    found: dict[tuple[str, str], list[Run]] = {}
+    order = list(LABELS)
+
+    def place(key: tuple[str, str, Row, str]) -> tuple[str, int, int, int, str]:
+        _, model, row, setting = key
+        known = order.index(row.method) if row.method in order else len(order)
+        return model, known, row.rank or 0, row.k or 0, setting
+
+    for task, model, row, setting in sorted(settings, key=place):
+        group = settings[task, model, row, setting]
+        label = row.label + (f" r={row.rank}" if len(ranks) > 1 and row.rank is not None else "")
+        label += f" model={model}" if len(models) > 1 else ""
+        found[label + _difference(group[0], others[task, model, row.method]), task] = group
+    return found
+
+
+def _difference(run: Run, alike: Sequence[Run]) -> str:
+    """Name the fields besides rank and K in which a run differs from others of its method."""
+    others = [key for key in run.setting if key not in ("method.rank", "method.k")]
+    differing = [key for key in others if any(other.setting.get(key) != run.setting[key] for other in alike)]
+    return "".join(f" {key.rpartition('.')[2]}={run.setting[key]}" for key in differing)

@@ -1,0 +1,375 @@
+"""One run as a job: what a sweep hands to a launcher, which may carry it to another process, and what comes back.
+
+Nothing here imports torch before a run is known to be sound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wlora.cli.help import show_values
+from wlora.config.presets import apply_presets
+from wlora.config.schema import Config
+from wlora.config.spelling import check_read, explain, swept_keys, unknown_key
+from wlora.console import protect_output, put
+from wlora.distributed import all_failed, first_time, is_main, lost_another, several
+from wlora.errors import ConfigError, RunFault, as_fault, wrong_value
+
+# The plugin's schema of the same name is meant to check what stands in conf/hydra/launcher. Said here, since the processes
+# of launchers import this module before they compose.
+warnings.filterwarnings("ignore", r"(?s).*is validated against ConfigStore schema", UserWarning)
+
+# The extras of the launchers that conf/hydra/launcher has files for.
+EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of a sweep ended.
+
+    Attributes:
+        name: what the sweep varies, with this run's values.
+        told: what went wrong, for the summary of a sweep whose launcher keeps the output of its processes to itself.
+        seconds: the length of a run that has trained; None for one that was skipped or failed.
+    """
+
+    name: str
+    status: str
+    score: float | None
+    exit_code: int
+    told: str = ""
+    seconds: float | None = None
+
+
+@dataclass
+class Desk:
+    """Where the outcomes of this process's command are put down.
+
+    Attributes:
+        command: whether this is the process that was started from the command line, not one of a launcher's.
+    """
+
+    outcomes: list[Outcome]
+    command: bool = False
+
+
+DESK = Desk([])
+
+
+@dataclass
+class Sweep:
+    """What a run says of the sweep that it belongs to. It travels with the task function to the processes of launchers.
+
+    Attributes:
+        keys: what the sweep varies.
+        in_batches: whether the sweeper launches the runs in several batches, so that one does not tell how many there are.
+        total: how many runs there are; None while that is not known.
+    """
+
+    keys: frozenset[str]
+    in_batches: bool = False
+    total: int | None = None
+
+    def label(self, words: Sequence[str]) -> str:
+        """Return those words of a run that tell it from the others."""
+        return " ".join(word.lstrip("+") for word in words if word.partition("=")[0].lstrip("+") in self.keys)
+
+    def heading(self, number: int, label: str) -> str:
+        """Return the line above a run; time left is only known where the runs follow each other in this process."""
+        count = f"run {number}" + (f" of {self.total}" if self.total else "")
+        lengths = [outcome.seconds for outcome in DESK.outcomes if outcome.seconds is not None]
+        left = ""
+        if DESK.command and lengths and self.total:
+            from wlora.cli.sweep import duration
+
+            left = f" (about {duration(sum(lengths) / len(lengths) * (self.total - number + 1))} left)"
+        return f"{count}: {label}".removesuffix(": ") + left
+
+
+def run_one(composed: DictConfig, sweep: Sweep | None = None) -> Outcome:
+    """Run one composed configuration: the function that Hydra calls, in this process or in a launcher's.
+
+    Raises:
+        KeyboardInterrupt: a signal asked the command to stop.
+        SystemExit: it asked a job of submitit to, which may have been requeued.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    protect_output()
+    # Unresolved: the words may hold interpolations, which mean nothing in Hydra's own configuration.
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    overrides = [str(word) for word in words]
+    name = ""
+    if sweep is not None:
+        name = sweep.label(overrides)
+        if is_main():
+            put(sweep.heading(HydraConfig.get().job.num + 1, name))
+    try:
+        in_sweep = sweep is not None
+        outcome = attempt(name, lambda: _run_composed(name, composed, overrides, in_sweep=in_sweep), in_sweep=in_sweep)
+    except KeyboardInterrupt as stop:
+        if DESK.command:
+            raise
+        outcome = Outcome(name, "interrupted", None, getattr(stop, "exit_code", 130), str(stop))
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            _hand_on(outcome.exit_code)
+    DESK.outcomes.append(outcome)
+    return outcome
+
+
+def _hand_on(exit_code: int) -> None:
+    """Let submitit's handler, in whose place the run's own listened, hear the signal: it requeues the job and exits.
+
+    Where it only notes the signal this process ends as one that was stopped, and leaves no result that says it is done.
+    """
+    handler = signal.getsignal(exit_code - 128)
+    if callable(handler):
+        handler(exit_code - 128, None)
+    sys.exit(exit_code)
+
+
+def attempt(name: str, act: Callable[[], Outcome], *, in_sweep: bool = False) -> Outcome:
+    """Run what `act` does; a failure is told in a line or two and does not stop a sweep.
+
+    In a run of several processes a failure that may be that of one alone exits, so that the launcher stops the others.
+    """
+    try:
+        return act()
+    except (ConfigError, OmegaConfBaseException) as error:
+        mistake = error if isinstance(error, ConfigError) else ConfigError(explain(error))
+        fail(mistake)
+        if in_sweep and several() and not all_failed():
+            sys.exit(ConfigError.exit_code)
+        return Outcome(name, "ConfigError", None, ConfigError.exit_code, str(mistake))
+    except RunFault as error:
+        return _end_run(name, error)
+    except Exception as error:
+        if lost_another(error):
+            fail(RunFault("another process of this run has ended, so this one stops"))
+            sys.exit(RunFault.exit_code)
+        if fault := as_fault(error):
+            return _end_run(name, fault)
+        # A bug, not a mistake of the user: the record says `failed`, the traceback goes to whoever mends it.
+        import traceback
+
+        traceback.print_exc()
+        if several():
+            sys.exit(RunFault.exit_code)
+        return Outcome(name, "failed", None, RunFault.exit_code, f"{type(error).__name__}: {error}")
+
+
+def _end_run(name: str, fault: RunFault) -> Outcome:
+    """Tell why a run failed; in a sweep the next one follows, unless other processes may wait for this one."""
+    fail(fault)
+    if several() and not fault.everywhere:
+        sys.exit(fault.exit_code)
+    return Outcome(name, type(fault).__name__, None, fault.exit_code, str(fault))
+
+
+class Collecting:
+    """A launcher that puts down the outcomes which its jobs bring back, and gives sweepers their scores.
+
+    Args:
+        launcher: Hydra's.
+        name: as in the configuration, for messages.
+        sweep: what its runs are told of the whole.
+        compose: returns the configuration of a run, given its words.
+    """
+
+    def __init__(self, launcher: Any, name: str, sweep: Sweep, compose: Callable[[Sequence[str]], DictConfig]) -> None:
+        self._launcher, self._name, self._sweep, self._compose = launcher, name, sweep, compose
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        """Launch jobs and wait for them.
+
+        Raises:
+            ConfigError: a key that no job reads.
+            RunFault: a process of the launcher has gone without an answer.
+        """
+        for notice in check_read(job_overrides, self._compose):
+            _tell(f"notice: {notice}")
+        if not self._sweep.in_batches:
+            self._sweep.total = len(job_overrides)
+        before = len(DESK.outcomes)
+        try:
+            returned = self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
+        except (ConfigError, OSError, ValueError, TypeError, AttributeError, KeyError, OmegaConfBaseException):
+            raise
+        except Exception as error:  # each launcher has a class of its own
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            raise RunFault(
+                f"hydra/launcher={self._name}: {type(error).__name__}: {reason}\n"
+                "way out: the same command skips the runs that are done and goes on with the others"
+            ) from error
+        found = [job for job in returned if isinstance(getattr(job, "_return_value", None), Outcome)]
+        DESK.outcomes[before:] = [job._return_value for job in found]
+        for job in found:
+            job.return_value = job._return_value.score
+        return list(returned)
+
+
+@contextmanager
+def collecting() -> Iterator[None]:
+    """Let Hydra put down the outcomes of all jobs that it launches, wherever they run.
+
+    Raises:
+        ConfigError: within, for a launcher that is not installed.
+    """
+    from hydra.core.plugins import Plugins
+
+    before = Plugins.instantiate_launcher
+
+    def instantiate(self: Plugins, hydra_context: Any, task_function: Any, config: DictConfig) -> Collecting:
+        name = _require_launcher(config)
+        whole = config.hydra.sweeper._target_.endswith(".BasicSweeper") and config.hydra.sweeper.max_batch_size is None
+        sweep = Sweep(swept_keys(config), in_batches=not whole)
+        launcher = before(self, hydra_context, functools.partial(task_function, sweep=sweep), config)
+
+        def compose(words: Sequence[str]) -> DictConfig:
+            composed: DictConfig = hydra_context.config_loader.load_sweep_config(config, list(words))
+            with suppress(ConfigError):  # which the run itself will meet
+                apply_presets(composed, words)
+            return composed
+
+        return Collecting(launcher, name, sweep, compose)
+
+    Plugins.instantiate_launcher = instantiate
+    try:
+        yield
+    finally:
+        Plugins.instantiate_launcher = before
+
+
+def _require_launcher(config: DictConfig) -> str:
+    """Return the name of the composed launcher; refuse one whose plugin is not installed."""
+    name = str(config.hydra.runtime.choices["hydra/launcher"])
+    package = str(config.hydra.launcher._target_).split(".")[:2]
+    extra = EXTRAS.get(name.partition("_")[0])
+    try:
+        there = importlib.util.find_spec(".".join(package)) is not None
+    except ModuleNotFoundError:
+        there = False
+    if extra and not there:
+        raise ConfigError(f"hydra/launcher={name}: its plugin is not installed: pip install 'wlora[{extra}]'")
+    return name
+
+
+def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_sweep: bool) -> Outcome:
+    """Run one composed configuration.
+
+    `overrides` are the words of the command line, or of this run of a sweep: a preset leaves their keys alone.
+    The runs of a sweep share what they load.
+    """
+    from wlora.analysis.tuning import fill_tuned, wanted_keys
+    from wlora.config.validation import resolve
+    from wlora.data.sources import fingerprint
+    from wlora.models.source import locate
+
+    _refuse_removed_keys(composed)
+    _refuse_foreign_task(composed)
+    preset = apply_presets(composed, overrides)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    _refuse_added_keys(composed)
+    if not in_sweep:
+        check_read([overrides], lambda _: composed)
+    if preset:
+        _tell(f"preset: {show_values(preset)}")
+    resolve(config)
+    require_all(config)
+    source, data = locate(config.model), fingerprint(config.task)
+    wanted = wanted_keys(config)
+    choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
+    if choice is not None:
+        where = config.tune_on or config.task.name
+        _tell(f"tuned: {choice.describe(wanted)}, best of {choice.compared} on {where} seed={choice.seed}")
+
+    if config.dry_run:
+        from wlora.experiment.dry_run import describe
+
+        print(describe(config))
+        return Outcome(name, "described", None, 0)
+    from wlora.experiment.run import run
+    from wlora.experiment.shared_inputs import stock_of_process
+
+    record = run(config, overrides, stock_of_process() if in_sweep else None)
+    seconds = record.seconds["total"] if record.trained else None
+    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
+
+
+def require_all(config: Config) -> None:
+    """Refuse a run for which something is not installed, or neither at hand nor reachable; a dry run needs only files.
+
+    A wrong path, which only the user can mend, is told before anything else that is missing. Those of the model and of the
+    adapters have been looked at by `wlora.config.validation.resolve`.
+
+    Raises:
+        ConfigError: what is missing, and the way out.
+    """
+    from wlora.data.hub import go_offline, require_sources
+    from wlora.data.sources import find_local
+    from wlora.models.source import require_extras
+    from wlora.storage.trackers import require_tracker
+
+    find_local(config.task)
+    if config.offline:
+        go_offline()
+    if not config.dry_run:
+        require_extras(config.model)
+        require_tracker(config.track)
+        require_sources(config)
+
+
+def _refuse_foreign_task(composed: DictConfig) -> None:
+    """Refuse a task for which an experiment, whose figures differ by task, has none."""
+    name = composed.task.name
+    if composed.per_task and name not in composed.per_task:
+        raise wrong_value("task", name, f"{', '.join(composed.per_task)} in this experiment")
+
+
+def _refuse_removed_keys(composed: DictConfig) -> None:
+    """Refuse what Hydra's `~key` takes away: no run is without its keys, or without a method's name."""
+    for key in (field.name for field in dataclasses.fields(Config)):
+        if key not in composed:
+            raise ConfigError(f"~{key}: allowed is {key}=VALUE: every run has this key")
+    if "name" not in composed.method:
+        raise ConfigError("~method or ~method.name: allowed is method=NAME: every run has a method")
+
+
+def _refuse_added_keys(composed: DictConfig) -> None:
+    """Refuse what Hydra's `+key=value` added beside the schema: nothing would read it."""
+    schema = OmegaConf.structured(Config)
+    for parent in ("", "task", "task.generation", "model", "train", "adapter"):
+        allowed = list(_node(schema, parent).keys())  # keys(): a missing value is still a key
+        for name in _node(composed, parent):
+            if name not in allowed:
+                raise unknown_key(f"{parent}.{name!s}".lstrip("."))
+
+
+def _node(config: DictConfig, parent: str) -> DictConfig:
+    node: DictConfig = OmegaConf.select(config, parent) if parent else config
+    return node
+
+
+def _tell(text: str) -> None:
+    """Print what runs of a sweep repeat, once per command."""
+    if is_main() and first_time(text):
+        put(text)
+
+
+def fail(error: Exception) -> None:
+    """Tell the user what went wrong."""
+    put(f"error: {error}", sys.stderr)

@@ -1,0 +1,144 @@
+"""Entry point: `python -m wlora.memory model=deberta_v3_base`, memory of a training step by connected adapters (Figure 3).
+
+The words are overrides of a run's configuration: model, task, targets, rank, precision, `task.batch_size` and
+`task.max_length`. Weights are random, as memory does not depend on them. Writes `<results_dir>/memory/<name>.json`,
+which `python -m wlora.figures memory` draws.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from wlora.adapters.adapter_set import AdapterSet
+from wlora.adapters.layer import LowRankAdapter
+from wlora.analysis.study import read_runs
+from wlora.cli.sweep import compose
+from wlora.config.schema import Config
+from wlora.console import protect_output, telling
+from wlora.errors import wrong_value
+from wlora.models.architectures import Target, list_targets, read_architecture
+from wlora.models.first_token import first_token_alone
+from wlora.models.loading import head_parameters
+from wlora.storage.atomic_write import check_folders, write_whole
+from wlora.storage.environment import describe_environment
+from wlora.storage.records import seal
+from wlora.training.activation_memory import build_example, make_batch, saved_bytes
+from wlora.training.precision import choose_precision, lower_base
+
+# Numbers of adapters measured on the way from none to all.
+STOPS = 12
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure one setting and say where the figures are; exits with 2 after a mistake in the request."""
+    protect_output()
+    with telling():
+        print(write(compose(sys.argv[1:] if words is None else words)))
+
+
+def write(config: Config) -> Path:
+    """Measure one setting and write its file."""
+    task, n = config.task, len(list_targets(read_architecture(config.model), config.targets))
+    name = f"{config.model.name}_{config.targets}_r{config.rank}_{task.batch_size}x{task.max_length}"
+    if not re.fullmatch(r"[\w.-]{1,100}", config.model.name):
+        raise wrong_value("model.name", config.model.name, "at most 100 letters, digits, dots and dashes, for a file's name")
+    check_folders(config.results_dir, "memory")
+    file = Path(config.results_dir) / "memory" / f"{name}.json"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose_precision(config.precision, device)
+    model = build(config, device)
+    lower_base(model, precision)
+    environment = describe_environment(str(device), precision.name, 1)
+    setting = {"model": config.model.name, "targets": config.targets, "rank": config.rank, "n": n}
+    setting |= {"batch_size": task.batch_size, "length": task.max_length, "environment": environment}
+    content = {**setting, "points": measure(model, config, selections(config))}
+    write_whole(file, seal(content).encode())
+    return file
+
+
+def build(config: Config, device: torch.device) -> PreTrainedModel:
+    """Build the model with a trainable head, ready to train."""
+    model = build_example(config, str(device))
+    for parameter in head_parameters(model).values():
+        parameter.requires_grad_(True)
+    return model.train()
+
+
+def selections(config: Config) -> dict[str, list[str]]:
+    """Return the sets of adapters to measure, by `order` and number: the lowest first, the highest first, as selected.
+
+    As selected are, for every K of the study's `wlora` runs of this model and target set, the K adapters kept most often.
+    """
+    names = [target.name for target in list_targets(read_architecture(config.model), config.targets)]
+    counts = sorted({1, *(round(len(names) * stop / STOPS) for stop in range(STOPS + 1))})
+    found = {f"lowest first {count}": names[:count] for count in counts}
+    found |= {f"highest first {count}": names[len(names) - count :] for count in counts}
+    runs = read_runs(config.results_dir) if os.path.isdir(config.results_dir) else []
+    mine = [run for run in runs if (run.model, run.method, run.status) == (config.model.name, "wlora", "success")]
+    for k in sorted({run.k for run in mine if run.k is not None and run.setting["method.targets"] == config.targets}):
+        kept = Counter(adapter["name"] for run in mine if run.k == k for adapter in run.record.adapters)
+        chosen = {name for name, _ in kept.most_common(k)}
+        found[f"as selected {k}"] = [name for name in names if name in chosen]
+    return found
+
+
+def measure(model: PreTrainedModel, config: Config, sets: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Measure a training step with each set of adapters connected.
+
+    Returns:
+        Per set: `order`, `connected`, `saved_bytes` (exact: what autograd keeps for the backward pass, on any device) and
+        `peak_bytes` (all memory of the device at its peak over a step with AdamW; None without a GPU).
+    """
+    targets = {target.name: target for target in list_targets(read_architecture(config.model), config.targets)}
+    batch = make_batch(model, config)
+    points = []
+    for label, names in sets.items():
+        adapters = connect(model, [targets[name] for name in names], config)
+        order = label.rpartition(" ")[0]
+        with first_token_alone(model):
+            bytes_of = {"saved_bytes": saved_bytes(model, batch), "peak_bytes": peak_bytes(model, batch)}
+        points.append({"order": order, "connected": len(names), **bytes_of})
+        for name in names:
+            adapters.disconnect(name)
+    return points
+
+
+def connect(model: nn.Module, targets: Sequence[Target], config: Config) -> AdapterSet:
+    """Put a LoRA adapter on each target."""
+    adapters = AdapterSet(model)
+    for target in targets:
+        adapters.attach(
+            target,
+            lambda d_in, d_out, device: LowRankAdapter(
+                d_in, d_out, rank=config.rank, scale=config.alpha / config.rank, dropout=config.dropout, device=device
+            ),
+        )
+    return adapters
+
+
+def peak_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int | None:
+    """Return the peak of the GPU's memory over one step with AdamW; None without a GPU."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return None
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+if __name__ == "__main__":
+    main()

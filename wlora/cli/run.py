@@ -1,0 +1,93 @@
+"""Entry point: `python -m wlora.run task=rte method=wlora_plus rank=4`, and Hydra multirun with `-m`.
+
+Help, the composed configuration, mistakes in it and a missing network are answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from wlora.cli.help import register_help
+from wlora.cli.job import DESK, Outcome, attempt, collecting, fail, run_one
+from wlora.config.schema import config_folder, register_schema
+from wlora.config.spelling import check_form, explain
+from wlora.config.untrusted_yaml import guard_files, refuse_words
+from wlora.console import protect_output
+from wlora.distributed import TOLD, is_main, require_launch
+from wlora.errors import ConfigError, RunFault
+
+
+def main() -> None:
+    """Compose the configuration, run it (or each run of a sweep) and exit with 0, 1 (fault) or 2 (mistake)."""
+    # With this set Hydra hands its errors to us instead of printing them with a traceback.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    protect_output()
+    DESK.outcomes, DESK.command = [], True
+    TOLD.clear()
+    code = _run(sys.argv[1:])
+    if len(DESK.outcomes) > 1 and is_main():
+        _print_sweep(DESK.outcomes)
+    sys.exit(max([code, *(outcome.exit_code for outcome in DESK.outcomes)]))
+
+
+def _run(words: Sequence[str]) -> int:
+    """Do what the command line asks for; returns 0, or the exit code of what stopped it."""
+    import hydra
+    from hydra.errors import HydraException
+
+    register_schema()
+    register_help()
+    try:
+        require_launch()
+        if any(word.startswith("from=") for word in words):
+            DESK.outcomes.append(attempt("", lambda: _repeat(words)))
+        else:
+            check_form(words)
+            refuse_words(words)
+            guard_files()
+            with collecting():
+                hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(ConfigError(explain(error, words)))
+    except YAMLError as error:
+        fail(ConfigError(f"a YAML file cannot be read ({' '.join(str(error).split())[:250]})"))
+    except (ConfigError, RunFault) as error:
+        fail(error)
+        return error.exit_code
+    except KeyboardInterrupt as stop:
+        fail(RunFault(f"interrupted: {stop}" if str(stop) else "interrupted"))
+        sys.exit(getattr(stop, "exit_code", 130))
+    except OSError as error:
+        fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ImportError, RuntimeError) as error:
+        # What a run raises does not come as far as here: this is Hydra at a value that it does not foresee.
+        fail(ConfigError(f"the command line cannot be composed ({type(error).__name__}: {explain(error, words)})"))
+    else:
+        return 0
+    return ConfigError.exit_code
+
+
+def _repeat(words: Sequence[str]) -> Outcome:
+    """Repeat a recorded run (`from=RUN_ID`); a number that differs counts as a fault."""
+    from wlora.experiment.rerun import repeat
+
+    return Outcome("", "compared", None, 0 if repeat(words) else RunFault.exit_code)
+
+
+def _print_sweep(outcomes: Sequence[Outcome]) -> None:
+    """End a sweep with a line per run: its number, what it varies, how it ended."""
+    width, digits = max(len(outcome.name) for outcome in outcomes), len(str(len(outcomes)))
+    print("\nsweep:")
+    for number, outcome in enumerate(outcomes, start=1):
+        score = "" if outcome.score is None else f"{outcome.score:.4f}"
+        reason = (outcome.told.splitlines() or [""])[0]
+        print(f"  {number:>{digits}}  {outcome.name:<{width}}  {outcome.status:<11} {score or reason}".rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Entry point: `python -m wlora.sweep < FILE`, what sweeps hold, what of it is done, how long the rest takes.
+
+Every line of the input is what would follow `python -m wlora.run -m`. Nothing is run; torch is not imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wlora.analysis.study import Point, name_rows, read_runs, read_value
+from wlora.analysis.tuning import Choice, Settings, wanted_keys
+from wlora.config.presets import KEYED_BY, apply_presets
+from wlora.config.schema import Config, config_folder, register_schema
+from wlora.config.spelling import check_read, explain
+from wlora.config.untrusted_yaml import guard_files
+from wlora.config.validation import RULES, resolve, satisfies
+from wlora.console import protect_output, telling
+from wlora.data.sources import fingerprint
+from wlora.errors import ConfigError, wrong_value
+from wlora.models.source import locate
+from wlora.training.run_length import make_plan
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+# Overrides that tell the runs of one cell apart; everything else is composed once per cell.
+_POINT = (*Point._fields, "seed", "tune_on")
+
+
+class Cell:
+    """The runs of one setting: those asked for, as (point, seed), and those recorded.
+
+    Attributes:
+        config: the resolved configuration of any of them.
+        wanted: the runs asked for; a `tuned` in them is what the records do not yet decide.
+        done: those of them with a successful record.
+        seconds: expected length of one run on one process, None if no run of the model is recorded.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.wanted: set[tuple[Point, int]] = set()
+        folder = Path(config.results_dir)
+        self._study = _read(folder)
+        self._data = {"task_data": fingerprint(config.task), "model_data": locate(config.model).fingerprint}
+        self._same = self._study.settings.same(config, **self._data)
+        self._choices: dict[str | None, Choice | None] = {}
+        self.seconds = expected_seconds(config, self._study.paces)
+
+    @property
+    def done(self) -> set[tuple[Point, int]]:
+        """The runs asked for that have a successful record."""
+        return {(run.point, run.seed) for run in self._same if run.status == "success"} & self.wanted
+
+    @property
+    def left(self) -> int:
+        """How many runs are still to do."""
+        return len(self.wanted) - len(self.done)
+
+    def add(self, points: Iterable[dict[str, str]]) -> None:
+        """Ask for more runs.
+
+        Raises:
+            ConfigError: a point that would be refused.
+        """
+        for words in points:
+            values: dict[str, Any] = {
+                key: read_value(words[key]) if key in words else getattr(self.config, key) for key in _POINT
+            }
+            config = dataclasses.replace(self.config, **values)
+            wanted, choice = wanted_keys(config), None
+            if wanted:
+                choice = self._choose(config)
+                own = config.tune_on in (None, config.task.name)
+                if choice is None and own and self._covers(config):
+                    continue  # the best of the grid, whichever it will be
+            if choice is not None:
+                config = dataclasses.replace(config, **{key: getattr(choice.point, key) for key in wanted})
+            _check(config)
+            self.wanted.add((_point(config), config.seed))
+
+    def _choose(self, config: Config) -> Choice | None:
+        """Return what `tuned` stands for. It hangs on nothing else in which the runs of a cell differ."""
+        if config.tune_on not in self._choices:
+            self._choices[config.tune_on] = self._study.settings.choose(config, **self._data)
+        return self._choices[config.tune_on]
+
+    def _covers(self, config: Config) -> bool:
+        """Tell whether a run that is asked for may turn out to be this one."""
+        asked = (point for point, seed in self.wanted if seed == config.seed)
+        return any(all(own in ("tuned", value) for own, value in zip(_point(config), point, strict=True)) for point in asked)
+
+
+def _point(config: Config) -> Point:
+    return Point(config.lr, config.warmup, config.head_lr)
+
+
+def _check(config: Config) -> None:
+    """Refuse what the run would refuse: values outside their rule, a warm-up that does not fit."""
+    for key in (key for key in _POINT if key in RULES):
+        if not satisfies(getattr(config, key), RULES[key]):
+            raise wrong_value(key, getattr(config, key), RULES[key])
+    rows = _rows(config)
+    if rows is not None and config.warmup != "tuned":
+        make_plan(config, rows)
+
+
+class Study(NamedTuple):
+    """What the records of a results folder say to all cells.
+
+    Attributes:
+        settings: the runs by setting.
+        paces: seconds per training example of the runs that succeeded, by how near they are to a run: by model, task and
+            method, by model and task, and by model.
+    """
+
+    settings: Settings
+    paces: dict[tuple[str, ...], float]
+
+
+@functools.lru_cache
+def _read(folder: Path) -> Study:
+    runs = read_runs(folder) if os.path.isdir(folder) else []
+    paces: dict[tuple[str, ...], list[float]] = {}
+    for run in runs:
+        if run.status == "success" and run.record.steps.get("total"):
+            batch = run.record.config["task"]["batch_size"] * run.record.config["train"]["accumulation_steps"]
+            pace = run.record.seconds["total"] / (run.record.steps["total"] * batch)
+            for kind in _kinds(run.model, run.task, run.method):
+                paces.setdefault(kind, []).append(pace)
+    return Study(Settings(runs), {kind: statistics.median(found) for kind, found in paces.items()})
+
+
+def _kinds(model: str, task: str, method: str) -> tuple[tuple[str, ...], ...]:
+    """Return the kinds of runs that tell how long one takes, the nearest first."""
+    return (model, task, method), (model, task), (model,)
+
+
+def expected_seconds(config: Config, paces: dict[tuple[str, ...], float]) -> float | None:
+    """Estimate a run's length from recorded ones: seconds per training example, of the nearest kind there is."""
+    examples = _examples(config)
+    kinds = _kinds(config.model.name, name_rows(dataclasses.asdict(config.task)), config.method["name"])
+    pace = next((paces[kind] for kind in kinds if kind in paces), None)
+    return None if pace is None or examples is None else examples * pace
+
+
+def _examples(config: Config) -> int | None:
+    rows = _rows(config)
+    if rows is None:
+        return None
+    plan = make_plan(dataclasses.replace(config, warmup=None), rows)
+    return plan.total_steps * plan.batch_size * plan.accumulation_steps
+
+
+def _rows(config: Config) -> int | None:
+    """Return the number of training rows as far as the configuration tells."""
+    rows, limit = config.task.train_rows, config.task.max_train_rows
+    return limit if rows is None else min(rows, limit or rows)
+
+
+def main() -> None:
+    """Print a line per cell and the total; exits with 0, or 2 after a mistake in a sweep."""
+    protect_output()
+    with telling():
+        cells = survey(_split(line) for line in sys.stdin if line.strip())
+    for cell in cells:
+        print(_line(cell))
+    left, total = sum(cell.left for cell in cells), sum(len(cell.wanted) for cell in cells)
+    known = [cell.seconds * cell.left for cell in cells if cell.seconds is not None]
+    unknown = sum(cell.left for cell in cells if cell.seconds is None)
+    print(f"{total - left} of {total} runs done; {duration(sum(known))} left on one process", end="")
+    print(f", and {unknown} runs of unknown length" if unknown else "")
+
+
+def _split(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(
+            f"{line.strip()[:80]}: cannot be split into words ({error}): allowed are balanced quotes"
+        ) from None
+
+
+def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
+    """Expand sweeps into cells and compare them with the records of their results folders.
+
+    Raises:
+        ConfigError: a sweep that would be refused.
+    """
+    cells: dict[tuple[str, ...], Cell] = {}
+    for words in sweeps:
+        parts = list(expand(words))
+        check_read([overrides for overrides, _ in parts], _compose)
+        for overrides, points in parts:
+            key = tuple(sorted(overrides))
+            if key not in cells:
+                cells[key] = Cell(compose(overrides))
+            cells[key].add(points)
+    return list(cells.values())
+
+
+def expand(words: Sequence[str]) -> Iterator[tuple[list[str], list[dict[str, str]]]]:
+    """Yield the overrides of every cell of a sweep, and the values of lr, warm-up and seed that it runs each over."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    ours = [word for word in words if not word.startswith("hydra")]
+    # Of a key given twice the last counts, as in Hydra.
+    try:
+        parsed = OverridesParser.create().parse_overrides([*_brought_along(words), *ours])
+    except HydraException as error:
+        raise ConfigError(explain(error, words)) from None
+    last = {override.key_or_group: override for override in parsed}
+    point = [override for key, override in last.items() if key in _POINT]
+    rest = [override for key, override in last.items() if key not in _POINT]
+    points = [dict(word.split("=", 1) for word in job) for job in BasicSweeper.split_arguments(point, None)[0]]
+    for overrides in BasicSweeper.split_arguments(rest, None)[0]:
+        yield list(overrides), points
+
+
+def _brought_along(words: Sequence[str]) -> list[str]:
+    """Return the sweep that an experiment brings along (`hydra.sweeper.params`)."""
+    return [found for word in words if word.startswith("experiment=") for found in _params_of(word)]
+
+
+@functools.lru_cache
+def _params_of(experiment: str) -> list[str]:
+    from hydra.errors import HydraException
+
+    try:
+        params = _compose_by_hydra([experiment], return_hydra_config=True).hydra.sweeper.params
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, [experiment])) from error
+    return [f"{key}={value}" for key, value in params.items()] if params else []
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """Compose and resolve a configuration as the entry point does.
+
+    Raises:
+        ConfigError: it would be refused.
+    """
+    composed = _compose(overrides)
+    apply_presets(composed, overrides)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return resolve(config)
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose a configuration as Hydra does, which chooses the groups first: each choice of them is composed once.
+
+    What is returned may be handed out again with other values: nobody keeps it.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.errors import HydraException
+
+    try:
+        parsed = [_parse(word) for word in overrides]
+        groups = tuple(p.input_line for p in parsed if _chooses_group(p))
+        rest = [p for p in parsed if not _chooses_group(p)]
+        # Copying is most of the time. The cells of a sweep set the same keys: what one has set the next one overwrites.
+        again = all(map(_overwrites, rest)) and not _has_preset(_compose_groups(groups))
+        composed = _shared_copy(groups, tuple(p.key_or_group for p in rest)) if again else _copy(groups)
+        ConfigLoaderImpl._apply_overrides_to_config(rest, composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, overrides)) from error
+    return composed
+
+
+def _overwrites(override: Override) -> bool:
+    """Tell whether a word sets one value in the place of another; presets go on to set others, and are forgotten then."""
+    from hydra.core.override_parser.types import OverrideType
+
+    single = override.type == OverrideType.CHANGE and not isinstance(override.value(), dict | list)
+    return single and not override.key_or_group.endswith(".preset")
+
+
+def _has_preset(composed: DictConfig) -> bool:
+    return any(composed[group].get("preset") is not None for group in KEYED_BY)
+
+
+def _copy(groups: tuple[str, ...]) -> DictConfig:
+    return copy.deepcopy(_compose_groups(groups))
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_copy(groups: tuple[str, ...], keys: tuple[str, ...]) -> DictConfig:
+    """Return the copy for all words that choose these groups and set these keys."""
+    return _copy(groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(word: str) -> Override:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (override,) = OverridesParser.create().parse_overrides([word])
+    return override
+
+
+def _chooses_group(override: Override) -> bool:
+    """Tell whether a word chooses a file, as `task=sst2` does, rather than setting a key; by Hydra's rule."""
+    return _is_group(override.key_or_group) and not isinstance(override.value(), dict)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_group(name: str) -> bool:
+    return os.path.isdir(config_folder() / name)
+
+
+@functools.lru_cache(maxsize=64)
+def _compose_groups(words: tuple[str, ...]) -> DictConfig:
+    """Compose what words that choose groups stand for; to be copied before it is changed."""
+    return _compose_by_hydra(words)
+
+
+def _compose_by_hydra(words: Sequence[str], **options: bool) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+
+    register_schema()
+    guard_files()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        composed: DictConfig = compose("config", overrides=list(words), **options)
+        return composed
+
+
+def duration(seconds: float) -> str:
+    """Write a duration: `3 h 20 min`, `2 min`, `40 s`."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _line(cell: Cell) -> str:
+    config, method = cell.config, cell.config.method
+    names = [f"{key}={method[key]}" for key in ("rank", "k", "targets") if key in method]
+    where = " ".join([f"task={config.task.name}", f"model={config.model.name}", f"method={method['name']}", *names])
+    rest = "" if not cell.left else ", length unknown" if cell.seconds is None else f", {duration(cell.seconds * cell.left)}"
+    return f"{where}: {len(cell.wanted) - cell.left} of {len(cell.wanted)} runs done{rest}"
+
+
+if __name__ == "__main__":
+    main()

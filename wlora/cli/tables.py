@@ -1,0 +1,266 @@
+"""Entry point: `python -m wlora.tables 1 results_dir=results model=deberta_v3_base`. Never imports torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wlora.analysis.study import Run, main_model, read_runs, read_words, select
+from wlora.analysis.tables.best import read_best
+from wlora.analysis.tables.caption import caption, machines, notes
+from wlora.analysis.tables.cells import NOT_COMPARED, Best, Score, Table, belongs, fill
+from wlora.analysis.tables.comparisons import compare_rows
+from wlora.analysis.tables.grid import draw, draw_companion, draw_comparisons
+from wlora.analysis.tables.layouts import LAYOUTS, Layout
+from wlora.analysis.tables.paper import paper_table, read_printed, unexplained_averages
+from wlora.analysis.tables.summary import caption_summary, draw_summary, summarize_study
+from wlora.analysis.tables.writing import companion_csv, comparisons_csv, runs_csv, to_csv, to_latex, to_markdown, write_csv
+from wlora.config.schema import config_folder
+from wlora.console import protect_output, telling
+from wlora.errors import ConfigError, unknown_name, wrong_value
+from wlora.storage.atomic_write import check_folders, staged
+
+USAGE = """\
+usage: python -m wlora.tables 1|2|3|4|5|6|all|demo|summary [key=value ...]
+
+Reads the records of one study and writes, to <results_dir>/tables, tableN.csv, .md and .tex; tableN_paper.* (the paper's
+figures and the differences), tableN_comparisons.* (WLoRA against RLoRA and LoRA), and runs.csv (one line per run).
+summary.* has a line per task and setting, of runs that fit no table of the paper, too: score, parameters, seconds, memory.
+`all` writes it where runs fit no table, and alone where none does. Rows of your own under a benchmark's name stand as
+NAME_own, never in the benchmark's column.
+
+  results_dir=results     the study; results/paper sets the paper's own figures
+  model=NAME              whose runs; default: of each table the paper's model if it has runs there, else that of most runs
+  score=last|best         scores after the last step, or at the best evaluation of each run, which the dev set chooses;
+                          the CSV has both
+  seeds=N                 runs expected per cell; default: the paper's 5, on another model as many as the fullest cell has
+  bootstrap_seed=0        seed of the intervals
+  task=..  method=..      the columns and rows to keep, as in task=sst2,mrpc
+  key=value,value         any other key of a run's configuration keeps the runs that have one of the values:
+                          compat=paper  train.max_steps=512"""
+
+
+def main(words: Sequence[str] | None = None, runs: Sequence[Run] | None = None) -> None:
+    """Write the tables asked for; exits with 0, or 2 after a mistake in the request.
+
+    Args:
+        words: what is asked for; None for the command line.
+        runs: all of the study, where they have been read already.
+    """
+    protect_output()
+    words = sys.argv[1:] if words is None else words
+    if not words or {"-h", "--help"} & set(words):
+        print(USAGE)
+        sys.exit(0 if words else 2)
+    with telling():
+        _write(words, runs)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command asks of a study besides the tables.
+
+    Attributes:
+        folder: where the files go.
+        best: the metrics of runs at their best evaluation.
+    """
+
+    folder: Path
+    model: str | None
+    score: Score
+    seeds: int | None
+    bootstrap_seed: int
+    best: Best
+
+
+def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
+    defaults = {"results_dir": "results", "model": None, "seeds": None, "bootstrap_seed": "0", "score": "last"}
+    names, options, filters = read_words(words, defaults)
+    layouts = [] if names == ["summary"] else _layouts(names)
+    seeds, bootstrap_seed = _integer("seeds", options["seeds"], 1), _integer("bootstrap_seed", options["bootstrap_seed"], 0)
+    score = _score(options["score"])
+    results = Path(options["results_dir"] or "results")
+    check_folders(results, "tables")
+    if os.path.isfile(results / "table1.csv") and not os.path.isdir(results / "records"):
+        for layout in layouts:
+            _write_paper(layout, results)
+        return
+    everything = read_runs(results) if known is None else known
+    _check_model(options["model"], everything)
+    # `single` is one adapter per run, for Figure 2.
+    runs = [run for run in select(everything, filters) if run.method not in NOT_COMPARED]
+    mine = [run for run in runs if options["model"] in (None, run.model)]
+    request = Request(results / "tables", options["model"], score, seeds, bootstrap_seed or 0, read_best(results, mine))
+    if not layouts:
+        _write_summary(mine, request, shown=True)
+        return
+    done = [run for run in mine if run.status == "success"]
+    left = [run for run in done if not any(belongs(run, layout) for layout in layouts)]
+    alone = len(layouts) > 1 and bool(left) and len(left) == len(done)
+    if alone:
+        print("no table of the paper has a place for these runs; their summary:")
+    else:
+        for layout in _restrict(layouts, filters):
+            _write_table(layout, runs, request, shown=len(layouts) == 1)
+    if left and len(layouts) > 1:
+        _write_summary(mine, request, shown=alone)
+    elif left:
+        print(f"{_where(left)} not in table {layouts[0].name}; python -m wlora.tables summary shows all runs")
+    _save(results / "tables" / "runs.csv", runs_csv(everything))
+
+
+def _where(runs: Sequence[Run]) -> str:
+    tasks = sorted({run.task for run in runs})
+    return f"{len(runs)} runs on {', '.join(tasks)} are"
+
+
+def _score(text: str | None) -> Score:
+    if text == "best":
+        return "best"
+    if text != "last":
+        raise wrong_value("score", text, "last | best")
+    return "last"
+
+
+def _layouts(names: Sequence[str]) -> list[Layout]:
+    if len(names) != 1:
+        raise ConfigError(f"tables={' '.join(names) or 'none'}: allowed is one of {', '.join(LAYOUTS)}, all, summary")
+    if names[0] == "all":
+        return [layout for name, layout in LAYOUTS.items() if name != "demo"]
+    if names[0] not in LAYOUTS:
+        raise unknown_name(f"table {names[0]}", names[0], [*LAYOUTS, "all", "summary"])
+    return [LAYOUTS[names[0]]]
+
+
+def _restrict(layouts: Sequence[Layout], filters: dict[str, str]) -> list[Layout]:
+    """Leave the columns of `task=...` and the rows of `method=...`, and the tables that have any of them."""
+    tasks, methods = (filters[key].split(",") if key in filters else None for key in ("task", "method"))
+    found = []
+    for layout in layouts:
+        columns = tuple(column for column in layout.columns if tasks is None or column.task in tasks)
+        rows = tuple(row for row in layout.rows if methods is None or row.method in methods)
+        if columns:
+            found.append(replace(layout, columns=columns, rows=rows))
+    if not found:
+        raise wrong_value("task", filters["task"], f"a task of table {layouts[0].name}: {_tasks(layouts)}")
+    return found
+
+
+def _tasks(layouts: Sequence[Layout]) -> str:
+    return ", ".join(dict.fromkeys(column.task for layout in layouts for column in layout.columns))
+
+
+def _integer(key: str, text: str | None, least: int) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < least:
+        raise wrong_value(key, text, f"int >= {least}")
+    return int(text)
+
+
+def _check_model(model: str | None, runs: Sequence[Run]) -> None:
+    """Refuse the name of a model that neither a record nor a configuration has."""
+    known = {run.model for run in runs} | {file.stem for file in (config_folder() / "model").glob("*.yaml")}
+    if model is not None and model not in known:
+        raise unknown_name(f"model={model}", model, known)
+
+
+def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown: bool) -> None:
+    """Write one table with its companions; print it, or (of several) a line about it."""
+    fitting = [run for run in runs if belongs(run, layout)]
+    model = request.model or main_model(fitting, layout.model) or main_model(runs) or layout.model
+    folder, bootstrap_seed = request.folder, request.bootstrap_seed
+    options: dict[str, Any] = {"seeds": request.seeds, "best": request.best, "score": request.score}
+    table = fill(layout, runs, model=model, bootstrap_seed=bootstrap_seed, **options)
+    name, title = f"table{layout.name}", f"Table {layout.name}"
+    grid, said, below = draw(table), caption(table), notes(table)
+    text = to_markdown(grid)
+    page = [f"# {title}", said, text, *below]
+    _save(folder / f"{name}.csv", to_csv(table))
+    _save(folder / f"{name}.tex", to_latex(grid, caption=said, label=f"tab:{name}", notes=below))
+    printed = read_printed(layout)
+    if printed:
+        beside = draw_companion(table, printed)
+        about = f"The paper's {title}, and in brackets ours minus the paper's. {_model_note(table)}{layout.remark}".strip()
+        page += [f"## {title} in the paper", about, to_markdown(beside), *_row_notes(layout)]
+        _save(folder / f"{name}_paper.csv", companion_csv(table, printed))
+        _save(folder / f"{name}_paper.tex", to_latex(beside, caption=about, label=f"tab:{name}-paper"))
+    answers = compare_rows(table, bootstrap_seed=bootstrap_seed)
+    about = (
+        f"Comparisons within {title}: mean difference and probability of improvement over tasks and seeds, with 95 % "
+        f"bootstrap intervals (seeds drawn within each task; bootstrap_seed={bootstrap_seed}). With few seeds they "
+        "are too narrow; one without width only says that all pairs of every task agree."
+    )
+    if answers:
+        compared = draw_comparisons(answers, layout)
+        page += ["## Comparisons", about, to_markdown(compared)]
+        _save(folder / f"{name}_comparisons.csv", comparisons_csv(answers))
+        _save(folder / f"{name}_comparisons.tex", to_latex(compared, caption=about, label=f"tab:{name}-comparisons"))
+    _save(folder / f"{name}.md", "\n\n".join(part.strip() for part in page) + "\n")
+    if shown:
+        print("\n\n".join([said, text.strip(), *below]) + "\n")
+    missing, full = sum(cell.missing for cell in table.cells.values()), sum(bool(c.runs) for c in table.cells.values())
+    print(f"{folder / name}.md: {full} of {len(table.cells)} cells, {missing} runs missing (model={model})", flush=True)
+
+
+def _write_summary(runs: Sequence[Run], request: Request, *, shown: bool) -> None:
+    """Write a line per task and setting; print them, or a line about them."""
+    lines = summarize_study(runs, bootstrap_seed=request.bootstrap_seed, best=request.best)
+    grid, said, below = draw_summary(lines, request.score), caption_summary(runs, request.score), machines(runs)
+    page = "\n\n".join([said, to_markdown(grid).strip(), *below])
+    _save(request.folder / "summary.csv", write_csv(lines))
+    _save(request.folder / "summary.tex", to_latex(grid, caption=said, label="tab:summary", notes=below))
+    _save(request.folder / "summary.md", f"# Summary\n\n{page}\n")
+    print(page if shown else f"{request.folder / 'summary.md'}: {len(lines)} settings, also of runs that fit no table")
+
+
+def _model_note(table: Table) -> str:
+    if table.model == table.layout.model:
+        return ""
+    return f"The paper's model is {table.layout.model}, these runs' is {table.model}: differences are mostly the models'. "
+
+
+def _row_notes(layout: Layout) -> list[str]:
+    """List the notes on the paper's rows, and the averages that do not follow from their cells."""
+    found: dict[str, list[str]] = {}
+    for row, line in read_printed(layout).items():
+        if line.note:
+            found.setdefault(line.note, []).append(row.label if row.rank is None else f"{row.label} (r={row.rank})")
+    listed = [f"- {', '.join(dict.fromkeys(rows))}: {note}." for note, rows in found.items()]
+    listed += [f"- {line}." for line in unexplained_averages(layout)]
+    return ["\n".join(listed)] if listed else []
+
+
+def _write_paper(layout: Layout, folder: Path) -> None:
+    """Set the paper's own figures, with ALL computed anew, and list the averages that do not follow."""
+    printed = read_printed(layout, folder)
+    if not printed:
+        raise ConfigError(f"results_dir={folder}: no table{layout.name}.csv there")
+    table, wrong = paper_table(layout, folder), unexplained_averages(layout, folder)
+    grid, file = draw(table, printed), folder / "tables" / f"table{layout.name}"
+    said = f"{layout.title}. {layout.model}, the paper's figures" + ("; ALL is computed." if layout.average else ".")
+    page = [f"# Table {layout.name}", said, to_markdown(grid), "\n".join(f"- {line}" for line in wrong)]
+    _save(file.with_suffix(".md"), "\n\n".join(part.strip() for part in page if part) + "\n")
+    _save(file.with_suffix(".csv"), to_csv(table))
+    _save(file.with_suffix(".tex"), to_latex(grid, caption=said, label=f"tab:table{layout.name}-paper"))
+    held = len(table.averages) - len(wrong)
+    about = f"ALL follows from the cells in {held} of {len(table.averages)} rows" if table.averages else "no column ALL"
+    print("\n".join([f"table {layout.name}: {about}", *(f"  {line}" for line in wrong)]))
+
+
+def _save(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    try:
+        with staged(file) as staging:
+            staging.write_text(text, encoding="utf-8")
+            os.replace(staging, file)
+    except OSError as error:
+        raise ConfigError(f"results_dir: {file} cannot be written ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    main()

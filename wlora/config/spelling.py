@@ -1,0 +1,292 @@
+"""The words of the command line: mistakes in them, and keys that the chosen method does not read.
+
+Every mistake is told in one or two lines, with the word that was probably meant. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+
+from wlora.config.schema import METHOD_NOTES, Config, config_folder
+from wlora.errors import ConfigError, unknown_name
+
+# The keys at the top that a method reads only where its configuration interpolates them.
+SHORT = ("rank", "alpha", "dropout", "k", "targets")
+
+
+class Idle(NamedTuple):
+    """Keys that a method does not read while one of its own keys has certain values."""
+
+    method: str
+    own: str
+    holds: Callable[[Any], bool]
+    keys: tuple[str, ...]
+
+
+_OMEGA = ("lr_omega", "select_steps", "project_every", "omega_scheduled", "omega_clipped")
+_IDLE = (
+    Idle("wlora_plus", "schedule", lambda schedule: str(schedule).lower() == "halvings", ("k",)),
+    Idle("wlora_depth", "rule", lambda rule: str(rule).lower() == "once", ("method.project_every",)),
+    Idle("rlora", "draw", lambda draw: str(draw).lower() == "at_start", tuple(f"method.{key}" for key in _OMEGA)),
+    Idle("lora_drop", "threshold", lambda threshold: threshold is not None, ("method.keep",)),
+)
+
+# Other names of keys, by their last component, as in transformers, PEFT and the paper.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "r": "rank",
+    "t": "select_steps",
+    "train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "max_seq_length": "max_length",
+    "max_train_samples": "max_train_rows",
+    "max_eval_samples": "max_eval_rows",
+    "target_modules": "targets",
+    "dataset": "task",
+    "output_dir": "results_dir",
+}
+
+
+def check_form(words: Sequence[str]) -> None:
+    """Refuse words that are neither flags of Hydra nor `key=value`.
+
+    Raises:
+        ConfigError: the first of them, and how it should be written.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    parser = get_args_parser()
+    parser.error = refuse
+    given, unknown = parser.parse_known_args(list(words))
+    for word in unknown:
+        if not word.startswith("-"):
+            raise ConfigError(f"{word}: flags such as -m stand before all keys or behind them, not between")
+        name, _, value = word.lstrip("-").partition("=")
+        following = words[words.index(word) + 1 :][:1]
+        if not value and following and "=" not in following[0] and not following[0].startswith("-"):
+            word, value = f"{word} {following[0]}", following[0]
+        name = next(iter(find_keys(name)), name)
+        raise ConfigError(f"{word}: keys have no dashes; write {name}={value or _sample(name)}")
+    for index, word in enumerate(given.overrides):
+        if "=" not in word and not word.startswith("~"):
+            raise _not_an_assignment(given.overrides, index)
+
+
+def _not_an_assignment(words: Sequence[str], index: int) -> ConfigError:
+    """Build the message for a word without `=`, of which spaces have often cut off the rest."""
+    word, before, (after, beyond) = words[index], words[index - 1] if index else "", [*words[index + 1 :], "", ""][:2]
+    if before.endswith((",", "=")):
+        return ConfigError(f"{before} {word}: write {before}{word}, without spaces")
+    if after.startswith("="):
+        cut = f"{word} {after}" if after != "=" else f"{word} = {beyond}"
+        return ConfigError(f"{cut.rstrip()}: write {cut.replace(' ', '')}, without spaces")
+    group = next((file.parent.name for file in sorted(config_folder().glob("*/*.yaml")) if file.stem == word), None)
+    if group:
+        return ConfigError(f"{word}: write {group}={word}")
+    name, _, value = word.partition(":")
+    if not value and after and "=" not in after:
+        word, value = f"{word} {after}", after
+    name = next(iter(find_keys(name)), name)
+    return ConfigError(f"{word}: write {name}={value or _sample(name)}")
+
+
+def _sample(key: str) -> str:
+    """Return what stands for a value that the user has not given."""
+    default = OmegaConf.select(OmegaConf.structured(Config), key, default=None) if re.fullmatch(r"[\w.]+", key) else None
+    return "true" if isinstance(default, bool) else "VALUE"
+
+
+def swept_keys(config: DictConfig) -> frozenset[str]:
+    """Return the keys that a sweep varies: by its words, or by those that an experiment brings along.
+
+    Args:
+        config: the sweep's own, as Hydra composes it.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    keys = {str(key) for key in OmegaConf.select(config, "hydra.sweeper.params") or ()}
+    words: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.is_sweep_override():
+            keys.add(override.key_or_group)
+        else:
+            keys.discard(override.key_or_group)
+    return frozenset(keys)
+
+
+def check_read(runs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> list[str]:
+    """Find keys that a command sets and its runs do not read. A forced key, `++k=3`, is meant for the runs that read it.
+
+    Args:
+        runs: the words of each run of the command.
+        compose: returns the configuration of a run, with its interpolations, given its words.
+
+    Returns:
+        What to tell the user: keys that only some of the runs read.
+
+    Raises:
+        ConfigError: a key that no run reads.
+    """
+    watched = {*SHORT, *(key for rule in _IDLE for key in rule.keys)}
+    deciding = {"experiment", "method", "method.preset", *(f"method.{rule.own}" for rule in _IDLE)}
+    kinds: dict[tuple[str, ...], Sequence[str]] = {}
+    for words in runs:  # those with the same deciding words read the same keys, and composing is slow
+        kinds.setdefault(tuple(word for word in words if word.partition("=")[0] in deciding), words)
+    read: set[str] = set()
+    unread: dict[str, dict[str, str]] = {}
+    for words in kinds.values():
+        given = {word.partition("=")[0]: word for word in words if word.partition("=")[0] in watched}
+        composed = compose(words) if given else OmegaConf.create()
+        for key, word in given.items():
+            reason = _why_unread(composed, key)
+            if reason is None:
+                read.add(key)
+            else:
+                unread.setdefault(key, {})[reason] = word
+    for key, reasons in unread.items():
+        if key not in read:
+            word = next(iter(reasons.values()))
+            raise ConfigError(
+                f"{word}: {key} is not read by {', '.join(reasons)}\nway out: leave it out; it changes nothing"
+            )
+    return [f"{key} is not read by {', '.join(reasons)}" for key, reasons in unread.items()]
+
+
+def _why_unread(composed: DictConfig, key: str) -> str | None:
+    """Return what keeps a run from reading a key, None for one that it reads."""
+    name = composed.method.get("name")
+    content: Any = OmegaConf.to_container(composed, resolve=False)
+    content.pop("hydra", None)  # which quotes the words of the command line
+    if key in SHORT and f"${{{key}}}" not in str(content):
+        return f"method={name}"
+    for rule in _IDLE:
+        if rule.method == name and key in rule.keys and rule.holds(composed.method[rule.own]):
+            return f"method={name} method.{rule.own}={composed.method[rule.own]}"
+    return None
+
+
+def explain(error: Exception, words: Sequence[str] = ()) -> str:
+    """Bring an error of Hydra or OmegaConf to one or two lines: the key, the value, what is allowed.
+
+    Args:
+        error: what was raised.
+        words: the words of the command line, where they are known.
+    """
+    text = f"{error}\n{error.__cause__ or ''}"
+    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
+    if missing:
+        group, name = missing.groups()
+        return str(unknown_name(f"{group}={name}", name, _group_options(group), say=lambda near: f"{group}={near}"))
+    key = re.search(r"full_key: (\S+)", text)
+    value = re.search(r"Value '([^']*)'|Cannot convert '([^']*)'", text)
+    if key and value:
+        return f"{key[1]}={value[1] or value[2]}: allowed is {_expected(key[1], text)}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        return str(unknown_key(unknown[1], words))
+    sweep = re.search(r"Ambiguous value for argument '(.+)'|Sweep parameters '(.+)' requires", text)
+    if sweep:
+        word = sweep[1] or sweep[2]
+        return f"{word}: several values are a sweep; add -m, as in python -m wlora.run -m {shlex.quote(word)}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def unknown_key(key: str, words: Sequence[str] = ()) -> ConfigError:
+    """Build the message for a key that does not exist: the key that was meant, else those beside it.
+
+    Args:
+        key: as it was written.
+        words: the words of the command line; the methods that they choose decide which of `method`'s keys there are.
+    """
+    owners = method_keys()
+    chosen = [name for word in words if word.startswith("method=") for name in word[len("method=") :].split(",")]
+    found = find_keys(key)
+    for near in found:
+        names = owners.get(near, [])
+        if chosen and names and not set(chosen) <= set(names):
+            others = ",".join(name for name in chosen if name not in names)
+            said = key if near == key else f"{key} is unknown; {near}"
+            return ConfigError(f"{said} is a key of method={','.join(names)}, not of method={others}")
+    if found:
+        return ConfigError(f"{key} is unknown; did you mean {' or '.join(found)}?")
+    parent = key.rpartition(".")[0]
+    able = [near for near, names in owners.items() if not chosen or set(chosen) & set(names)] + ["method.preset"]
+    known = [*_schema_keys(), *able]
+    beside = [near for near in known if near.rpartition(".")[0] == parent] or [n for n in known if "." not in n]
+    near = max(known, key=lambda near: _likeness(near, key))
+    hint = f"; did you mean {near}?" if _likeness(near, key) > 0.6 else ""
+    return ConfigError(f"{key} is unknown{hint}\nallowed: {', '.join(sorted(beside))}")
+
+
+def find_keys(key: str) -> list[str]:
+    """Return the keys that have the same name elsewhere, in another case, or by the field's other name for it.
+
+    Of those the short ones, at the top, stand for all: `rank` for `method.rank`.
+    """
+    name = key.rpartition(".")[2].lower().replace("-", "_")
+    bare = re.sub(r"^(lora|num)_|_(name|steps)$", "", name)
+    known = [*_schema_keys(), *method_keys()]
+    for form in (name, SYNONYMS.get(name), bare, SYNONYMS.get(bare)):
+        found = [near for near in known if near.rpartition(".")[2] == form and form != "name"]
+        if found:
+            shortest = min(near.count(".") for near in found)
+            return sorted(near for near in found if near.count(".") == shortest)
+    return []
+
+
+def _likeness(known: str, key: str) -> float:
+    """Compare two keys by their last components; of equals the one in the same place is nearer."""
+    (place, _, name), (other_place, _, other) = known.rpartition("."), key.rpartition(".")
+    return difflib.SequenceMatcher(None, name, other).ratio() + (0.1 if place == other_place else 0)
+
+
+def _schema_keys() -> list[str]:
+    """Return the full keys of the schema, groups among them; a method's are in its YAML."""
+
+    def walk(node: DictConfig, path: str) -> Iterator[str]:
+        # keys(): a missing value is still a key. What authors published is none to set.
+        for name in (name for name in node.keys() if name != "presets"):  # noqa: SIM118
+            yield f"{path}{name!s}"
+            child = None if OmegaConf.is_missing(node, name) else node[name]
+            if isinstance(child, DictConfig):
+                yield from walk(child, f"{path}{name!s}.")
+
+    return list(walk(OmegaConf.structured(Config), ""))
+
+
+def method_keys() -> dict[str, list[str]]:
+    """Return the full keys of all methods, with the methods that have them."""
+    owners: dict[str, list[str]] = {}
+    for file in sorted((config_folder() / "method").glob("*.yaml")):
+        content: Any = OmegaConf.load(file)
+        for name in content.get("method", content):
+            if name not in METHOD_NOTES:
+                owners.setdefault(f"method.{name}", []).append(file.stem)
+    return owners
+
+
+def _expected(key: str, text: str) -> str:
+    """Say what a key takes: its rule where it has one, else the type that OmegaConf asked for."""
+    from wlora.config.validation import RULES
+
+    if key in RULES:
+        return RULES[key]
+    match = re.search(r"could not be converted to (\w+)|to supported type '([^']+)'|is not a valid (\w+)", text)
+    return next(filter(None, match.groups())).lower() if match else "a value of another type"
+
+
+def _group_options(group: str) -> list[str]:
+    return [file.stem for file in (config_folder() / group).glob("*.yaml")]

@@ -1,0 +1,368 @@
+"""Checks of a composed configuration, each answered in one or two lines before torch is imported.
+
+A rule is a short text that is also the message: `int >= 1`, `float >= 0, < 1`, `int >= 1 or null`,
+`float > 0 or tuned`, `single | halvings`. The rules of the shared keys stand below; a method's stand in its own
+YAML under `allowed`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from wlora.adapters.peft_format import fingerprint
+from wlora.config.schema import METHOD_NOTES, AdapterConfig, Config, ModelConfig, config_folder, method_revision
+from wlora.errors import ConfigError, unknown_name, wrong_value
+from wlora.models.architectures import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, order_classes, read_architecture
+from wlora.storage.trackers import TRACKERS
+from wlora.tasks.base import find_kind
+
+_DIGITS = 6  # of a layer's number
+QUANTIZATIONS = ("none", "nf4", "int8")
+
+RULES = {
+    "rank": "int >= 1",
+    "alpha": "float > 0",
+    "dropout": "float >= 0, < 1",
+    "lr": "float > 0 or tuned",
+    "head_lr": "float > 0 or null or tuned",
+    "warmup": "int >= 0 or null or tuned",
+    "seed": "int >= 0",
+    "k": "int >= 1 or null",
+    "targets": " | ".join((*TARGET_SETS, "SET@LAYER")),
+    "precision": "auto | fp32 | bf16 | fp16",
+    "compat": "paper | release",
+    "track": " | ".join(TRACKERS),
+    "model.source": "hub | package | random",
+    "model.head": "fresh | kept",
+    "model.quantization": " | ".join(QUANTIZATIONS),
+    "task.epochs": "float > 0",
+    "task.batch_size": "int >= 1",
+    "task.eval_batch_size": "int >= 1",
+    "task.max_length": "int >= 8",
+    "task.max_target_length": "int >= 4 or null",
+    "task.generation.num_beams": "int >= 1 or null",
+    "task.generation.max_new_tokens": "int >= 1 or null",
+    "task.generation.min_new_tokens": "int >= 0 or null",
+    "task.generation.length_penalty": "float or null",
+    "task.stride": "int >= 0 or null",
+    "task.n_best": "int >= 1 or null",
+    "task.max_answer_length": "int >= 1 or null",
+    "task.max_train_rows": "int >= 1 or null",
+    "task.max_eval_rows": "int >= 1 or null",
+    "train.max_steps": "int >= 1 or null",
+    "train.accumulation_steps": "int >= 1 or null",
+    "train.weight_decay": "float >= 0",
+    "train.max_grad_norm": "float > 0",
+    "train.eval_every": "int >= 1 or null",
+    "train.grow_batch": "off | micro | effective",
+    "train.prefix_cache": "off | memory | disk",
+    "train.prefix_cache_dtype": "bf16 | fp32",
+    "train.prefix_cache_gb": "float >= 0",
+    "train.checkpoint_every": "int >= 0 or null",
+    "train.keep": "int >= 1",
+}
+
+_COMPARISONS = {
+    ">=": lambda value, bound: value >= bound,
+    ">": lambda value, bound: value > bound,
+    "<=": lambda value, bound: value <= bound,
+    "<": lambda value, bound: value < bound,
+}
+
+
+def canonical(value: Any, rule: str) -> Any:
+    """Return the one spelling of a value under a rule of choices; any other value as it is.
+
+    Choices are in lower case, `true` and `false` are booleans, and YAML's booleans stand for `on` and `off`.
+    """
+    if "|" not in rule or value is None:
+        return value
+    text = _spell(value, rule)
+    return text == "true" if text in ("true", "false") else text
+
+
+def _spell(value: Any, rule: str) -> str:
+    text = str(value).lower()
+    if text in ("true", "false") and text not in _choices(rule):
+        text = "on" if text == "true" else "off"
+    name, at, layer = text.partition("@")
+    return f"{name}@{int(layer)}" if at and layer.isdecimal() and len(layer) <= _DIGITS else text
+
+
+def _choices(rule: str) -> list[str]:
+    return [word.strip() for word in rule.partition(" or ")[0].split("|")]
+
+
+def satisfies(value: Any, rule: str) -> bool:
+    """Tell whether a value, in any spelling, obeys a rule; raises ValueError for a rule that cannot be read."""
+    rule, *words = rule.split(" or ")
+    if ("null" if value is None else value) in words:
+        return True
+    if rule.startswith("list of "):
+        return isinstance(value, list) and len(value) > 0 and all(satisfies(v, rule.removeprefix("list of ")) for v in value)
+    if "|" in rule or not re.match(r"(int|float)\b", rule):
+        if value is None:
+            return False
+        choices = _choices(rule)
+        name, at, layer = _spell(value, rule).partition("@")
+        return name in choices and (not at or ("SET@LAYER" in choices and layer.isdecimal() and len(layer) <= _DIGITS))
+    kind, _, bounds = rule.partition(" ")
+    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
+        return False
+    if not math.isfinite(value):
+        return False
+    for bound in filter(None, re.split(r",\s*", bounds)):
+        match = re.fullmatch(r"(>=|>|<=|<) (\S+)", bound)
+        if match is None:
+            raise ValueError(f"unreadable rule: {rule}")
+        if not _COMPARISONS[match[1]](value, float(match[2])):
+            return False
+    return True
+
+
+def resolve(config: Config) -> Config:
+    """Check a composed configuration and fill in the defaults that depend on other keys.
+
+    Filled here: `k` from the number of adapters, `train.accumulation_steps` from model and task. What depends on
+    the number of rows (warm-up, selection steps) is planned once the data are loaded (`wlora.training.run_length`).
+
+    Raises:
+        ConfigError: a value outside its rule, `k` above the number of adapters, an unusable results folder.
+    """
+    check_rules(config)
+    for key in ("lr", "head_lr"):
+        if getattr(config, key) not in (None, "tuned"):
+            setattr(config, key, float(getattr(config, key)))
+    _check_method(config)
+    _check_model(config.model)
+    _check_saving(config)
+    _check_sharding(config)
+    identify_adapter(config.adapter)
+    check_results_folder(config.results_dir)
+    config.per_task = {}  # what an experiment took from it stands in the keys it set
+    config.task.presets = {}
+    if config.compat == "release" and config.method["name"] == "probe":
+        raise ConfigError("method=probe compat=release: the release's head is frozen, so nothing would train")
+    _check_head(config)
+    _check_lengths(config)
+    glue = config.task.benchmark == "glue"
+    if config.train.accumulation_steps is None:
+        config.train.accumulation_steps = (config.model.accumulation_steps if glue else None) or 1
+    if config.compat == "release" and config.method["name"] == "wlora_plus":
+        config.method["schedule"] = "halvings"  # the only one that the release has
+    if "targets" in config.method:
+        _resolve_k(config)
+    if (revision := method_revision(config.method, release=config.compat == "release")) > 1:
+        config.method["revision"] = revision
+    return config
+
+
+def check_rules(config: Config, rewritten: Container[str] = tuple(RULES)) -> None:
+    """Check the shared keys against their rules, and put choices into their one spelling.
+
+    Args:
+        rewritten: the keys whose spelling may change; what a record's run was asked for keeps its own.
+
+    Raises:
+        ConfigError: a value outside its rule.
+    """
+    for key, rule in RULES.items():
+        value = _check(key, _lookup(config, key), rule)
+        if key in rewritten:
+            *parents, name = key.split(".")
+            setattr(_lookup(config, ".".join(parents)) if parents else config, name, value)
+
+
+def identify_adapter(adapter: AdapterConfig) -> None:
+    """Fill in the fingerprint of the adapters to start from.
+
+    Raises:
+        ConfigError: no such adapters, or others than those the fingerprint is of.
+    """
+    if adapter.path is None:
+        for key, value, unset in (("head", adapter.head, False), ("fingerprint", adapter.fingerprint, None)):
+            if value != unset:
+                raise ConfigError(f"adapter.{key}={value}: allowed only with adapter.path=DIR")
+        return
+    found = fingerprint(adapter.path)
+    if adapter.fingerprint not in (None, found):
+        raise ConfigError(
+            f"adapter.path={adapter.path}: its adapters are {found}, not adapter.fingerprint={adapter.fingerprint}"
+        )
+    adapter.fingerprint = found
+
+
+def _lookup(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check(key: str, value: Any, rule: str) -> Any:
+    """Return the canonical value of a key; ConfigError for one outside its rule."""
+    if not satisfies(value, rule):
+        raise wrong_value(key, "null" if value is None else value, rule)
+    return canonical(value, rule)
+
+
+def _check_method(config: Config) -> None:
+    """Check the method's keys against the rules of the package's YAML; its notes then leave the configuration."""
+    assert config.method.get("preset") is None and config.task.preset is None, "apply_presets comes first"
+    rules = {**RULES, **_method_rules(config.method.get("name"))}
+    for note in METHOD_NOTES:
+        config.method.pop(note, None)
+    for key, value in config.method.items():
+        if key in rules:
+            config.method[key] = _check(f"method.{key}", value, rules[key])
+        elif key != "name":
+            own = ", ".join(name for name in rules if name not in RULES)
+            raise ConfigError(f"method.{key} is unknown to method={config.method['name']}: allowed is {own}")
+
+
+def _method_rules(name: Any) -> dict[str, str]:
+    """Return the rules of a method's own keys, as the package's YAML has them."""
+    files = {file.stem: file for file in (config_folder() / "method").glob("*.yaml")}
+    if not isinstance(name, str) or name not in files:
+        raise unknown_name(f"method.name={name}", str(name), files)
+    return _read_rules(files[name])
+
+
+@functools.cache
+def _read_rules(file: Path) -> dict[str, str]:
+    content: Any = OmegaConf.load(file)
+    rules: Any = OmegaConf.to_container(content.get("method", content).get("allowed") or OmegaConf.create())
+    return dict(rules)
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Refuse combinations of keys that no way of loading fits."""
+    if model.gguf_file is not None:
+        if model.path is None and model.source != "hub":
+            raise wrong_value("model.gguf_file", model.gguf_file, f"null for model={model.name} without model.path=DIR")
+        if model.quantization != "none":
+            raise wrong_value("model.quantization", model.quantization, "none beside model.gguf_file")
+    elif model.quantization != "none" and model.path is None and model.source == "random":
+        raise wrong_value("model.quantization", model.quantization, f"none for model={model.name}, whose weights are random")
+
+
+def _check_saving(config: Config) -> None:
+    """Refuse to save what adapters cannot be folded into."""
+    model = config.model
+    packed = f"model.gguf_file={model.gguf_file}" if model.gguf_file else f"model.quantization={model.quantization}"
+    if config.train.save_model and packed != "model.quantization=none":
+        raise wrong_value("train.save_model", "true", f"false with {packed}: packed weights cannot take adapters in")
+
+
+def _check_sharding(config: Config) -> None:
+    """Refuse under FSDP what has not been shown to work there: cuts and growths first of all."""
+    if not config.train.fsdp:
+        return
+    method, model = config.method["name"], config.model
+    if method != "lora":
+        raise ConfigError(
+            f"train.fsdp=true method={method}: allowed is method=lora\n"
+            "changes of structure in a sharded model have not been shown to work"
+        )
+    for key, value, allowed in (
+        ("model.quantization", model.quantization, "none"),
+        ("model.gguf_file", model.gguf_file, None),
+        ("train.save_model", config.train.save_model, False),
+        ("train.prefix_cache", config.train.prefix_cache, "off"),
+        ("train.grow_batch", config.train.grow_batch, "off"),
+    ):
+        if value != allowed:
+            raise wrong_value(key, value, f"{'null' if allowed is None else str(allowed).lower()} with train.fsdp=true")
+    if find_kind(config.task.kind).head == "seq2seq":
+        raise wrong_value("train.fsdp", "true", f"false for task={config.task.name}, whose evaluation generates texts")
+
+
+def _check_head(config: Config) -> None:
+    """Refuse a task whose head the model's family does not have, or has nothing to train in."""
+    head = find_kind(config.task.kind).head
+    family = read_architecture(config.model)["model_type"]
+    if head not in HEADS[family]:
+        able = ", ".join(name for name, heads in HEADS.items() if head in heads)
+        raise ConfigError(
+            f"task={config.task.name} model={config.model.name}: a {family} model has no {head} head\n"
+            f"allowed is a model of the family {able}"
+        )
+    if head == "seq2seq" and config.method["name"] == "probe":
+        raise ConfigError(f"method=probe task={config.task.name}: the model has no head of its own, so nothing would train")
+    if config.model.head == "kept":
+        _check_kept_head(config, head)
+
+
+def _check_kept_head(config: Config, head: str) -> None:
+    """Refuse to keep a head where there is none, where another takes its place, or where its classes are others."""
+    model = config.model
+    if model.path is None or model.gguf_file is not None:
+        raise wrong_value("model.head", "kept", "fresh without model.path=DIR of a transformers folder")
+    if head == "seq2seq":
+        raise wrong_value("model.head", "kept", f"fresh for task={config.task.name}, whose head is always the model's own")
+    if config.adapter.head:
+        raise wrong_value("adapter.head", "true", "false with model.head=kept: the run has one head")
+    if head == "sequence_classification":
+        order_classes(read_architecture(model), config.task.labels, where=f"model.path={model.path}")
+
+
+def _check_lengths(config: Config) -> None:
+    """Refuse lengths that the model's positions, or each other, do not allow."""
+    generation = config.task.generation
+    shortest, longest = generation.min_new_tokens, generation.max_new_tokens
+    if shortest is not None and longest is not None and shortest > longest:
+        raise wrong_value("task.generation.min_new_tokens", shortest, f"0 to {longest}, task.generation.max_new_tokens")
+    architecture = read_architecture(config.model)
+    positions = architecture.get("max_position_embeddings")
+    if architecture["model_type"] not in LEARNT_POSITIONS or positions is None:
+        return
+    for key in ("max_length", "max_target_length", "generation.max_new_tokens"):
+        length = _lookup(config, f"task.{key}")
+        if length is not None and length > positions:
+            raise wrong_value(f"task.{key}", length, f"at most {positions}, the positions of model={config.model.name}")
+
+
+def check_results_folder(results_dir: str) -> None:
+    """Refuse a results folder that cannot be written, before hours are spent on a run.
+
+    Raises:
+        ConfigError: which part of its path cannot be written, or what is wrong with its name.
+    """
+    folder = Path(results_dir).absolute()
+    try:
+        folder.exists()
+    except OSError as error:
+        raise wrong_value("results_dir", results_dir, f"a folder that can be written ({error.strerror})") from None
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise wrong_value("results_dir", results_dir, f"a folder that can be written ({existing} cannot)")
+
+
+def _resolve_k(config: Config) -> None:
+    """Fill in `k` and check it against n: 5 for up to 48 adapters, 20 above, the model's own if it names one.
+
+    WLoRA+ keeps n / 4, rounded up, as in the paper's rows "k = 15" of 60 and "k = 48" of 192.
+    """
+    architecture = read_architecture(config.model)
+    n = count_targets(architecture, config.targets)
+    if n == 0:
+        raise ConfigError(
+            f"targets={config.targets}: model={config.model.name} has no such modules (model_type "
+            f"{architecture.get('model_type')})"
+        )
+    if config.k is not None and config.k > n and "k" in config.method:
+        raise wrong_value("k", config.k, f"1 to {n}, the adapters of targets={config.targets} on {config.model.name}")
+    if config.k is None and config.method["name"] == "wlora_plus" and config.compat != "release":
+        config.k = math.ceil(n / 4)
+    elif config.k is None:
+        config.k = min(n, config.model.k or (5 if n <= 48 else 20))
+    if "k" in config.method and config.method["k"] is None:
+        config.method["k"] = config.k

@@ -1,0 +1,157 @@
+"""What has to come from the model and data hub, and whether it can: answered within seconds, before torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from wlora.config.schema import Config
+from wlora.errors import ConfigError
+
+PROBE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Something that a run takes from the hub.
+
+    Attributes:
+        key: what chose it, as the user writes it.
+        repository: its hub id.
+        cached: whether it is in a local cache.
+        file: of a model, the file that is asked for first, at `revision`.
+    """
+
+    key: str
+    repository: str
+    cached: bool
+    file: str | None = None
+    revision: str | None = None
+
+
+def require_sources(config: Config) -> None:
+    """Refuse a run whose model or data are neither at hand nor reachable.
+
+    Where everything is cached and the hub cannot be reached, the libraries are put in offline mode so that they do
+    not wait for it.
+
+    Raises:
+        ConfigError: something is missing and the network is off (`offline`, `HF_HUB_OFFLINE`) or down, or the model's
+            repository is gated and closed to this user.
+    """
+    wanted = _wanted(config)
+    if not wanted:
+        return
+    missing = [source for source in wanted if not source.cached]
+    offline = config.offline or _told_to_stay_offline()
+    if not offline and _reachable():
+        for source in missing:
+            if source.file is not None:
+                _refuse_gated(source)
+        return
+    if missing:
+        reason = "offline" if offline else "no network"
+        named = ", ".join(f"{source.key} ({source.repository})" for source in missing)
+        raise ConfigError(
+            f"{reason}, and not in the local cache: {named}\n"
+            "ways out: task.path=DIR and model.path=DIR with local copies, a filled cache (HF_HOME), experiment=demo"
+        )
+    go_offline()
+
+
+def go_offline() -> None:
+    """Make the hub libraries use their caches only, whether they are imported yet or not."""
+    import huggingface_hub.constants
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ[name] = "1"
+    os.environ.setdefault("WANDB_MODE", "offline")
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets = sys.modules.get("datasets")
+    if datasets is not None:
+        # It has read the environment already: an earlier run of the sweep had the network.
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+def _wanted(config: Config) -> list[HubSource]:
+    """List what is neither local nor generated."""
+    task, model = config.task, config.model
+    found: list[HubSource] = []
+    if model.path is None and model.source == "hub" and model.hub_id:
+        file = model.gguf_file or "config.json"
+        cached = _model_is_cached(model.hub_id, file, model.revision)
+        found.append(HubSource(f"model={model.name}", model.hub_id, cached, file, model.revision))
+    if task.path is None and task.generator is None and task.hub_id:
+        found.append(HubSource(f"task={task.name}", task.hub_id, _dataset_is_cached(task.hub_id, task.subset)))
+    return found
+
+
+def _refuse_gated(source: HubSource) -> None:
+    """Ask for a file as transformers will; any answer but `gated` is left to the load to deal with.
+
+    Raises:
+        ConfigError: the repository is gated, and there is no token or one without access.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import GatedRepoError
+
+    assert source.file is not None
+    url = hf_hub_url(source.repository, source.file, revision=source.revision, endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        get_hf_file_metadata(url, timeout=PROBE_SECONDS)
+    except GatedRepoError:
+        raise ConfigError(
+            f"{source.key}: {source.repository} is gated: accept its licence on the repository's page and set HF_TOKEN or "
+            "run `hf auth login`, or give a local copy as model.path=DIR"
+        ) from None
+    except Exception:  # of the network, of two libraries
+        return
+
+
+def _told_to_stay_offline() -> bool:
+    """Tell whether the user's environment says so, in the words the hub's library takes."""
+    named = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return named.lower() in ("1", "true", "yes", "on")
+
+
+def _model_is_cached(repo: str, file: str, revision: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, file, revision=revision), str)
+
+
+def _dataset_is_cached(repo: str, subset: str | None) -> bool:
+    """Tell whether the datasets library has prepared the subset: off the network it reads nothing else.
+
+    What the hub's own cache holds (the card, or another subset's files) does not help it.
+    """
+    from huggingface_hub import constants
+
+    home = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(constants.HF_HOME, "datasets")).expanduser()
+    folder = home / repo.replace("/", "___") / (subset or "default")
+    return any(path.is_dir() for path in folder.glob("*/*"))  # version / commit
+
+
+def _reachable() -> bool:
+    """Ask the hub for an answer, any answer; a name look-up that hangs counts as none."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS)
+        except urllib.error.HTTPError:
+            pass
+        except Exception:  # besides OSError those of http.client, which have no class in common with it
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()

@@ -1,0 +1,205 @@
+"""The local files of a task: found, hashed and read. Every fault names `task.path` and the file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wlora.errors import ConfigError
+from wlora.storage.reading import read_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+EXTENSIONS = ("parquet", "json", "jsonl", "csv", "tsv")
+_NAMES_SHOWN = 8
+_LINE = 160
+_CSV_BLOCK = 1 << 24
+"""Bytes; the CSV reader refuses a row longer than a block."""
+_SPACE = re.compile(r"\s*")
+
+
+def fault(file: Path, text: str) -> ConfigError:
+    """Build the message for a file of the folder `task.path` that cannot be used."""
+    return ConfigError(f"task.path={file.parent}: {file.name}: {text}")
+
+
+def line_of(error: BaseException) -> str:
+    """Return the message of an error as one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LINE else text[:_LINE] + "…"
+
+
+def find_files(folder: Path, split: str) -> list[Path]:
+    """Return the file of a split, or its shards in order (`train-00000-of-00002.parquet`, as on the hub).
+
+    Raises:
+        ConfigError: there is no such folder or file, more than one, or a shard is missing or empty.
+    """
+    if not os.path.isdir(folder):
+        what = "is a file" if os.path.exists(folder) else "does not exist"
+        raise ConfigError(f"task.path={folder} {what}: expected is a folder with {_names_of(split)}")
+    shard_name = re.compile(re.escape(split) + r"-(\d{5})-of-(\d{5})\.parquet")
+    shards = sorted(file for file in folder.iterdir() if shard_name.fullmatch(file.name))
+    whole = [file for extension in EXTENSIONS if os.path.isfile(file := folder / f"{split}.{extension}")]
+    if not whole and not shards:
+        raise ConfigError(
+            f"task.path={folder}: no file for the split {split}: looked for {_names_of(split)}\n"
+            f"there is: {_listed(sorted(file.name for file in folder.iterdir()))}"
+        )
+    expected = [f"{split}-{i:05}-of-{len(shards):05}.parquet" for i in range(len(shards))]
+    if len(whole) + bool(shards) > 1 or [file.name for file in shards] != expected:
+        found = _listed([file.name for file in whole + shards])
+        raise ConfigError(
+            f"task.path={folder}: expected is one file, or all its shards, for the split {split}\nthere is: {found}"
+        )
+    for file in whole + shards:
+        if file.stat().st_size == 0:
+            raise fault(file, "the file is empty; expected are rows")
+    return whole or shards
+
+
+def read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:
+    """Read one file into memory.
+
+    Args:
+        file: parquet, JSON, CSV (quoted as in RFC 4180) or TSV (not quoted: those of GLUE have unbalanced quotes).
+            JSON is objects one after the other (one a line or not), an array of objects, such an array under the key
+            `data`, or SQuAD's own nested form. All columns of CSV and TSV are read as text, so that text made of
+            digits stays text. Texts are UTF-8, with or without a byte order mark.
+        columns: the columns to read, None for all.
+
+    Raises:
+        ConfigError: the file is unreadable or corrupt, or lacks a column.
+    """
+    import pyarrow as pa
+
+    read = {".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_csv}.get(file.suffix, _read_json)
+    try:
+        return read(file, columns)
+    except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
+        raise fault(file, f"cannot be read as {file.suffix[1:]}: {line_of(error)}") from error
+
+
+def _read_parquet(file: Path, columns: Sequence[str] | None) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as source:
+        return source.read(columns=_choose(source.schema_arrow.names, columns, file))
+
+
+def _read_csv(file: Path, columns: Sequence[str] | None) -> pa.Table:
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
+    plain = file.suffix == ".tsv"
+    delimiter = "\t" if plain else ","
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, "excel-tab", quoting=csv.QUOTE_NONE) if plain else csv.reader(stream)
+        header = next(reader, [])
+    chosen = _choose(header, columns, file)
+    return arrow_csv.read_csv(
+        file,
+        read_options=arrow_csv.ReadOptions(block_size=_CSV_BLOCK),
+        parse_options=arrow_csv.ParseOptions(
+            delimiter=delimiter, quote_char=False if plain else '"', newlines_in_values=not plain
+        ),
+        convert_options=arrow_csv.ConvertOptions(column_types=dict.fromkeys(chosen, pa.string()), include_columns=chosen),
+    )
+
+
+def _read_json(file: Path, columns: Sequence[str] | None) -> pa.Table:
+    # Not with pyarrow.json: it takes strings that look like dates for dates, and reads no arrays.
+    import pyarrow as pa
+
+    rows = _unwrap(_parse_values(read_file(file).decode("utf-8-sig")))
+    wrong = next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if wrong is not None:
+        raise fault(file, f"row {wrong} is not an object; expected is one object per row with named columns")
+    if not rows:
+        raise fault(file, "there are no rows")
+    chosen = _choose(list(rows[0]), columns, file)
+    return pa.table({name: _to_array(name, [row.get(name) for row in rows], file) for name in chosen})
+
+
+def _parse_values(text: str) -> list[Any]:
+    """Return the JSON values of a text, which stand one after the other: one a line, or over any number of lines."""
+    decoder, values, position = json.JSONDecoder(), [], 0
+    try:
+        while (position := _SPACE.match(text, position).end()) < len(text):  # type: ignore[union-attr]
+            value, position = decoder.raw_decode(text, position)
+            values.append(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    return values
+
+
+def _unwrap(values: list[Any]) -> list[Any]:
+    """Return the rows of a document that is one array, or one object with an array under `data`; else the values."""
+    if len(values) != 1:
+        return values
+    document = values[0]
+    if isinstance(document, dict) and isinstance(document.get("data"), list):
+        rows: list[Any] = document["data"]
+        nested = any(isinstance(row, dict) and "paragraphs" in row for row in rows)
+        return _unnest(rows) if nested else rows
+    return document if isinstance(document, list) else values
+
+
+def _unnest(articles: list[Any]) -> list[Any]:
+    """Turn SQuAD's own distribution, articles of paragraphs of questions, into rows as on the hub."""
+    try:
+        return [
+            {
+                "id": question["id"],
+                "title": article.get("title"),
+                "context": paragraph["context"],
+                "question": question["question"],
+                "answers": {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")},
+            }
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not nested as SQuAD is (data, paragraphs, qas, answers): {line_of(error)}") from None
+
+
+def _to_array(name: str, values: list[Any], file: Path) -> pa.Array:
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        kinds = [type(value).__name__ for value in values]
+        first = next(kind for kind in kinds if kind != "NoneType")
+        row = next((n for n, kind in enumerate(kinds) if kind not in (first, "NoneType")), None)
+        if row is None:
+            raise
+        text = f"column {name}: row {row} has {kinds[row]}; expected is {first}, as before"
+        raise fault(file, text) from error
+
+
+def _choose(present: Sequence[str], columns: Sequence[str] | None, file: Path) -> list[str]:
+    missing = [name for name in columns or () if name not in present]
+    if missing:
+        raise fault(file, f"no column {' and no column '.join(missing)}\nthere is: {_listed(present)}")
+    chosen = list(columns or present)
+    doubled = [name for name in chosen if list(present).count(name) > 1]
+    if doubled:
+        raise fault(file, f"more than one column is named {doubled[0]}")
+    return chosen
+
+
+def _names_of(split: str) -> str:
+    return f"{split}.{{{','.join(EXTENSIONS)}}} or {split}-00000-of-00001.parquet"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more if names else "nothing"

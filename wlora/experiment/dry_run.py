@@ -1,0 +1,119 @@
+"""What a run would do, told without weights and without network (`dry_run=true`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from wlora.config.schema import Config
+from wlora.console import share_of_model
+from wlora.data.sources import load_splits
+from wlora.errors import ConfigError
+from wlora.experiment.memory_estimate import estimate, tell
+from wlora.experiment.run import attach, count_parameters, open_record, prepare_method
+from wlora.methods.base import Method, Steps
+from wlora.models.architectures import read_architecture
+from wlora.models.loading import build_unloaded, load_tokenizer
+from wlora.models.source import ModelSource, locate
+from wlora.storage.records import RecordStore
+from wlora.tasks.base import build_task
+from wlora.training.batch_growth import settle_growth
+from wlora.training.precision import Precision, choose_precision
+from wlora.training.run_length import make_plan
+
+# Stands for a run of unknown length, where a method's structure depends on it.
+LONG = Steps(total=100_000, per_epoch=10_000)
+
+
+def describe(config: Config) -> str:
+    """Say what a run would do (`dry_run`): adapters, parameters, steps, whether it is done. Needs no weights."""
+    source = locate(config.model)
+    device = Accelerator(cpu=not torch.cuda.is_available()).device
+    config = settle_growth(config, device)
+    precision = choose_precision(config.precision, device)
+    record = open_record(config, source, precision)
+    task = build_task(config.task)
+    method = prepare_method(config)
+    rows = _known_rows(config)
+    if rows is not None:
+        plan = make_plan(config, rows)
+        method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
+    model = build_unloaded(config.model, _countable(config, source), head=task.head, num_labels=task.num_labels)
+    head = attach(model, method, config)
+    counts = count_parameters(model, method, head)
+    trainable = counts["adapter_initial"] + counts["base"]
+    what = "base" if counts["base"] else "adapter"
+    steps = "unknown until the data are there"
+    if rows is not None:
+        # Long texts are cut into windows, whose number only the tokenizer knows.
+        least = "at least " if task.head == "question_answering" else ""
+        steps = (
+            f"{least}{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
+            f"{plan.accumulation_steps}), warm-up {plan.warmup}"
+        )
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) * precision.dtype.itemsize / 1e9
+    parts = ", ".join(f"{frozen / count:.1f} on each of {count}" for count in (2, 4, 8))
+    sharded = [f"sharded    {frozen:.1f} GB of frozen base: {parts} processes"] if config.train.fsdp else []
+    length = Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch) if rows is not None else LONG
+    memory = [f"{'' if i else 'memory':<10} {line}" for i, line in enumerate(_foresee(config, precision, length))]
+    lines = [
+        f"run        {record.run_id} ({_known_status(config.results_dir, record.run_id)})",
+        f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",
+        f"adapters   {len(method.attached())} of method={config.method['name']}",
+        f"trainable  {trainable:,} {what} parameters ({share_of_model(trainable, counts)})",
+        *_final(method, counts),
+        f"head       {counts['head']:,} trainable parameters of head and pooler",
+        *sharded,
+        f"steps      {steps}",
+        *memory,
+    ]
+    return "\n".join(lines)
+
+
+def _final(method: Method, counts: dict[str, int]) -> list[str]:
+    """Say how many adapter parameters are left at the end, if not all of the start."""
+    found = method.final_count()
+    if found is None:
+        return ["at the end adapter parameters are left as the run decides"]
+    least, most = found
+    if least == most == counts["adapter_initial"]:
+        return []
+    listed = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return [f"at the end {listed} adapter parameters ({share_of_model(most, counts)})"]
+
+
+def _foresee(config: Config, precision: Precision, steps: Steps) -> list[str]:
+    """Say how much memory a step will take; a method whose shapes depend on numbers shows that only when it runs."""
+    try:
+        return tell(estimate(config, precision, steps), config)
+    except RuntimeError as error:
+        return [f"not foreseen for method={config.method['name']} ({type(error).__name__})"]
+
+
+def _known_status(results_dir: str, run_id: str) -> str:
+    """Say what there is of a run."""
+    try:
+        done = RecordStore(results_dir).load(run_id)
+    except ConfigError as damage:
+        return f"{damage}; it would be done again"
+    return f"record exists: {done.status}" if done else "no record yet"
+
+
+def _known_rows(config: Config) -> int | None:
+    """Return the number of training rows without touching the network, or None."""
+    rows = config.task.train_rows
+    if config.task.path is not None or config.task.generator is not None:
+        return len(load_splits(config.task, offline=True).rows["train"])
+    if rows is None:
+        return None
+    return min(rows, config.task.max_train_rows or rows)
+
+
+def _countable(config: Config, source: ModelSource) -> dict[str, Any]:
+    """Return an architecture complete enough to be built; random models take the vocabulary of their tokenizer."""
+    architecture = read_architecture(config.model)
+    if "vocab_size" not in architecture:
+        architecture["vocab_size"] = len(load_tokenizer(config.model, source))
+    return architecture

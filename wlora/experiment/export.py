@@ -1,0 +1,227 @@
+"""Entry point: `python -m wlora.export RUN_ID format=peft|merged`, the trained adapters of a run as others use them.
+
+`peft` is a folder for `PeftModel.from_pretrained(base, folder)`, and for `adapter.path`; `merged` a plain transformers
+model, and `model.path`. Both carry a model card with the facts of the record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wlora.adapters.peft_format import CONFIG, RECORDED, refuse_unbounded
+from wlora.analysis.study import read_run, read_words
+from wlora.config.schema import Config, restore_config
+from wlora.console import protect_output, telling
+from wlora.data.hub import go_offline, require_sources
+from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
+from wlora.experiment.model_card import write_card
+from wlora.models.source import ModelSource, locate, require_extras
+from wlora.storage.atomic_write import MISSING, check_folders, patiently
+from wlora.storage.records import Record, RecordStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMATS = ("peft", "merged")
+OPTIONS = {"format": "peft", "results_dir": "results", "to": None, "model.path": None, "offline": "false"}
+HELP = """\
+python -m wlora.export RUN_ID [format=peft|merged] [results_dir=results] [to=DIR] [model.path=DIR] [offline=true]
+
+  format=peft     adapters and tokenizer, for PeftModel.from_pretrained(base, DIR) and adapter.path=DIR
+  format=merged   a plain transformers model with tokenizer, for from_pretrained(DIR) and model.path=DIR
+  to              a folder that is not there yet; by default <results_dir>/exports/<run_id>-<format>, which is replaced
+  model.path      where the base is now: format=merged needs it, format=peft takes the tokenizer from it"""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Export one run and say where it is; exits with 1 after a fault and 2 after a mistake in the request."""
+    protect_output()
+    words = sys.argv[1:] if words is None else words
+    if not words or "--help" in words:
+        print(HELP)
+        sys.exit(0 if words else 2)
+    with telling():
+        print(export(words))
+
+
+def export(words: Sequence[str]) -> Path:
+    """Write what the words ask for; returns its folder.
+
+    Raises:
+        ConfigError: no such run, one without adapters, a base that is not the run's.
+        RunFault: the folder cannot be written.
+    """
+    names, options, strange = read_words(words, dict(OPTIONS))
+    for key in strange:
+        raise unknown_name(key, key, OPTIONS)
+    if len(names) != 1:
+        raise ConfigError(f"{' '.join(names) or 'RUN_ID is missing'}: allowed is one RUN_ID, the name of a record")
+    kind, results = options["format"], str(options["results_dir"])
+    if kind not in FORMATS:
+        raise wrong_value("format", kind, " | ".join(FORMATS))
+    record = find_record(results, names[0])
+    adapters = trained_adapters(results, record)
+    target = Path(options["to"] or Path(results) / "exports" / f"{record.run_id}-{kind}")
+    if options["to"] and os.path.lexists(target):
+        raise wrong_value("to", target, "a folder that is not there yet")
+    config = restore_config(record.config)
+    config.model.path, config.offline = options["model.path"] or config.model.path, options["offline"] == "true"
+    if kind == "merged":
+        _refuse_packed(config)
+        _refuse_unknown_scale(record, results)
+        source = _require_base(config, record)
+    from wlora.experiment.saving import replacing, write_model
+
+    if not options["to"]:
+        check_folders(results, "exports")
+    with replacing(target) as staging:
+        if kind == "peft":
+            staging.mkdir(parents=True)
+            _write_files(adapters, staging)
+            _add_tokenizer(config, record, staging)
+        else:
+            write_model(*merge(config, source, adapters), staging)
+        write_card(staging / "README.md", record, config, merged=kind == "merged")
+    return target
+
+
+def find_record(results_dir: str, run_id: str) -> Record:
+    """Return the record of a run that has succeeded.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    if not os.path.isdir(results_dir):
+        raise wrong_value("results_dir", results_dir, "a folder with the records of a study")
+    store = RecordStore(results_dir)
+    record = store.load(run_id) if re.fullmatch(r"[\w-]{1,100}", run_id) else None
+    if record is None:
+        known = [file.stem for file in store.folder.glob("*.json")]
+        near = difflib.get_close_matches(run_id, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{shorten(run_id)}: no record of that name among the {len(known)} in {store.folder}{hint}")
+    if record.status != "success":
+        raise ConfigError(f"{run_id}: its status is {record.status}: allowed is a run that has succeeded")
+    try:
+        read_run(record)
+    except ValueError as error:
+        raise ConfigError(f"record {store.path(run_id)} is damaged: {error}") from None
+    return record
+
+
+def trained_adapters(results_dir: str, record: Record) -> dict[str, bytes]:
+    """Return the files of a run's adapters by name: the bytes that were hashed, since the files may change at any time.
+
+    Raises:
+        ConfigError: the run has kept none, or the files are not those that it wrote.
+    """
+    folder = Path(results_dir) / "adapters" / record.run_id
+    if not record.adapters:
+        raise ConfigError(
+            f"{record.run_id}: method={record.config['method']['name']} has left no adapters\n"
+            "way out: train.save_model=true writes the whole model of such a run"
+        )
+    try:
+        files = {name: patiently((folder / name).read_bytes) for name in RECORDED}
+    except MISSING:
+        raise ConfigError(f"{record.run_id}: its adapters are not in {folder}\n{_run_again(record, results_dir)}") from None
+    except OSError as error:
+        raise ConfigError(f"{record.run_id}: its adapters in {folder} cannot be read ({error.strerror})") from None
+    for name, key in RECORDED.items():
+        found, written = hashlib.sha256(files[name]).hexdigest()[:16], record.model.get(key)
+        if written != found and not (name == CONFIG and written is None):
+            raise ConfigError(f"{folder}: {name} is not what the run wrote ({found}, the record says {written})")
+    refuse_unbounded(files[CONFIG], str(folder))
+    return files
+
+
+def _run_again(record: Record, results_dir: str) -> str:
+    return f"way out: python -m wlora.run from={record.run_id} results_dir={results_dir} runs it again and keeps them"
+
+
+def _refuse_unknown_scale(record: Record, results_dir: str) -> None:
+    """Refuse to fold in what the record does not vouch for: once it told of the weights alone, not of rank and alpha."""
+    if record.model.get(RECORDED[CONFIG]) is None:
+        raise ConfigError(
+            f"format=merged: the record of {record.run_id} is from before {CONFIG} was hashed: allowed is format=peft\n"
+            f"{_run_again(record, results_dir)}"
+        )
+
+
+def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def merge(
+    config: Config, source: ModelSource, adapters: Mapping[str, bytes]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a run's base in float32, fold its adapters in and give it its head; the labels go along by their names."""
+    from peft import PeftModel
+
+    from wlora.adapters.peft_format import fold_peft
+    from wlora.models.loading import load_model, load_tokenizer, name_classes, quiet
+    from wlora.tasks.base import build_task
+    from wlora.tasks.summarization import Summarization
+
+    task = build_task(config.task)
+    tokenizer = load_tokenizer(config.model, source)
+    base = load_model(config.model, source, tokenizer, head=task.head, num_labels=task.num_labels, seed=0)
+    try:
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            _write_files(adapters, Path(folder))
+            PeftModel.from_pretrained(base, folder)  # it changes the base in place
+        fold_peft(base)
+    except Exception as error:  # whatever an odd configuration makes PEFT, safetensors or torch raise
+        raise ConfigError(f"the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
+    name_classes(base, config.task.labels, head=task.head)
+    if isinstance(task, Summarization):
+        task.set_generation(base)
+    return base, tokenizer
+
+
+def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
+    """Put the base's tokenizer beside adapters, which are of use without it: a base that is not at hand is a notice."""
+    from wlora.models.loading import load_tokenizer, quiet
+
+    try:
+        tokenizer = load_tokenizer(config.model, _require_base(config, record))
+    except ConfigError as error:
+        print(f"notice: the tokenizer is not exported: {error}", file=sys.stderr)
+        return
+    with quiet():
+        tokenizer.save_pretrained(folder)
+
+
+def _refuse_packed(config: Config) -> None:
+    """Refuse a base that adapters cannot be folded into."""
+    if config.model.quantization != "none" or config.model.gguf_file:
+        raise ConfigError("format=merged: packed weights cannot take adapters in: allowed is format=peft")
+
+
+def _require_base(config: Config, record: Record) -> ModelSource:
+    """Return the base that the run's adapters were trained on; refuse another one, and one that is not at hand."""
+    model = config.model
+    if config.offline:
+        go_offline()
+    require_extras(model)
+    model.revision = record.model.get("revision") or model.revision
+    # The data are not asked for.
+    require_sources(dataclasses.replace(config, task=dataclasses.replace(config.task, hub_id=None)))
+    source, trained_on = locate(model), record.model.get("fingerprint")
+    if trained_on is not None and source.fingerprint != trained_on:
+        raise ConfigError(f"model.path={model.path}: its content is {source.fingerprint}, the run's base was {trained_on}")
+    return source
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The lowest layers of a model, computed alone or left out: below the lowest adapter no training changes what they give."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from wlora.adapters.layer import AdaptedLinear
+from wlora.models.architectures import FAMILIES
+from wlora.models.first_token import every_token
+from wlora.models.loading import head_modules, head_parameters
+
+# Families whose layers return (hidden states, attention weights).
+_RETURN_PAIRS = ("deberta-v2",)
+# What a configuration holds besides the architecture of the body.
+_NAMES = ("transformers_version", "architectures", "id2label", "label2id", "problem_type", "name_or_path", "dtype")
+
+
+class _Reached(Exception):
+    """The last layer of the prefix has given its output: nothing above it need run."""
+
+
+def frozen_depth(model: PreTrainedModel) -> int:
+    """Return how many layers of a model's first stack, from the lowest up, neither train nor have an adapter.
+
+    That is the encoder of BART, and all layers of the other families. 0 if anything beneath them trains, or if layers
+    are skipped at random (LayerDrop), so that none has an output of its own.
+    """
+    first, *others = FAMILIES[model.config.model_type]
+    above = {id(p) for p in head_parameters(model).values()}
+    for stack in others:
+        above |= {id(p) for p in model.get_submodule(stack.prefix).parameters()}
+    layers = _layers(model)
+    inside = {id(p) for p in layers.parameters()}
+    beneath = [p for p in model.parameters() if p.requires_grad and id(p) not in above | inside]
+    if beneath or getattr(model.config, "encoder_layerdrop", 0) > 0:
+        return 0
+    for index, layer in enumerate(layers):
+        adapted = any(isinstance(module, AdaptedLinear) for module in layer.modules())
+        if adapted or any(p.requires_grad for p in layer.parameters()):
+            return index
+    return len(layers)
+
+
+class Prefix:
+    """The lowest `depth` layers of a model, in evaluation mode: computed alone, or left out.
+
+    Names and parameters of the model stay as they are.
+
+    Args:
+        model: the bare model.
+        depth: 1 to the number of layers of the first stack, as in `frozen_depth`.
+    """
+
+    def __init__(self, model: PreTrainedModel, depth: int) -> None:
+        self.model, self.depth = model, depth
+        self._skipped = list(_layers(model))[:depth]
+        self._pairs = model.config.model_type in _RETURN_PAIRS
+
+    @property
+    def width(self) -> int:
+        """Size of a hidden state."""
+        config = self.model.config
+        return int(getattr(config, "d_model", None) or config.hidden_size)
+
+    @torch.no_grad()
+    def compute(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the hidden states above the prefix, [rows, tokens, width]; no random number is drawn."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(output[0] if self._pairs else output)
+            raise _Reached
+
+        training = self.model.training
+        self.model.eval()
+        handle = self._skipped[-1].register_forward_hook(stop)
+        try:
+            with every_token(self.model):
+                self.model(**inputs)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+            self.model.train(training)
+        return found[0]
+
+    @contextmanager
+    def replaced(self, states: Tensor) -> Iterator[None]:
+        """Let the model leave the prefix out in this block and go on from given hidden states, [rows, tokens, width].
+
+        The embeddings still run; their output is not used.
+        """
+
+        def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states, None) if self._pairs else hidden_states
+
+        def given(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return passed(states.to(hidden_states.dtype))
+
+        for layer in self._skipped:
+            layer.forward = passed
+        self._skipped[-1].forward = given
+        try:
+            yield
+        finally:
+            for layer in self._skipped:
+                del layer.forward
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that the prefix computes with: its own weights and those beneath it, and the architecture."""
+        stack, *others = FAMILIES[self.model.config.model_type]
+        above = [*head_modules(self.model), *(other.prefix for other in others), "lm_head"]
+        above += [f"{stack.prefix}.{index}" for index in range(self.depth, len(_layers(self.model)))]
+        architecture = {k: v for k, v in self.model.config.to_dict().items() if k not in _NAMES and k[0] != "_"}
+        digest = hashlib.sha256(f"{self.depth} {json.dumps(architecture, sort_keys=True, default=str)}".encode())
+        for name, value in self.model.state_dict().items():
+            if isinstance(value, Tensor) and not any(name.startswith(f"{prefix}.") for prefix in above):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    layers = model.get_submodule(FAMILIES[model.config.model_type][0].prefix)
+    assert isinstance(layers, nn.ModuleList)
+    return layers

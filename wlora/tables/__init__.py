@@ -1,1 +1,0 @@
-"""The paper's Tables 1-6, from records: layouts, cells, comparisons, and the files written from them."""

@@ -1,0 +1,67 @@
+"""Which rows make up a step: batches of similar length, in an order that is a function of (seed, epoch)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from wlora.methods.training_data import Phase
+
+# Rows are sorted by length within windows of this many batches: wide enough to save padding, narrow enough to mix.
+WINDOW_BATCHES = 50
+
+
+def training_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Cut one epoch into micro-batches of row indices.
+
+    Rows are shuffled, sorted by length within windows, cut, and the batches shuffled again. The batch with the longest
+    row comes first in epoch 0, so that a lack of memory shows at once.
+    """
+    generator = random.Random(f"{seed}/{epoch}")
+    rows = list(range(len(lengths)))
+    generator.shuffle(rows)
+    window = WINDOW_BATCHES * batch_size
+    batches: list[list[int]] = []
+    for start in range(0, len(rows), window):
+        block = sorted(rows[start : start + window], key=lambda row: lengths[row], reverse=True)
+        batches += [block[i : i + batch_size] for i in range(0, len(block), batch_size)]
+    generator.shuffle(batches)
+    if epoch == 0:
+        longest = max(range(len(batches)), key=lambda index: max(lengths[row] for row in batches[index]))
+        batches[0], batches[longest] = batches[longest], batches[0]
+    return batches
+
+
+def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Cut all rows into batches of similar length, longest first; the order never changes."""
+    rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+
+def group_for_steps(batches: list[list[int]], accumulation_steps: int) -> list[list[list[int]]]:
+    """Group micro-batches into optimiser steps; the last step of an epoch may hold fewer."""
+    return [batches[i : i + accumulation_steps] for i in range(0, len(batches), accumulation_steps)]
+
+
+def step_batches(
+    phases: Sequence[Phase], lengths: Sequence[int], *, batch_size: int, accumulation_steps: int, seed: int
+) -> Iterator[list[list[int]]]:
+    """Yield the micro-batches of every optimiser step of a run, whose phases each go through rows of their own.
+
+    Args:
+        lengths: tokens of every training row.
+    """
+    epoch = 0
+    for phase in phases:
+        done = 0
+        while done < phase.steps:
+            batches = training_batches([lengths[row] for row in phase.rows], batch_size, seed=seed, epoch=epoch)
+            for group in group_for_steps(batches, accumulation_steps)[: phase.steps - done]:
+                yield [[phase.rows[index] for index in batch] for batch in group]
+                done += 1
+            epoch += 1
+
+
+def share(batch: list[int], rank: int, world: int) -> list[int]:
+    """Return one process's rows of a micro-batch; over all processes every row comes exactly once."""
+    return batch[rank::world]

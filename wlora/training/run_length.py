@@ -1,0 +1,74 @@
+"""How long a run is, in optimiser steps, once the number of rows is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from wlora.config.schema import Config
+from wlora.errors import ConfigError, wrong_value
+
+DEFAULT_WARMUP = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run.
+
+    Attributes:
+        rows: training features; as many as rows, but for windows of long texts.
+        batch_size: features of a micro-batch, over all processes.
+        accumulation_steps: micro-batches of an optimiser step.
+        steps_per_epoch: optimiser steps of one pass over the features.
+        total_steps: optimiser steps of the run.
+        warmup: optimiser steps of the learning rate's linear warm-up.
+        eval_every: optimiser steps between evaluations.
+        checkpoint_every: optimiser steps between checkpoints.
+        notice: what the user should know about a default that was changed, or "".
+    """
+
+    rows: int
+    batch_size: int
+    accumulation_steps: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup: int
+    eval_every: int
+    checkpoint_every: int
+    notice: str = ""
+
+
+def make_plan(config: Config, rows: int) -> Plan:
+    """Plan a run over `rows` training features.
+
+    Raises:
+        ConfigError: an explicit warm-up that does not fit the run.
+    """
+    accumulation = config.train.accumulation_steps
+    assert accumulation is not None
+    per_epoch = math.ceil(math.ceil(rows / config.task.batch_size) / accumulation)
+    total = config.train.max_steps or max(1, round(per_epoch * config.task.epochs))
+    notice = ""
+    if config.warmup is None:
+        warmup = min(DEFAULT_WARMUP, total // 10)
+        if warmup < DEFAULT_WARMUP:
+            notice = f"warm-up shortened from {DEFAULT_WARMUP} to {warmup} steps, a tenth of the run's {total}"
+    elif config.warmup >= total:
+        raise wrong_value("warmup", config.warmup, f"0 to {total - 1}, as the run has {total} optimiser steps")
+    else:
+        warmup = config.warmup
+    if config.train.eval_every is not None and config.train.eval_every > total:
+        raise ConfigError(f"train.eval_every={config.train.eval_every}: allowed is 1 to {total}, the steps of the run")
+    eval_every = config.train.eval_every or per_epoch
+    every = config.train.checkpoint_every
+    return Plan(
+        rows=rows,
+        batch_size=config.task.batch_size,
+        accumulation_steps=accumulation,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        warmup=warmup,
+        eval_every=eval_every,
+        checkpoint_every=eval_every if every is None else every,
+        notice=notice,
+    )
