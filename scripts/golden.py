@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wlora.methods.base import Setting
-from wlora.methods.wlora import WLoRA
+from wlora.methods.release import ReleaseWLoRA
 from wlora.models.architectures import Target
 from wlora.training.optimizers import Optimizers
 
@@ -47,7 +47,7 @@ def replay(golden: dict[str, Any]) -> tuple[float, float]:
     settings = golden["settings"]
     data = {key: torch.tensor(golden[key], dtype=torch.float64) for key in ("W", "A0", "X", "y", "head")}
     model = TanhChain(data["W"], data["head"])
-    method = WLoRA(
+    method = ReleaseWLoRA(
         rank=settings["r"],
         alpha=settings["alpha"],
         dropout=0.0,
@@ -56,7 +56,6 @@ def replay(golden: dict[str, Any]) -> tuple[float, float]:
         select_steps=None,
         project_every=settings["project_every"],
     )
-    method.release = True
     method.attach(model, Setting([Target(f"layers.{i}", i, "linear") for i in range(settings["n"])]))
     model.double()
     start_B = torch.zeros_like(data["A0"].mT) if golden["B0"] == "zeros" else torch.tensor(golden["B0"]).double()

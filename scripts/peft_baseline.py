@@ -23,6 +23,8 @@ TEXT_COLUMNS = {
     "rte": ["sentence1", "sentence2"],
     "qnli": ["question", "sentence"],
 }
+# Rows padded to 128 tokens (as by run_glue.py), random batches padded to their longest row, rows of like length together.
+BATCHES = ("padded", "random", "grouped")
 
 
 def parse() -> argparse.Namespace:
@@ -37,23 +39,48 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--train-rows", type=int, default=None, help="so many training rows, drawn at random")
+    parser.add_argument("--batches", choices=BATCHES, default="grouped", help="how batches are made")
     return parser.parse_args()
 
 
-def main() -> None:
-    """Train, evaluate, print."""
-    args = parse()
-    import torch
+def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:
+    """Return the encoded splits."""
     from datasets import load_dataset
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        texts = [rows[column] for column in TEXT_COLUMNS[args.task]]
+        padding = "max_length" if args.batches == "padded" else False
+        return dict(tokenizer(*texts, truncation=True, max_length=128, padding=padding))
+
+    files = {name: str(args.data / f"{name}.parquet") for name in ("train", "validation")}
+    data = load_dataset("parquet", data_files=files).map(encode, batched=True)
+    if args.train_rows:
+        data["train"] = data["train"].shuffle(seed=0).select(range(args.train_rows))
+    return data
+
+
+def load_model(args: argparse.Namespace) -> Any:
+    """Return the model with PEFT's adapters."""
+    import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2, dtype=torch.float32)
+    adapters = LoraConfig(
+        task_type="SEQ_CLS",
+        r=8,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        target_modules=["query", "key", "value"],
+        modules_to_save=["pooler", "classifier"],
     )
+    return get_peft_model(model, adapters)
+
+
+def train(args: argparse.Namespace, model: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
+    """Train and evaluate after every epoch; returns what there is to print of it."""
+    import torch
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     class TimedTrainer(Trainer):  # type: ignore[misc]
         """Evaluates after every epoch, beside the clock."""
@@ -69,27 +96,6 @@ def main() -> None:
             self.evaluating += time.perf_counter() - start
             return found
 
-    set_seed(args.seed)
-    splits = {name: str(args.data / f"{name}.parquet") for name in ("train", "validation")}
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        texts = [rows[column] for column in TEXT_COLUMNS[args.task]]
-        return dict(tokenizer(*texts, truncation=True, max_length=128))
-
-    data = load_dataset("parquet", data_files=splits).map(encode, batched=True)
-    if args.train_rows:
-        data["train"] = data["train"].shuffle(seed=0).select(range(args.train_rows))
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2, dtype=torch.float32)
-    adapters = LoraConfig(
-        task_type="SEQ_CLS",
-        r=8,
-        lora_alpha=32,
-        lora_dropout=0.05,
-        target_modules=["query", "key", "value"],
-        modules_to_save=["pooler", "classifier"],
-    )
-    model = get_peft_model(model, adapters)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
@@ -97,6 +103,7 @@ def main() -> None:
             learning_rate=args.lr,
             per_device_train_batch_size=args.batch,
             per_device_eval_batch_size=64,
+            train_sampling_strategy="group_by_length" if args.batches == "grouped" else "random",
             warmup_steps=20,
             seed=args.seed,
             bf16=args.bf16,
@@ -119,14 +126,23 @@ def main() -> None:
         trainer.begin = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - trainer.begin - trainer.evaluating
-    result = {
-        "score": trainer.curve[-1][1],
-        "train_s": seconds,
-        "examples_per_s": len(data["train"]) * args.epochs / seconds,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "curve": trainer.curve,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    rows = len(data["train"]) * args.epochs
+    return {"score": trainer.curve[-1][1], "train_s": seconds, "examples_per_s": rows / seconds, "curve": trainer.curve}
+
+
+def main() -> None:
+    """Train, evaluate, print."""
+    args = parse()
+    import torch
+    from transformers import AutoTokenizer, set_seed
+
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = load_data(args, tokenizer)
+    model = load_model(args)
+    result = train(args, model, data, tokenizer)
+    result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    result["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if torch.cuda.is_available():
         result["peak_mb"] = torch.cuda.max_memory_allocated() // 2**20
     print(json.dumps(result))

@@ -180,7 +180,7 @@ class Bench:
 
     def prepare(self) -> None:
         """Write the data, and let runs without a shim make a model and adapters to start from."""
-        from wlora.data.synthetic.world import generate
+        from wlora.data.synthetic.story import generate
 
         self.roots["data"].mkdir()
         for split, count in (("train", 32), ("validation", 12)):

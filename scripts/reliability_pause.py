@@ -36,9 +36,9 @@ from omegaconf import OmegaConf
 from wlora.adapters.peft_format import RECORDED
 from wlora.cli.job import Outcome, attempt
 from wlora.config.schema import Config, config_folder, register_schema
-from wlora.config.validation import resolve
 from wlora.errors import ConfigError
 from wlora.experiment import run as experiment
+from wlora.experiment.resolve import resolve
 from wlora.experiment.shared_inputs import Stock
 from wlora.storage import locks
 from wlora.storage.records import Record, RecordStore

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from wlora.cli.sweep import compose
-from wlora.config.schema import Config, run_id, scientific_fields
+from wlora.config.identity import run_id, scientific_fields
+from wlora.config.schema import Config
 from wlora.models.source import locate
 from wlora.storage.records import Record, RecordStore, seal
 

@@ -86,7 +86,7 @@ def bart_weights() -> dict[str, Tensor]:
 def _train_tokenizer(folder: Path) -> None:
     from tokenizers import ByteLevelBPETokenizer
 
-    from wlora.data.synthetic.world import sample_texts
+    from wlora.data.synthetic.story import sample_texts
 
     tokenizer = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

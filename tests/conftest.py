@@ -78,7 +78,7 @@ def compose(*overrides: str) -> Any:
 
     from wlora.config.presets import apply_presets
     from wlora.config.schema import config_folder, register_schema
-    from wlora.config.validation import resolve
+    from wlora.experiment.resolve import resolve
 
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):

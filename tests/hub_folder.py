@@ -147,7 +147,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 def _train_sentencepiece(folder: Path) -> None:
     import sentencepiece
 
-    from wlora.data.synthetic.world import sample_texts
+    from wlora.data.synthetic.story import sample_texts
 
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(list(sample_texts())),

@@ -80,7 +80,7 @@ def train_tokenizer() -> Any:
     """Train a byte-level tokenizer as Llama 3's: a token before every text, none behind, no padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    from wlora.data.synthetic.world import sample_texts
+    from wlora.data.synthetic.story import sample_texts
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -30,7 +30,7 @@ def make_record(
     status: str = "success",
     precision: str = "fp32",
     data: str = "d",
-    version: str = "0.1.0",
+    numerics: int | None = None,
     name: str | None = None,
     **fields: Any,
 ) -> Record:
@@ -40,7 +40,7 @@ def make_record(
     if not isinstance(metrics, dict):
         metrics = dict.fromkeys(config["task"]["metrics"], metrics)
     record = Record(
-        run_id=name or hashlib.sha256(repr((words, precision, data, version)).encode()).hexdigest()[:16],
+        run_id=name or hashlib.sha256(repr((words, precision, data, numerics)).encode()).hexdigest()[:16],
         status=status,
         config=config,
         task={"name": config["task"]["name"], "data": data, "train_rows": 100},
@@ -50,7 +50,8 @@ def make_record(
         parameters={"adapter_initial": 2000, "adapter_final": 1000, "base": 0, "head": 10, "total": TOTAL},
         steps={"total": 50, "per_epoch": 10, "warmup": 5},
         seconds={"train": 8.0, "eval": 1.0, "total": 10.0},
-        environment={"precision": precision, "wlora": version, "git_commit": "abc1234", "git_dirty": False},
+        environment=({} if numerics is None else {"numerics": numerics})
+        | {"precision": precision, "wlora": "0.1.0", "git_commit": "abc1234", "git_dirty": False},
     )
     for key, value in fields.items():
         setattr(record, key, value)

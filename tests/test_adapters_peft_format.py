@@ -282,7 +282,7 @@ def test_with_its_head_a_run_begins_where_the_other_ended(trained: Path, run_tin
 
 def test_the_content_of_the_start_is_part_of_the_identity_and_its_place_is_not(trained: Path, tmp_path: Path) -> None:
     def identity(*words: str) -> str:
-        from wlora.config.schema import run_id, scientific_fields
+        from wlora.config.identity import run_id, scientific_fields
 
         config = compose(*TINY, "method=lora", *words)
         return run_id(scientific_fields(config, task_data="d", model_data=None, precision="fp32"))

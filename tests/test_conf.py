@@ -6,14 +6,14 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from omegaconf import OmegaConf
 
 from wlora.cli.help import read_comments
-from wlora.config.schema import METHOD_NOTES, config_folder
-from wlora.config.validation import RULES, canonical, satisfies
+from wlora.config.rules import RULES, canonical, satisfies
+from wlora.config.schema import METHOD_NOTES, Decides, config_folder, walk
 from wlora.errors import ConfigError
 from wlora.methods.registry import build_method
 
@@ -113,7 +113,7 @@ def test_what_is_given_on_the_command_line_replaces_an_experiments_figure() -> N
 
 
 def test_every_file_is_in_a_group_that_is_tested() -> None:
-    tested = {"task", "model", "method", "experiment", "train", "hydra", "hardware"}  # the last two in test_launchers.py
+    tested = {"task", "model", "method", "experiment", "hydra", "hardware"}  # the last two in test_launchers.py
     found = {file.relative_to(config_folder()).parts[0] for file in config_folder().rglob("*.yaml")}
     assert found == tested | {"config.yaml"}
 
@@ -156,8 +156,8 @@ def test_a_method_says_what_it_is_and_what_its_keys_mean(name: str) -> None:
 
 
 def test_every_shared_key_says_what_it_means() -> None:
-    meanings = read_comments(config_folder() / "config.yaml")
-    assert {key for key in RULES if "." not in key} <= set(meanings) and "preset" in meanings
+    for name, part in walk():
+        assert part.metadata["meaning"] and part.metadata["decides"] in get_args(Decides), name
 
 
 CHOICES = {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from wlora.cli import run
+from wlora.config.rules import RULES
 from wlora.config.schema import config_folder
-from wlora.config.validation import RULES
 
 METHODS = {file.stem: OmegaConf.load(file) for file in sorted((config_folder() / "method").glob("*.yaml"))}
 GROUPS = ("task", "model", "experiment")

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from wlora.adapters.peft_format import CONFIG, WEIGHTS, fingerprint
+from wlora.cli.export import main
 from wlora.config.schema import restore_config
 from wlora.errors import ConfigError
-from wlora.experiment.export import export, main
+from wlora.experiment.export import export
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import locate
 from wlora.storage.records import RecordStore

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from wlora.cli.help import read_comments, show
+from wlora.config.rules import RULES
 from wlora.config.schema import METHOD_NOTES
-from wlora.config.validation import RULES
 
 from .conftest import ROOT
 from .test_conf import METHODS, read, read_method

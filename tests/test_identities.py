@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from wlora.config.schema import config_folder, restore_config, run_id, scientific_fields
+from wlora.config.identity import run_id, scientific_fields
+from wlora.config.schema import config_folder, restore_config
 
 from .conftest import ROOT, compose
 

@@ -20,8 +20,8 @@ from wlora.analysis.study import read_study
 from wlora.cli import figures, report, sweep, tables
 from wlora.errors import ConfigError, RunFault
 from wlora.experiment import export, rerun
+from wlora.reading import MOST_LEVELS, find_misfit, read_json
 from wlora.storage.index import read_related
-from wlora.storage.reading import MOST_LEVELS, find_misfit, read_json
 from wlora.storage.records import Record, RecordStore, seal, unseal
 from wlora.training.checkpoints import CheckpointStore
 

@@ -12,11 +12,12 @@ from torch import nn
 from wlora.adapters.layer import AdaptedLinear
 from wlora.errors import ConfigError
 from wlora.methods.base import Event, Method, Setting, Steps
+from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.registry import build_method
 from wlora.methods.selection import project, top_k, top_k_above
 from wlora.methods.wlora import WLoRA
 from wlora.models.architectures import Target, list_targets, read_architecture
-from wlora.training.optimizers import Optimizers, ParameterGroup
+from wlora.training.optimizers import Optimizers
 
 from .conftest import TINY, compose
 

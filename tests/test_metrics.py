@@ -16,6 +16,8 @@ import torch.multiprocessing as mp
 from wlora.errors import ConfigError, RunFault
 from wlora.metrics.glue import Shard, compute, merge_shards, metrics_of
 
+from .conftest import ROOT
+
 ALL_OF_CLASSES = ["accuracy", "f1", "macro_f1", "weighted_f1", "matthews", "accuracy_f1"]
 ALL_OF_VALUES = ["pearson", "spearman", "corr"]
 
@@ -104,7 +106,7 @@ def test_metrics_write_nothing(tmp_path: Path) -> None:
         "print(compute(['accuracy', 'corr'], np.array([0, 1]), np.array([0, 1])))"
     )
     places = {name: str(home / "x") for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME")}
-    environment = {**places, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**places, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "{'accuracy': 1.0, 'corr': 1.0}", done.stderr
     assert list(tmp_path.iterdir()) == [home]

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from wlora.config.schema import config_folder, run_id, scientific_fields
+from wlora.config.identity import run_id, scientific_fields
+from wlora.config.schema import config_folder
 from wlora.experiment.run import attach
 from wlora.methods.base import Method
 from wlora.methods.registry import build_method

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from wlora.config.schema import Config, ModelConfig
+from wlora.config.schema import TARGET_SETS, Config, ModelConfig
 from wlora.experiment.run import attach, count_parameters
 from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
 from wlora.methods.wlora import WLoRA
 from wlora.methods.wlora_plus import WLoRAPlus
-from wlora.models.architectures import TARGET_SETS, Target, count_targets, list_targets
+from wlora.models.architectures import Target, count_targets, list_targets
 from wlora.models.loading import build_unloaded, head_parameters
 from wlora.models.source import ModelSource
 

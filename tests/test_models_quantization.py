@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from wlora.console import share_of_model
 from wlora.errors import ConfigError
 from wlora.experiment.run import attach, count_parameters
+from wlora.experiment.summary import share_of_model
 from wlora.methods.base import Method
 from wlora.methods.milora import decompose_base
 from wlora.methods.registry import build_method

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from wlora.config.schema import config_folder, scientific_fields
+from wlora.config.identity import scientific_fields
+from wlora.config.schema import config_folder
 from wlora.errors import ConfigError, RunFault
 from wlora.experiment import run as experiment
 from wlora.experiment import saving

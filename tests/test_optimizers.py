@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from wlora.training.optimizers import Optimizers, ParameterGroup, ReleaseAdamW, linear_schedule
+from wlora.methods.parameter_groups import ParameterGroup
+from wlora.training.optimizers import Optimizers, ReleaseAdamW, linear_schedule
+
+from .conftest import ROOT
 
 
 def parameter(value: float = 1.0) -> nn.Parameter:
@@ -72,12 +74,11 @@ def test_the_golden_trajectory_of_the_release() -> None:
     """ω and losses of all 60 steps to 1e-8, on a copy of the figures the release printed."""
     import importlib.util
 
-    root = Path(__file__).parent
-    spec = importlib.util.spec_from_file_location("golden", root.parent / "scripts" / "golden.py")
+    spec = importlib.util.spec_from_file_location("golden", ROOT / "scripts" / "golden.py")
     assert spec is not None and spec.loader is not None
     golden = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(golden)
-    figures = json.loads((root / "golden" / "wlora_release.json").read_text())
+    figures = json.loads((ROOT / "tests" / "golden" / "wlora_release.json").read_text())
     assert len(figures["trajectory"]) == 60
     worst_omega, worst_loss = golden.replay(figures)
     assert worst_omega < 1e-8 and worst_loss < 1e-8

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from wlora.config.schema import run_id, scientific_fields
+from wlora.config.identity import run_id, scientific_fields
 from wlora.data.features import Features
 from wlora.experiment.run import attach
 from wlora.methods.alora import ALoRA

@@ -9,9 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from wlora.cli.sweep import compose as compose_cell
+from wlora.config.identity import method_revision, run_id, scientific_fields
 from wlora.config.presets import TEXTS, apply_presets, explicit_keys
-from wlora.config.schema import method_revision, run_id, scientific_fields
-from wlora.config.validation import RULES, satisfies
+from wlora.config.rules import RULES, satisfies
 from wlora.errors import ConfigError
 from wlora.methods.base import Steps
 from wlora.methods.registry import build_method

@@ -279,11 +279,11 @@ def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
             shutil.copytree(ROOT / folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("figures", "tables"))
             figures.main([word if "results_dir" not in word else f"results_dir={copy}" for word in words])
             drawn[folder] = {file.name for file in (copy / "figures").iterdir()}
-        elif module == "wlora.cli.memory":
+        elif module == "wlora.memory":
             memory.main([*words, "model=tiny_bert", "task.batch_size=2", f"results_dir={tmp_path / 'small'}"])
             assert list((tmp_path / "small" / "memory").glob("tiny_bert*.json"))
         else:
-            assert module == "wlora.cli.report"  # tests/test_report.py writes it
+            assert module == "wlora.report"  # tests/test_report.py writes it
     assert drawn["results/cpu_study"] >= {f"{name}.png" for name in ("adapters", "pareto", "curves", "selection")}
     assert drawn["results/selection"] == {"selection.png", "selection.pdf"}
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from wlora.config.schema import Config, run_id, scientific_fields, stream_seed
+from wlora.config.identity import run_id, scientific_fields, stream_seed
+from wlora.config.schema import Config
 from wlora.errors import ConfigError, RunFault
 from wlora.storage import atomic_write as staging
 from wlora.storage import records

@@ -110,7 +110,8 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 def test_nothing_is_downloaded() -> None:
     code = (
         "import socket; socket.socket.connect = None\n"
-        "from wlora.metrics.rouge import compute_rouge; print(compute_rouge(['rougeLsum'], ['a b. c'], ['a b. c'])['rougeLsum'])"
+        "from wlora.metrics.rouge import compute_rouge\n"
+        "print(compute_rouge(['rougeLsum'], ['a b. c'], ['a b. c'])['rougeLsum'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "1.0", done.stderr

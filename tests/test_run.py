@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from wlora import __version__
+from wlora.cli import command, entry
+from wlora.cli.command import COMMANDS
 from wlora.cli.job import DESK, Outcome, Sweep
 from wlora.console import protect_output
 
@@ -249,7 +252,7 @@ def test_a_process_without_streams_can_print(monkeypatch: pytest.MonkeyPatch) ->
     assert not sys.stderr.isatty()
 
 
-@pytest.mark.parametrize("name", ["tables.__main__", "figures.__main__", "report", "export", "memory", "sweep", "run"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_entry_point_protects_its_output(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Protected(Exception):
         pass
@@ -257,11 +260,49 @@ def test_every_entry_point_protects_its_output(name: str, monkeypatch: pytest.Mo
     def protect() -> None:
         raise Protected
 
-    module = importlib.import_module(f"wlora.{name}")
-    monkeypatch.setattr(module, "protect_output", protect)
+    module = importlib.import_module(COMMANDS[name][0])
+    monkeypatch.setattr(module if name == "run" else entry, "protect_output", protect)
     monkeypatch.setattr(sys, "argv", ["wlora", "--help"])
     with pytest.raises(Protected):
         module.main()
+
+
+def test_every_command_has_a_help_that_names_it_and_needs_no_torch() -> None:
+    code = """if True:
+    import sys
+    from wlora.cli.command import COMMANDS, main
+    for name in sorted(COMMANDS, key="memory".__eq__):
+        sys.argv = ["wlora", name, "--help"]
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, name
+        assert name == "memory" or "torch" not in sys.modules, name
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert all(f"wlora.{name}" in done.stdout for name in COMMANDS)
+
+
+def test_the_command_wlora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wlora", *words])
+        try:
+            command.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    assert say("--version") == (0, f"wlora {__version__}\n", "")
+    code, out, _ = say()
+    assert code == 2 and out == say("--help")[1] and all(name in out for name in COMMANDS)
+    code, _, err = say("tabels", "all")
+    assert code == 2 and err.startswith("error: tabels") and "tables" in err
+    code, _, err = say("tables", "7")
+    assert code == 2 and "7" in err
+    code, _, err = say("methd=lora")
+    assert code == 2 and "method" in err
 
 
 def test_a_run_whose_output_nobody_reads_ends_well(tmp_path: Path) -> None:

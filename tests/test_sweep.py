@@ -103,7 +103,7 @@ def test_the_entry_point_prints_cells_and_the_total(
 ) -> None:
     lines = " ".join(words(tmp_path, "lr=1e-4,1e-3"))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{lines}\n\n{lines}\n"))
-    sweep.main()
+    sweep.main([])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "task=sst2 model=minilm method=lora rank=8 targets=qkv: 0 of 2 runs done, length unknown"
     assert printed[1].startswith("task=sst2 model=minilm method=wlora rank=8 k=5 targets=qkv: 0 of 2")
@@ -111,7 +111,7 @@ def test_the_entry_point_prints_cells_and_the_total(
     for wrong in ("rank=x", "'task=rte", "--config-dir=x", "k=[1"):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{lines} {wrong}\n"))
         with pytest.raises(SystemExit) as end:
-            sweep.main()
+            sweep.main([])
         error = capsys.readouterr().err
         assert end.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) <= 2, error
 

@@ -217,7 +217,7 @@ def test_methods_beyond_the_papers_get_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"version": "0.2.0"}, r"wlora: 0.1.0 \| 0.2.0"),
+        ({"numerics": 2}, r"numerics: 1 \| 2"),
         ({"data": "other"}, r"task.data: d \| other"),
         ({"precision": "bf16"}, r"precision: bf16 \| fp32"),
         ({"words": ["task.max_train_rows=50"]}, r"task.max_train_rows: 50 \| null"),

@@ -133,11 +133,10 @@ def test_padding_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast, side:
 
 def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     task = _task(max_length=7)
-    task.encode(SENTENCES, tokenizer, training=True)
-    assert task.truncated_share == 0.0  # the longer row has exactly 7 tokens
+    assert task.encode(SENTENCES, tokenizer, training=True).truncated_share == 0.0  # the longer row has exactly 7 tokens
     task = _task(max_length=6)
     encoded = task.encode(SENTENCES, tokenizer, training=True)
-    assert task.truncated_share == 0.5
+    assert encoded.truncated_share == 0.5
     assert encoded.column("length") == [6, 3]
 
 

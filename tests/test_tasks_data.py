@@ -20,6 +20,8 @@ from wlora.data.local_files import EXTENSIONS
 from wlora.data.sources import fingerprint, load_splits
 from wlora.errors import ConfigError
 
+from .conftest import ROOT
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Rows = dict[str, list[Any]]
 
@@ -431,7 +433,7 @@ def test_offline_without_a_cache_is_refused_before_torch_is_imported(tmp_path: P
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"HOME": str(tmp_path), "HF_HOME": str(tmp_path)},
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

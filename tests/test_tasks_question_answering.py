@@ -107,7 +107,7 @@ def test_a_long_context_is_cut_into_windows_that_share_the_stride(tokenizer: Pre
     assert [ends[-1] for ends in features.column("ends")] == [5 * 3 + 1, 8 * 3 + 2, 29]
     assert features.column("input_ids")[0][:6] == [CLS, WHO, IS, SEP, W, WORDS.index("##0")]
     assert features.column("token_type_ids")[0] == [0] * 4 + [1] * 12
-    assert task.truncated_share == 0.0
+    assert features.truncated_share == 0.0
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,9 @@ def test_answers_that_no_window_holds_whole_are_counted(tokenizer: PreTrainedTok
     task = make_task()
     # Windows hold the tokens 0–10, 7–17 and 14–19, of which a word has two: the second and third answers fit into none.
     rows = make_rows(find("w4 w5"), find("w1 w2 w3 w4 w5 w6 w7"), find("w3 w4 w5"), find("w8 w9"), NONE)
-    assert positions(task.encode(rows, tokenizer, training=True))[3:9] == [(0, 0)] * 6
-    assert task.lost_answers == 2
-    task.encode(rows, tokenizer, training=False)
-    assert task.lost_answers == 0
+    encoded = task.encode(rows, tokenizer, training=True)
+    assert positions(encoded)[3:9] == [(0, 0)] * 6 and encoded.lost_answers == 2
+    assert task.encode(rows, tokenizer, training=False).lost_answers == 0
 
 
 def test_batches_are_padded_on_the_right_and_hold_positions_only_for_training(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -166,7 +165,7 @@ def test_a_question_without_room_for_more_than_the_stride_is_cut_after_a_word(to
         ("w" + "1234567890" * 2, 8),
     ):
         features = task.encode(make_rows(NONE, question=question), tokenizer, training=False)
-        assert task.truncated_share == (question != "w1 w2 w3 w4")
+        assert features.truncated_share == (question != "w1 w2 w3 w4")
         assert set(features.column("context")) == {kept + 2}
         assert features.column("starts")[0][0] == 0 and features.column("ends")[-1][-1] == len(CONTEXT)
         assert max(features.column("length")) == 16

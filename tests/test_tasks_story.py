@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from wlora.data.synthetic import world as story
+from wlora.data.synthetic import nli, story, world
 from wlora.data.synthetic.world import CONTRADICTION, ENTAILMENT, NEUTRAL, Claim, Event, World
 from wlora.errors import ConfigError
 
@@ -24,14 +24,14 @@ Columns = dict[str, list[Any]]
 SHA256 = "87ad1b46d006c787e4d73fcaa461dd5e46771fd66b76fcc261a2e419219e77ed"
 FINGERPRINT = (
     "import hashlib, json; from wlora.tasks.base import story; "
-    "text = json.dumps([story.generate('story_nli', split) for split in story.SPLITS]); "
+    "text = json.dumps([story.generate('story_nli', split) for split in world.SPLITS]); "
     "print(hashlib.sha256(text.encode()).hexdigest())"
 )
 
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, Columns]:
-    return {split: story.generate("story_nli", split) for split in story.SPLITS}
+    return {split: story.generate("story_nli", split) for split in world.SPLITS}
 
 
 def rows(columns: Columns) -> list[tuple[str, str, int]]:
@@ -45,14 +45,14 @@ def sentences(columns: Columns) -> set[str]:
 
 def combination(sentence: str) -> tuple[str, int, tuple[str, ...]]:
     """Parse a sentence back into its kind, the position of its template and its entities."""
-    kinds = story.EVENT_TEMPLATES | {"claim": story.CLAIM_TEMPLATES}
+    kinds = world.EVENT_TEMPLATES | {"claim": world.CLAIM_TEMPLATES}
     found = []
     for kind, templates in kinds.items():
         for position, template in enumerate(templates):
             pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\w+)", re.escape(template))
             if match := re.fullmatch(pattern, sentence):
                 entities = match.groupdict()
-                if entities["item"] in story.PLACES + story.THINGS:
+                if entities["item"] in world.PLACES + world.THINGS:
                     names = (entities["person"], entities["item"], entities.get("other", ""))
                     found.append((kind, position, names))
     # "A got the lamp from B." must not also be read as another template.
@@ -62,8 +62,8 @@ def combination(sentence: str) -> tuple[str, int, tuple[str, ...]]:
 
 def replay(premise: str, hypothesis: str) -> int:
     """Judge a row from its text alone, by string matching independent of the generator's world."""
-    person = next(name for name in story.PEOPLE if name in hypothesis)
-    place = next(name for name in story.PLACES if name in hypothesis)
+    person = next(name for name in world.PEOPLE if name in hypothesis)
+    place = next(name for name in world.PLACES if name in hypothesis)
     where = None
     for sentence in premise.rstrip(".").split(". "):
         moved = re.fullmatch(r"(\w+) (?:went to|walked into|entered|arrived at) the (\w+)", sentence)
@@ -75,7 +75,7 @@ def replay(premise: str, hypothesis: str) -> int:
 
 
 def test_output_is_pinned_and_independent_of_the_hash_seed(splits: dict[str, Columns]) -> None:
-    text = json.dumps([splits[split] for split in story.SPLITS])
+    text = json.dumps([splits[split] for split in world.SPLITS])
     assert hashlib.sha256(text.encode()).hexdigest() == SHA256
     hash_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -87,7 +87,7 @@ def test_output_is_pinned_and_independent_of_the_hash_seed(splits: dict[str, Col
 
 def test_every_hypothesis_has_every_label_equally_often(splits: dict[str, Columns]) -> None:
     for split, columns in splits.items():
-        assert len(columns["label"]) == 3 * story.NLI_TRIPLES[split]
+        assert len(columns["label"]) == 3 * nli.NLI_TRIPLES[split]
         counts = Counter((hypothesis, label) for _, hypothesis, label in rows(columns))
         for hypothesis in columns["hypothesis"]:
             assert len({counts[hypothesis, label] for label in range(3)}) == 1
@@ -98,13 +98,13 @@ def test_splits_share_no_combination_and_no_row(splits: dict[str, Columns]) -> N
     assert not parsed["train"] & parsed["validation"]
     for split, combinations in parsed.items():
         for _, template, entities in combinations:
-            assert story.split_of(template, *entities) == split
+            assert world.split_of(template, *entities) == split
     pairs = [row[:2] for columns in splits.values() for row in rows(columns)]
     assert len(pairs) == len(set(pairs))
 
 
 def test_splits_share_their_words(splits: dict[str, Columns]) -> None:
-    texts = [" ".join(sentences(splits[split])) for split in story.SPLITS]
+    texts = [" ".join(sentences(splits[split])) for split in world.SPLITS]
     train, validation = (set(re.findall(r"\w+", text)) for text in texts)
     assert validation == train
 
@@ -112,8 +112,8 @@ def test_splits_share_their_words(splits: dict[str, Columns]) -> None:
 def test_person_and_place_are_always_mentioned(splits: dict[str, Columns]) -> None:
     for columns in splits.values():
         for premise, hypothesis, _ in rows(columns):
-            assert any(name in premise and name in hypothesis for name in story.PEOPLE)
-            assert any(name in premise and name in hypothesis for name in story.PLACES)
+            assert any(name in premise and name in hypothesis for name in world.PEOPLE)
+            assert any(name in premise and name in hypothesis for name in world.PLACES)
 
 
 def test_bags_of_words_do_not_solve_it(splits: dict[str, Columns]) -> None:
@@ -162,9 +162,9 @@ def test_hand_written_stories(events: list[Event], label: int) -> None:
         world.apply(event)
     claim, rng = Claim("Anna", "bank"), random.Random("test")
     assert world.judge(claim) == label
-    for split in story.SPLITS:
-        premise = " ".join(story.render(event, split, rng) for event in world.history)
-        assert replay(premise, story.render(claim, split, rng)) == label
+    for split in world.SPLITS:
+        premise = " ".join(world.render(event, split, rng) for event in world.history)
+        assert replay(premise, world.render(claim, split, rng)) == label
 
 
 def test_world_refuses_what_cannot_happen() -> None:
@@ -182,8 +182,8 @@ def test_world_refuses_what_cannot_happen() -> None:
 
 
 def test_every_template_has_room_in_both_splits() -> None:
-    templates = [*story.EVENT_TEMPLATES.values(), story.CLAIM_TEMPLATES]
-    assert all(len(texts) >= story.SPLIT_MODULUS for texts in templates)
+    templates = [*world.EVENT_TEMPLATES.values(), world.CLAIM_TEMPLATES]
+    assert all(len(texts) >= world.SPLIT_MODULUS for texts in templates)
 
 
 def test_vocabulary_covers_every_text(splits: dict[str, Columns]) -> None:

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from wlora.config.schema import ModelConfig, TaskConfig, run_id, scientific_fields
+from wlora.config.identity import run_id, scientific_fields
+from wlora.config.schema import ModelConfig, TaskConfig
 from wlora.data.features import Features
 from wlora.data.sources import load_splits
 from wlora.errors import ConfigError
@@ -100,11 +101,11 @@ def test_documents_and_summaries_are_cut_and_the_cut_rows_counted() -> None:
     task = make_task(max_length=8, max_target_length=10)
     features, _ = encode(task)
     assert features.column("length") == [8, 2, 7] and features.column("loss_tokens") == [8, 10, 2]
-    assert task.truncated_share == pytest.approx(2 / 3)
+    assert features.truncated_share == pytest.approx(2 / 3)
     assert all(ids[-1] == TOKENIZER.eos_token_id for ids in features.column("labels"))
     task = make_task(max_length=13, max_target_length=14)
-    encode(task)
-    assert task.truncated_share == 0
+    features, _ = encode(task)
+    assert features.truncated_share == 0
 
 
 def test_a_step_is_the_same_however_its_rows_are_cut_into_micro_batches() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from accelerate import tracking as theirs
 
+from wlora.config.schema import TRACKERS
 from wlora.errors import ConfigError
-from wlora.storage.trackers import TRACKERS, flatten, require_tracker
+from wlora.storage.trackers import PACKAGES, flatten, require_tracker
 
 from .conftest import TINY, compose
 
@@ -132,7 +133,7 @@ def test_every_tracker_has_an_extra() -> None:
     from .conftest import ROOT
 
     project = (ROOT / "pyproject.toml").read_text()
-    assert all(f"\n{name} = [" in project for name in TRACKERS if name != "none")
+    assert all(f"\n{name} = [" in project for name in PACKAGES) and {"none", *PACKAGES} == set(TRACKERS)
 
 
 def test_flat_values_are_what_every_tracker_takes() -> None:

@@ -231,7 +231,8 @@ def test_precision_of_the_adapters_is_float32_over_a_low_base(run_tiny: Callable
 def test_loss_scaling_changes_no_update_and_skips_overflown_steps() -> None:
     from torch import nn
 
-    from wlora.training.optimizers import Optimizers, ParameterGroup
+    from wlora.methods.parameter_groups import ParameterGroup
+    from wlora.training.optimizers import Optimizers
 
     p, omega = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     groups = [ParameterGroup([p], 0.1), ParameterGroup([omega], 1.0, rule="sgd")]

@@ -1,6 +1,6 @@
-"""Entry point: `python -m wlora.export`; see `wlora.experiment.export`."""
+"""Entry point: `python -m wlora.export`; see `wlora.cli.export`."""
 
-from wlora.experiment.export import main
+from wlora.cli.export import main
 
 if __name__ == "__main__":
     main()

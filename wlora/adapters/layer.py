@@ -8,12 +8,14 @@ Policies (`wlora.methods.registry`) decide what the gates do; this module only k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from wlora.adapters.derivation import derive
 
 Extension = Literal["qr", "gaussian", "uniform"]
 
@@ -136,12 +138,12 @@ class LowRankAdapter(nn.Module):
     def prune(self, keep: Tensor) -> None:
         """Keep only the components whose indices (or boolean mask) are given.
 
-        Parameters are new objects; `origin` on them tells the optimiser how to cut their moments likewise.
+        Parameters are new objects, derived from the old ones, so that the optimiser cuts their moments likewise.
         """
-        self.A = _derive(self.A, self.A[keep], lambda _, moment: moment[keep])
-        self.B = _derive(self.B, self.B[:, keep], lambda _, moment: moment[:, keep])
+        self.A = derive(self.A, self.A[keep], lambda _, moment: moment[keep])
+        self.B = derive(self.B, self.B[:, keep], lambda _, moment: moment[:, keep])
         if self.gates is not None:
-            self.gates = _derive(self.gates, self.gates[keep], lambda _, moment: moment[keep])
+            self.gates = derive(self.gates, self.gates[keep], lambda _, moment: moment[keep])
 
     @torch.no_grad()
     def extend(self, rank: int, *, how: Extension, generator: torch.Generator, keep_moments: bool = False) -> None:
@@ -172,8 +174,8 @@ class LowRankAdapter(nn.Module):
             rows = rows - (rows @ Q) @ Q.T
         A, B = torch.cat([A, rows]), torch.cat([B, B.new_zeros(B.shape[0], rank - r)], dim=1)
         if keep_moments and how == "gaussian":
-            self.A = _derive(self.A, A, lambda name, moment: _extend_moment(name, moment, rank - r, dim=0))
-            self.B = _derive(self.B, B, lambda name, moment: _extend_moment(name, moment, rank - r, dim=1))
+            self.A = derive(self.A, A, lambda name, moment: _extend_moment(name, moment, rank - r, dim=0))
+            self.B = derive(self.B, B, lambda name, moment: _extend_moment(name, moment, rank - r, dim=1))
         else:
             self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         if self.gates is not None:
@@ -186,7 +188,7 @@ class LowRankAdapter(nn.Module):
         factor = self.scale / scale
         # A gradient of B is divided by the factor that B is multiplied by.
         powers = {"exp_avg": 1, "exp_avg_sq": 2}
-        self.B = _derive(self.B, self.B * factor, lambda name, moment: moment / factor ** powers.get(name, 0))
+        self.B = derive(self.B, self.B * factor, lambda name, moment: moment / factor ** powers.get(name, 0))
         self.scale = scale
 
     @torch.no_grad()
@@ -208,6 +210,8 @@ class LowRankAdapter(nn.Module):
 class AdaptedLinear(nn.Module):
     """A linear-like module with an adapter beside it: it only calls the base and adds the adapter's output."""
 
+    adapts = True  # told to code below this package, such as the search for layers that never change
+
     def __init__(self, base: nn.Module, adapter: LowRankAdapter) -> None:
         super().__init__()
         self.base = base
@@ -218,17 +222,6 @@ class AdaptedLinear(nn.Module):
         out: Tensor = self.base(x, *args, **kwargs)
         summed: Tensor = out + self.adapter(x).to(out.dtype)
         return summed
-
-
-def _derive(parent: nn.Parameter, value: Tensor, carry: Callable[[str, Tensor], Tensor]) -> nn.Parameter:
-    """Return a parameter made of another, which tells the optimiser how to make its moments of the other's.
-
-    Args:
-        carry: returns the new parameter's moment, given the name in the optimiser's state and the parent's.
-    """
-    derived = nn.Parameter(value.detach().clone(), parent.requires_grad)
-    derived.origin = (parent, carry)  # type: ignore[attr-defined]
-    return derived
 
 
 def _extend_moment(name: str, moment: Tensor, count: int, *, dim: int) -> Tensor:

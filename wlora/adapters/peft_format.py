@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wlora.errors import ConfigError
+from wlora.reading import open_file, read_json
 from wlora.storage.atomic_write import MISSING
 from wlora.storage.content_hash import hash_file
-from wlora.storage.reading import open_file, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from wlora.config.schema import METHOD_LATER, TaskConfig, config_folder, restore_config, scientific_fields
+from wlora.config.identity import later_keys, scientific_fields
+from wlora.config.schema import TaskConfig, config_folder, restore_config
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.models.architectures import count_targets
+from wlora.reading import find_misfit
 from wlora.storage.environment import name_machine
 from wlora.storage.index import Entry, Index
 from wlora.storage.packing import Packed, Unpacker, pack
-from wlora.storage.reading import find_misfit
 from wlora.storage.recorded import Finished
 from wlora.storage.records import Record, RecordStore
 
@@ -160,8 +161,8 @@ def shipped_task(name: str) -> dict[str, Any]:
 def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | None = None) -> tuple[list[Run], list[str]]:
     """Read the records of a study; returns their runs, by run_id, and what is wrong with the files that hold none.
 
-    What `wlora.storage.index` knows of a file is not read from it. Runs of one setting share it, and equal parts of their records:
-    nobody changes what is shared.
+    What `wlora.storage.index` knows of a file is not read from it. Runs of one setting share it, and equal parts of their
+    records: nobody changes what is shared.
 
     Args:
         results_dir: the study.
@@ -299,7 +300,7 @@ def setting_of(record: Record) -> dict[str, Any]:
         model_data=record.model.get("fingerprint"),
         precision=record.environment.get("precision", config.precision),
     )
-    versions = {"task.version": None if local else data, "wlora": record.environment.get("wlora")}
+    versions = {"task.version": None if local else data, "numerics": record.environment.get("numerics", 1)}
     return {**without_point(fields), **versions}
 
 
@@ -404,7 +405,7 @@ def _lookup(run: Run, key: str) -> tuple[bool, Any]:
     value: Any = run.record.config
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            later = METHOD_LATER.get(run.method, {})
+            later = later_keys(run.method)
             name = key.removeprefix("method.")
             return name != key and name in later, later.get(name)
         value = value[part]

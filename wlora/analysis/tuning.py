@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wlora.analysis.study import ENDED, Point, Run, name_rows, read_study, require_one_setting, show, without_point
-from wlora.config.schema import Config, scientific_fields
+from wlora.config.identity import scientific_fields
+from wlora.config.schema import Config
 from wlora.errors import ConfigError
 
 # The seed on which the scripts tune; it is not reported.
 TUNE_SEED = 100
 
-_ENVIRONMENT = ("precision", "task.version", "wlora")
+_ENVIRONMENT = ("precision", "task.version", "numerics")
 
 Parts = tuple[str, ...]
 Agreeing = frozenset[tuple[str, Hashable]]

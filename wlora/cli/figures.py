@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wlora.analysis.study import Run, main_model, read_runs, read_words, select
 from wlora.analysis.tables.cells import NOT_COMPARED
-from wlora.console import protect_output, telling
+from wlora.cli.entry import serve
 from wlora.errors import ConfigError, unknown_name
 from wlora.storage.atomic_write import check_folders
 from wlora.storage.records import RecordStore
@@ -44,13 +43,7 @@ def main(words: Sequence[str] | None = None, runs: Sequence[Run] | None = None) 
         words: what is asked for; None for the command line.
         runs: all of the study, where they have been read already.
     """
-    protect_output()
-    words = sys.argv[1:] if words is None else words
-    if not words or {"-h", "--help"} & set(words):
-        print(USAGE)
-        sys.exit(0 if words else 2)
-    with telling():
-        _draw(words, runs)
+    serve(lambda given: _draw(given, runs), USAGE, words)
 
 
 def _draw(words: Sequence[str], known: Sequence[Run] | None) -> None:
@@ -104,7 +97,3 @@ def _of_main_model(runs: list[Run], what: str) -> list[Run]:
         return runs
     print(f"{what}: runs of model={main}; model=NAME chooses among {', '.join(models)}")
     return [run for run in runs if run.model == main]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,24 +1,46 @@
 """What `--help` prints: with `method=NAME` of that method, else of the whole command line.
 
-All of it is read from the YAML files and the rules; what a key means is the comment behind it. Nothing here imports torch.
+All of it is read from the schema and, of a method, from its YAML, where the comment behind a key says what it means. Nothing
+here imports torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
-from wlora.config.presets import KEYED_BY, TEXTS, explicit_keys
-from wlora.config.schema import config_folder
-from wlora.config.validation import RULES
+from wlora.config.presets import TEXTS, explicit_keys
+from wlora.config.rules import RULES
+from wlora.config.schema import config_folder, walk
 
 WIDTH = 120
-GROUPS = ("task", "model", "train")
+MEANINGS = {name: part.metadata["meaning"] for name, part in walk()}
+# What the YAML of a task or model says of it, and no command line.
+_FILES = {
+    "task": "name kind benchmark hub_id subset generator columns labels validation metrics primary_metric",
+    "model": "name hub_id package sha256 architecture accumulation_steps k",
+}
+_UNSEEN = (
+    "method",
+    "per_task",
+    "task.train_rows",
+    "task.presets",
+    *(f"{group}.{name}" for group, names in _FILES.items() for name in names.split()),
+)
+_TYPES = {
+    "dict[str, Any]": "mapping",
+    "bool": "true | false",
+    "str": "text",
+    "list[str]": "list of texts",
+    "int": "int",
+    "float": "float",
+}
 
 
 def register_help() -> None:
@@ -36,8 +58,7 @@ def describe_method(root: DictConfig) -> str:
     """Describe the composed method: what it is, its keys, its authors' values, what its sources leave open."""
     settings: dict[str, Any] = OmegaConf.to_container(root.method, resolve=True)  # type: ignore[assignment]
     rules = settings.get("allowed", {})
-    notes = read_comments(config_folder() / "config.yaml")
-    notes |= read_comments(config_folder() / "method" / f"{settings['name']}.yaml")
+    notes = MEANINGS | read_comments(config_folder() / "method" / f"{settings['name']}.yaml")
     shared = [key for key in settings if key in RULES and key not in rules] + ["lr", "warmup"]
     rows = [(key, root[key], RULES[key], notes.get(key, "")) for key in shared]
     rows += [(f"method.{key}", settings[key], rules[key], notes.get(key, "")) for key in settings if key in rules]
@@ -64,16 +85,9 @@ def describe_everything(root: DictConfig) -> str:
     choices = [_wrap(f"  {name}=", ", ".join(groups[name])) for name in sorted(groups) if groups[name] and name != "method"]
     width = max(len(name) for name in groups["method"])
     methods = [f"    {name:<{width}}  {_about(name)}" for name in groups["method"]]
-    notes = read_comments(config_folder() / "config.yaml")
-    rows = [(key, value, RULES.get(key, ""), notes[key]) for key, value in root.items() if key in notes]
-    rows += [(key, value, "", notes[key.rpartition(".")[2]]) for key, value in _flatten(root.adapter, "adapter")]
-    rows += [(f"{group}.preset", root[group].preset, "", notes["preset"]) for group in KEYED_BY]
-    for group in GROUPS:
-        notes = read_comments(config_folder() / group / f"{root.hydra.runtime.choices[group]}.yaml")
-        for key, value in _flatten(root[group], group):
-            meaning = notes.get(key.rpartition(".")[2], "")
-            if key in RULES or meaning:
-                rows.append((key, value, RULES.get(key, ""), meaning))
+    shown = [(name, part) for name, part in walk() if name not in _UNSEEN]
+    rows = [(name, OmegaConf.select(root, name), allowed(part), part.metadata["meaning"]) for name, part in shown]
+    rows.append(("method.preset", root.method.preset, "", "published values for defaults that are not given: authors"))
     parts = [
         root.hydra.help.header.strip(),
         "Choose one of each group:\n\n" + "\n".join([*choices, "  method=", *methods]),
@@ -83,6 +97,23 @@ def describe_everything(root: DictConfig) -> str:
         root.hydra.help.footer.strip(),
     ]
     return "\n\n".join(parts)
+
+
+def allowed(part: dataclasses.Field[Any]) -> str:
+    """Return what a key of the schema takes: its rule, or what its type says."""
+    kind, _, null = str(part.type).partition(" | ")
+    return part.metadata["rule"] or _TYPES[kind] + (" or null" if null else "")
+
+
+def list_keys() -> str:
+    """Return the table of all shared keys for the documentation, in Markdown."""
+    lines = ["| key | default | allowed | meaning | decides |", "|---|---|---|---|---|"]
+    for name, part in walk():
+        default = part.default_factory() if callable(part.default_factory) else part.default
+        shown = "" if default == MISSING else f"`{show(default)}`"
+        cells = [f"`{name}`", shown, allowed(part), part.metadata["meaning"], part.metadata["decides"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def read_comments(file: Path) -> dict[str, str]:
@@ -111,17 +142,6 @@ def _describe_presets(root: DictConfig, group: str) -> Iterator[str]:
         width = max(len(key) for key in rows)
         lines = [_wrap(f"  {key:<{width}}  ", text) for key, text in rows.items()]
         yield f"{group}.preset={name} sets what is not given explicitly:\n\n" + "\n".join(lines)
-
-
-def _flatten(node: DictConfig, path: str) -> Iterator[tuple[str, Any]]:
-    """Return the values of a node by their full keys, those of presets left out."""
-    for name, value in node.items():
-        if name in ("preset", "presets"):
-            continue
-        if isinstance(value, DictConfig):
-            yield from _flatten(value, f"{path}.{name!s}")
-        else:
-            yield f"{path}.{name!s}", value
 
 
 def _about(name: str) -> str:

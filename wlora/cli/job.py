@@ -274,8 +274,9 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     The runs of a sweep share what they load.
     """
     from wlora.analysis.tuning import fill_tuned, wanted_keys
-    from wlora.config.validation import resolve
     from wlora.data.sources import fingerprint
+    from wlora.experiment.requirements import require_all
+    from wlora.experiment.resolve import resolve
     from wlora.models.source import locate
 
     _refuse_removed_keys(composed)
@@ -308,29 +309,6 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     record = run(config, overrides, stock_of_process() if in_sweep else None)
     seconds = record.seconds["total"] if record.trained else None
     return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
-
-
-def require_all(config: Config) -> None:
-    """Refuse a run for which something is not installed, or neither at hand nor reachable; a dry run needs only files.
-
-    A wrong path, which only the user can mend, is told before anything else that is missing. Those of the model and of the
-    adapters have been looked at by `wlora.config.validation.resolve`.
-
-    Raises:
-        ConfigError: what is missing, and the way out.
-    """
-    from wlora.data.hub import go_offline, require_sources
-    from wlora.data.sources import find_local
-    from wlora.models.source import require_extras
-    from wlora.storage.trackers import require_tracker
-
-    find_local(config.task)
-    if config.offline:
-        go_offline()
-    if not config.dry_run:
-        require_extras(config.model)
-        require_tracker(config.track)
-        require_sources(config)
 
 
 def _refuse_foreign_task(composed: DictConfig) -> None:

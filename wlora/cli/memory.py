@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,9 @@ from transformers import PreTrainedModel
 from wlora.adapters.adapter_set import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
 from wlora.analysis.study import read_runs
+from wlora.cli.entry import serve
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
-from wlora.console import protect_output, telling
 from wlora.errors import wrong_value
 from wlora.models.architectures import Target, list_targets, read_architecture
 from wlora.models.first_token import first_token_alone
@@ -39,11 +38,18 @@ from wlora.training.precision import choose_precision, lower_base
 STOPS = 12
 
 
+USAGE = """\
+usage: python -m wlora.memory [key=value ...]
+
+Measures the memory of a training step by the number of connected adapters and writes <results_dir>/memory/NAME.json, which
+python -m wlora.figures memory draws.
+
+  model=NAME  task=NAME  targets=SET  rank=N  precision=NAME  task.batch_size=N  task.max_length=N  results_dir=DIR"""
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Measure one setting and say where the figures are; exits with 2 after a mistake in the request."""
-    protect_output()
-    with telling():
-        print(write(compose(sys.argv[1:] if words is None else words)))
+    serve(lambda given: print(write(compose(given))), USAGE, words, alone=True)
 
 
 def write(config: Config) -> Path:
@@ -138,7 +144,3 @@ def peak_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int | None:
     optimizer.step()
     optimizer.zero_grad()
     return int(torch.cuda.max_memory_allocated(device))
-
-
-if __name__ == "__main__":
-    main()

@@ -23,7 +23,7 @@ from typing import Any
 
 from wlora.analysis.study import Run, read_study, read_words, select
 from wlora.analysis.tables.cells import NOT_COMPARED
-from wlora.console import protect_output, telling
+from wlora.cli.entry import serve
 from wlora.errors import ConfigError
 from wlora.storage.atomic_write import check_folders, staged
 
@@ -90,13 +90,7 @@ $runs
 
 def main(words: Sequence[str] | None = None) -> None:
     """Write the report; exits with 0, or 2 after a mistake or where there is nothing to report."""
-    protect_output()
-    words = sys.argv[1:] if words is None else words
-    if {"-h", "--help"} & set(words):
-        print(USAGE)
-        sys.exit(0)
-    with telling():
-        print(write(words))
+    serve(lambda given: print(write(given)), USAGE, words, alone=True)
 
 
 def write(words: Sequence[str]) -> Path:
@@ -244,7 +238,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = ["".join(f"<td>{html.escape('' if value is None else str(value))}</td>" for value in row) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-if __name__ == "__main__":
-    main()

@@ -87,7 +87,3 @@ def _print_sweep(outcomes: Sequence[Outcome]) -> None:
         score = "" if outcome.score is None else f"{outcome.score:.4f}"
         reason = (outcome.told.splitlines() or [""])[0]
         print(f"  {number:>{digits}}  {outcome.name:<{width}}  {outcome.status:<11} {score or reason}".rstrip())
-
-
-if __name__ == "__main__":
-    main()

@@ -21,14 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wlora.analysis.study import Point, name_rows, read_runs, read_value
 from wlora.analysis.tuning import Choice, Settings, wanted_keys
+from wlora.cli.entry import serve
 from wlora.config.presets import KEYED_BY, apply_presets
+from wlora.config.rules import RULES, satisfies
 from wlora.config.schema import Config, config_folder, register_schema
 from wlora.config.spelling import check_read, explain
 from wlora.config.untrusted_yaml import guard_files
-from wlora.config.validation import RULES, resolve, satisfies
-from wlora.console import protect_output, telling
 from wlora.data.sources import fingerprint
 from wlora.errors import ConfigError, wrong_value
+from wlora.experiment.resolve import resolve
 from wlora.models.source import locate
 from wlora.training.run_length import make_plan
 
@@ -170,11 +171,22 @@ def _rows(config: Config) -> int | None:
     return limit if rows is None else min(rows, limit or rows)
 
 
-def main() -> None:
+USAGE = """\
+usage: python -m wlora.sweep key=value,value ...
+       python -m wlora.sweep < FILE
+
+Says what a sweep holds, what of it is done, and how long the rest takes; nothing is run. The words are those that follow
+python -m wlora.run -m; a file has the words of one sweep per line."""
+
+
+def main(words: Sequence[str] | None = None) -> None:
     """Print a line per cell and the total; exits with 0, or 2 after a mistake in a sweep."""
-    protect_output()
-    with telling():
-        cells = survey(_split(line) for line in sys.stdin if line.strip())
+    serve(_tell, USAGE, words, alone=True)
+
+
+def _tell(words: Sequence[str]) -> None:
+    given = [word for word in words if word not in ("-m", "--multirun")]
+    cells = survey([given] if words else (_split(line) for line in sys.stdin if line.strip()))
     for cell in cells:
         print(_line(cell))
     left, total = sum(cell.left for cell in cells), sum(len(cell.wanted) for cell in cells)
@@ -351,7 +363,3 @@ def _line(cell: Cell) -> str:
     where = " ".join([f"task={config.task.name}", f"model={config.model.name}", f"method={method['name']}", *names])
     rest = "" if not cell.left else ", length unknown" if cell.seconds is None else f", {duration(cell.seconds * cell.left)}"
     return f"{where}: {len(cell.wanted) - cell.left} of {len(cell.wanted)} runs done{rest}"
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,8 @@ from wlora.analysis.tables.layouts import LAYOUTS, Layout
 from wlora.analysis.tables.paper import paper_table, read_printed, unexplained_averages
 from wlora.analysis.tables.summary import caption_summary, draw_summary, summarize_study
 from wlora.analysis.tables.writing import companion_csv, comparisons_csv, runs_csv, to_csv, to_latex, to_markdown, write_csv
+from wlora.cli.entry import serve
 from wlora.config.schema import config_folder
-from wlora.console import protect_output, telling
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.storage.atomic_write import check_folders, staged
 
@@ -51,13 +50,7 @@ def main(words: Sequence[str] | None = None, runs: Sequence[Run] | None = None) 
         words: what is asked for; None for the command line.
         runs: all of the study, where they have been read already.
     """
-    protect_output()
-    words = sys.argv[1:] if words is None else words
-    if not words or {"-h", "--help"} & set(words):
-        print(USAGE)
-        sys.exit(0 if words else 2)
-    with telling():
-        _write(words, runs)
+    serve(lambda given: _write(given, runs), USAGE, words)
 
 
 @dataclass(frozen=True)
@@ -260,7 +253,3 @@ def _save(file: Path, text: str) -> None:
             os.replace(staging, file)
     except OSError as error:
         raise ConfigError(f"results_dir: {file} cannot be written ({error.strerror})") from error
-
-
-if __name__ == "__main__":
-    main()

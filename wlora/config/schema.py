@@ -1,183 +1,229 @@
-"""The typed schema of a run, and its identity.
+"""The typed schema of a run: every key once, with its type, default, rule, meaning, and what it decides.
 
-The YAML files under `conf/` fill these dataclasses; Hydra composes them and refuses unknown keys and wrong
-types. Ranges are checked in `wlora.config.validation`. Nothing here imports torch.
+Hydra composes these dataclasses from the YAML files under `conf/` and refuses unknown keys and wrong types. Help, checks
+(`wlora.config.rules`), identity (`wlora.config.identity`), what `from=RUN_ID` may change, and the documentation's table of
+keys are read from here. A method's own keys stand in its YAML. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
-RUN_ID_VERSION = 1
-# Marks a field that records without it already exist for: it is part of `run_id` only off its default.
-LATER = {"later": True}
+TARGET_SETS = ("qkv", "attention", "all", "release")
+QUANTIZATIONS = ("none", "nf4", "int8")
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 # What a method's YAML says about itself; it leaves the configuration before the run_id is taken.
-METHOD_NOTES = ("about", "paper", "allowed", "preset", "presets", "ambiguous")
-# The same for a method's keys: those added after records were published, with what a record without them stands for.
-_OMEGA = {"omega_scheduled": False, "omega_clipped": False}
-METHOD_LATER: dict[str, dict[str, Any]] = {
-    "wlora": _OMEGA,
-    "wlora_depth": _OMEGA,
-    "wlora_plus": {**_OMEGA, "keep_moments": False},
-    "rlora": {**_OMEGA, "lr_omega": 5.0, "project_every": 1},
-}
+METHOD_NOTES = ("about", "paper", "allowed", "later", "preset", "presets", "ambiguous")
+
+Decides = Literal["numbers", "origin", "course", "nothing"]
+"""What a key decides.
+
+numbers: the result; it is part of `run_id`.
+origin: where content comes from; it is part of `run_id` only where the content itself is not known (the hub).
+course: not the result, but how or when it is computed or measured, or defaults of other keys; a repetition keeps it.
+nothing: only where files are and what is logged; a repetition may change it.
+"""
 
 
-def method_revision(method: dict[str, Any], *, release: bool) -> int:
-    """Return which revision of its policy's numerics a method's keys stand for: 2 where they mean other numbers than once.
+def key(default: Any, rule: str, meaning: str, decides: Decides = "numbers", *, later: bool = False) -> Any:
+    """Declare a key of a configuration.
 
-    It stands in the configuration as `method.revision`, but for 1, and so in `run_id`. Revision 2 of the selecting methods
-    has another default of T; of `wlora_plus` another second halving, and other ranks where n is no multiple of K; of `rlora`
-    the set acts from the first projection on; of `alora` components that stay keep their moments.
+    Args:
+        default: its value, or for a list, mapping or section the class that makes it.
+        rule: what is allowed (`wlora.config.rules`); empty where the type says it all.
+        meaning: one line for help and documentation.
+        decides: what it decides.
+        later: it was added after records were published: it is part of `run_id` only where it is not the default.
     """
-    match method["name"]:
-        case "wlora" | "wlora_depth":
-            changed = not release and method["select_steps"] is None
-        case "wlora_plus":
-            changed = not release
-        case "rlora":
-            changed = not release and method["draw"] != "at_start"
-        case name:
-            changed = name == "alora"
-    return 2 if changed else 1
+    metadata = {"rule": rule, "meaning": meaning, "decides": decides, "later": later}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class GenerationOverrides:
     """What differs from the model's own `generation_config` when it writes summaries; null keeps the model's."""
 
-    num_beams: int | None = None
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
-    length_penalty: float | None = None
+    num_beams: int | None = key(None, "int >= 1 or null", "beams of the search")
+    max_new_tokens: int | None = key(None, "int >= 1 or null", "most tokens of a summary")
+    min_new_tokens: int | None = key(None, "int >= 0 or null", "fewest tokens of a summary")
+    length_penalty: float | None = key(None, "float or null", "exponent of the length in a beam's score")
 
 
 @dataclass
 class TaskConfig:
     """A benchmark: where its rows come from, how they are read and what is reported."""
 
-    name: str = MISSING
-    kind: str = MISSING
-    benchmark: str = MISSING
-    hub_id: str | None = None
-    subset: str | None = None
-    generator: str | None = None
-    columns: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    validation: list[str] = field(default_factory=list)
-    metrics: list[str] = field(default_factory=list)
-    primary_metric: str = MISSING
-    epochs: float = MISSING
-    batch_size: int = MISSING
-    eval_batch_size: int = 64
-    max_length: int = 128
-    max_target_length: int | None = field(default=None, metadata=LATER)
-    generation: GenerationOverrides = field(default_factory=GenerationOverrides, metadata=LATER)
-    unanswerable: bool = field(default=False, metadata=LATER)
-    stride: int | None = field(default=None, metadata=LATER)
-    n_best: int | None = field(default=None, metadata=LATER)
-    max_answer_length: int | None = field(default=None, metadata=LATER)
-    train_rows: int | None = None
-    max_train_rows: int | None = None
-    max_eval_rows: int | None = None
-    path: str | None = None
-    revision: str = "main"
-    preset: str | None = field(default=None, metadata=LATER)
-    presets: dict[str, Any] = field(default_factory=dict, metadata=LATER)
+    name: str = key(MISSING, "", "name in records and tables")
+    kind: str = key(MISSING, "", "classification, question_answering or summarization")
+    benchmark: str = key(MISSING, "", "the benchmark that it belongs to")
+    hub_id: str | None = key(None, "", "data set on the hub", "origin")
+    subset: str | None = key(None, "", "configuration of that data set", "origin")
+    generator: str | None = key(None, "", "synthetic task that makes the rows, in place of files", "course")
+    columns: list[str] = key(list, "", "columns of the inputs, in the schema of the hub")
+    labels: list[str] = key(list, "", "names of the classes, in their order; empty for values and texts")
+    validation: list[str] = key(list, "", "splits that are evaluated; the first one is reported")
+    metrics: list[str] = key(list, "", "metrics that are computed")
+    primary_metric: str = key(MISSING, "", "the metric that is reported and tuned by")
+    epochs: float = key(MISSING, "float > 0", "passes over the training rows")
+    batch_size: int = key(MISSING, "int >= 1", "rows of a micro-batch")
+    eval_batch_size: int = key(64, "int >= 1", "rows of an evaluation batch", "nothing")
+    max_length: int = key(128, "int >= 8", "most tokens of an input, or of a window of one")
+    max_target_length: int | None = key(None, "int >= 4 or null", "most tokens of a summary in training", later=True)
+    generation: GenerationOverrides = key(GenerationOverrides, "", "how summaries are generated", later=True)
+    unanswerable: bool = key(False, "", "questions may have no answer (SQuAD v2.0)", later=True)
+    stride: int | None = key(None, "int >= 0 or null", "tokens that neighbouring windows share", later=True)
+    n_best: int | None = key(None, "int >= 1 or null", "starts and ends that are combined to answers", later=True)
+    max_answer_length: int | None = key(None, "int >= 1 or null", "most tokens of an answer", later=True)
+    train_rows: int | None = key(None, "", "rows of the hub's training split, for dry runs", "course")
+    max_train_rows: int | None = key(None, "int >= 1 or null", "training rows that are drawn; null: all")
+    max_eval_rows: int | None = key(None, "int >= 1 or null", "rows of each evaluated split; null: all")
+    path: str | None = key(None, "", "folder of local files in the benchmark's schema, in place of the hub", "nothing")
+    revision: str = key("main", "", "commit or branch of the data set on the hub", "origin")
+    preset: str | None = key(None, "", "published values for defaults that are not given: release", "course")
+    presets: dict[str, Any] = key(dict, "", "values of the presets", "course")
 
 
 @dataclass
 class ModelConfig:
     """A pretrained model, or (`source: random`) an architecture with fixed random weights."""
 
-    name: str = MISSING
-    source: str = MISSING
-    hub_id: str | None = None
-    revision: str = "main"
-    package: str | None = None
-    sha256: str | None = None
-    path: str | None = None
-    head: str = field(default="fresh", metadata=LATER)
-    gguf_file: str | None = field(default=None, metadata=LATER)
-    quantization: str = field(default="none", metadata=LATER)
-    architecture: dict[str, Any] = field(default_factory=dict)
-    accumulation_steps: int | None = None
-    k: int | None = None
+    name: str = key(MISSING, "", "name in records and tables", "origin")
+    source: str = key(MISSING, "hub | package | random", "where the weights come from", "origin")
+    hub_id: str | None = key(None, "", "repository on the hub", "origin")
+    revision: str = key("main", "", "commit or branch of that repository", "origin")
+    package: str | None = key(None, "", "Python package that carries the weights", "course")
+    sha256: str | None = key(None, "", "checksum that the package's weights must have", "course")
+    path: str | None = key(None, "", "local folder of transformers, in place of the hub", "nothing")
+    head: str = key("fresh", "fresh | kept", "kept: the head of model.path, too", later=True)
+    gguf_file: str | None = key(None, "", "weights in a GGUF file, unpacked", "origin", later=True)
+    quantization: str = key("none", " | ".join(QUANTIZATIONS), "of the frozen base's linears", later=True)
+    architecture: dict[str, Any] = key(dict, "", "configuration of transformers, for counting and random weights", "origin")
+    accumulation_steps: int | None = key(None, "", "default of train.accumulation_steps on GLUE", "course")
+    k: int | None = key(None, "", "default of k", "course")
 
 
 @dataclass
 class TrainConfig:
     """Everything about the training loop that has no short key of its own."""
 
-    max_steps: int | None = None
-    accumulation_steps: int | None = None
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    eval_every: int | None = None
-    gradient_checkpointing: bool = False
-    grow_batch: str = field(default="off", metadata=LATER)
-    prefix_cache: str = field(default="off", metadata=LATER)
-    prefix_cache_dtype: str = field(default="bf16", metadata=LATER)
-    prefix_cache_gb: float = 8.0
-    fsdp: bool = False
-    checkpoint_every: int | None = None
-    keep: int = 2
-    keep_after: bool = False
-    save_model: bool = False
-    save_adapter: bool = True
+    max_steps: int | None = key(None, "int >= 1 or null", "optimiser steps; null: task.epochs")
+    accumulation_steps: int | None = key(
+        None, "int >= 1 or null", "micro-batches of a step; null: the paper's for GLUE (6 on DeBERTa, 2 on Llama), else 1"
+    )
+    weight_decay: float = key(0.01, "float >= 0", "decoupled decay of AdamW")
+    max_grad_norm: float = key(1.0, "float > 0", "bound of the global norm of gradients")
+    eval_every: int | None = key(
+        None, "int >= 1 or null", "optimiser steps between evaluations; null: every epoch", "course"
+    )
+    gradient_checkpointing: bool = key(
+        False, "", "compute a layer's activations again instead of keeping them: slower, less memory", "nothing"
+    )
+    grow_batch: str = key(
+        "off",
+        "off | micro | effective",
+        "into memory that a cut has freed; micro: the micro-batch (not on a CPU); effective: the rows of a step, too",
+        later=True,
+    )
+    prefix_cache: str = key(
+        "off",
+        "off | memory | disk",
+        "store what the layers below the lowest adapter give, their dropout off",
+        later=True,
+    )
+    prefix_cache_dtype: str = key(
+        "bf16", "bf16 | fp32", "of the stored states; fp32 is exact, and twice as large", later=True
+    )
+    prefix_cache_gb: float = key(
+        8.0, "float >= 0", "most that is stored; rows beyond it are computed anew every time", "course"
+    )
+    fsdp: bool = key(False, "", "the frozen base in pieces over several processes (FSDP); method=lora only", "course")
+    checkpoint_every: int | None = key(
+        None,
+        "int >= 0 or null",
+        "optimiser steps between checkpoints; null: at every evaluation; 0: only when a signal asks",
+        "nothing",
+    )
+    keep: int = key(2, "int >= 1", "checkpoints that are kept, the newest ones", "nothing")
+    keep_after: bool = key(False, "", "keep checkpoints after success, too", "nothing")
+    save_adapter: bool = key(
+        True, "", "keep the trained adapters and head in <results_dir>/adapters/<run_id>: usable as adapter.path", "nothing"
+    )
+    save_model: bool = key(
+        False,
+        "",
+        "write the trained model, adapters folded in, to <results_dir>/models/<run_id>: usable as model.path",
+        "nothing",
+    )
 
 
 @dataclass
 class AdapterConfig:
-    """Adapters to start from: a folder in PEFT's format, such as a run leaves behind.
+    """Adapters to start from: a folder in PEFT's format, such as a run leaves behind."""
 
-    Attributes:
-        path: the folder; null for the method's own initialisation.
-        head: let the head start from the folder's, too.
-        fingerprint: of the folder's content, filled in; where it is given already, another one is refused.
-    """
-
-    path: str | None = None
-    head: bool = False
-    fingerprint: str | None = None
+    path: str | None = key(
+        None, "", "adapters to start from: a folder in PEFT's format; its ranks and scales count", "nothing"
+    )
+    head: bool = key(False, "", "the head starts from that folder, too")
+    fingerprint: str | None = key(None, "", "of that folder's content; filled in, and another one is refused")
 
 
 @dataclass
 class Config:
-    """One run. The short keys at the top are the ones sweeps turn; a method's YAML interpolates those it reads."""
+    """One run. The short keys are the ones sweeps turn; a method's YAML interpolates those it reads."""
 
-    task: TaskConfig = field(default_factory=TaskConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    method: dict[str, Any] = field(default_factory=dict)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    rank: int = 8
-    alpha: float = 32.0
-    dropout: float = 0.05
-    lr: Any = 5e-4  # a float, or "tuned" until `wlora.analysis.tuning.fill_tuned`
-    head_lr: Any = None  # a float, None for lr, or "tuned"
-    warmup: Any = None  # an int or None, or "tuned"
-    tune_on: str | None = None
-    seed: int = 0
-    k: int | None = None
-    targets: str = "qkv"
-    precision: str = "auto"
-    compat: str = "paper"
-    results_dir: str = "results"
-    track: str = "none"
-    offline: bool = False
-    dry_run: bool = False
-    force: bool = False
-    experiment: str | None = None
-    per_task: dict[str, Any] = field(default_factory=dict)
+    rank: int = key(8, "int >= 1", "components per adapter", "course")
+    alpha: float = key(32.0, "float > 0", "the scale of an adapter is alpha / rank", "course")
+    dropout: float = key(0.05, "float >= 0, < 1", "probability of dropping an element of an adapter's input", "course")
+    lr: Any = key(5e-4, "float > 0 or tuned", "peak of the linear schedule; tuned: the best recorded one of this setting")
+    head_lr: Any = key(None, "float > 0 or null or tuned", "peak for head and pooler; null: lr; tuned: as lr", later=True)
+    warmup: Any = key(
+        None,
+        "int >= 0 or null or tuned",
+        "optimiser steps; null: 100, or a tenth of the run if that is less; tuned: as lr",
+    )
+    tune_on: str | None = key(None, "", "with tuned: the task whose records decide; null: the run's own", "course")
+    seed: int = key(0, "int >= 0", "of initialisation, order, dropout and random choices")
+    k: int | None = key(
+        None, "int >= 1 or null", "adapters to keep; null: 5 of up to 48, else 20; wlora_plus n/4; Llama 3 8B 100", "course"
+    )
+    targets: str = key(
+        "qkv",
+        " | ".join((*TARGET_SETS, "SET@LAYER")),
+        "linears with adapters; attention: and output; release: those the published code trains; qkv@3: from layer 3 up",
+        "course",
+    )
+    precision: str = key("auto", "auto | fp32 | bf16 | fp16", "of the frozen base; auto: by the hardware", "course")
+    compat: str = key("paper", "paper | release", "release: reproduce the published code's deviations")
+    results_dir: str = key("results", "", "folder of the records", "nothing")
+    track: str = key("none", " | ".join(TRACKERS), "an experiment tracker that gets the learning curve, too", "nothing")
+    offline: bool = key(False, "", "never touch the network", "nothing")
+    dry_run: bool = key(False, "", "print adapters, parameters and steps; train nothing", "nothing")
+    force: bool = key(False, "", "run again although the record exists", "nothing")
+    experiment: str | None = key(None, "", "name of the experiment's file", "course")
+    per_task: dict[str, Any] = key(dict, "", "an experiment's figures by task, which its other keys read", "course")
+    task: TaskConfig = key(TaskConfig, "", "the benchmark")
+    model: ModelConfig = key(ModelConfig, "", "the frozen base")
+    method: dict[str, Any] = key(dict, "", "the adapter method and its own keys")
+    train: TrainConfig = key(TrainConfig, "", "the training loop")
+    adapter: AdapterConfig = key(AdapterConfig, "", "adapters to start from")
+
+
+def walk(kind: type = Config, path: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Yield every key below the sections of a schema, with its full name: `lr`, `task.epochs`."""
+    for part in dataclasses.fields(kind):
+        inner = part.default_factory
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            yield from walk(inner, f"{path}{part.name}.")
+        else:
+            yield f"{path}{part.name}", part
 
 
 def restore_config(content: dict[str, Any]) -> Config:
@@ -210,84 +256,6 @@ def register_schema() -> None:
 
 def config_folder() -> Path:
     """Return the folder of the YAML files: inside an installed wheel, else beside the package."""
-    installed = Path(__file__).parent / "conf"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "conf"
-
-
-def scientific_fields(config: Config, *, task_data: str | None, model_data: str | None, precision: str) -> dict[str, Any]:
-    """Collect what decides the numbers of a run, and nothing else (no path, device or logging).
-
-    Args:
-        config: a resolved configuration.
-        task_data: content fingerprint of local or generated data, None for the hub.
-        model_data: content fingerprint of local weights, None for the hub.
-        precision: the precision chosen for this machine, never `auto`.
-    """
-    task, model, train = (_identifying(section) for section in (config.task, config.model, config.train))
-    for key in ("path", "eval_batch_size", "generator", "train_rows") + (
-        ("hub_id", "subset", "revision") if task_data else ()
-    ):
-        del task[key]
-    for key in ("path", "package", "sha256", "accumulation_steps", "k"):
-        del model[key]
-    if model_data:
-        for key in ("name", "source", "hub_id", "revision", "architecture"):
-            del model[key]
-        model.pop("gguf_file", None)
-    for key in ("eval_every", "gradient_checkpointing", "fsdp", "checkpoint_every", "keep", "keep_after", "prefix_cache_gb"):
-        del train[key]
-    stored = train.pop("prefix_cache", "off"), train.pop("prefix_cache_dtype", config.train.prefix_cache_dtype)
-    if stored[0] != "off":
-        train["prefix_cache"] = stored[1]  # in memory or on disk is the same
-    for key in ("save_model", "save_adapter"):
-        del train[key]
-    start = {"adapter": {"data": config.adapter.fingerprint, "head": config.adapter.head}} if config.adapter.path else {}
-    return {
-        **start,
-        **({} if config.head_lr is None else {"head_lr": config.head_lr}),
-        "version": RUN_ID_VERSION,
-        "task": {**task, "data": task_data},
-        "model": {**model, "data": model_data},
-        "method": _identifying_method(config.method),
-        "train": train,
-        "lr": config.lr,
-        "warmup": config.warmup,
-        "seed": config.seed,
-        "compat": config.compat,
-        "precision": precision,
-    }
-
-
-def _identifying(section: TaskConfig | ModelConfig | TrainConfig) -> dict[str, Any]:
-    """Return a section's keys, those `later` ones left out that hold their default."""
-    kind: Any = type(section)
-    later, values = _later_defaults(kind), dataclasses.asdict(section)
-    return {key: value for key, value in values.items() if key not in later or value != later[key]}
-
-
-@functools.cache
-def _later_defaults(kind: Any) -> dict[str, Any]:
-    added = {field.name for field in dataclasses.fields(kind) if field.metadata == LATER}
-    return {key: value for key, value in dataclasses.asdict(kind()).items() if key in added}
-
-
-def _identifying_method(method: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's keys, those added later left out that stand for what there was before."""
-    later = METHOD_LATER.get(method["name"], {})
-    return {key: value for key, value in method.items() if key not in later or value != later[key]}
-
-
-def run_id(fields: dict[str, Any]) -> str:
-    """Return the identity of a run: 16 hex digits of the SHA-256 of its scientific fields as canonical JSON."""
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def stream_seed(seed: int, stream: str) -> int:
-    """Return a 63-bit seed for one named random stream of a run.
-
-    The streams `init`, `order`, `dropout` and `choice` are independent: drawing more from one never moves
-    another, so two methods on one seed share initialisation and data order.
-    """
-    digest = hashlib.sha256(f"wlora/{seed}/{stream}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    package = Path(__file__).parent.parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"

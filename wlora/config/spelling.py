@@ -280,7 +280,7 @@ def method_keys() -> dict[str, list[str]]:
 
 def _expected(key: str, text: str) -> str:
     """Say what a key takes: its rule where it has one, else the type that OmegaConf asked for."""
-    from wlora.config.validation import RULES
+    from wlora.config.rules import RULES
 
     if key in RULES:
         return RULES[key]

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wlora.config.schema import METHOD_NOTES, Config, config_folder
 from wlora.config.spelling import method_keys
 from wlora.errors import ConfigError
-from wlora.storage.reading import open_file
+from wlora.reading import open_file
 
 SECTIONS = ("task", "model", "method", "train")
 GLOBAL = ("experiment", "hardware")

@@ -25,10 +25,13 @@ class Features:
 
     Args:
         pieces: tables with the same columns, one below the other; `length` (tokens) is among them.
+        truncated_share: share of the rows of which something was cut off.
+        lost_answers: training rows whose answer stands whole in no window; 0 for tasks without answers in texts.
     """
 
-    def __init__(self, pieces: Sequence[pa.Table]) -> None:
+    def __init__(self, pieces: Sequence[pa.Table], *, truncated_share: float = 0.0, lost_answers: int = 0) -> None:
         self.table = pa.concat_tables(pieces).combine_chunks()
+        self.truncated_share, self.lost_answers = truncated_share, lost_answers
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError
-from wlora.storage.reading import read_file
+from wlora.reading import read_file
 
 if TYPE_CHECKING:
     import pyarrow as pa

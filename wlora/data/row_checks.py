@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wlora.errors import ConfigError
-from wlora.storage.reading import read_json
+from wlora.reading import read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa

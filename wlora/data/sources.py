@@ -57,7 +57,7 @@ def fingerprint(task: TaskConfig) -> str | None:
         except OSError as error:
             raise ConfigError(f"task.path={task.path}: {error.filename} cannot be read ({error.strerror})") from error
     if task.generator is not None:
-        from wlora.data.synthetic.world import GENERATOR_VERSION
+        from wlora.data.synthetic.story import GENERATOR_VERSION
 
         return _digest(f"{task.generator}@{GENERATOR_VERSION}")
     return None
@@ -129,7 +129,7 @@ def _read_local(task: TaskConfig, split: str) -> pa.Table:
 def _generate(generator: str, split: str) -> pa.Table:
     import pyarrow as pa
 
-    from wlora.data.synthetic.world import generate
+    from wlora.data.synthetic.story import generate
 
     return pa.table(generate(generator, split))
 

@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from wlora.config.schema import Config
-from wlora.console import share_of_model
 from wlora.data.sources import load_splits
 from wlora.errors import ConfigError
 from wlora.experiment.memory_estimate import estimate, tell
 from wlora.experiment.run import attach, count_parameters, open_record, prepare_method
+from wlora.experiment.summary import share_of_model
 from wlora.methods.base import Method, Steps
 from wlora.models.architectures import read_architecture
 from wlora.models.loading import build_unloaded, load_tokenizer

@@ -1,4 +1,4 @@
-"""Entry point: `python -m wlora.export RUN_ID format=peft|merged`, the trained adapters of a run as others use them.
+"""The trained adapters of a run as others use them.
 
 `peft` is a folder for `PeftModel.from_pretrained(base, folder)`, and for `adapter.path`; `merged` a plain transformers
 model, and `model.path`. Both carry a model card with the facts of the record.
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from wlora.adapters.peft_format import CONFIG, RECORDED, refuse_unbounded
 from wlora.analysis.study import read_run, read_words
 from wlora.config.schema import Config, restore_config
-from wlora.console import protect_output, telling
 from wlora.data.hub import go_offline, require_sources
 from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
 from wlora.experiment.model_card import write_card
@@ -33,24 +32,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("peft", "merged")
 OPTIONS = {"format": "peft", "results_dir": "results", "to": None, "model.path": None, "offline": "false"}
-HELP = """\
-python -m wlora.export RUN_ID [format=peft|merged] [results_dir=results] [to=DIR] [model.path=DIR] [offline=true]
-
-  format=peft     adapters and tokenizer, for PeftModel.from_pretrained(base, DIR) and adapter.path=DIR
-  format=merged   a plain transformers model with tokenizer, for from_pretrained(DIR) and model.path=DIR
-  to              a folder that is not there yet; by default <results_dir>/exports/<run_id>-<format>, which is replaced
-  model.path      where the base is now: format=merged needs it, format=peft takes the tokenizer from it"""
-
-
-def main(words: Sequence[str] | None = None) -> None:
-    """Export one run and say where it is; exits with 1 after a fault and 2 after a mistake in the request."""
-    protect_output()
-    words = sys.argv[1:] if words is None else words
-    if not words or "--help" in words:
-        print(HELP)
-        sys.exit(0 if words else 2)
-    with telling():
-        print(export(words))
 
 
 def export(words: Sequence[str]) -> Path:
@@ -221,7 +202,3 @@ def _require_base(config: Config, record: Record) -> ModelSource:
     if trained_on is not None and source.fingerprint != trained_on:
         raise ConfigError(f"model.path={model.path}: its content is {source.fingerprint}, the run's base was {trained_on}")
     return source
-
-
-if __name__ == "__main__":
-    main()

@@ -16,22 +16,20 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from wlora.adapters.peft_format import RECORDED
-from wlora.config.schema import Config, method_revision, restore_config
-from wlora.config.validation import check_results_folder, check_rules, identify_adapter
+from wlora.config.identity import method_revision
+from wlora.config.rules import check_rules
+from wlora.config.schema import Config, restore_config, walk
 from wlora.data.sources import fingerprint
 from wlora.errors import ConfigError, RunFault
 from wlora.experiment.export import find_record
+from wlora.experiment.resolve import check_results_folder, identify_adapter
 from wlora.models.source import locate
 from wlora.storage.atomic_write import check_folders
 from wlora.storage.environment import compare_environments
 from wlora.storage.records import Record, RecordStore
 
-ALLOWED = (
-    *("results_dir", "offline", "dry_run", "force", "track", "task.path", "task.eval_batch_size", "model.path"),
-    *("adapter.path", "train.gradient_checkpointing", "train.checkpoint_every", "train.keep", "train.keep_after"),
-    *("train.save_model", "train.save_adapter"),
-)
-"""The keys that decide no number."""
+ALLOWED = tuple(name for name, part in walk() if part.metadata["decides"] == "nothing")
+"""The keys that decide nothing."""
 
 _SHOWN = 20
 # Of a record, what a repetition on the same machine gives again.
@@ -135,7 +133,7 @@ def repeat(words: Sequence[str]) -> bool:
         ConfigError: it cannot be repeated here.
         RunFault: the repetition failed, or another process is at it.
     """
-    from wlora.cli.job import require_all
+    from wlora.experiment.requirements import require_all
 
     before, config = prepare(words)
     require_all(config)

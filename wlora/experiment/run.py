@@ -20,13 +20,15 @@ from transformers import PreTrainedModel
 
 from wlora.adapters.adapter_set import count_elements
 from wlora.adapters.peft_format import Start, identify_files, read_adapter
-from wlora.config.schema import Config, run_id, scientific_fields, stream_seed
-from wlora.console import announce, notice, say, summarize
+from wlora.config.identity import run_id, scientific_fields, stream_seed
+from wlora.config.schema import Config
+from wlora.console import notice, say
 from wlora.data.sources import fingerprint
 from wlora.distributed import from_main, gather
 from wlora.errors import ConfigError, RunFault, TakenOver, ran_out_of_memory
 from wlora.experiment.saving import adapter_folder, model_folder, save_adapter, save_model
 from wlora.experiment.shared_inputs import Stock
+from wlora.experiment.summary import announce, summarize
 from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
 from wlora.models.architectures import list_targets, read_architecture

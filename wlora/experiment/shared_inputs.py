@@ -141,12 +141,12 @@ def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tu
     """
     features, shares, lost = {}, {}, 0
     for name, rows in splits.rows.items():
-        features[name] = task.encode(rows, tokenizer, training=name == "train")
-        shares[name] = task.truncated_share
-        if task.truncated_share:
-            notice(f"{task.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
-        if name == "train" and task.lost_answers:
-            lost = task.lost_answers
+        found = features[name] = task.encode(rows, tokenizer, training=name == "train")
+        shares[name] = found.truncated_share
+        if found.truncated_share:
+            notice(f"{found.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
+        if name == "train" and found.lost_answers:
+            lost = found.lost_answers
             notice(f"{lost} of {len(rows)} rows of {name} have their answer whole in no window: see task.stride")
     train = features.pop("train")
     validation = {name: Split(splits.rows[name], encoded) for name, encoded in features.items()}

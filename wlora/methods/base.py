@@ -14,9 +14,9 @@ from wlora.adapters.adapter_set import AdapterSet, count_elements
 from wlora.adapters.layer import Adapter, LowRankAdapter
 from wlora.adapters.peft_format import Factors, describe_lora
 from wlora.errors import ConfigError
+from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.training_data import Bench, Phase
 from wlora.models.architectures import Target
-from wlora.training.optimizers import ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,18 @@ class Method:
     the loop rebuild its optimiser groups. Steps are counted from 1.
 
     Attributes:
-        release: reproduce the release's deviations (`compat=release`) instead of following the paper.
+        release_adamw: whether to train with the release's own AdamW (ε 1e-6) in place of torch's.
+        released: whether there is something for `compat=release` to reproduce.
         plain_base: whether the policy reads or changes the base's own weights, which a quantised one has not.
         startable: whether its adapters may start from given ones, of any rank (`Setting.start`).
         adapters: the adapters in the model.
         base_parameters: parameters of the body that train; empty but for full fine-tuning.
     """
 
-    release = False
+    release_adamw = False
+    released = True
     plain_base = False
     startable = False
-
-    @property
-    def release_adamw(self) -> bool:
-        """Whether to train with the release's own AdamW (ε 1e-6) in place of torch's."""
-        return False
 
     def plan(self, steps: Steps) -> None:
         """Fix the policy's schedule; raises ConfigError if an explicit value does not fit the run."""

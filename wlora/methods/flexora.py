@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
+from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.training_data import Bench, Phase
-from wlora.training.optimizers import ParameterGroup
 
 
 class Flexora(AdapterMethod):

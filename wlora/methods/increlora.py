@@ -14,7 +14,7 @@ from wlora.distributed import mean
 from wlora.errors import ConfigError, wrong_value
 from wlora.methods.base import AdapterMethod, Event, Setting, Steps
 from wlora.methods.importance import Importance, orthogonality
-from wlora.training.optimizers import ParameterGroup
+from wlora.methods.parameter_groups import ParameterGroup
 
 INIT_STD = 0.02
 RESERVE_GATE = 1e-5

@@ -12,7 +12,7 @@ from wlora.adapters.layer import Adapter
 from wlora.adapters.peft_format import fold_peft
 from wlora.errors import ConfigError
 from wlora.methods.base import Method, Setting
-from wlora.training.optimizers import ParameterGroup
+from wlora.methods.parameter_groups import ParameterGroup
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import ConfigError
 from wlora.methods.base import AdapterMethod, Event, Setting, bound_sum
-from wlora.training.optimizers import ParameterGroup
+from wlora.methods.parameter_groups import ParameterGroup
 
 
 class ComponentPruning(AdapterMethod):

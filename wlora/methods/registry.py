@@ -26,6 +26,7 @@ def build_method(
             packed; its adapters cannot start from others.
     """
     from wlora.methods.base import Method
+    from wlora.methods.release import RELEASES
 
     known = [file.stem for file in (config_folder() / "method").glob("*.yaml")]
     if settings["name"] not in known:
@@ -46,9 +47,11 @@ def build_method(
             "lora, wlora, wlora_plus, wlora_depth, rlora, alora, lora_drop"
         )
     given = {key: value for key, value in settings.items() if key not in ("name", "targets", "revision")}
+    if release:
+        if not policy.released:
+            raise ConfigError(f"method={settings['name']} compat=release: allowed is compat=paper")
+        policy = RELEASES.get(policy, policy)
     try:
-        method = policy(**given)
+        return policy(**given)
     except TypeError as error:
         raise ConfigError(f"method={settings['name']}: {error}") from None
-    method.release = release
-    return method

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from wlora.methods.base import Setting, Steps
+from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.wlora import WLoRA
-from wlora.training.optimizers import ParameterGroup
 
 
 class RLoRA(WLoRA):
@@ -20,7 +20,7 @@ class RLoRA(WLoRA):
 
     Args:
         draw: `at_projection`: the drawn set takes effect where WeightLoRA first projects; `at_start`: ω stays 1, and the
-            others leave before the first step, as in the release (always so in `compat=release`).
+            others leave before the first step, as in the release.
         settings: of `WLoRA`; only `k` is read with a draw at the start.
     """
 
@@ -29,11 +29,6 @@ class RLoRA(WLoRA):
     ) -> None:
         super().__init__(lr_omega=lr_omega, project_every=project_every, **settings)
         self.draw = draw
-
-    @property
-    def release_adamw(self) -> bool:
-        """The release trains RLoRA with torch's AdamW."""
-        return False
 
     def plan(self, steps: Steps) -> None:
         """Fix T, which a draw at the start does not need."""
@@ -45,15 +40,15 @@ class RLoRA(WLoRA):
     def attach(self, model: nn.Module, setting: Setting) -> None:
         """Attach all adapters and draw the survivors."""
         super().attach(model, setting)
-        names = [target.name for target in setting.targets]
-        if self.release:
-            # The release draws indices below n but counts them over all wrapped linears (methods note §3), so the
-            # upper layers are never drawn and a drawn module without a trainable adapter is lost.
-            names = [target.name for target in setting.universe]
+        names = self.drawable(setting)
         drawn = torch.randperm(len(setting.targets), generator=setting.generator)[: self.k].tolist()
         self._drawn = [names[index] for index in drawn]
         if self._draws_at_start:
             self.keep(self._drawn)
+
+    def drawable(self, setting: Setting) -> list[str]:
+        """Return the names to draw from, one per target."""
+        return [target.name for target in setting.targets]
 
     def groups(self, lr: float) -> list[ParameterGroup]:
         """Return what WeightLoRA trains; with a draw at the start ω does not."""
@@ -72,4 +67,4 @@ class RLoRA(WLoRA):
 
     @property
     def _draws_at_start(self) -> bool:
-        return self.release or self.draw == "at_start"
+        return self.draw == "at_start"

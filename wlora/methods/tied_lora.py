@@ -10,7 +10,7 @@ from torch import nn
 from wlora.adapters.layer import LowRankAdapter
 from wlora.adapters.variants import TiedAdapter
 from wlora.methods.base import AdapterMethod, Setting
-from wlora.training.optimizers import ParameterGroup
+from wlora.methods.parameter_groups import ParameterGroup
 
 
 class TiedLoRA(AdapterMethod):

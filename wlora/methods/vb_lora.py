@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from wlora.errors import wrong_value
 from wlora.methods.base import Setting
+from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.peft_backed import PeftMethod
-from wlora.training.optimizers import ParameterGroup
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from wlora.adapters.layer import Adapter, LowRankAdapter
+from wlora.adapters.layer import Adapter
 from wlora.errors import ConfigError, wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps, bound_sum
+from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.selection import project, top_k
-from wlora.training.optimizers import ParameterGroup
 
 # The first step within a warm-up at which ω has a gradient: the first update has rate 0, so B is 0 for two steps. A shorter
 # T would choose by nothing, so it may exceed an epoch of one or two steps.
@@ -21,9 +18,7 @@ INFORMED_STEPS = 3
 class WLoRA(AdapterMethod):
     """StoIHT on ω for T steps, then ω is fixed and every adapter outside the top K leaves the model.
 
-    Until T a zeroed ω keeps receiving its gradient and may return. In `compat=release` (methods note §1.1) nothing is
-    ever fixed or disconnected, ω may be negative and still act, A starts within ±1/√rank, dropout is ignored, and the
-    schedule and the clipping include ω.
+    Until T a zeroed ω keeps receiving its gradient and may return.
 
     Args:
         k: adapters to keep; fewer are kept if fewer have ω > 0.
@@ -55,11 +50,6 @@ class WLoRA(AdapterMethod):
         self.select_steps = select_steps
         self.omega_scheduled, self.omega_clipped = omega_scheduled, omega_clipped
 
-    @property
-    def release_adamw(self) -> bool:
-        """The release trains WeightLoRA, and only it, with its own AdamW."""
-        return self.release
-
     def plan(self, steps: Steps) -> None:
         """Fix T.
 
@@ -73,38 +63,28 @@ class WLoRA(AdapterMethod):
                     f"the run has {steps.total} optimiser steps: allowed is at least {self.select_steps + 1}, "
                     f"as a selection takes {self.select_steps}"
                 )
-        longest = min(steps.total - 1, steps.total if self.release else max(steps.per_epoch, INFORMED_STEPS))
+        longest, reason = self.longest_select_steps(steps)
         if self.select_steps > longest:
-            bound = f"the run has {steps.total} optimiser steps" + (
-                "" if self.release else f", {steps.per_epoch} of them in an epoch, and T is at most one epoch"
-            )
-            raise wrong_value("method.select_steps", self.select_steps, f"1 to {longest}, as {bound}")
+            allowed = f"1 to {longest}, as the run has {steps.total} optimiser steps{reason}"
+            raise wrong_value("method.select_steps", self.select_steps, allowed)
 
     def default_select_steps(self, steps: Steps) -> int:
         """Return T where none is given."""
         return max(INFORMED_STEPS, min(steps.per_epoch, steps.total // 10))
 
-    def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build an adapter with ω = 1."""
-        adapter = super().make_adapter(d_in, d_out, device)
-        if self.release:
-            # Kaiming on the transposed tensor takes the rank for the fan-in: 1/√r in place of 1/√d_in.
-            nn.init.uniform_(adapter.A, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
-            adapter.dropout, adapter.positive = 0.0, False
-        return adapter
+    def longest_select_steps(self, steps: Steps) -> tuple[int, str]:
+        """Return the longest T that is allowed, and why, to go on with in a message."""
+        longest = min(steps.total - 1, max(steps.per_epoch, INFORMED_STEPS))
+        return longest, f", {steps.per_epoch} of them in an epoch, and T is at most one epoch"
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return A and B for AdamW, and ω for SGD (inside the schedule and the clipping in the release)."""
+        """Return A and B for AdamW, and ω for SGD."""
         omegas = [a.omega for a in self.adapters.values() if a.omega is not None]
-        scheduled, clipped = self.release or self.omega_scheduled, self.release or self.omega_clipped
-        omega_group = ParameterGroup(omegas, self.lr_omega, rule="sgd", scheduled=scheduled, clipped=clipped)
-        return [*super().groups(lr), omega_group]
+        scheduled, clipped = self.omega_scheduled, self.omega_clipped
+        return [*super().groups(lr), ParameterGroup(omegas, self.lr_omega, rule="sgd", scheduled=scheduled, clipped=clipped)]
 
     def after_step(self, step: int) -> list[Event]:
         """Project; at step T fix ω and cut."""
-        if self.release:
-            self._project(step)
-            return []
         assert self.select_steps is not None
         if step > self.select_steps:
             return []
@@ -114,8 +94,8 @@ class WLoRA(AdapterMethod):
         return [self.cut(step, self.choose(self.k))]
 
     def settled(self, step: int) -> bool:
-        """The cut at T is the last change; the release changes ω to the end."""
-        return not self.release and self.select_steps is not None and step >= self.select_steps
+        """The cut at T is the last change."""
+        return self.select_steps is not None and step >= self.select_steps
 
     def mask(self, omega: Tensor) -> Tensor:
         """Return which adapters a projection keeps, [n] boolean, given all ω."""

@@ -7,8 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wlora.errors import ConfigError
-from wlora.methods.base import Event, Setting, Steps
+from wlora.methods.base import Event, Setting
 from wlora.methods.selection import top_k_above
 from wlora.methods.wlora import WLoRA
 
@@ -28,15 +27,11 @@ class WLoRADepth(WLoRA):
         settings: of `WLoRA`.
     """
 
+    released = False
+
     def __init__(self, *, depth_cost: float, rule: Literal["projected", "once"], **settings: Any) -> None:
         super().__init__(**settings)
         self.depth_cost, self.rule = depth_cost, rule
-
-    def plan(self, steps: Steps) -> None:
-        """Fix T; the release has no such rule to reproduce."""
-        if self.release:
-            raise ConfigError("method=wlora_depth compat=release: allowed is compat=paper")
-        super().plan(steps)
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
         """Attach an adapter to every target."""

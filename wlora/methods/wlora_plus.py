@@ -10,12 +10,9 @@ from torch import nn
 from wlora.adapters.layer import Extension
 from wlora.errors import wrong_value
 from wlora.methods.base import Event, Setting, Steps, bound_sum
-from wlora.methods.selection import project, top_k
 from wlora.methods.wlora import INFORMED_STEPS, WLoRA
-from wlora.training.optimizers import ParameterGroup
 
 HALVINGS = 2
-RELEASE_SELECT_STEPS = 20
 
 
 class WLoRAPlus(WLoRA):
@@ -24,8 +21,7 @@ class WLoRAPlus(WLoRA):
     Schedule `single` (the paper's text): T steps of WeightLoRA, then one cut to the top K and one growth. Schedule
     `halvings` (after the release): n → n/2 adapters at T/2, → n/4 at T, each with a growth. Both project ω to the final
     number at every step, so that the adapters that act at one cut are not overtaken at the next by idle ones, whose ω
-    has never moved from 1. `compat=release` projects at its cuts alone, extends before it selects, skips the A and B
-    updates of that step, draws uniform rows, and never disconnects.
+    has never moved from 1.
 
     Args:
         k: adapters to keep with `schedule=single`; `halvings` keeps n/4, rounded up.
@@ -63,39 +59,20 @@ class WLoRAPlus(WLoRA):
 
     def default_select_steps(self, steps: Steps) -> int:
         """Return T where none is given; with two cuts the first one, too, needs an ω that has had a gradient."""
-        if self.release:
-            return min(RELEASE_SELECT_STEPS, steps.total // 2)
         least = INFORMED_STEPS * HALVINGS if self.schedule == "halvings" else INFORMED_STEPS
         return max(least, super().default_select_steps(steps))
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Attach an adapter to every target; all of them are chosen at first."""
+        """Attach an adapter to every target."""
         super().attach(model, setting)
         self._budget = self.adapters.count()
-        self._chosen = list(self.adapters)
-        n = len(self._chosen)
+        n = len(self.adapters)
         if self.schedule == "halvings":
             self.k = math.ceil(n / 4)
         self._sizes = [math.ceil(n / 2), self.k] if self.schedule == "halvings" else [self.k]
 
-    def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return what still trains: in the release the unchosen stay in the model but leave the optimiser."""
-        chosen = [self.adapters[name] for name in self._chosen]
-        matrices, omegas = super().groups(lr)
-        matrices.parameters = [p for a in chosen for p in (a.A, a.B)]
-        omegas.parameters = [a.omega for a in chosen if a.omega is not None]
-        return [matrices, omegas]
-
-    def before_step(self, step: int) -> list[Event]:
-        """In the release, double the ranks of all chosen adapters in place of updating their A and B."""
-        if not self.release or step not in self._cut_steps:
-            return []
-        return [self._extend(step, {name: 2 * self.adapters[name].rank for name in self._chosen})]
-
     def after_step(self, step: int) -> list[Event]:
         """Project, and at the cuts select and extend the survivors."""
-        if self.release:
-            return [self._select_in_place(step)] if step in self._cut_steps else []
         if step > self._cut_steps[-1]:
             return []
         if step not in self._cut_steps:
@@ -113,7 +90,6 @@ class WLoRAPlus(WLoRA):
             ranked = sorted(before, key=lambda name: (-after[name], -before[name]))
             survivors = ranked[: self._sizes[0]]
         event = self.cut(step, survivors, final=final)
-        self._chosen = list(self.adapters)
         return [event, self._extend(step, self._spread(event.details["omega"]))]
 
     def _spread(self, omega: dict[str, float]) -> dict[str, int]:
@@ -122,7 +98,7 @@ class WLoRAPlus(WLoRA):
         Components are handed out one by one, to the adapter of the lowest rank and among these to the largest ω, until none
         fits: what is left is less than one component of the largest shape, unless all are as wide as their linear.
         """
-        survivors = sorted(self._chosen, key=lambda name: -omega[name])
+        survivors = sorted(self.adapters, key=lambda name: -omega[name])
         ranks = {name: self.adapters[name].rank for name in survivors}
         cost = {name: self.adapters[name].count() // ranks[name] for name in survivors}
         widest = {name: min(self.adapters[name].A.shape[1], self.adapters[name].B.shape[0]) for name in survivors}
@@ -146,21 +122,10 @@ class WLoRAPlus(WLoRA):
             adapter = self.adapters[name]
             adapter.extend(
                 min(rank, adapter.A.shape[1], adapter.B.shape[0]),
-                how="uniform" if self.release else self.extension,
+                how=self.extension,
                 generator=self.generator,
                 keep_moments=self.keep_moments,
             )
             if self.rescale:
                 adapter.rescale(self.alpha / adapter.rank)
         return Event(step, "extend", {"ranks": {name: self.adapters[name].rank for name in ranks}})
-
-    def _select_in_place(self, step: int) -> Event:
-        """Halve the chosen as the release does: ω of the others becomes 0, nothing leaves the model."""
-        chosen = [self.adapters[name] for name in self._chosen]
-        project(chosen, lambda omega: top_k(omega, len(chosen) // 2))
-        omega = self.omegas()
-        self._chosen = [name for name in self._chosen if omega[name] > 0]
-        if step == self._cut_steps[-1]:
-            for adapter in self.adapters.values():
-                adapter.fix_omega()
-        return Event(step, "select", {"kept": list(self._chosen), "omega": omega})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, unknown_name
 from wlora.models.gguf import find_gguf, read_gguf_architecture
-from wlora.storage.reading import read_file, read_json
+from wlora.reading import read_file, read_json
 
 if TYPE_CHECKING:
     from wlora.config.schema import ModelConfig
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 MOST_LAYERS = 10_000
 # Keys of `config.json` that count something of which every model has at least one.
 _SIZES = re.compile(r"max_position_embeddings|(hidden|intermediate|vocab)_size|d_model|\w+_heads|\w+_ffn_dim")
-TARGET_SETS = ("qkv", "attention", "all", "release")
 """What `targets` may name; `SET@LAYER` is the part of a set from a layer up."""
 
 

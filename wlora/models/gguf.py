@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wlora.errors import ConfigError, wrong_value
-from wlora.storage.reading import open_file
+from wlora.reading import open_file
 
 if TYPE_CHECKING:
     from wlora.config.schema import ModelConfig

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wlora.adapters.layer import AdaptedLinear
 from wlora.models.architectures import FAMILIES
 from wlora.models.first_token import every_token
 from wlora.models.loading import head_modules, head_parameters
@@ -43,7 +42,8 @@ def frozen_depth(model: PreTrainedModel) -> int:
     if beneath or getattr(model.config, "encoder_layerdrop", 0) > 0:
         return 0
     for index, layer in enumerate(layers):
-        adapted = any(isinstance(module, AdaptedLinear) for module in layer.modules())
+        # A module that replaced a linear says so, whether or not what it adds trains at present.
+        adapted = any(getattr(module, "adapts", False) for module in layer.modules())
         if adapted or any(p.requires_grad for p in layer.parameters()):
             return index
     return len(layers)

@@ -12,8 +12,8 @@ from pathlib import Path
 from wlora.config.schema import ModelConfig
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.gguf import find_gguf
+from wlora.reading import read_file, read_json
 from wlora.storage.content_hash import hash_file, hash_files, read_as_hashed
-from wlora.storage.reading import read_file, read_json
 
 _CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt"}
 _PACKAGES = {"model.quantization": "bitsandbytes", "model.gguf_file": "gguf"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerFast
 
-from wlora.data.synthetic.world import vocabulary
+from wlora.data.synthetic.story import vocabulary
 
 _SPECIAL = {
     "pad_token": "[PAD]",

@@ -68,7 +68,7 @@ class Claim:
             self._close()
 
     def put(self, staging: Path, target: Path) -> None:
-        """Move a finished file or folder to its place, as `wlora.storage.atomic_write.put` does, while the run is this process's.
+        """Move a finished file or folder to its place while the run is this process's.
 
         Raises:
             TakenOver: another process has taken over; what stands in the place is as it was.

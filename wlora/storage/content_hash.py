@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wlora.errors import ConfigError
+from wlora.reading import open_file
 from wlora.storage.atomic_write import patiently
-from wlora.storage.reading import open_file
 
 Stamp = tuple[int, int, int, int, int]
 

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wlora import __version__
+from wlora import NUMERICS_VERSION, __version__
 
 # What can move a number, or stands between the files and the tensors.
 _PACKAGES = (
@@ -80,6 +80,7 @@ def describe_environment(device: str, precision: str, processes: int, *, overrid
     commit, dirty = _git_state()
     return {
         "wlora": __version__,
+        "numerics": NUMERICS_VERSION,
         "git_commit": commit,
         "git_dirty": dirty,
         "overrides": list(overrides),

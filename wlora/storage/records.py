@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, RunFault
+from wlora.reading import find_misfit, read_file, read_json
 from wlora.storage.atomic_write import Put, patiently, put, staged, write_whole
-from wlora.storage.reading import find_misfit, read_file, read_json
 from wlora.storage.recorded import Chosen, Content, Point
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from wlora.errors import ConfigError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-TRACKERS: dict[str, tuple[str, ...]] = {
-    "none": (),
+PACKAGES: dict[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
@@ -30,7 +29,7 @@ def require_tracker(track: str) -> None:
     Raises:
         ConfigError: the package is missing.
     """
-    packages = TRACKERS[track]
+    packages = PACKAGES.get(track, ())
     if packages and not any(importlib.util.find_spec(package) for package in packages):
         raise ConfigError(
             f"track={track}: the package {packages[0]} is not installed\nway out: pip install 'wlora[{track}]'"

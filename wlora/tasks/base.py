@@ -45,15 +45,11 @@ class Task(Protocol):
             `question_answering` or `seq2seq`.
         num_labels: the head's outputs.
         primary_metric: the key, among those of `score` for the first validation split, that is reported.
-        truncated_share: share of the rows encoded last of which something was cut off.
-        lost_answers: of the training rows encoded last, those whose answer stands whole in no window; 0 for other kinds.
     """
 
     head: str
     num_labels: int
     primary_metric: str
-    truncated_share: float
-    lost_answers: int
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Tokenise rows into features.

@@ -26,8 +26,6 @@ class SequenceClassification:
         head: the kind of head on the model.
         num_labels: its outputs; 1 for regression.
         primary_metric: the reported one of `task.metrics`.
-        truncated_share: share of the rows encoded last that were longer than `task.max_length` tokens.
-        lost_answers: always 0.
 
     Raises:
         ConfigError: a single or doubled name in `task.labels`, or metrics that are not defined for this number of classes.
@@ -46,7 +44,6 @@ class SequenceClassification:
         self.regression = not config.labels
         self.num_labels = len(config.labels) or 1
         self.primary_metric = config.primary_metric
-        self.truncated_share, self.lost_answers = 0.0, 0
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Tokenise rows, cut to `task.max_length` tokens and not padded.
@@ -66,8 +63,7 @@ class SequenceClassification:
             truncated += sum(find_truncated(encoded, self.config.max_length))
             labels = pa.array(texts[LABEL], pa.float32() if self.regression else pa.int64())
             pieces.append(pa.table({**input_columns(encoded), "labels": labels}))
-        self.truncated_share = truncated / len(rows)
-        return Features(pieces)
+        return Features(pieces, truncated_share=truncated / len(rows))
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Pad features to the longest of them; labels have shape [rows], int64 or float32 for regression."""

@@ -42,12 +42,6 @@ class QuestionAnswering:
         head: the kind of head on the model.
         num_labels: its outputs: the logits of start and end.
         primary_metric: the reported one of `task.metrics`.
-        truncated_share: share of the rows encoded last whose question was cut.
-        lost_answers: training rows encoded last whose first answer stands whole in no window: it is longer than the stride
-            and lies across the end of one. Their windows train as such without an answer do.
-
-    Raises:
-        ConfigError: a missing or unusable key of this kind of task, or a metric that it does not have.
     """
 
     head = "question_answering"
@@ -67,12 +61,14 @@ class QuestionAnswering:
         self.question, self.context = config.columns
         self.stride: int = config.stride
         self.primary_metric = config.primary_metric
-        self.truncated_share, self.lost_answers = 0.0, 0
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Cut rows into windows and tokenise them.
 
         A question that would leave no room for a context of more than `task.stride` tokens is cut.
+
+        An answer is lost if no window holds all of it, because it is longer than the stride and lies across the end of one.
+        Its windows train as windows without an answer do.
 
         Returns:
             The model's inputs and `length`; for training `start_positions` and `end_positions` (int32): the first and
@@ -118,8 +114,7 @@ class QuestionAnswering:
                 columns |= _token_places(encoded.encodings)
                 columns["row"] = pa.array(np.asarray(row_of) + first_row, pa.int32())
             pieces.append(pa.table(columns))
-        self.truncated_share, self.lost_answers = cut / len(rows), lost
-        return Features(pieces)
+        return Features(pieces, truncated_share=cut / len(rows), lost_answers=lost)
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Pad features to the longest of them; positions, where there are any, have shape [features], int64."""

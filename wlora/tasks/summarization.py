@@ -29,8 +29,6 @@ class Summarization:
         head: the kind of head on the model; it is the pretrained one, and nothing in it is new.
         num_labels: unused by this head.
         primary_metric: the reported one of `task.metrics`.
-        truncated_share: share of the rows encoded last whose document or summary was cut.
-        lost_answers: always 0.
 
     Raises:
         ConfigError: not two columns, an unknown name in `task.metrics`, or a `task.primary_metric` not among them.
@@ -45,7 +43,6 @@ class Summarization:
         check_metrics(config, ROUGE_NAMES, "summaries")
         self.config = config
         self.primary_metric = config.primary_metric
-        self.truncated_share, self.lost_answers = 0.0, 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
@@ -71,8 +68,7 @@ class Summarization:
             inputs = {key: source[key] for key in ("input_ids", "attention_mask")}
             labels = pa.array(target["input_ids"], pa.list_(pa.int32()))
             pieces.append(pa.table({**input_columns(inputs), "labels": labels, "loss_tokens": labels.value_lengths()}))
-        self.truncated_share = truncated / len(rows)
-        return Features(pieces)
+        return Features(pieces, truncated_share=truncated / len(rows))
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Pad documents and summaries to the longest of each; padded labels are ignored by the loss.

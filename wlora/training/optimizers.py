@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-
-@dataclass
-class ParameterGroup:
-    """Parameters that are updated alike.
-
-    Attributes:
-        parameters: the tensors; those that do not require a gradient are left out.
-        lr: peak learning rate.
-        rule: `adamw`, or `sgd` without momentum or decay.
-        scheduled: whether the run's learning-rate schedule applies.
-        start: optimiser steps before the group's schedule begins, with a warm-up of its own.
-        clipped: whether the gradients count in, and are scaled by, global-norm clipping.
-    """
-
-    parameters: list[nn.Parameter]
-    lr: float
-    rule: Literal["adamw", "sgd"] = "adamw"
-    scheduled: bool = True
-    clipped: bool = True
-    start: int = 0
+from wlora.adapters.derivation import take_origin
+from wlora.methods.parameter_groups import ParameterGroup
 
 
 class ReleaseAdamW(Optimizer):
@@ -90,10 +71,10 @@ class Optimizers:
         """Take over new groups after a structural change.
 
         A parameter that was there before keeps its moments and step count, and so does one that was cut or extended from
-        it (`origin`); a new one starts from zero moments; the state of one that is gone is dropped.
+        it; a new one starts from zero moments; the state of one that is gone is dropped.
         """
         state = {p: s for optimizer in self._rules.values() for p, s in optimizer.state.items()}
-        for p in (p for group in groups for p in group.parameters if hasattr(p, "origin")):
+        for p in (p for group in groups for p in group.parameters):
             _inherit(state, p)
         for group in groups:
             # An adapter that several modules share comes once per module.
@@ -188,11 +169,12 @@ class Optimizers:
 
 
 def _inherit(state: dict[Any, dict[str, Any]], derived: nn.Parameter) -> None:
-    """Give a parameter that was cut or extended from another what stays valid of the other's moments."""
-    parent, carry = derived.origin  # type: ignore[attr-defined]
-    del derived.origin  # type: ignore[attr-defined]
-    if hasattr(parent, "origin"):  # derived twice in one change
-        _inherit(state, parent)
+    """Give a parameter that was derived from another what stays valid of the other's moments."""
+    origin = take_origin(derived)
+    if origin is None:
+        return
+    parent, carry = origin
+    _inherit(state, parent)  # it may have been derived itself in the same change
     if parent in state:
         moments = state[parent].items()
         same = [key for key, value in moments if isinstance(value, Tensor) and value.shape == parent.shape]

@@ -28,9 +28,9 @@ from wlora.console import notice, say
 from wlora.data.features import INPUT_TYPES, Features
 from wlora.errors import RunFault
 from wlora.models.prefix_forward import Prefix
+from wlora.reading import open_file, read_file, read_json
 from wlora.storage.atomic_write import MISSING, patiently, put, remove_path, staged
 from wlora.storage.content_hash import hash_stream
-from wlora.storage.reading import open_file, read_file, read_json
 from wlora.training.batch_order import evaluation_batches
 from wlora.training.prefetch import move
 

@@ -18,9 +18,10 @@ from wlora.adapters.serialization import describe_adapters, rebuild_adapters
 from wlora.distributed import gather
 from wlora.methods.base import Method
 from wlora.methods.importance import Importance
+from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.peft_backed import PeftAdapter
 from wlora.methods.training_data import Bench
-from wlora.training.optimizers import Optimizers, ParameterGroup
+from wlora.training.optimizers import Optimizers
 
 # What a method holds that is there again once it is attached, and has no state of its own.
 _BUILT_AGAIN = (AdapterSet, Bench, PeftAdapter)

@@ -22,6 +22,7 @@ from wlora.data.features import Features
 from wlora.distributed import from_main, gather
 from wlora.errors import RunFault, ran_out_of_memory
 from wlora.methods.base import Event, Method
+from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.training_data import Bench
 from wlora.models.first_token import first_token_alone
 from wlora.models.prefix_forward import Prefix, frozen_depth
@@ -30,7 +31,7 @@ from wlora.training.activation_memory import activation_bytes, saved_bytes
 from wlora.training.batch_growth import BatchGrowth
 from wlora.training.batch_order import share, step_batches
 from wlora.training.evaluation import Evaluation, Split, evaluate
-from wlora.training.optimizers import Optimizers, ParameterGroup
+from wlora.training.optimizers import Optimizers
 from wlora.training.prefetch import Prefetcher, move
 from wlora.training.prefix_cache import PrefixCache, Storage
 from wlora.training.run_length import Plan

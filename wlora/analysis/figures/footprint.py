@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from matplotlib.figure import Figure
 
 from wlora.analysis.figures.canvas import COLUMN, count_axis, new_figure, nothing, style_of
-from wlora.storage.reading import find_misfit, read_file
+from wlora.reading import find_misfit, read_file
 from wlora.storage.records import unseal
 
 GIB = 2**30

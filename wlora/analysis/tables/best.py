@@ -18,8 +18,8 @@ from wlora.storage.records import RecordStore
 def read_best(results_dir: str | Path, runs: Iterable[Run]) -> Best:
     """Return, by run_id, the metrics of successful runs where the primary one was highest.
 
-    A run whose curve is missing, damaged or without an evaluation is left out, and told. A curve that `wlora.storage.index` knows is
-    not read again.
+    A run whose curve is missing, damaged or without an evaluation is left out, and told. A curve that `wlora.storage.index`
+    knows is not read again.
     """
     store, found, unknown = RecordStore(results_dir), dict[str, Mapping[str, float]](), 0
     index = Index(store, ".jsonl")

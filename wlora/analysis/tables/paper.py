@@ -12,7 +12,7 @@ from wlora.analysis.statistics import Summary
 from wlora.analysis.tables.cells import Cell, Table, average, decimals, mark
 from wlora.analysis.tables.layouts import Column, Layout, Row
 from wlora.errors import ConfigError
-from wlora.storage.reading import open_file
+from wlora.reading import open_file
 
 # Half a unit of the last printed digit, and a little for binary fractions.
 _ROUNDING = 0.5 + 1e-6

@@ -1,34 +1,20 @@
-"""Synthetic reading tasks over small worlds: deterministic, offline, short.
+"""Small worlds to read about: what happens in them, and the sentences that tell it.
 
-Three layers, so that another task of the family only adds to the last one:
-
-1. `World` replays `Event`s and knows who is where and who holds what.
-2. `render` turns events and claims into sentences, using only those that belong to the wanted split.
-3. `generate` builds the rows of one named task: `story_nli` here, others in modules of their own.
+`World` replays `Event`s and knows who is where and who holds what. `render` turns events and claims into sentences, using
+only those that belong to the wanted split. The tasks of the family (`nli`, `qa`, `summary`) build their rows from both.
 
 **Splits.** A *combination* is a template with the entities that fill it: one sentence. `split_of` gives each
 to exactly one split, so train and validation share every word but no sentence, in premises or in hypotheses.
-
-**Shortcuts in `story_nli`.** Rows come in threes: one hypothesis under three stories, one for each label, all
-with equally many events and all mentioning the person and the place in question. So the hypothesis, the
-number of sentences and whether its names return tell nothing. The premise's words alone remain a hint (where
-nobody goes anywhere, all is open) worth about 0.65 accuracy; the rest takes knowing who did what, and when.
 """
 
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from wlora.errors import unknown_name
+from typing import TypeVar
 
 T = TypeVar("T")
-
-GENERATOR_VERSION = 1
-"""To be raised with every change of the generated text: it is part of a run's identity."""
 
 SPLITS = ("train", "validation")
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
@@ -86,11 +72,6 @@ CLAIM_TEMPLATES = (
 
 SPLIT_MODULUS = 4
 """At most the number of templates of a kind: then every event and claim has a sentence in both splits."""
-
-# Sized for a demo: two events are what a 6-layer encoder learns to follow in a minute or so on a CPU.
-NLI_TRIPLES = {"train": 600, "validation": 120}
-NLI_EVENTS = 2
-NLI_KINDS = ("go", "go", "go", "take", "give", "mention", "mention")
 
 
 @dataclass(frozen=True)
@@ -172,39 +153,6 @@ def render(part: Event | Claim, split: str, rng: random.Random) -> str:
     return pick(rng, allowed).format(person=person, item=item, other=other)
 
 
-def generate(name: str, split: str) -> dict[str, list[Any]]:
-    """Return the columns of one split of a task, those that its YAML names and its labels or answers.
-
-    Raises:
-        ConfigError: an unknown name or split.
-    """
-    generators = _generators()
-    if name not in generators:
-        raise unknown_name("generator", name, generators)
-    if split not in SPLITS:
-        raise unknown_name("split", split, SPLITS)
-    return generators[name](split, random.Random(f"{name} {split} {GENERATOR_VERSION}"))
-
-
-def vocabulary() -> list[str]:
-    """Return every lower-case word and punctuation mark that a generated text can contain, sorted."""
-    from wlora.data.synthetic.qa import QUESTION_TEMPLATES
-    from wlora.data.synthetic.summary import SUMMARY
-
-    kinds = [*EVENT_TEMPLATES.values(), CLAIM_TEMPLATES, *QUESTION_TEMPLATES.values(), (SUMMARY,)]
-    templates = [text for texts in kinds for text in texts]
-    texts = [re.sub(r"\{\w+\}", "", text) for text in templates]
-    words = re.findall(r"\w+|[^\w\s]", " ".join([*texts, *PEOPLE, *PLACES, *THINGS]).lower())
-    return sorted(set(words))
-
-
-def sample_texts() -> Iterator[str]:
-    """Yield all training texts, as a corpus for a tokenizer."""
-    for name in _generators():
-        for column, values in generate(name, "train").items():
-            yield from (value for value in values if isinstance(value, str) and column not in ("id", "title"))
-
-
 def pick(rng: random.Random, options: Sequence[T]) -> T:
     """Return a random option."""
     # Of all of Random, only random() is promised to give the same sequence in every Python version.
@@ -231,33 +179,3 @@ def random_world(
         if world.allows(event):
             world.apply(event)
     return world
-
-
-def _nli_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
-    rows: dict[tuple[str, str], int] = {}
-    while len(rows) < 3 * NLI_TRIPLES[split]:
-        claim = Claim(pick(rng, PEOPLE), pick(rng, PLACES))
-        hypothesis = render(claim, split, rng)
-        labelled: dict[int, str] = {}
-        while len(labelled) < 3:
-            world = random_world(rng, NLI_EVENTS, NLI_KINDS, person=claim.person, place=claim.place)
-            label = world.judge(claim)
-            if label not in labelled and world.mentions(claim.person) and world.mentions(claim.place):
-                premise = " ".join(render(event, split, rng) for event in world.history)
-                if (premise, hypothesis) not in rows:
-                    labelled[label] = premise
-        rows |= {(premise, hypothesis): label for label, premise in labelled.items()}
-    shuffled = sorted(rows.items(), key=lambda _: rng.random())
-    return {
-        "premise": [premise for (premise, _), _ in shuffled],
-        "hypothesis": [hypothesis for (_, hypothesis), _ in shuffled],
-        "label": [label for _, label in shuffled],
-    }
-
-
-def _generators() -> dict[str, Callable[[str, random.Random], dict[str, list[Any]]]]:
-    # Imported late: the modules of the other tasks build on this one.
-    from wlora.data.synthetic.qa import qa_columns
-    from wlora.data.synthetic.summary import summary_columns
-
-    return {"story_nli": _nli_columns, "story_qa": qa_columns, "story_summary": summary_columns}

@@ -1,131 +1,22 @@
-"""Checks of a composed configuration, each answered in one or two lines before torch is imported.
-
-A rule is a short text that is also the message: `int >= 1`, `float >= 0, < 1`, `int >= 1 or null`,
-`float > 0 or tuned`, `single | halvings`. The rules of the shared keys stand below; a method's stand in its own
-YAML under `allowed`.
-"""
+"""Completing and checking a composed configuration, each mistake answered in one or two lines before torch is imported."""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
-import re
-from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from wlora.adapters.peft_format import fingerprint
-from wlora.config.schema import METHOD_NOTES, AdapterConfig, Config, ModelConfig, config_folder, method_revision
+from wlora.config.identity import method_revision
+from wlora.config.rules import RULES, check, check_rules, look_up
+from wlora.config.schema import METHOD_NOTES, AdapterConfig, Config, ModelConfig, config_folder
 from wlora.errors import ConfigError, unknown_name, wrong_value
-from wlora.models.architectures import HEADS, LEARNT_POSITIONS, TARGET_SETS, count_targets, order_classes, read_architecture
-from wlora.storage.trackers import TRACKERS
+from wlora.models.architectures import HEADS, LEARNT_POSITIONS, count_targets, order_classes, read_architecture
 from wlora.tasks.base import find_kind
-
-_DIGITS = 6  # of a layer's number
-QUANTIZATIONS = ("none", "nf4", "int8")
-
-RULES = {
-    "rank": "int >= 1",
-    "alpha": "float > 0",
-    "dropout": "float >= 0, < 1",
-    "lr": "float > 0 or tuned",
-    "head_lr": "float > 0 or null or tuned",
-    "warmup": "int >= 0 or null or tuned",
-    "seed": "int >= 0",
-    "k": "int >= 1 or null",
-    "targets": " | ".join((*TARGET_SETS, "SET@LAYER")),
-    "precision": "auto | fp32 | bf16 | fp16",
-    "compat": "paper | release",
-    "track": " | ".join(TRACKERS),
-    "model.source": "hub | package | random",
-    "model.head": "fresh | kept",
-    "model.quantization": " | ".join(QUANTIZATIONS),
-    "task.epochs": "float > 0",
-    "task.batch_size": "int >= 1",
-    "task.eval_batch_size": "int >= 1",
-    "task.max_length": "int >= 8",
-    "task.max_target_length": "int >= 4 or null",
-    "task.generation.num_beams": "int >= 1 or null",
-    "task.generation.max_new_tokens": "int >= 1 or null",
-    "task.generation.min_new_tokens": "int >= 0 or null",
-    "task.generation.length_penalty": "float or null",
-    "task.stride": "int >= 0 or null",
-    "task.n_best": "int >= 1 or null",
-    "task.max_answer_length": "int >= 1 or null",
-    "task.max_train_rows": "int >= 1 or null",
-    "task.max_eval_rows": "int >= 1 or null",
-    "train.max_steps": "int >= 1 or null",
-    "train.accumulation_steps": "int >= 1 or null",
-    "train.weight_decay": "float >= 0",
-    "train.max_grad_norm": "float > 0",
-    "train.eval_every": "int >= 1 or null",
-    "train.grow_batch": "off | micro | effective",
-    "train.prefix_cache": "off | memory | disk",
-    "train.prefix_cache_dtype": "bf16 | fp32",
-    "train.prefix_cache_gb": "float >= 0",
-    "train.checkpoint_every": "int >= 0 or null",
-    "train.keep": "int >= 1",
-}
-
-_COMPARISONS = {
-    ">=": lambda value, bound: value >= bound,
-    ">": lambda value, bound: value > bound,
-    "<=": lambda value, bound: value <= bound,
-    "<": lambda value, bound: value < bound,
-}
-
-
-def canonical(value: Any, rule: str) -> Any:
-    """Return the one spelling of a value under a rule of choices; any other value as it is.
-
-    Choices are in lower case, `true` and `false` are booleans, and YAML's booleans stand for `on` and `off`.
-    """
-    if "|" not in rule or value is None:
-        return value
-    text = _spell(value, rule)
-    return text == "true" if text in ("true", "false") else text
-
-
-def _spell(value: Any, rule: str) -> str:
-    text = str(value).lower()
-    if text in ("true", "false") and text not in _choices(rule):
-        text = "on" if text == "true" else "off"
-    name, at, layer = text.partition("@")
-    return f"{name}@{int(layer)}" if at and layer.isdecimal() and len(layer) <= _DIGITS else text
-
-
-def _choices(rule: str) -> list[str]:
-    return [word.strip() for word in rule.partition(" or ")[0].split("|")]
-
-
-def satisfies(value: Any, rule: str) -> bool:
-    """Tell whether a value, in any spelling, obeys a rule; raises ValueError for a rule that cannot be read."""
-    rule, *words = rule.split(" or ")
-    if ("null" if value is None else value) in words:
-        return True
-    if rule.startswith("list of "):
-        return isinstance(value, list) and len(value) > 0 and all(satisfies(v, rule.removeprefix("list of ")) for v in value)
-    if "|" in rule or not re.match(r"(int|float)\b", rule):
-        if value is None:
-            return False
-        choices = _choices(rule)
-        name, at, layer = _spell(value, rule).partition("@")
-        return name in choices and (not at or ("SET@LAYER" in choices and layer.isdecimal() and len(layer) <= _DIGITS))
-    kind, _, bounds = rule.partition(" ")
-    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
-        return False
-    if not math.isfinite(value):
-        return False
-    for bound in filter(None, re.split(r",\s*", bounds)):
-        match = re.fullmatch(r"(>=|>|<=|<) (\S+)", bound)
-        if match is None:
-            raise ValueError(f"unreadable rule: {rule}")
-        if not _COMPARISONS[match[1]](value, float(match[2])):
-            return False
-    return True
 
 
 def resolve(config: Config) -> Config:
@@ -165,22 +56,6 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def check_rules(config: Config, rewritten: Container[str] = tuple(RULES)) -> None:
-    """Check the shared keys against their rules, and put choices into their one spelling.
-
-    Args:
-        rewritten: the keys whose spelling may change; what a record's run was asked for keeps its own.
-
-    Raises:
-        ConfigError: a value outside its rule.
-    """
-    for key, rule in RULES.items():
-        value = _check(key, _lookup(config, key), rule)
-        if key in rewritten:
-            *parents, name = key.split(".")
-            setattr(_lookup(config, ".".join(parents)) if parents else config, name, value)
-
-
 def identify_adapter(adapter: AdapterConfig) -> None:
     """Fill in the fingerprint of the adapters to start from.
 
@@ -200,20 +75,6 @@ def identify_adapter(adapter: AdapterConfig) -> None:
     adapter.fingerprint = found
 
 
-def _lookup(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _check(key: str, value: Any, rule: str) -> Any:
-    """Return the canonical value of a key; ConfigError for one outside its rule."""
-    if not satisfies(value, rule):
-        raise wrong_value(key, "null" if value is None else value, rule)
-    return canonical(value, rule)
-
-
 def _check_method(config: Config) -> None:
     """Check the method's keys against the rules of the package's YAML; its notes then leave the configuration."""
     assert config.method.get("preset") is None and config.task.preset is None, "apply_presets comes first"
@@ -222,7 +83,7 @@ def _check_method(config: Config) -> None:
         config.method.pop(note, None)
     for key, value in config.method.items():
         if key in rules:
-            config.method[key] = _check(f"method.{key}", value, rules[key])
+            config.method[key] = check(f"method.{key}", value, rules[key])
         elif key != "name":
             own = ", ".join(name for name in rules if name not in RULES)
             raise ConfigError(f"method.{key} is unknown to method={config.method['name']}: allowed is {own}")
@@ -325,7 +186,7 @@ def _check_lengths(config: Config) -> None:
     if architecture["model_type"] not in LEARNT_POSITIONS or positions is None:
         return
     for key in ("max_length", "max_target_length", "generation.max_new_tokens"):
-        length = _lookup(config, f"task.{key}")
+        length = look_up(config, f"task.{key}")
         if length is not None and length > positions:
             raise wrong_value(f"task.{key}", length, f"at most {positions}, the positions of model={config.model.name}")
 

@@ -1,0 +1,71 @@
+"""What a user reads of a run: what is about to run, and how it ended."""
+
+from __future__ import annotations
+
+from wlora.config.schema import Config
+from wlora.console import notice, say
+from wlora.methods.base import Method
+from wlora.storage.records import Record
+from wlora.training.precision import Precision
+from wlora.training.run_length import Plan
+
+
+def announce(config: Config, identity: str, plan: Plan, precision: Precision) -> None:
+    """Say what is about to run, and which default was changed."""
+    say(
+        f"{identity}: task={config.task.name} model={config.model.name} method={config.method['name']} seed={config.seed}, "
+        f"{plan.total_steps} steps of {plan.batch_size}×{plan.accumulation_steps} rows, "
+        f"{precision.name} ({precision.reason})"
+    )
+    if plan.notice:
+        notice(plan.notice)
+
+
+def share_of_model(trainable: int, counts: dict[str, int]) -> str:
+    """Say which share of the model trains: of its own elements and, where they are adapters, of all with them.
+
+    Of a packed model also of the elements that it is stored in. The paper's percentages are of all for BART-large, and
+    of the stored for Llama (methods note §0.3).
+    """
+    shares = [f"{trainable / counts['total']:.3%} of {counts['total']:,}"]
+    if counts["stored"] != counts["total"]:
+        shares.append(f"{trainable / counts['stored']:.3%} of {counts['stored']:,} stored")
+    if trainable and not counts["base"]:
+        shares.append(f"{trainable / (counts['stored'] + trainable):.3%} with them counted in")
+    return ", ".join(shares)
+
+
+def summarize(record: Record, method: Method, path: str) -> str:
+    """Format the end of a run: metric, parameters, kept adapters, seconds, where the record is."""
+    counts = record.parameters
+    first, last = (counts["base"] + counts[key] for key in ("adapter_initial", "adapter_final"))
+    kept = [f"{a['name']} (ω {a['omega']:.3f}, rank {a['rank']})" for a in record.adapters if a["omega"] is not None]
+    metrics = ", ".join(_show(name, record.metrics) for name in record.metrics if not name.endswith(("_low", "_high")))
+    shares = share_of_model(last, counts)
+    lines = [
+        f"metric     {metrics} (dev set)",
+        f"trainable  {first:,} -> {last:,} ({shares}), head {counts['head']:,}",
+        f"kept       {len(record.adapters)} adapters"
+        + (f", lowest in layer {method.adapters.lowest_layer}" if kept else ""),
+        *(f"           {line}" for line in kept[:20]),
+        *_show_prefix(record.memory),
+        f"seconds    {record.seconds['train']:.1f} training, {record.seconds['eval']:.1f} evaluation, "
+        f"{record.seconds['total']:.1f} in all ({record.throughput['examples_per_second']:.0f} examples/s)",
+        f"record     {path}",
+    ]
+    return "\n".join(lines)
+
+
+def _show_prefix(memory: dict[str, int]) -> list[str]:
+    """Say what a run left out, if it did."""
+    if "prefix_layers" not in memory:
+        return []
+    layers, rows, size = (memory[f"prefix_{key}"] for key in ("layers", "rows", "bytes"))
+    return [f"prefix     lowest {layers} layers left out in the end, {rows:,} rows stored ({size / 2**20:.0f} MiB)"]
+
+
+def _show(name: str, metrics: dict[str, float]) -> str:
+    """Format one metric, with its interval where it has one."""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    interval = "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
+    return f"{name} {metrics[name]:.4f}{interval}"
