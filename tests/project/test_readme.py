@@ -1,0 +1,445 @@
+"""README and docs say what is true: commands run (small and local), links lead somewhere, the tree is the real one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, compose, enter_main
+from tests.support.llama_folder import build_llama_folder, write_gguf
+from wlora.cli import figures, memory, tables
+from wlora.config.schema import ModelConfig, config_folder
+from wlora.experiment import export as exports
+from wlora.experiment import run as experiment
+from wlora.models.source import locate
+from wlora.storage.records import Record, RecordStore
+
+FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in FILES}
+README = PAGES["README.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Return the code blocks of a page that are in a language; "" stands for none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
+
+
+# A command that stands on several pages is checked once.
+LINES = list(dict.fromkeys(line for page in PAGES.values() for block in blocks(page, "bash") for line in block.splitlines()))
+SETUP = [line for line in LINES if line.startswith("pip install")]
+LAUNCHED = [line for line in LINES if re.search(r"^(accelerate|torchrun) |hydra/launcher=|hardware=", line)]
+AFTERWARDS = [line for line in LINES if "RUN_ID" in line]
+RUNS = [line for line in LINES if line.startswith("python -m wlora.run ") and line not in AFTERWARDS + LAUNCHED]
+SCRIPTS = [line for line in LINES if line.startswith("python scripts/")]
+STUDIES = [line for line in LINES if re.search(r"(^| )scripts/\w+\.sh$", line)]
+TABLES = [line for line in LINES if line.startswith("python -m wlora.tables ")]
+FIGURES = [line for line in LINES if re.match(r"python -m wlora\.(figures|memory|report) ", line)]
+COMPLETION = [line for line in LINES if line.startswith("eval ")]
+CLASSES = ("bug", "praise", "question")  # of the folder DATA/tickets
+
+TRAIN_ROWS, EVAL_ROWS = 8, 6
+# Enough steps for the default T of every method; enough layers for every explicit k.
+SMALL = ["task.batch_size=4", "train.accumulation_steps=1", "train.max_steps=24", "seed=0"]
+LAYERS = "model.architecture.num_hidden_layers=4"
+BART = ("model.architecture.encoder_layers=4", "model.architecture.decoder_layers=4", "task.max_length=64")
+LOOKS = ("--help", "--cfg", "-sc")
+
+Enter = Callable[..., int]
+
+
+def rows_of(task: Any, number: int) -> dict[str, list[Any]]:
+    """Write rows in a task's schema."""
+    subjects = ("Anna", "Ben", "Clara", "David")
+    endings = ("is in the garden.", "left the kitchen.", "has the book.")
+    texts = [f"{subjects[i % 4]} {endings[i % 3]}" for i in range(number)]
+    labels: list[Any] = [i % len(task.labels) if task.labels else i % 6 - 0.5 for i in range(number)]
+    answers = [{"text": [text.split()[0]], "answer_start": [0]} for text in texts]
+    return {**dict.fromkeys(task.columns, texts), "label": labels, "answers": answers}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of every benchmark, in its own schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("data")
+    for file in (config_folder() / "task").glob("*.yaml"):
+        task = compose(f"task={file.stem}", "model=tiny_bart", "task.max_length=512").task
+        (folder / task.name).mkdir()
+        for split in ("train", *task.validation):
+            rows = rows_of(task, TRAIN_ROWS if split == "train" else EVAL_ROWS)
+            pq.write_table(pa.table(rows), folder / task.name / f"{split}.parquet")
+    (folder / "tickets").mkdir()
+    for split in ("train", "validation"):
+        lines = [f'"It fails, ""again"", {row}",{CLASSES[row % 3]}' for row in range(TRAIN_ROWS)]
+        (folder / "tickets" / f"{split}.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def enter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Enter]:
+    """Return a function that calls the entry point in this process, away from the hub, and returns the exit code."""
+    import huggingface_hub.constants as hub
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", hub.HF_HUB_OFFLINE)  # offline=true sets these; the test restores them
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+
+    return lambda *words: enter_main(monkeypatch, *words)
+
+
+def minilm() -> str:
+    config = compose("model=minilm").model
+    return str(locate(ModelConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})).location)
+
+
+def lora_folder(folder: Path, data: Path) -> Path:
+    """Train a small adapter on the model that `shrink` chooses."""
+    record = experiment.run(compose(*shrink("python -m wlora.run task=rte method=lora", data, folder)))
+    return folder / "adapters" / record.run_id
+
+
+def shrink(line: str, data: Path, results: Path) -> list[str]:
+    """Return the arguments of a command, with overrides appended that make it small and local."""
+    words = shlex.split(line.replace("DATA", str(data)))[3:]
+    if "adapter.path=DIR" in words:
+        words[words.index("adapter.path=DIR")] = f"adapter.path={lora_folder(results.parent / 'lora', data)}"
+    if any(word in LOOKS for word in words):
+        return words
+    words.append(f"results_dir={results}")
+    if "dry_run=true" in words:
+        return words
+    if "model.path=MODEL" in words:
+        words[words.index("model.path=MODEL")] = f"model.path={minilm()}"
+        words.append("model=minilm")
+    elif "model.gguf_file=NAME.gguf" in words:
+        write_gguf(results.parent / "NAME.gguf")
+        words[words.index("model.path=DIR")] = f"model.path={results.parent}"
+    elif "model=llama3_8b" in words:
+        words.append(f"model.path={build_llama_folder(results.parent / 'llama')}")
+    elif any(re.fullmatch(r"model=\w*bart\w*", word) for word in words):
+        words += ["model=tiny_bart", *BART]
+    else:
+        words += [f"model={'tiny_bert' if '-m' in words else 'tiny_deberta'}", LAYERS]  # a sweep with the faster one
+    if "-m" in words:
+        words.append("lr=5e-4")  # one of its rates and, below, one of its seeds
+    if not any(word.startswith("task.path=") for word in words):
+        words.append(f"task.path={data}/${{task.name}}")
+    return [*words, *SMALL]
+
+
+def records_in(results: Path) -> list[Record]:
+    return list(RecordStore(results))
+
+
+def test_every_line_is_a_command_that_is_checked_here() -> None:
+    assert len(SETUP) == 2 and RUNS and SCRIPTS and STUDIES and TABLES and FIGURES and COMPLETION
+    assert sorted(LINES) == sorted(LAUNCHED + AFTERWARDS + SETUP + RUNS + SCRIPTS + STUDIES + TABLES + FIGURES + COMPLETION)
+
+
+def test_setup_installs_extras_that_exist() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for line in SETUP:
+        match = re.fullmatch(r"pip install -e '\.\[(\w+)\]' && python -m (wlora\.run experiment=(\w+)|pytest)", line)
+        assert match, line
+        assert re.search(rf"^{match[1]} = \[", project, re.MULTILINE)
+        assert match[3] is None or (config_folder() / "experiment" / f"{match[3]}.yaml").is_file()
+
+
+@pytest.mark.parametrize("line", RUNS)
+def test_command_runs(line: str, enter: Enter, data: Path, tmp_path: Path) -> None:
+    words = shrink(line, data, tmp_path / "results")
+    assert enter(*words) == 0
+    records = records_in(tmp_path / "results")
+    assert bool(records) != any(word in (*LOOKS, "dry_run=true") for word in words)
+    assert all(record.status == "success" for record in records)
+
+
+@pytest.mark.parametrize("line", LAUNCHED)
+def test_what_is_launched_composes(line: str, enter: Enter, capsys: pytest.CaptureFixture[str]) -> None:
+    """tests/training/test_processes.py and tests/cli/test_launchers.py launch."""
+    launcher, words = line.split(" -m wlora.run ")
+    assert launcher in ("accelerate launch --multi_gpu --num_processes 4", "torchrun --nproc_per_node 2", "python")
+    first = [word.split(",")[0].replace("range(5)", "0") for word in shlex.split(words.removeprefix("-m "))]
+    assert enter(*first, "dry_run=true" if launcher != "python" else "--cfg=job") == 0
+    assert capsys.readouterr().out
+
+
+def labels(output: str) -> list[str]:
+    """Return the first words of what a run prints: not of the line with its `run_id`, nor of indented ones."""
+    return [line.split()[0] for line in output.splitlines()[1:] if line and not line.startswith(" ")]
+
+
+def test_what_is_done_with_a_run_afterwards(
+    enter: Enter, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, export = tmp_path / "results", tmp_path / "export"
+    assert enter(*shrink("python -m wlora.run task=rte method=wlora", data, results)) == 0
+    expected = next(block for block in blocks(README, "") if "metric " in block)
+    assert labels(capsys.readouterr().out) == labels(expected)
+    (record,) = records_in(results)
+    assert len(AFTERWARDS) == 3
+    for line in AFTERWARDS:
+        words = [word for word in shlex.split(line.replace("RUN_ID", record.run_id)) if not word.startswith("results_dir=")]
+        words = [word.replace("to=DIR", f"to={export}") for word in words] + [f"results_dir={results}"]
+        if words[2] == "wlora.cli.run":
+            assert enter(*words[3:]) == 0
+        else:
+            exports.main(words[3:])
+    assert (results / "reruns" / "records" / f"{record.run_id}.json").is_file() and (export / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("rank=4", "rnk=4"), ("task=rte", "task=rtee"), ("method=", "metod=")])
+def test_a_mistyped_command_would_fail(right: str, wrong: str, enter: Enter, data: Path, tmp_path: Path) -> None:
+    line = next(line for line in RUNS if right in line)
+    assert enter(*shrink(line.replace(right, wrong), data, tmp_path)) == 2
+    assert not records_in(tmp_path)
+
+
+def test_completion_can_be_installed(enter: Enter, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in COMPLETION:
+        match = re.fullmatch(r'eval "\$\(wlora (.*)\)"', line)
+        assert match, line
+        assert enter(*match[1].split()) == 0
+        script = capsys.readouterr().out
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0 and "complete" in script
+
+
+def in_this_process(enter: Enter) -> Callable[..., Any]:
+    """Stand in for `subprocess.run` of `python -m wlora.run`: no start of a process per run."""
+    start = subprocess.run
+
+    def stand_in(words: list[str], **options: Any) -> Any:
+        if words[1:3] != ["-m", "wlora.run"]:
+            return start(words, **options)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = enter(*words[3:])
+        return subprocess.CompletedProcess(words, code, out.getvalue(), stderr="")
+
+    return stand_in
+
+
+def run_script(line: str, data: Path, *options: str) -> str:
+    """Run a script as `python` would; returns what it prints."""
+    words = shlex.split(line.replace("DATA", str(data)))[1:]
+    sys.argv = [str(ROOT / words[0]), *words[1:], *options]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("line", TABLES)
+def test_tables_are_made_and_committed_ones_are_those(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line)[3:]
+    (folder,) = [word.partition("=")[2] for word in words if word.startswith("results_dir=")] or ["results"]
+    committed = ROOT / folder
+    (tmp_path / folder).mkdir(parents=True)
+    if committed.is_dir() and folder != "results":
+        shutil.copytree(committed, tmp_path / folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tables"))
+    monkeypatch.chdir(tmp_path)
+    tables.main(words)
+    made = tmp_path / folder / "tables"
+    assert list(made.glob("*.md"))
+    if (committed / "tables").is_dir() and folder != "results/paper":
+        names = {file.name for file in made.iterdir()}
+        assert names <= {file.name for file in (committed / "tables").iterdir()}
+        assert all((made / name).read_bytes() == (committed / "tables" / name).read_bytes() for name in names)
+
+
+def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
+    drawn: dict[str, set[str]] = {}
+    for line in FIGURES:
+        _, _, module, *words = shlex.split(line)
+        (folder,) = (word.partition("=")[2] for word in words if word.startswith("results_dir="))
+        if module == "wlora.figures":
+            copy = tmp_path / folder
+            shutil.copytree(ROOT / folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("figures", "tables"))
+            figures.main([word if "results_dir" not in word else f"results_dir={copy}" for word in words])
+            drawn[folder] = {file.name for file in (copy / "figures").iterdir()}
+        elif module == "wlora.memory":
+            memory.main([*words, "model=tiny_bert", "task.batch_size=2", f"results_dir={tmp_path / 'small'}"])
+            assert list((tmp_path / "small" / "memory").glob("tiny_bert*.json"))
+        else:
+            assert module == "wlora.report"  # tests/cli/test_report.py writes it
+    assert drawn["results/cpu_study"] >= {f"{name}.png" for name in ("adapters", "pareto", "curves", "selection")}
+    assert drawn["results/selection"] == {"selection.png", "selection.pdf"}
+
+
+def test_every_score_that_is_shown_stands_in_a_committed_table() -> None:
+    made = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "results").glob("*/tables/*.md"))
+    shown = [score for page in PAGES.values() for score in re.findall(r"0\.\d{4} ± 0\.\d{4}", page)]
+    assert len(shown) > 50 and [score for score in shown if score not in made] == []
+
+
+def test_the_study_that_is_shown_is_the_committed_one() -> None:
+    section = PAGES["docs/studies.md"].split("## CPU study", 1)[1]
+    stretches = itertools.groupby(section.splitlines(), lambda line: line.startswith("| "))
+    shown = ["\n".join(lines) for is_table, lines in stretches if is_table]
+    folder = ROOT / "results" / "cpu_study" / "tables"
+    made = [(folder / f"{name}.md").read_text(encoding="utf-8") for name in ("summary", "table1", "table6")]
+    assert shown and all(any(table in page for page in made) for table in shown)
+
+
+@pytest.mark.parametrize("line", STUDIES)
+def test_table_scripts_are_there_and_list_their_cells(line: str, tmp_path: Path) -> None:
+    *settings, script = shlex.split(line)
+    assert os.access(ROOT / script, os.X_OK)
+    env = {**os.environ, **dict(word.split("=", 1) for word in settings), "DRY": "1", "TASKS": "rte sst2"}
+    env |= {"RESULTS": str(tmp_path), "METHODS": "wlora", "PYTHONPATH": str(ROOT)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env.pop("DATA", None)
+    done = subprocess.run(["bash", str(ROOT / script)], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0 and " runs done; " in done.stdout, done.stderr
+
+
+def test_the_comparison_of_whole_runs_with_peft_runs_once(
+    enter: Enter, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = (line for line in SCRIPTS if " end_to_end " in line)
+    started: list[list[str]] = []
+    here = in_this_process(enter)
+    monkeypatch.setattr(subprocess, "run", lambda words, **options: started.append(words) or here(words, **options))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    # The warm-up of 20 steps and the selection need as many epochs of so few rows.
+    small = ["--tasks", "mrpc", "--seeds", "0", "--epochs", "24", "--out", str(tmp_path / "out")]
+    printed = run_script(line, data, *small)
+    rows = {row["what"]: row for row in json.loads((tmp_path / "out" / "end_to_end.json").read_text())["rows"]}
+    peft = rows.pop("PEFT + Trainer")
+    assert peft["time_to_peft"] == 1 and peft["trained"] == rows["LoRA"]["trained"] > rows["WLoRA"]["trained"]
+    assert len(rows) == 4 and all(f"| {name} |" in printed and row["peak_mib"] for name, row in rows.items())
+    assert run_script(line, data, *small) == printed
+    assert len(list((tmp_path / "out" / "runs" / "records").glob("*.json"))) == len(rows)
+    assert sum(str(words[1]).endswith("peft_baseline.py") for words in started if len(words) > 1) == 1
+
+
+def test_every_script_is_run_here_or_in_test_benchmark() -> None:
+    assert {shlex.split(line)[1] for line in SCRIPTS} == {"scripts/benchmark.py"}
+
+
+def tree(page: str) -> set[str]:
+    """Return the paths in a page's tree; a folder ends in `/`."""
+    (block,) = (block for block in blocks(page, "") if block.startswith("conf/"))
+    found, parents = set(), [""]
+    for line in block.splitlines():
+        match = re.fullmatch(r"( *)(\S+) +(\S.*)", line)
+        assert match, f"a path and what it is: {line}"
+        depth = len(match[1]) // 2
+        path = parents[depth] + match[2]
+        parents[depth + 1 :] = [path]
+        found.add(path)
+    return found
+
+
+def files_of_the_project() -> list[str]:
+    """List the files of the checkout, or of an unpacked sdist those of its main folders."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        return [name for name in listed if (ROOT / name).is_file()]
+    folders = ("conf", "scripts", "tests", "wlora")
+    return [file.relative_to(ROOT).as_posix() for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
+
+
+def test_the_tree_is_complete() -> None:
+    listed = tree(PAGES["docs/tree.md"])
+    for name in files_of_the_project():
+        folder, _, rest = name.partition("/")
+        if rest:
+            assert any(entry.startswith(f"{folder}/") for entry in listed), f"{folder}/ is not in docs/tree.md"
+        if re.fullmatch(r"(wlora|scripts)/.*\.py", name) and not name.endswith("__init__.py"):
+            assert name in listed, f"{name} is not in docs/tree.md"
+        if re.fullmatch(r"conf/\w+/.*", name):
+            assert name.rpartition("/")[0] + "/" in listed
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tree.md"])
+def test_the_tree_lists_nothing_that_is_not_there(page: str) -> None:
+    made_later = {"results/"}
+    missing = [path for path in tree(PAGES[page]) - made_later if not (ROOT / path).exists()]
+    # An sdist has no continuous integration.
+    assert [path for path in missing if not path.startswith(".")] == []
+
+
+def first_cells(page: str) -> list[str]:
+    """Return the first cells of a page's tables that hold names in backticks."""
+    return re.findall(r"^\| (`[^|]*`) \|", page, re.MULTILINE)
+
+
+def test_methods_and_record_keys_are_the_real_ones() -> None:
+    methods = {file.stem for file in (config_folder() / "method").glob("*.yaml")}
+    (table,) = re.findall(r"^\| `method=` .*?\n\n", README, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"^\| `(\w+)` \| [A-Z]", table, re.MULTILINE)) == methods
+    keys = {key for cell in first_cells(PAGES["docs/records.md"]) for key in re.findall(r"`(\w+)`", cell)}
+    assert keys == {f.name for f in dataclasses.fields(Record)}
+
+
+@pytest.mark.parametrize(("page", "group"), [("tasks", "task"), ("models", "model"), ("sweeps", "hydra/launcher")])
+def test_every_choice_is_described(page: str, group: str) -> None:
+    cells = first_cells(PAGES[f"docs/{page}.md"])
+    described = {name.rpartition("=")[2] for cell in cells for name in re.findall(r"`([^`]*)`", cell)}
+    assert {file.stem for file in (config_folder() / group).glob("*.yaml")} - described == set()
+
+
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    for block in blocks(PAGES["docs/python.md"], "python"):
+        exec(block, space)
+    assert space["record"].status == "success" and space["logits"].shape == (1, 3)
+
+
+def anchors(page: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    more = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
+    for file in [*FILES, *more]:
+        for link in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", file.read_text(encoding="utf-8")):
+            target, _, anchor = "".join(link).partition("#")
+            if target.startswith("https://") or (
+                target.startswith("results/") and not (ROOT / "results" / "selection").is_dir()
+            ):
+                continue  # an sdist has no results
+            there = file.parent / target if target else file
+            assert there.is_file(), f"{file.name}: {target}"
+            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), f"{file.name}: {target}#{anchor}"
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    assert len(README.splitlines()) <= 200
+    assert [name for name in PAGES if name != "README.md" and f"({name})" not in README] == []
+
+
+def test_the_citation_names_the_paper_and_no_second_version() -> None:
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
+    assert citation["preferred-citation"]["title"] in README
+    assert "version" not in citation, "the version stands in wlora/__init__.py alone"
