@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
-from wlora.experiment.run import attach, prepare_method
+from wlora.experiment.build import assemble, prepare_method
 from wlora.models.architectures import FAMILIES
 from wlora.models.deberta_attention import restore_attention
 from wlora.models.first_token import first_token_alone
@@ -265,8 +265,8 @@ def build_stages(case: Case, precision: str, plans: list[tuple[str, str, bool]])
     for name, method, cut in plans:
         ours = compose([*case.words_of(method), "k=5"])
         model, batch = build_model(ours)
-        policy = prepare_method(ours)
-        attach(model, policy, ours)
+        policy = prepare_method(ours, None)
+        assemble(ours, model, policy)
         if cut:
             for adapter in policy.adapters:
                 if not re.search(case.kept, adapter):

@@ -23,8 +23,8 @@ from wlora.adapters.peft_format import Factors, _compile, describe_lora, fingerp
 from wlora.adapters.variants import BlockDiagonalAdapter, FramedAdapter, GrowingAdapter, TiedAdapter
 from wlora.config.schema import config_folder
 from wlora.errors import ConfigError
+from wlora.experiment import build, outcome, saving
 from wlora.experiment import run as experiment
-from wlora.experiment import saving
 from wlora.methods import registry as methods
 from wlora.methods.base import Method
 from wlora.models.loading import load_model, load_tokenizer
@@ -73,7 +73,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Catch a run's model when its adapters are saved: stronger adapters, so that they matter, and the logits with them."""
     found: dict[str, Any] = {}
 
-    def save(model: PreTrainedModel, method: Method, folder: Path, *, kind: str) -> str | None:
+    def save(model: PreTrainedModel, method: Method, folder: Path, **given: Any) -> dict[str, str]:
         tokenizer = found["tokenizer"] = load_tokenizer(found["config"].model, locate(found["config"].model))
         torch.manual_seed(0)
         before = logits(model, tokenizer)
@@ -82,9 +82,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             parameter.data.add_(0.3 * torch.randn_like(parameter))
         found["logits"] = logits(model, tokenizer)
         found["moved"] = float((found["logits"] - before).abs().max())
-        return saving.save_adapter(model, method, folder, kind=kind)
+        return saving.save_adapter(model, method, folder, **given)
 
-    monkeypatch.setattr(experiment, "save_adapter", save)
+    monkeypatch.setattr(outcome, "save_adapter", save)
     return found
 
 
@@ -252,14 +252,14 @@ def test_a_run_starts_from_the_adapters_of_another(
     method: str, trained: Path, run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     attached: dict[str, Factors] = {}
-    attach = experiment.attach
+    attach = build._attach
 
     def watch(model: Any, method: Method, config: Any) -> Any:
         head = attach(model, method, config)
         attached.update({name: Factors(*(m.clone() for m in a.factors()), a.scale) for name, a in method.adapters.items()})
         return head
 
-    monkeypatch.setattr(experiment, "attach", watch)
+    monkeypatch.setattr(build, "_attach", watch)
     record = run_tiny(f"method={method}", "k=1", "rank=4", *start(trained))
     given = read_adapter(str(trained)).adapters
     assert record.status == "success" and set(attached) <= set(given)

@@ -89,7 +89,8 @@ def test_an_export_of_or_to_such_a_name_is_told_in_a_line(
     record = make_record(tmp_path, "task=sst2", "method=lora", name="0123456789abcdef", adapters=[kept()])
     folder = tmp_path / "adapters" / record.run_id
     write_plain(folder)
-    monkeypatch.setattr(export, "trained_adapters", lambda results, record: folder)
+    monkeypatch.setattr(export, "trained_adapters", lambda results, record: {CONFIG: b"{}", WEIGHTS: b""})
+    monkeypatch.setattr(export, "_refuse_unknown_scale", lambda record, results: None)
     monkeypatch.setitem(ENTRIES, "export", (export_command.main, []))
     words = [word] if word == LONG else [record.run_id, word]
     if "model.path" in word:
@@ -124,7 +125,7 @@ def test_what_stands_for_a_folder_that_is_written_into_is_refused(
     elsewhere.mkdir()
     record = make_record(results, "task=sst2", "method=lora", name="0123456789abcdef", adapters=[kept()])
     write_plain(results / "adapters" / record.run_id)
-    monkeypatch.setattr(export, "trained_adapters", lambda results, record: tmp_path)
+    monkeypatch.setattr(export, "trained_adapters", lambda results, record: {CONFIG: b"{}", WEIGHTS: b""})
     monkeypatch.setattr("wlora.experiment.rerun._refuse_other_content", lambda *_: None)
     place = results / part
     if place.exists():

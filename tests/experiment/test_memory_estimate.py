@@ -7,9 +7,9 @@ import torch
 
 from tests.conftest import compose
 from wlora.config.schema import Config
+from wlora.experiment.build import assemble, prepare_method
 from wlora.experiment.dry_run import describe
 from wlora.experiment.memory_estimate import Memory, estimate, tell
-from wlora.experiment.run import attach, prepare_method
 from wlora.methods.base import Steps
 from wlora.models.first_token import first_token_alone
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
@@ -22,8 +22,8 @@ SMALL = ["task.batch_size=8", "task.max_length=64"]
 def measure(config: Config, precision: str, keep: slice | None = None) -> int:
     """Return the bytes of weights, gradients, moments and saved activations of a real step."""
     model = build_example(config, "cpu")
-    method = prepare_method(config)
-    attach(model, method, config)
+    method = prepare_method(config, None)
+    assemble(config, model, method)
     names = list(method.adapters)
     for name in names if keep is not None else ():
         if name not in names[keep]:

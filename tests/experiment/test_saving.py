@@ -24,6 +24,7 @@ from wlora.experiment import saving
 from wlora.methods.base import Method
 from wlora.models.loading import load_model, load_tokenizer, name_classes
 from wlora.models.source import locate
+from wlora.storage.atomic_write import Put
 from wlora.storage.records import RecordStore
 
 TEXTS = ["Anna went to the library.", "Ben took the lamp to the garden. Anna is in the school."]
@@ -49,14 +50,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Catch a run's model just before it is saved: stronger adapters, so that they matter, and the logits with them."""
     found: Seen = {}
 
-    def save(model: PreTrainedModel, method: Method, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    def save(model: PreTrainedModel, method: Method, tokenizer: PreTrainedTokenizerBase, folder: Path, put: Put) -> None:
         torch.manual_seed(0)
         before = logits(model, tokenizer)
         for parameter in {p for adapter in method.attached().values() for p in adapter.parameters() if p.dim()}:
             parameter.data.add_(0.5 * torch.randn_like(parameter))
         found.update(logits=logits(model, tokenizer), tokenizer=tokenizer)
         found["moved"] = float((found["logits"] - before).abs().max())
-        saving.save_model(model, method, tokenizer, folder)
+        saving.save_model(model, method, tokenizer, folder, put)
         found["folded"] = logits(model, tokenizer)
 
     monkeypatch.setattr(experiment, "save_model", save)

@@ -14,7 +14,8 @@ from wlora.adapters.layer import AdaptedLinear
 from wlora.config.schema import config_folder
 from wlora.experiment import run as experiment
 from wlora.experiment.dry_run import describe
-from wlora.training.trainer import Result, Trainer
+from wlora.training.settings import Result
+from wlora.training.trainer import Trainer
 
 # NoRA's frame of rank 64 is wider than a tiny model.
 OWN = {"nora": ["method.outer_rank=16"], "wlora_depth": ["method.depth_cost=100"]}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tests.conftest import TINY, compose
 from wlora.config.identity import run_id, scientific_fields
 from wlora.config.schema import config_folder
-from wlora.experiment.run import attach
+from wlora.experiment.build import assemble
 from wlora.methods.base import Method
 from wlora.methods.registry import build_method
 from wlora.models.architectures import FAMILIES, list_targets
@@ -38,7 +38,7 @@ class Rig:
             config.model, source, self.tokenizer, head="sequence_classification", num_labels=3, seed=0
         )
         self.method: Method = build_method(config.method)
-        attach(self.model, self.method, config)
+        assemble(config, self.model, self.method)
         for adapter_name, adapter in self.method.adapters.items():
             nn.init.normal_(adapter.B, std=0.05, generator=torch.Generator().manual_seed(0))
             if self.method.adapters.target(adapter_name).layer != keep:

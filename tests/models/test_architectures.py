@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tests.conftest import compose
 from wlora.config.schema import TARGET_SETS, Config, ModelConfig
-from wlora.experiment.run import attach, count_parameters
+from wlora.experiment.build import assemble
 from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
 from wlora.methods.wlora import WLoRA
@@ -41,8 +41,8 @@ def attach_on_meta(*overrides: str) -> tuple[PreTrainedModel, Method, dict[str, 
     model = build_unloaded(config.model, config.model.architecture, head="sequence_classification", num_labels=2)
     method = build_method(config.method, release=config.compat == "release")
     method.plan(Steps(total=1000, per_epoch=100))
-    head = attach(model, method, config)
-    return model, method, count_parameters(model, method, head), config
+    assembly = assemble(config, model, method)
+    return model, method, assembly.count_parameters(), config
 
 
 # DeBERTaV3-base ------------------------------------------------------------------------------------------------------

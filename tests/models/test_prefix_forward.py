@@ -15,7 +15,7 @@ import torch
 from tests.conftest import compose
 from wlora.config.identity import run_id, scientific_fields
 from wlora.data.features import Features
-from wlora.experiment.run import attach
+from wlora.experiment.build import assemble
 from wlora.methods.alora import ALoRA
 from wlora.methods.registry import build_method
 from wlora.methods.training_data import Bench
@@ -51,7 +51,7 @@ class Rig:
             config.model, ModelSource(None, None), tokenizer, head="sequence_classification", num_labels=3, seed=0
         )
         self.method = build_method(config.method)
-        attach(self.model, self.method, config)
+        assemble(config, self.model, self.method)
         torch.manual_seed(1)
         for adapter in self.method.adapters.values():
             torch.nn.init.normal_(adapter.B, std=0.05)

@@ -15,7 +15,7 @@ from tests.support.bart_folder import build_bart_folder
 from tests.support.hub_folder import build_folder
 from tests.support.llama_folder import build_llama_folder, llama_weights
 from wlora.errors import ConfigError
-from wlora.experiment.run import attach, count_parameters
+from wlora.experiment.build import assemble
 from wlora.experiment.summary import share_of_model
 from wlora.methods.base import Method
 from wlora.methods.milora import decompose_base
@@ -55,12 +55,13 @@ class Rig:
             dtype=DTYPES[precision],
         )
         self.method: Method = build_method(self.config.method, quantized=quantization != "none")
-        self.head = attach(self.model, self.method, self.config)
+        assembly = assemble(self.config, self.model, self.method)
+        self.head = assembly.head
         with torch.no_grad():
             for adapter in self.method.adapters.values():
                 adapter.B.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
         lower_base(self.model, Precision(precision, "test"))
-        self.counts = count_parameters(self.model, self.method, self.head)
+        self.counts = assembly.count_parameters()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradients of one batch in training mode, its dropout always drawn alike."""
@@ -126,7 +127,7 @@ def test_a_dry_run_counts_what_a_run_finds_in_memory(name: str, quantization: st
     architecture = read_architecture(rig.config.model)
     on_meta = build_unloaded(rig.config.model, architecture, head="sequence_classification", num_labels=3)
     method = build_method(rig.config.method)
-    assert count_parameters(on_meta, method, attach(on_meta, method, rig.config)) == rig.counts
+    assert assemble(rig.config, on_meta, method).count_parameters() == rig.counts
     packed = sum(base(rig, target).weight.numel() for target in rig.method.adapters) if quantization == "nf4" else 0
     assert rig.counts["total"] - rig.counts["stored"] == packed
 

@@ -95,7 +95,7 @@ def test_a_broken_tracker_is_told_once_and_changes_nothing(
 
 
 def test_a_run_that_fails_closes_its_tracker(fake: type[Fake], run_tiny: Callable[..., Any]) -> None:
-    from wlora.training.trainer import Diverged
+    from wlora.training.losses import Diverged
 
     with pytest.raises(Diverged):
         run_tiny("method=lora", "lr=1e30", "track=wandb", "train.max_grad_norm=1e30")

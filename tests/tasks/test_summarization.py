@@ -22,7 +22,7 @@ from wlora.config.schema import ModelConfig, TaskConfig
 from wlora.data.features import Features
 from wlora.data.sources import load_splits
 from wlora.errors import ConfigError
-from wlora.experiment.run import attach
+from wlora.experiment.build import assemble
 from wlora.methods.registry import build_method
 from wlora.models.loading import load_model
 from wlora.models.source import ModelSource, locate
@@ -160,7 +160,7 @@ def test_a_frozen_base_in_bfloat16_generates_and_its_loss_is_float32() -> None:
     model = make_model()
     config = compose("task=story_summary", "model=tiny_bart", "method=lora")
     method = build_method(config.method)
-    assert attach(model, method, config) == {}  # the head is the pretrained one
+    assert assemble(config, model, method).head == {}  # the head is the pretrained one
     lower_base(model, Precision("bf16", "test"))
     task = make_task()
     _, batch = encode(task)

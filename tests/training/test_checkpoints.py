@@ -285,10 +285,10 @@ def test_a_signal_in_the_last_evaluation_ends_the_sweep_after_the_record(
 ) -> None:
     evaluate = Trainer._evaluate
 
-    def signalled(trainer: Trainer, step: int) -> None:
-        evaluate(trainer, step)
+    def signalled(trainer: Trainer, step: int) -> dict[str, Any]:
         if step == trainer.plan.total_steps:
             os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(trainer, step)
 
     monkeypatch.setattr(Trainer, "_evaluate", signalled)
     code, _, error = run_main("-m", *TINY, "method=probe", "train.max_steps=4", "seed=0,1", f"results_dir={tmp_path}")
@@ -308,7 +308,12 @@ def test_an_interrupt_whose_record_cannot_be_written_still_ends_the_sweep(
         return write(store, record)
 
     monkeypatch.setattr(RecordStore, "write", full)
-    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer, step: os.kill(os.getpid(), signal.SIGTERM))
+
+    def signalled(trainer: Trainer, step: int) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"step": step}
+
+    monkeypatch.setattr(Trainer, "_evaluate", signalled)
     words = ["-m", *TINY, "method=probe", "train.max_steps=4", "train.eval_every=1", "seed=0,1", f"results_dir={tmp_path}"]
     code, out, error = run_main(*words)
     assert code == 128 + signal.SIGTERM and "SIGTERM after step 1" in error

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.conftest import compose
-from wlora.experiment.run import attach
+from wlora.experiment.build import assemble
 from wlora.methods.base import Method
 from wlora.methods.registry import build_method
 from wlora.models.loading import head_parameters, load_model, load_tokenizer
@@ -35,7 +35,7 @@ class Rig:
             config.model, source, self.tokenizer, head="sequence_classification", num_labels=LABELS, seed=0
         )
         self.method: Method = build_method(config.method)
-        self.head = attach(self.model, self.method, config)
+        self.head = assemble(config, self.model, self.method).head
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for adapter in self.method.adapters.values():
@@ -228,10 +228,10 @@ def test_full_fine_tuning_keeps_float32_master_weights(
     trained: list[Any] = []
 
     class Watched(Trainer):
-        def run(self) -> Any:
+        def run(self, log: Any, on_step: Any = None) -> Any:
             assert self.settings.autocast == LOW[chosen], "the forward pass is the low part"
             trained.append(self.bare_model)
-            return super().run()
+            return super().run(log, on_step)
 
     monkeypatch.setattr(experiment, "Trainer", Watched)
     record = run_tiny(f"model={model}", "method=full", *SHORT[:2], f"precision={chosen}")

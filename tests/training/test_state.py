@@ -14,8 +14,9 @@ from torch import nn
 
 from wlora.config.schema import config_folder
 from wlora.experiment import run as experiment
+from wlora.training.settings import Result
 from wlora.training.state import State, capture
-from wlora.training.trainer import Result, Trainer
+from wlora.training.trainer import Trainer
 
 # NoRA's frame of rank 64 is wider than a tiny model.
 OWN = {"nora": ["method.outer_rank=16"], "lora_drop": ["method.share=true"], "flexlora": ["method.ranks=[2,4,4,3]"]}
@@ -36,11 +37,13 @@ def trained(monkeypatch: pytest.MonkeyPatch, run_tiny: Callable[..., Any]) -> Ca
         last: dict[str, Any] = {}
 
         class Watched(Trainer):
-            def run(self) -> Result:
-                self.on_step = lambda trainer: states.update({trainer.step: written(trainer.capture())})
+            def run(self, log: Any, on_step: Any = None) -> Result:
+                def keep(trainer: Trainer) -> None:
+                    states[trainer.step] = written(trainer.capture())
+
                 if start is not None:
                     self.restore(State(json.loads(start[1]), load(start[0])))
-                result = super().run()
+                result = super().run(log, keep)
                 last.update({name: p.detach().clone() for name, p in self.bare_model.named_parameters()})
                 return result
 

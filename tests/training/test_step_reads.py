@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tests.conftest import TINY, compose
 from wlora.experiment import run as experiment
-from wlora.storage.records import Record
+from wlora.storage.records import Record, RecordStore
+from wlora.training import losses
 from wlora.training import trainer as loop
+from wlora.training.losses import Diverged, Losses
 from wlora.training.prefetch import Prefetcher
 from wlora.training.trainer import Trainer
 
@@ -95,18 +97,18 @@ def test_losses_are_read_when_a_point_is_logged_or_after_a_few_steps(
 ) -> None:
     """The curve is the same however seldom losses are read."""
     counts: list[int] = []
-    before = Trainer._read_losses
+    before = Losses.read
 
-    def read(self: Trainer) -> None:
+    def read(self: Losses) -> None:
         counts.append(len(self._unread))
         before(self)
 
-    monkeypatch.setattr(Trainer, "_read_losses", read)
+    monkeypatch.setattr(Losses, "read", read)
     monkeypatch.setattr(loop, "CURVE_POINTS", 2)
     curves = []
     for every in (1, 5):
         counts.clear()
-        monkeypatch.setattr(loop, "READ_EVERY", every)
+        monkeypatch.setattr(losses, "READ_EVERY", every)
         record = run_tiny("method=lora", "train.max_steps=24", "train.eval_every=12", results=tmp_path / str(every))
         curves.append((tmp_path / str(every) / "records" / f"{record.run_id}.jsonl").read_text())
     assert max(counts) == 5 and sum(counts) == 24 and len([count for count in counts if count]) == 6
@@ -149,18 +151,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_within_a_few_steps_and_names_its
 
     monkeypatch.setattr(Trainer, "_train_step", train_step)
     words = [f"method={method}", "k=2"] if method == "wlora" else [f"method={method}"]
-    with pytest.raises(loop.Diverged, match="the loss is nan at step 5 of 32"):
+    with pytest.raises(Diverged, match="the loss is nan at step 5 of 32"):
         experiment.run(compose(*TINY, f"results_dir={tmp_path}", "train.checkpoint_every=0", *words))
-    (record,) = experiment.RecordStore(tmp_path)
+    (record,) = RecordStore(tmp_path)
     assert record.status == "diverged" and record.error is not None and "the loss is nan at step 5 of 32" in record.error
-    assert steps[-1] <= loop.READ_EVERY
+    assert steps[-1] <= losses.READ_EVERY
 
 
 def test_no_checkpoint_holds_a_loss_that_is_not_finite(poison: Callable[[int], None], tmp_path: Path) -> None:
     poison(5)
     config = compose(*TINY, f"results_dir={tmp_path}", "method=lora", "train.checkpoint_every=3")
     for _ in range(2):  # afresh, and from the checkpoint before
-        with pytest.raises(loop.Diverged, match="the loss is nan at step 5 of 32"):
+        with pytest.raises(Diverged, match="the loss is nan at step 5 of 32"):
             experiment.run(config)
     assert [folder.name for folder in (tmp_path / "checkpoints").glob("*/*") if folder.is_dir()] == ["step-00000003"]
 
@@ -175,7 +177,7 @@ def test_what_fails_behind_a_loss_that_is_not_finite_is_told_as_that(
 
     monkeypatch.setattr("wlora.methods.lora.LoRA.after_step", fail)
     poison(5)
-    with pytest.raises(loop.Diverged, match="the loss is nan at step 5 of 32"):
+    with pytest.raises(Diverged, match="the loss is nan at step 5 of 32"):
         run_tiny("method=lora")
 
 

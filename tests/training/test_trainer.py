@@ -13,10 +13,12 @@ import torch
 from tests.conftest import TINY, compose
 from wlora.errors import ConfigError, RunFault
 from wlora.experiment import run as experiment
+from wlora.storage.records import RecordStore
 from wlora.tasks.classification import SequenceClassification
 from wlora.training import batch_order as batching
 from wlora.training import trainer as loop
 from wlora.training.batch_order import evaluation_batches, group_for_steps, share, training_batches
+from wlora.training.losses import Diverged
 from wlora.training.optimizers import Optimizers
 from wlora.training.prefetch import Prefetcher
 from wlora.training.run_length import make_plan
@@ -146,9 +148,9 @@ def test_the_head_may_have_a_rate_of_its_own(
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(loop.Diverged, match="at step"):
+    with pytest.raises(Diverged, match="at step"):
         run_tiny("method=full", "lr=1e30", "warmup=0")
-    (record,) = experiment.RecordStore(tmp_path)
+    (record,) = RecordStore(tmp_path)
     assert record.status == "diverged" and record.error is not None and "loss is" in record.error
 
 
@@ -160,9 +162,9 @@ def diverge(results: Path, *words: str) -> str:
     """Let a run diverge, twice with the same command; returns what its record says, after looking at all that it wrote."""
     config = compose(*TINY, "method=lora", "precision=fp32", "warmup=0", f"results_dir={results}", *words)
     for _ in range(2):
-        with pytest.raises(loop.Diverged):
+        with pytest.raises(Diverged):
             experiment.run(copy.deepcopy(config))
-        (record,) = experiment.RecordStore(results)
+        (record,) = RecordStore(results)
         assert (record.status, record.metrics) == ("diverged", {}) and record.steps and record.seconds
     for file in results.rglob("*.json*"):
         for line in [file.read_text()] if file.suffix == ".json" else file.read_text().splitlines():
@@ -251,13 +253,13 @@ def test_loss_scaling_changes_no_update_and_skips_overflown_steps() -> None:
 
 def scale_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the loop scale losses in float32, which is exact, by a factor that doubles with every step."""
-    begin = loop.Trainer.__init__
+    begin = loop.Trainer.begin
 
-    def scaled(trainer: loop.Trainer, **given: Any) -> None:
-        begin(trainer, **given)
+    def scaled(trainer: loop.Trainer) -> None:
+        begin(trainer)
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
 
-    monkeypatch.setattr(loop.Trainer, "__init__", scaled)
+    monkeypatch.setattr(loop.Trainer, "begin", scaled)
 
 
 @pytest.mark.parametrize("name", ["increlora", "adalora", "wlora_plus", "flexora"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -57,6 +58,20 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
     def replace(self, name: str, adapter: LowRankAdapter) -> None:
         """Put another adapter in the place of one, such as one that several modules share."""
         self._adapted(name).adapter = adapter
+
+    @contextmanager
+    def only(self, names: Collection[str]) -> Iterator[None]:
+        """Leave the named adapters connected in the block, and no others; these are put back after it."""
+        targets = dict(self._targets)
+        taken = {name: self[name] for name in targets if name not in names}
+        for name in taken:
+            self.disconnect(name)
+        try:
+            yield
+        finally:
+            for name, adapter in taken.items():
+                self._replace(name, AdaptedLinear(self._model.get_submodule(name), adapter))
+            self._targets = targets
 
     def target(self, name: str) -> Target:
         """Return where an adapter sits."""

@@ -16,23 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from wlora.adapters.adapter_set import AdapterSet
-from wlora.adapters.layer import LowRankAdapter
 from wlora.analysis.study import read_runs
 from wlora.cli.entry import serve
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
 from wlora.errors import wrong_value
-from wlora.models.architectures import Target, list_targets, read_architecture
+from wlora.experiment.build import Assembly, assemble, prepare_method
+from wlora.models.architectures import list_targets, read_architecture
 from wlora.models.first_token import first_token_alone
-from wlora.models.loading import head_parameters
 from wlora.storage.atomic_write import check_folders, write_whole
 from wlora.storage.environment import describe_environment
 from wlora.storage.records import seal
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
-from wlora.training.precision import choose_precision, lower_base
+from wlora.training.precision import choose_precision
 
 # Numbers of adapters measured on the way from none to all.
 STOPS = 12
@@ -62,22 +59,15 @@ def write(config: Config) -> Path:
     file = Path(config.results_dir) / "memory" / f"{name}.json"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(config.precision, device)
-    model = build(config, device)
-    lower_base(model, precision)
+    config.method = {"name": "lora", "rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
+    method = prepare_method(config, None)
+    assembly = assemble(config, build_example(config, str(device)), method, precision)
     environment = describe_environment(str(device), precision.name, 1)
     setting = {"model": config.model.name, "targets": config.targets, "rank": config.rank, "n": n}
     setting |= {"batch_size": task.batch_size, "length": task.max_length, "environment": environment}
-    content = {**setting, "points": measure(model, config, selections(config))}
+    content = {**setting, "points": measure(assembly, config, selections(config))}
     write_whole(file, seal(content).encode())
     return file
-
-
-def build(config: Config, device: torch.device) -> PreTrainedModel:
-    """Build the model with a trainable head, ready to train."""
-    model = build_example(config, str(device))
-    for parameter in head_parameters(model).values():
-        parameter.requires_grad_(True)
-    return model.train()
 
 
 def selections(config: Config) -> dict[str, list[str]]:
@@ -98,38 +88,21 @@ def selections(config: Config) -> dict[str, list[str]]:
     return found
 
 
-def measure(model: PreTrainedModel, config: Config, sets: dict[str, list[str]]) -> list[dict[str, Any]]:
+def measure(assembly: Assembly, config: Config, sets: dict[str, list[str]]) -> list[dict[str, Any]]:
     """Measure a training step with each set of adapters connected.
 
     Returns:
         Per set: `order`, `connected`, `saved_bytes` (exact: what autograd keeps for the backward pass, on any device) and
         `peak_bytes` (all memory of the device at its peak over a step with AdamW; None without a GPU).
     """
-    targets = {target.name: target for target in list_targets(read_architecture(config.model), config.targets)}
+    model, adapters = assembly.model.train(), assembly.method.adapters
     batch = make_batch(model, config)
     points = []
     for label, names in sets.items():
-        adapters = connect(model, [targets[name] for name in names], config)
-        order = label.rpartition(" ")[0]
-        with first_token_alone(model):
+        with adapters.only(names), first_token_alone(model):
             bytes_of = {"saved_bytes": saved_bytes(model, batch), "peak_bytes": peak_bytes(model, batch)}
-        points.append({"order": order, "connected": len(names), **bytes_of})
-        for name in names:
-            adapters.disconnect(name)
+        points.append({"order": label.rpartition(" ")[0], "connected": len(names), **bytes_of})
     return points
-
-
-def connect(model: nn.Module, targets: Sequence[Target], config: Config) -> AdapterSet:
-    """Put a LoRA adapter on each target."""
-    adapters = AdapterSet(model)
-    for target in targets:
-        adapters.attach(
-            target,
-            lambda d_in, d_out, device: LowRankAdapter(
-                d_in, d_out, rank=config.rank, scale=config.alpha / config.rank, dropout=config.dropout, device=device
-            ),
-        )
-    return adapters
 
 
 def peak_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int | None:

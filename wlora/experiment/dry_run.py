@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from wlora.config.schema import Config
 from wlora.data.sources import load_splits
 from wlora.errors import ConfigError
+from wlora.experiment.build import assemble, prepare_method
 from wlora.experiment.memory_estimate import estimate, tell
-from wlora.experiment.run import attach, count_parameters, open_record, prepare_method
+from wlora.experiment.run import open_record
 from wlora.experiment.summary import share_of_model
 from wlora.methods.base import Method, Steps
 from wlora.models.architectures import read_architecture
@@ -35,18 +36,16 @@ def describe(config: Config) -> str:
     precision = choose_precision(config.precision, device)
     record = open_record(config, source, precision)
     task = build_task(config.task)
-    method = prepare_method(config)
     rows = _known_rows(config)
-    if rows is not None:
-        plan = make_plan(config, rows)
-        method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
+    plan = None if rows is None else make_plan(config, rows)
+    length = None if plan is None else Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch)
+    method = prepare_method(config, length)
     model = build_unloaded(config.model, _countable(config, source), head=task.head, num_labels=task.num_labels)
-    head = attach(model, method, config)
-    counts = count_parameters(model, method, head)
+    counts = assemble(config, model, method).count_parameters()
     trainable = counts["adapter_initial"] + counts["base"]
     what = "base" if counts["base"] else "adapter"
     steps = "unknown until the data are there"
-    if rows is not None:
+    if plan is not None:
         # Long texts are cut into windows, whose number only the tokenizer knows.
         least = "at least " if task.head == "question_answering" else ""
         steps = (
@@ -56,8 +55,7 @@ def describe(config: Config) -> str:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) * precision.dtype.itemsize / 1e9
     parts = ", ".join(f"{frozen / count:.1f} on each of {count}" for count in (2, 4, 8))
     sharded = [f"sharded    {frozen:.1f} GB of frozen base: {parts} processes"] if config.train.fsdp else []
-    length = Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch) if rows is not None else LONG
-    memory = [f"{'' if i else 'memory':<10} {line}" for i, line in enumerate(_foresee(config, precision, length))]
+    memory = [f"{'' if i else 'memory':<10} {line}" for i, line in enumerate(_foresee(config, precision, length or LONG))]
     lines = [
         f"run        {record.run_id} ({_known_status(config.results_dir, record.run_id)})",
         f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",

@@ -11,16 +11,14 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from transformers import PreTrainedModel
 
-from wlora.adapters.adapter_set import AdapterSet
 from wlora.config.schema import Config
-from wlora.experiment.run import attach, prepare_method
+from wlora.experiment.build import assemble, prepare_method
 from wlora.methods.base import Steps
 from wlora.models.first_token import first_token_alone
-from wlora.models.loading import checkpoint_activations
 from wlora.models.quantization import packed_linears
 from wlora.tasks.base import build_task
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
-from wlora.training.precision import Precision, lower_base
+from wlora.training.precision import Precision
 
 # float32 value, gradient and AdamW's two moments.
 TRAINED_BYTES = 16
@@ -70,12 +68,7 @@ def estimate(config: Config, precision: Precision, steps: Steps) -> list[Memory]
     """
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization="none"))
     model = build_example(plain, "meta")
-    method = prepare_method(plain)
-    method.plan(steps)
-    attach(model, method, plain)
-    lower_base(model, precision)
-    if config.train.gradient_checkpointing:
-        checkpoint_activations(model)
+    method = assemble(plain, model, prepare_method(plain, steps), precision).method
     model.train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_shapes(model)
@@ -89,7 +82,8 @@ def estimate(config: Config, precision: Precision, steps: Steps) -> list[Memory]
             return found
         names = list(method.adapters)
         for kept in (names[-k:], names[:k]):
-            found.append(_without(model, method.adapters, set(names) - set(kept), batch, config))
+            with method.adapters.only(kept):
+                found.append(_measure(model, method.adapters, batch, config))
         return found
 
 
@@ -106,19 +100,6 @@ def _give_shapes(model: nn.Module) -> None:
                     trains = tensor.requires_grad
                     given[tensor] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
                 tensors[name] = given[tensor]  # type: ignore[assignment]
-
-
-def _without(
-    model: PreTrainedModel, adapters: AdapterSet, names: set[str], batch: dict[str, Tensor], config: Config
-) -> Memory:
-    """Measure with some adapters out of the model, which are put back."""
-    taken = [(name, adapters.target(name), adapters[name]) for name in names]
-    for name, _, _ in taken:
-        adapters.disconnect(name)
-    memory = _measure(model, adapters, batch, config)
-    for _, target, adapter in taken:
-        adapters.attach(target, lambda d_in, d_out, device, adapter=adapter: adapter)  # type: ignore[misc]
-    return memory
 
 
 def _measure(model: PreTrainedModel, adapters: object, batch: dict[str, Tensor], config: Config) -> Memory:

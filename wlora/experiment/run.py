@@ -1,62 +1,99 @@
-"""One run, told once, from configuration to record:
-
-config -> task -> model -> adapters -> training loop -> metrics -> record
-"""
+"""One run, from configuration to record, in three stages: prepare, train, finish."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from transformers import PreTrainedModel
 
-from wlora.adapters.adapter_set import count_elements
-from wlora.adapters.peft_format import Start, identify_files, read_adapter
 from wlora.config.identity import run_id, scientific_fields, stream_seed
 from wlora.config.schema import Config
-from wlora.console import notice, say
+from wlora.console import say
 from wlora.data.sources import fingerprint
 from wlora.distributed import from_main, gather
-from wlora.errors import ConfigError, RunFault, TakenOver, ran_out_of_memory
-from wlora.experiment.saving import adapter_folder, model_folder, save_adapter, save_model
+from wlora.errors import ConfigError, TakenOver
+from wlora.experiment.build import assemble, prepare_method, read_start
+from wlora.experiment.outcome import classify, complete, find_success, keep_results, out_of_memory, write_ending
+from wlora.experiment.saving import model_folder, save_model
 from wlora.experiment.shared_inputs import Stock
 from wlora.experiment.summary import announce, summarize
-from wlora.methods.base import Method, Setting, Steps
-from wlora.methods.registry import build_method
-from wlora.models.architectures import list_targets, read_architecture
-from wlora.models.loading import checkpoint_activations, head_parameters
-from wlora.models.quantization import count_model
+from wlora.methods.base import Method, Steps
 from wlora.models.source import ModelSource, locate
-from wlora.storage.atomic_write import PARTS, Put, check_folders
+from wlora.storage.atomic_write import PARTS, check_folders
 from wlora.storage.claims import Claim
-from wlora.storage.content_hash import changed, read_as_hashed
+from wlora.storage.content_hash import changed
 from wlora.storage.environment import describe_environment, name_elsewhere
 from wlora.storage.locks import RunLock
-from wlora.storage.records import Record, RecordStore, peak_memory
+from wlora.storage.records import CurveWriter, Record, RecordStore
 from wlora.storage.trackers import Tracker, tracking_folder
 from wlora.training.batch_growth import settle_growth
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.interruption import Guard, Interrupted
-from wlora.training.precision import Precision, choose_precision, lower_base
+from wlora.training.precision import Precision, choose_precision
 from wlora.training.prefix_cache import Storage
-from wlora.training.run_length import Plan, make_plan
-from wlora.training.sharding import shard_base
-from wlora.training.trainer import Diverged, Result, Settings, Trainer
+from wlora.training.run_length import make_plan
+from wlora.training.settings import Result, Settings
+from wlora.training.trainer import Trainer
+
+
+@dataclass
+class Job:
+    """What the three stages of a run share.
+
+    Attributes:
+        record: the run's own, completed on the way.
+        claim: makes the run this process's.
+        begin: when the run began, in seconds of `time.perf_counter`.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    precision: Precision
+    source: ModelSource
+    record: Record
+    claim: Claim
+    begin: float = field(default_factory=time.perf_counter)
+
+    @cached_property
+    def store(self) -> RecordStore:
+        """Where the record goes."""
+        return RecordStore(self.config.results_dir, self.claim.put)
+
+    @cached_property
+    def checkpoints(self) -> CheckpointStore:
+        """Where checkpoints go."""
+        return CheckpointStore(self.config.results_dir, self.record.run_id, keep=self.config.train.keep, claim=self.claim)
+
+    @cached_property
+    def telling(self) -> bool:
+        """Whether the record tells every ending: one of success, of which a part is missing, gives way to success only."""
+        earlier = from_main(self.store.read(self.record.run_id))
+        return self.accelerator.is_main_process and (self.config.force or earlier is None or earlier.status != "success")
+
+    @cached_property
+    def curve(self) -> CurveWriter:
+        """The learning curve; asked for first, it is begun anew."""
+        return self.store.curve(self.record.run_id, write=self.accelerator.is_main_process)
+
+    @cached_property
+    def guard(self) -> Guard:
+        """Checkpoints, signals and resume."""
+        return Guard(self.checkpoints, self.claim.lock, curve=self.curve, record=self.record, begin=self.begin)
 
 
 def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = None) -> Record:
     """Run one configuration, or return its record if it has already succeeded or another process is at it.
 
     Args:
-        config: what `wlora.config.validation.resolve` returned.
+        config: what `wlora.experiment.resolve.resolve` returned.
         overrides: the words of the command line that asked for it, for the record.
         stock: what this run shares with others of its process; None for nothing.
 
@@ -85,7 +122,7 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
     check_folders(config.results_dir, *_written(config, record.run_id))
     read_start(config)  # what does not fit is told before anything is written or loaded
     lock = RunLock(config.results_dir, record.run_id)
-    if done := _find_success(store, record.run_id, config):
+    if done := find_success(store, record.run_id, config):
         return done
     if not from_main(accelerator.is_main_process and lock.acquire()):
         say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
@@ -98,188 +135,112 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
             except ConfigError as damage:
                 say(f"notice: {damage}; the run is done again")
             # Another process may have finished it between the look and the lock.
-            return _find_success(store, record.run_id, config) or _run(
-                config, accelerator, precision, source, record, claim, stock or Stock(keep=False)
-            )
+            if done := find_success(store, record.run_id, config):
+                return done
+            job = Job(config, accelerator, precision, source, record, claim)
+            trainer = prepare(job, stock or Stock(keep=False))
+            if job.telling:
+                job.store.write(record)
+            with job.guard.listening():
+                result = train(job, trainer)
+                finish(job, trainer, result)
+                job.guard.answer(trainer)
+            return record
 
 
-def _written(config: Config, identity: str) -> list[str]:
-    """Return the folders of a results folder that a run writes into."""
-    tracked = [] if config.track == "none" else ["tracking", f"tracking/{identity}"]
-    return [*PARTS, f"checkpoints/{identity}", *tracked]
+def prepare(job: Job, stock: Stock) -> Trainer:
+    """Load data and model, and put together what will be trained.
 
-
-def _run(
-    config: Config,
-    accelerator: Accelerator,
-    precision: Precision,
-    source: ModelSource,
-    record: Record,
-    claim: Claim,
-    stock: Stock,
-) -> Record:
-    """Run one configuration and complete its record, which is this process's to write."""
-    begin = time.perf_counter()
-    material = stock.material(config, source)
-    task, data = material.task, material.data
-    plan = make_plan(config, len(data.train))
-    method = prepare_method(config)
-    method.plan(Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
-    announce(config, record.run_id, plan, precision)
-
+    Raises:
+        ConfigError: inputs that cannot be read, do not fit, or have changed since they were hashed.
+    """
+    config, record = job.config, job.record
+    material = stock.material(config, job.source)
+    plan = make_plan(config, len(material.data.train))
+    method = prepare_method(config, Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
+    announce(config, record.run_id, plan, job.precision)
     model = stock.model(
         config,
-        source,
+        job.source,
         material,
         seed=stream_seed(config.seed, "init"),
         own=method.plain_base or config.train.save_model,
-        device=accelerator.device,
-        dtype=precision.dtype,
+        device=job.accelerator.device,
+        dtype=job.precision.dtype,
     )
-    head = attach(model, method, config)
-    if config.train.gradient_checkpointing:
-        checkpoint_activations(model)
-    lower_base(model, precision)
-    if config.train.fsdp:
-        shard_base(model, accelerator.device)
-    model.to(accelerator.device)
-    record.parameters = count_parameters(model, method, head)
+    assembly = assemble(config, model, method, job.precision, job.accelerator.device)
+    record.parameters = assembly.count_parameters()
     record.model["revision"] = getattr(model.config, "_commit_hash", None)
     if record.task["data"] not in (None, material.splits.fingerprint):
         raise changed(f"task.path={config.task.path}")
     record.task.update(version=material.splits.revision, data=material.splits.fingerprint)
     record.task.update(train_rows=len(material.splits.rows["train"]), **material.unfit)
     record.steps = {"total": plan.total_steps, "per_epoch": plan.steps_per_epoch, "warmup": plan.warmup}
-
-    store = RecordStore(config.results_dir, claim.put)
-    checkpoints = CheckpointStore(config.results_dir, record.run_id, keep=config.train.keep, claim=claim)
-    tracker = Tracker(accelerator, say=say)
-    earlier = from_main(store.read(record.run_id))
-    # A record of success, whose model alone is missing, is replaced by another of success only.
-    telling = accelerator.is_main_process and (config.force or earlier is None or earlier.status != "success")
-    if telling:
-        store.write(record)
-    curve = store.curve(record.run_id, write=accelerator.is_main_process)
-    guard = Guard(checkpoints, claim.lock, curve=curve, record=record, every=plan.checkpoint_every, begin=begin)
-    tracker.start(record.run_id, record.config)
-
-    def log(point: dict[str, Any]) -> None:
-        curve(point)
-        tracker(point)
-
-    with guard.listening():
-        try:
-            trainer = Trainer(
-                model=model,
-                method=method,
-                head=list(head.values()),
-                task=task,
-                tokenizer=material.tokenizer,
-                data=data,
-                plan=plan,
-                settings=_loop_settings(config, method, precision, accelerator.process_index),
-                accelerator=accelerator,
-                log=log,
-                on_step=guard,
-            )
-            guard.resume(trainer)
-            result = trainer.run()
-        except BaseException as error:
-            record.status, record.error = _classify(error)
-            record.seconds = {"total": guard.seconds()}
-            if telling and not isinstance(error, TakenOver):
-                _write_ending(store, record)
-            if isinstance(error, Interrupted):
-                accelerator.wait_for_everyone()  # a launcher ends the main process once another one has ended
-            if record.status == "oom":
-                raise _out_of_memory(plan, accelerator.num_processes) from error
-            raise
-        finally:
-            curve.close()
-            tracker.finish()
-        _complete(record, result, method, guard.seconds())
-        record.curve = curve.finish()
-        if accelerator.is_main_process:
-            record.error = _keep_results(store, record, trainer, config, claim.put)
-            say(summarize(record, method, str(store.write(record))))
-            if config.train.save_model:
-                saved = model_folder(config.results_dir, record.run_id)
-                save_model(model, method, material.tokenizer, saved, claim.put)
-                say(f"model      {saved}")
-            if record.error and checkpoints.present():
-                say("notice: the checkpoints stay; the same command goes on from the last one and writes what is missing")
-            elif not record.error and not config.train.keep_after:  # all that they stand for is on the disk now
-                checkpoints.remove()
-        guard.answer(trainer)
-    return record
-
-
-def _write_ending(store: RecordStore, record: Record) -> None:
-    """Write how a run ended; what ended it is told and decides what follows, even where this cannot be written."""
-    try:
-        store.write(record)
-    except RunFault as error:
-        say(f"notice: {error}")
-
-
-def _out_of_memory(plan: Plan, processes: int) -> RunFault:
-    """Say what takes less memory."""
-    if processes == 1:
-        return RunFault(
-            "out of memory with one row at once: a smaller task.max_length, train.gradient_checkpointing=true or "
-            "model.quantization=nf4 takes less"
-        )
-    return RunFault(
-        f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, which keeps "
-        "the effective batch"
+    return Trainer(
+        model=model,
+        method=method,
+        head=list(assembly.head.values()),
+        task=material.task,
+        tokenizer=material.tokenizer,
+        data=material.data,
+        plan=plan,
+        settings=_settings(config, method, job.precision, job.accelerator.process_index),
+        accelerator=job.accelerator,
     )
 
 
-def _keep_results(store: RecordStore, record: Record, trainer: Trainer, config: Config, put: Put) -> str | None:
-    """Write predictions and adapters; a run is not lost because one of them cannot be: returns what, None for nothing."""
-    failed = []
-    if trainer.evaluation is not None:  # else resumed after its last evaluation
-        try:
-            table = trainer.evaluation.tabulate(trainer.task, trainer.data.validation)
-            record.predictions = store.write_predictions(record.run_id, table)
-        except OSError as error:
-            failed.append(f"the predictions of {record.run_id} cannot be written ({error.strerror})")
-    if config.train.save_adapter:
-        folder = adapter_folder(config.results_dir, record.run_id)
-        record.model["adapter"] = None
-        try:
-            record.model |= save_adapter(trainer.bare_model, trainer.method, folder, kind=trainer.task.head, put=put)
-        except TakenOver:
-            raise
-        except RunFault as error:
-            failed.append(str(error))
-    for text in failed:
-        say(f"notice: {text}")
-    return "; ".join(failed) or None
+def train(job: Job, trainer: Trainer) -> Result:
+    """Train to the end, from the newest checkpoint if there is one; the record tells any other ending."""
+    record, accelerator = job.record, job.accelerator
+    tracker = Tracker(accelerator, say=say)
+    tracker.start(record.run_id, record.config)
 
+    def log(point: dict[str, Any]) -> None:
+        job.curve(point)
+        tracker(point)
 
-def _find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
-    """Return the record of a run that has succeeded and is not to be run again, as the main process finds it.
-
-    A run of which something could not be saved goes on from its checkpoints, if they are still there, and saves it.
-    """
-    done = from_main(store.read(identity))
-    if done is None or done.status != "success" or config.force:
-        return None
-    saved = model_folder(config.results_dir, identity)
-    lacks_model = config.train.save_model and not saved.is_dir()
-    missing = f"its model is not there ({saved})" if lacks_model else done.error
-    if from_main(bool(missing) and CheckpointStore(config.results_dir, identity, keep=config.train.keep).present()):
-        notice(f"{identity} is done, but {missing}: it goes on from its checkpoint and saves it")
-        return None
-    say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
     try:
-        store.read_curve(done)
-    except ConfigError as damage:
-        say(f"notice: {damage}; force=true does the run again and writes it")
-    if missing:
-        say(f"notice: {missing}: force=true does the run again and saves it")
-    return done
+        trainer.begin()
+        job.guard.resume(trainer)
+        return trainer.run(log, job.guard)
+    except BaseException as error:
+        record.status, record.error = classify(error)
+        record.seconds = {"total": job.guard.seconds()}
+        if job.telling and not isinstance(error, TakenOver):
+            write_ending(job.store, record)
+        if isinstance(error, Interrupted):
+            accelerator.wait_for_everyone()  # a launcher ends the main process once another one has ended
+        if record.status == "oom":
+            raise out_of_memory(trainer.plan, accelerator.num_processes) from error
+        raise
+    finally:
+        job.curve.close()
+        tracker.finish()
+
+
+def finish(job: Job, trainer: Trainer, result: Result) -> None:
+    """Complete the record and write all that a run leaves behind; only then its checkpoints may go."""
+    config, record = job.config, job.record
+    complete(record, result, trainer.method, job.guard.seconds())
+    record.curve = job.curve.finish()
+    if not job.accelerator.is_main_process:
+        return
+    record.error = keep_results(job.store, record, trainer, config, job.claim.put)
+    say(summarize(record, trainer.method, str(job.store.write(record))))
+    if config.train.save_model:
+        saved = model_folder(config.results_dir, record.run_id)
+        save_model(trainer.bare_model, trainer.method, trainer.tokenizer, saved, job.claim.put)
+        say(f"model      {saved}")
+    if record.error and job.checkpoints.present():
+        say("notice: the checkpoints stay; the same command goes on from the last one and writes what is missing")
+    elif not record.error and not config.train.keep_after:  # all that they stand for is on the disk now
+        job.checkpoints.remove()
+
+
+def _written(config: Config, identity: str) -> list[str]:
+    """Return the folders of a results folder that a run writes into."""
+    tracked = [] if config.track == "none" else ["tracking", f"tracking/{identity}"]
+    return [*PARTS, f"checkpoints/{identity}", *tracked]
 
 
 def _refuse_other_inputs(record: Record) -> None:
@@ -292,101 +253,8 @@ def _refuse_other_inputs(record: Record) -> None:
         )
 
 
-def prepare_method(config: Config) -> Method:
-    """Build the policy that a configuration asks for.
-
-    Raises:
-        ConfigError: it does not go with the base or with `adapter.path`.
-    """
-    return build_method(
-        config.method,
-        release=config.compat == "release",
-        quantized=config.model.quantization != "none",
-        started=config.adapter.path is not None,
-    )
-
-
-def attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, nn.Parameter]:
-    """Attach the method's adapters to a frozen model and let the head train; returns the head's trainable parameters.
-
-    In `compat=release` the head keeps its random initialisation, as in the release (methods note §1.3). With `adapter.path`
-    the modules that have an adapter there get one here, which starts from it.
-
-    Raises:
-        ConfigError: an adapter or head that does not fit the model, or an adapter outside the target set.
-    """
-    architecture = model.config.to_dict()
-    torch.manual_seed(stream_seed(config.seed, "adapters"))
-    choice = torch.Generator().manual_seed(stream_seed(config.seed, "choice"))
-    targets = list_targets(architecture, config.method.get("targets", config.targets))
-    start = read_start(config)
-    if start.adapters:
-        targets = [target for target in targets if target.name in start.adapters]
-    method.attach(model, Setting(targets, list_targets(architecture, "all"), choice, start.adapters))
-    if config.adapter.head:
-        _start_head(model, start, config)
-    head = {} if config.compat == "release" else head_parameters(model)
-    for parameter in head.values():
-        parameter.requires_grad_(True)
-    return head
-
-
-def read_start(config: Config) -> Start:
-    """Read what `adapter.path` holds; nothing without it.
-
-    Raises:
-        ConfigError: a damaged folder, or an adapter outside the target set.
-    """
-    if config.adapter.path is None:
-        return Start({}, {})
-    path = config.adapter.path
-    with read_as_hashed(f"adapter.path={path}", config.adapter.fingerprint, lambda: identify_files(path)):
-        start = read_adapter(path)
-    targets = {target.name for target in list_targets(read_architecture(config.model), config.targets)}
-    strange = sorted(set(start.adapters) - targets)
-    if strange:
-        raise ConfigError(
-            f"adapter.path={config.adapter.path}: has an adapter on {strange[0]}, which is not among the {len(targets)} "
-            f"targets={config.targets} of model={config.model.name}\nallowed is a target set with all {len(start.adapters)}"
-        )
-    return start
-
-
-def _start_head(model: PreTrainedModel, start: Start, config: Config) -> None:
-    """Let head and pooler start from those of `adapter.path`."""
-    for name, parameter in head_parameters(model).items():
-        given = start.head.get(name)
-        if given is None or given.shape != parameter.shape:
-            there = "missing" if given is None else f"of shape {list(given.shape)}"
-            raise ConfigError(
-                f"adapter.head=true: {name} is {there} in {config.adapter.path}, the task asks for {list(parameter.shape)}: "
-                "allowed is false, for a fresh head"
-            )
-        parameter.data.copy_(given)
-
-
-def count_parameters(model: nn.Module, method: Method, head: dict[str, nn.Parameter]) -> dict[str, int]:
-    """Count elements: adapters at the start (for full fine-tuning the base), trainable head, and the bare model.
-
-    `total` counts the model's elements as its architecture has them, `stored` as a quantised base packs them.
-    """
-    in_head = {id(p) for p in head.values()}
-    adapters = method.attached().values()
-    in_adapters = {id(p) for a in adapters for p in a.parameters()}
-    base = [p for p in model.parameters() if id(p) not in in_adapters]
-    trainable_base = sum(p.numel() for p in base if p.requires_grad and id(p) not in in_head)
-    logical, stored = count_model(model, without=in_adapters)
-    return {
-        "adapter_initial": count_elements(adapters),
-        "adapter_final": count_elements(adapters),
-        "base": trainable_base,
-        "head": sum(p.numel() for p in head.values()),
-        "total": logical,
-        "stored": stored,
-    }
-
-
 def open_record(config: Config, source: ModelSource, precision: Precision) -> Record:
+    """Open the record of a run that is about to begin; its `run_id` is the hash of all that decides its numbers."""
     data = fingerprint(config.task)
     fields = scientific_fields(config, task_data=data, model_data=source.fingerprint, precision=precision.name)
     return Record(
@@ -399,7 +267,7 @@ def open_record(config: Config, source: ModelSource, precision: Precision) -> Re
     )
 
 
-def _loop_settings(config: Config, method: Method, precision: Precision, process: int) -> Settings:
+def _settings(config: Config, method: Method, precision: Precision, process: int) -> Settings:
     return Settings(
         lr=config.lr,
         head_lr=config.head_lr or config.lr,
@@ -427,39 +295,3 @@ def _prefix_storage(config: Config) -> Storage | None:
         limit=int(train.prefix_cache_gb * 2**30),
         folder=Path(config.results_dir) / "prefix_cache",
     )
-
-
-def _complete(record: Record, result: Result, method: Method, seconds: float) -> None:
-    """Fill in what a finished training left behind."""
-    kept = method.kept()
-    record.status, record.trained = "success", True
-    record.metrics = {key: float(value) for key, value in result.metrics.items()}
-    record.parameters["adapter_final"] = count_elements(kept.values())
-    record.adapters = [
-        {"name": name, "omega": None if a.omega is None else float(a.omega.detach()), "rank": a.rank}
-        for name, a in kept.items()
-    ]
-    record.events = [{"step": event.step, "kind": event.kind, **event.details} for event in result.events]
-    record.seconds = {
-        "train": result.train_seconds,
-        "eval": result.eval_seconds,
-        "total": seconds,
-    }
-    record.throughput = {
-        "examples_per_second": result.examples / result.train_seconds,
-        "tokens_per_second": result.tokens / result.train_seconds,
-    }
-    record.evaluations = result.evaluations
-    record.memory = peak_memory() | result.memory
-
-
-def _classify(error: BaseException) -> tuple[str, str]:
-    """Return the honest status of a run that did not finish, and what ended it."""
-    text = "".join(traceback.format_exception_only(error)).strip()
-    if isinstance(error, Diverged):
-        return "diverged", text
-    if ran_out_of_memory(error):
-        return "oom", text
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", text
-    return "failed", text

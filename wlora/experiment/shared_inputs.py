@@ -21,7 +21,7 @@ from wlora.models.source import ModelSource
 from wlora.storage.content_hash import changed
 from wlora.tasks.base import Task, build_task
 from wlora.training.evaluation import Split
-from wlora.training.trainer import Data
+from wlora.training.settings import Data
 
 
 @dataclass(frozen=True)

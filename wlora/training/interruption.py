@@ -51,7 +51,6 @@ class Guard:
 
     Args:
         lock: the right to run, which may be lost to another process.
-        every: optimiser steps between checkpoints; 0 for none but those that signals ask for.
         begin: `time.perf_counter()` when this process began the run.
     """
 
@@ -62,11 +61,10 @@ class Guard:
         *,
         curve: CurveWriter,
         record: Record,
-        every: int,
         begin: float,
     ) -> None:
         self.store, self.lock, self.curve, self.record = store, lock, curve, record
-        self.every, self._begin = every, begin
+        self._begin = begin
         self._asked: int | None = None
         self._heard = 0.0
 
@@ -85,7 +83,8 @@ class Guard:
         if asked == LOST:
             raise TakenOver(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
         last = trainer.step == trainer.plan.total_steps
-        due = self.every > 0 and trainer.passed(self.every)
+        every = trainer.plan.checkpoint_every
+        due = every > 0 and trainer.passed(every)
         if (due or asked) and not last:
             self.save(trainer)
         if asked and not last:

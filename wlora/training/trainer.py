@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.data.features import Features
 from wlora.distributed import from_main, gather
-from wlora.errors import RunFault, ran_out_of_memory
+from wlora.errors import ran_out_of_memory
 from wlora.methods.base import Event, Method
 from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.training_data import Bench
@@ -30,83 +29,19 @@ from wlora.tasks.base import Task
 from wlora.training.activation_memory import activation_bytes, saved_bytes
 from wlora.training.batch_growth import BatchGrowth
 from wlora.training.batch_order import share, step_batches
-from wlora.training.evaluation import Evaluation, Split, evaluate
+from wlora.training.evaluation import Evaluation, evaluate
+from wlora.training.losses import Losses
 from wlora.training.optimizers import Optimizers
 from wlora.training.prefetch import Prefetcher, move
-from wlora.training.prefix_cache import PrefixCache, Storage
+from wlora.training.prefix_cache import PrefixCache
 from wlora.training.run_length import Plan
+from wlora.training.settings import Data, Result, Settings
 from wlora.training.sharding import average_gradients
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
 
 # Points of the learning curve over a whole run.
 CURVE_POINTS = 200
-# Steps whose losses stay unread on the device at most: to read one is to wait for the device.
-READ_EVERY = 8
-# What methods and libraries raise for numbers that are not finite.
-NUMERIC_ERRORS = (ArithmeticError, LookupError, RuntimeError, ValueError)
 FP16_FIRST_SCALE = 2.0**14
-
-
-class Diverged(RunFault):
-    """A loss, a score or what trains became infinite or not a number."""
-
-    everywhere = True
-
-
-@dataclass
-class Data:
-    """Training features, and every validation split by name."""
-
-    train: Features
-    validation: dict[str, Split]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the loop needs to know of the configuration.
-
-    Attributes:
-        lr: peak learning rate of adapters.
-        head_lr: peak learning rate of head and pooler.
-        weight_decay: decoupled decay.
-        max_grad_norm: bound of the global gradient norm.
-        eval_batch_size: rows of an evaluation batch.
-        order_seed: seed of the data order.
-        dropout_seed: seed of everything drawn in the forward passes, another one in each process.
-        scale_loss: float16 loss scaling.
-        sharded: the frozen base is spread over the processes, which must all call the model together.
-        autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
-        grow_batch: what grows into the memory that a cut has freed: `micro` for the micro-batch alone, `effective` for the
-            rows of an optimiser step, too; `off` for nothing.
-        prefix: where the output of layers that no longer change is stored; None computes it in every step.
-    """
-
-    lr: float
-    head_lr: float
-    weight_decay: float
-    max_grad_norm: float
-    eval_batch_size: int
-    order_seed: int
-    dropout_seed: int
-    scale_loss: bool = False
-    sharded: bool = False
-    autocast: torch.dtype | None = None
-    grow_batch: str = "off"
-    prefix: Storage | None = None
-
-
-@dataclass
-class Result:
-    """What a training leaves behind, besides the trained model."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    examples: int = 0
-    tokens: int = 0
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    memory: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -114,8 +49,8 @@ class Trainer:
 
     Args:
         head: parameters of head and pooler that train; empty in the release.
-        log: called with each point of the learning curve.
-        on_step: called after every optimiser step, when the state is whole.
+
+    Building one changes nothing; `begin` comes first.
     """
 
     def __init__(
@@ -130,20 +65,12 @@ class Trainer:
         plan: Plan,
         settings: Settings,
         accelerator: Accelerator,
-        log: Callable[[dict[str, Any]], None],
-        on_step: Callable[[Trainer], None] | None = None,
     ) -> None:
         self.bare_model, self.method, self.head = model, method, head
         self.task, self.tokenizer, self.data = task, tokenizer, data
-        self.plan, self.settings, self.accelerator, self.log = plan, settings, accelerator, log
-        self.on_step = on_step
-        self.phases = method.phases(self._bench(), plan.total_steps)
-        self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=method.release_adamw)
-        self.scaler = (
-            torch.amp.GradScaler(accelerator.device.type, init_scale=FP16_FIRST_SCALE) if settings.scale_loss else None
-        )
-        self.model: nn.Module = self._prepare()
-        self.prefix = self._open_prefix()
+        self.plan, self.settings, self.accelerator = plan, settings, accelerator
+        self.model: nn.Module = model  # wrapped for several processes by `begin`
+        self.prefix: PrefixCache | None = None
         self.result = Result()
         self.evaluation: Evaluation | None = None  # the last
         self.step = 0
@@ -155,10 +82,24 @@ class Trainer:
             device=accelerator.device,
         )
         self._before = 0  # the step before the present one
-        self._losses: list[float] = []  # since the last point of the curve, as far as they are read
-        self._unread: list[tuple[int, Tensor]] = []
         self._upcoming: list[list[int]] = []  # the micro-batches of the plan's next step
         self._prefetch = Prefetcher(lambda rows: self._collate_on_cpu(self.data.train, rows))
+
+    def begin(self) -> None:
+        """Draw what the method draws, and build the optimisers; called once, before `restore` or `run`.
+
+        Raises:
+            ConfigError: the method asks for more training rows than there are.
+        """
+        self.phases = self.method.phases(self._bench(), self.plan.total_steps)
+        self.optimizers = Optimizers(
+            self._groups(), weight_decay=self.settings.weight_decay, release=self.method.release_adamw
+        )
+        device = self.accelerator.device.type
+        self.scaler = torch.amp.GradScaler(device, init_scale=FP16_FIRST_SCALE) if self.settings.scale_loss else None
+        self.losses = Losses(self.plan.total_steps, self.optimizers.parameters)
+        self.model = self._prepare()
+        self.prefix = self._open_prefix()
 
     def capture(self) -> State:
         """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU.
@@ -166,10 +107,10 @@ class Trainer:
         Raises:
             Diverged: a loss up to this step is not finite.
         """
-        self._read_losses()
+        self.losses.read()
         self._note_peak()
         state = capture(self.bare_model, self.method, self.optimizers)
-        state.facts |= {"step": self.step, "losses": self._losses, "result": dataclasses.asdict(self.result)}
+        state.facts |= {"step": self.step, "losses": self.losses.values, "result": dataclasses.asdict(self.result)}
         state.facts |= {"parts": self.parts, "growth": self.growth.factor, "bytes": self.growth.before}
         state.facts["scaler"] = self.scaler.state_dict() if self.scaler else None
         return state
@@ -181,15 +122,19 @@ class Trainer:
         restore(state, self.bare_model, self.method, self.optimizers, self._groups, process=process)
         self.model = self._prepare()
         self.prefix = self._open_prefix()
-        self.step, self.parts, self._losses = state.facts["step"], state.facts["parts"], list(state.facts["losses"])
+        self.step, self.parts, self.losses.values = state.facts["step"], state.facts["parts"], list(state.facts["losses"])
         self.growth.factor, self.growth.before = state.facts["growth"], state.facts["bytes"]
         events = [Event(**event) for event in state.facts["result"]["events"]]
         self.result = Result(**{**state.facts["result"], "events": events})
         if self.scaler:
             self.scaler.load_state_dict(state.facts["scaler"])
 
-    def run(self) -> Result:
+    def run(self, log: Callable[[dict[str, Any]], None], on_step: Callable[[Trainer], None] | None = None) -> Result:
         """Train to the end of the plan; the last evaluation's metrics are the result's.
+
+        Args:
+            log: called with each point of the learning curve.
+            on_step: called after every optimiser step, when the state is whole.
 
         Raises:
             Diverged: a number that is not finite.
@@ -199,64 +144,30 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()  # of the run before, in a sweep
         if self.step == 0:
             torch.manual_seed(self.settings.dropout_seed)
-        losses = self._losses
         log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
         with self._progress() as bar, first_token_alone(self.bare_model), self._prefetch.running():
             for step, batches in self._updates():
                 begin = time.perf_counter()
-                with self._noticing_divergence(step):
+                with self.losses.noticing_divergence(step):
                     self._train_step(step, batches)
                 self._before, self.step = self.step, step
-                if self.passed(log_every) or self.passed(self.plan.eval_every) or len(self._unread) >= READ_EVERY:
-                    self._read_losses()
+                if self.passed(log_every) or self.passed(self.plan.eval_every) or self.losses.due:
+                    self.losses.read()
                 self.result.train_seconds += time.perf_counter() - begin
                 if self.passed(log_every):
-                    self.log({"step": step, "loss": sum(losses) / len(losses)})
-                    losses.clear()
+                    log({"step": step, "loss": self.losses.take_mean()})
                 if self.passed(self.plan.eval_every):
-                    with self._noticing_divergence(step):
-                        self._evaluate(step)
-                if self.on_step is not None:
-                    self.on_step(self)
-                self._show(bar, losses)
+                    with self.losses.noticing_divergence(step):
+                        log(self._evaluate(step))
+                if on_step is not None:
+                    on_step(self)
+                self._show(bar)
             self.result.memory |= {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
         return self.result
 
     def passed(self, every: int) -> bool:
         """Tell whether the update just taken reached or passed a multiple of `every` steps, or the end."""
         return self.step // every > self._before // every or self.step == self.plan.total_steps
-
-    def _read_losses(self) -> None:
-        """Wait for the device, and take in the losses of the steps since this was last done.
-
-        Raises:
-            Diverged: one of them is not finite; the first such step is named.
-        """
-        unread, self._unread = self._unread, []
-        values = torch.stack([loss for _, loss in unread]).tolist() if unread else []
-        for (step, _), value in zip(unread, values, strict=True):
-            if not math.isfinite(value):
-                raise Diverged(f"the loss is {value} at step {step} of {self.plan.total_steps}")
-            self._losses.append(value)
-
-    @contextlib.contextmanager
-    def _noticing_divergence(self, step: int) -> Iterator[None]:
-        """Turn the failures that numbers which are not finite lead to into one, `Diverged`.
-
-        Once the norms of what trains are not finite, methods and libraries fail in their own ways, such as in an SVD.
-        A loss that is not read yet may have been the first such number.
-        """
-        try:
-            yield
-        except Exception as error:
-            self._read_losses()
-            if isinstance(error, FloatingPointError):
-                what = str(error)
-            elif isinstance(error, NUMERIC_ERRORS) and not all(p.norm().isfinite() for p in self.optimizers.parameters()):
-                what = "the norm of what trains is not finite"
-            else:
-                raise
-            raise Diverged(f"{what} at step {step} of {self.plan.total_steps}") from error
 
     def _updates(self) -> Iterator[tuple[int, list[list[int]]]]:
         """Yield the updates to come: the step that each completes, and its micro-batches.
@@ -296,7 +207,7 @@ class Trainer:
     def _train_step(self, step: int, batches: list[list[int]]) -> None:
         """Take one optimiser step; the mean loss over its rows stays on the device, unread."""
         self.optimizers.set_schedule(self.step, warmup=self.plan.warmup, total=self.plan.total_steps)
-        self._unread.append((step, self._gradients(batches)))
+        self.losses.add(step, self._gradients(batches))
         if step == 1:
             self.optimizers.check(self.bare_model)
         if self.scaler:
@@ -436,9 +347,8 @@ class Trainer:
         depth = frozen_depth(self.bare_model) if self.settings.prefix else 0
         if not self.settings.prefix or not depth:
             return None
-        present: PrefixCache | None = getattr(self, "prefix", None)
-        if present and present.prefix.depth == depth:
-            return present
+        if self.prefix and self.prefix.prefix.depth == depth:
+            return self.prefix
         return PrefixCache(Prefix(self.bare_model, depth), self.settings.prefix, self._collate)
 
     def _collate(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
@@ -469,7 +379,8 @@ class Trainer:
         if any(ranks != found[0] for ranks in found):
             raise AssertionError(f"the processes have different adapters after step {self.step + 1}: {found}")
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        """Evaluate the dev set; returns the point of the learning curve."""
         begin = time.perf_counter()
         with self._autocast():
             self.evaluation = evaluate(
@@ -485,14 +396,15 @@ class Trainer:
         metrics = self.result.metrics = self.evaluation.metrics
         self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
         self.result.eval_seconds += time.perf_counter() - begin
-        self.log({"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics})
+        return {"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics}
 
     def _progress(self) -> tqdm[Any]:
         silent = not self.accelerator.is_main_process or not sys.stderr.isatty()
         return tqdm(total=self.plan.total_steps, unit="step", dynamic_ncols=True, disable=silent)
 
-    def _show(self, bar: tqdm[Any], losses: list[float]) -> None:
-        shown: dict[str, Any] = {"loss": f"{losses[-1]:.4f}"} if losses else {}
+    def _show(self, bar: tqdm[Any]) -> None:
+        read = self.losses.values
+        shown: dict[str, Any] = {"loss": f"{read[-1]:.4f}"} if read else {}
         if self.result.metrics:
             shown[self.task.primary_metric] = f"{self.result.metrics[self.task.primary_metric]:.4f}"
         shown["adapters"] = len(self.method.attached())

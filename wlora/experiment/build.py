@@ -1,0 +1,162 @@
+"""The one assembly: a model and a method put together as a configuration says, to be trained, counted or measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from wlora.adapters.adapter_set import count_elements
+from wlora.adapters.peft_format import Start, identify_files, read_adapter
+from wlora.config.identity import stream_seed
+from wlora.config.schema import Config
+from wlora.errors import ConfigError
+from wlora.methods.base import Method, Setting, Steps
+from wlora.methods.registry import build_method
+from wlora.models.architectures import list_targets, read_architecture
+from wlora.models.loading import checkpoint_activations, head_parameters
+from wlora.models.quantization import count_model
+from wlora.storage.content_hash import read_as_hashed
+from wlora.training.precision import Precision, lower_base
+from wlora.training.sharding import shard_base
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A model with the adapters of a method.
+
+    Attributes:
+        model: the frozen base with adapters and head.
+        method: the policy over the adapters.
+        head: the parameters of head and pooler that train, by name; none in `compat=release`.
+    """
+
+    model: PreTrainedModel
+    method: Method
+    head: dict[str, nn.Parameter]
+
+    def count_parameters(self) -> dict[str, int]:
+        """Count elements: adapters at the start, what trains of the base, trainable head, and the bare model.
+
+        `total` counts the model's elements as its architecture has them, `stored` as a quantised base packs them.
+        """
+        in_head = {id(p) for p in self.head.values()}
+        adapters = self.method.attached().values()
+        in_adapters = {id(p) for a in adapters for p in a.parameters()}
+        base = [p for p in self.model.parameters() if id(p) not in in_adapters]
+        total, stored = count_model(self.model, without=in_adapters)
+        return {
+            "adapter_initial": count_elements(adapters),
+            "adapter_final": count_elements(adapters),
+            "base": sum(p.numel() for p in base if p.requires_grad and id(p) not in in_head),
+            "head": sum(p.numel() for p in self.head.values()),
+            "total": total,
+            "stored": stored,
+        }
+
+
+def prepare_method(config: Config, steps: Steps | None) -> Method:
+    """Build the policy that a configuration asks for, with its schedule planned.
+
+    Args:
+        steps: the length of the run; None leaves the schedule open.
+
+    Raises:
+        ConfigError: it does not go with the base, with `adapter.path` or with the length of the run.
+    """
+    method = build_method(
+        config.method,
+        release=config.compat == "release",
+        quantized=config.model.quantization != "none",
+        started=config.adapter.path is not None,
+    )
+    if steps is not None:
+        method.plan(steps)
+    return method
+
+
+def assemble(
+    config: Config,
+    model: PreTrainedModel,
+    method: Method,
+    precision: Precision | None = None,
+    device: torch.device | None = None,
+) -> Assembly:
+    """Attach a method's adapters to a frozen model and let the head train.
+
+    Args:
+        model: in float32, all parameters frozen.
+        precision: the base is cast to it; None leaves the base as it is.
+        device: where the model moves; None leaves it where it is.
+
+    Raises:
+        ConfigError: an adapter or head that does not fit the model, or an adapter outside the target set.
+    """
+    head = _attach(model, method, config)
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model)
+    if precision is not None:
+        lower_base(model, precision)
+    if device is not None:
+        if config.train.fsdp:
+            shard_base(model, device)
+        model.to(device)
+    return Assembly(model, method, head)
+
+
+def _attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, nn.Parameter]:
+    """Attach the adapters; returns the parameters of head and pooler that train.
+
+    In `compat=release` these keep their random initialisation, as in the published code. With `adapter.path` only the
+    modules that have an adapter in that folder get one, which starts from it.
+    """
+    architecture = model.config.to_dict()
+    torch.manual_seed(stream_seed(config.seed, "adapters"))
+    choice = torch.Generator().manual_seed(stream_seed(config.seed, "choice"))
+    targets = list_targets(architecture, config.method.get("targets", config.targets))
+    start = read_start(config)
+    if start.adapters:
+        targets = [target for target in targets if target.name in start.adapters]
+    method.attach(model, Setting(targets, list_targets(architecture, "all"), choice, start.adapters))
+    if config.adapter.head:
+        _start_head(model, start, config)
+    head = {} if config.compat == "release" else head_parameters(model)
+    for parameter in head.values():
+        parameter.requires_grad_(True)
+    return head
+
+
+def read_start(config: Config) -> Start:
+    """Read what `adapter.path` holds; nothing without it.
+
+    Raises:
+        ConfigError: a damaged folder, or an adapter outside the target set.
+    """
+    if config.adapter.path is None:
+        return Start({}, {})
+    path = config.adapter.path
+    with read_as_hashed(f"adapter.path={path}", config.adapter.fingerprint, lambda: identify_files(path)):
+        start = read_adapter(path)
+    targets = {target.name for target in list_targets(read_architecture(config.model), config.targets)}
+    strange = sorted(set(start.adapters) - targets)
+    if strange:
+        raise ConfigError(
+            f"adapter.path={config.adapter.path}: has an adapter on {strange[0]}, which is not among the {len(targets)} "
+            f"targets={config.targets} of model={config.model.name}\nallowed is a target set with all {len(start.adapters)}"
+        )
+    return start
+
+
+def _start_head(model: PreTrainedModel, start: Start, config: Config) -> None:
+    """Let head and pooler start from those of `adapter.path`."""
+    for name, parameter in head_parameters(model).items():
+        given = start.head.get(name)
+        if given is None or given.shape != parameter.shape:
+            there = "missing" if given is None else f"of shape {list(given.shape)}"
+            raise ConfigError(
+                f"adapter.head=true: {name} is {there} in {config.adapter.path}, the task asks for {list(parameter.shape)}: "
+                "allowed is false, for a fresh head"
+            )
+        parameter.data.copy_(given)

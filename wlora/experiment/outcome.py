@@ -1,0 +1,124 @@
+"""How a run ends: what its record says of success and failure, and what else is kept."""
+
+from __future__ import annotations
+
+import traceback
+
+from wlora.adapters.adapter_set import count_elements
+from wlora.config.schema import Config
+from wlora.console import notice, say
+from wlora.distributed import from_main
+from wlora.errors import ConfigError, RunFault, TakenOver, ran_out_of_memory
+from wlora.experiment.saving import adapter_folder, model_folder, save_adapter
+from wlora.methods.base import Method
+from wlora.storage.atomic_write import Put
+from wlora.storage.records import Record, RecordStore, peak_memory
+from wlora.training.checkpoints import CheckpointStore
+from wlora.training.losses import Diverged
+from wlora.training.run_length import Plan
+from wlora.training.settings import Result
+from wlora.training.trainer import Trainer
+
+
+def find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
+    """Return the record of a run that has succeeded and is not to be run again, as the main process finds it.
+
+    A run of which something could not be saved goes on from its checkpoints, if they are still there, and saves it.
+    """
+    done = from_main(store.read(identity))
+    if done is None or done.status != "success" or config.force:
+        return None
+    saved = model_folder(config.results_dir, identity)
+    lacks_model = config.train.save_model and not saved.is_dir()
+    missing = f"its model is not there ({saved})" if lacks_model else done.error
+    if from_main(bool(missing) and CheckpointStore(config.results_dir, identity, keep=config.train.keep).present()):
+        notice(f"{identity} is done, but {missing}: it goes on from its checkpoint and saves it")
+        return None
+    say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
+    try:
+        store.read_curve(done)
+    except ConfigError as damage:
+        say(f"notice: {damage}; force=true does the run again and writes it")
+    if missing:
+        say(f"notice: {missing}: force=true does the run again and saves it")
+    return done
+
+
+def complete(record: Record, result: Result, method: Method, seconds: float) -> None:
+    """Fill in what a finished training left behind."""
+    kept = method.kept()
+    record.status, record.trained = "success", True
+    record.metrics = {key: float(value) for key, value in result.metrics.items()}
+    record.parameters["adapter_final"] = count_elements(kept.values())
+    record.adapters = [
+        {"name": name, "omega": None if a.omega is None else float(a.omega.detach()), "rank": a.rank}
+        for name, a in kept.items()
+    ]
+    record.events = [{"step": event.step, "kind": event.kind, **event.details} for event in result.events]
+    record.seconds = {
+        "train": result.train_seconds,
+        "eval": result.eval_seconds,
+        "total": seconds,
+    }
+    record.throughput = {
+        "examples_per_second": result.examples / result.train_seconds,
+        "tokens_per_second": result.tokens / result.train_seconds,
+    }
+    record.evaluations = result.evaluations
+    record.memory = peak_memory() | result.memory
+
+
+def keep_results(store: RecordStore, record: Record, trainer: Trainer, config: Config, put: Put) -> str | None:
+    """Write predictions and adapters; a run is not lost because one of them cannot be: returns what, None for nothing."""
+    failed = []
+    if trainer.evaluation is not None:  # else resumed after its last evaluation
+        try:
+            table = trainer.evaluation.tabulate(trainer.task, trainer.data.validation)
+            record.predictions = store.write_predictions(record.run_id, table)
+        except OSError as error:
+            failed.append(f"the predictions of {record.run_id} cannot be written ({error.strerror})")
+    if config.train.save_adapter:
+        folder = adapter_folder(config.results_dir, record.run_id)
+        record.model["adapter"] = None
+        try:
+            record.model |= save_adapter(trainer.bare_model, trainer.method, folder, kind=trainer.task.head, put=put)
+        except TakenOver:
+            raise
+        except RunFault as error:
+            failed.append(str(error))
+    for text in failed:
+        say(f"notice: {text}")
+    return "; ".join(failed) or None
+
+
+def classify(error: BaseException) -> tuple[str, str]:
+    """Return the honest status of a run that did not finish, and what ended it."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    if isinstance(error, Diverged):
+        return "diverged", text
+    if ran_out_of_memory(error):
+        return "oom", text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", text
+    return "failed", text
+
+
+def write_ending(store: RecordStore, record: Record) -> None:
+    """Write how a run ended; what ended it is told and decides what follows, even where this cannot be written."""
+    try:
+        store.write(record)
+    except RunFault as error:
+        say(f"notice: {error}")
+
+
+def out_of_memory(plan: Plan, processes: int) -> RunFault:
+    """Say what takes less memory."""
+    if processes == 1:
+        return RunFault(
+            "out of memory with one row at once: a smaller task.max_length, train.gradient_checkpointing=true or "
+            "model.quantization=nf4 takes less"
+        )
+    return RunFault(
+        f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, which keeps "
+        "the effective batch"
+    )
