@@ -54,7 +54,7 @@ def read_json(text: str | bytes) -> Any:
         ValueError: it is no JSON, or nested deeper than `MOST_LEVELS`.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text if isinstance(text, str) else text.decode())  # UTF-8; json would guess
     except RecursionError:
         content = None
     else:

@@ -75,9 +75,8 @@ def test_what_is_pruned_stays_pruned_through_fifty_steps_of_momentum(
     seen: list[tuple[Any, ...]] = []
 
     class Watched(Trainer):
-        def run(self) -> Result:
-            self.on_step = Watched.look
-            return super().run()
+        def run(self, log: Any, on_step: Any = None) -> Result:
+            return super().run(log, Watched.look)
 
         def look(self) -> None:
             model = self.bare_model

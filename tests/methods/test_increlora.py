@@ -178,7 +178,7 @@ def test_impossible_growth_is_refused_with_the_numbers(changed: dict[str, Any]) 
 
 
 def test_differs_from_lora_and_from_adalora() -> None:
-    from tests import test_methods_pruning  # noqa: F401  # its settings
+    from tests.methods import test_pruning  # noqa: F401  # its settings
 
     outputs = [Rig(name, steps=60, rank=4).run(60).model(torch.ones(2, WIDTH)).detach() for name in ("lora", "adalora")]
     own = Rig("increlora", steps=60).run(60)
