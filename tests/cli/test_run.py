@@ -23,7 +23,7 @@ from wlora.console import protect_output
 PROBE = (
     "import sys, runpy\n"
     "sys.argv = ['run'] + sys.argv[1:]\n"
-    "try:\n    runpy.run_module('wlora.cli.run', run_name='__main__')\n"
+    "try:\n    runpy.run_module('wlora.run', run_name='__main__')\n"
     "except SystemExit as end:\n    print('TORCH' if 'torch' in sys.modules else 'LIGHT', end.code or 0, file=sys.stderr)\n"
 )
 
@@ -214,7 +214,7 @@ def test_a_bug_ends_with_a_traceback_and_a_record_that_says_failed(tmp_path: Pat
     def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(experiment, "Trainer", bug)
+    monkeypatch.setattr(experiment.Trainer, "begin", bug)
     with pytest.raises(ZeroDivisionError):
         experiment.run(compose(*TINY, f"results_dir={tmp_path}"))
     (file,) = (tmp_path / "records").glob("*.json")

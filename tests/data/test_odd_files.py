@@ -19,7 +19,7 @@ from tests.support.hub_folder import build_folder
 from wlora.data.row_checks import MOST_BYTES
 from wlora.data.sources import fingerprint, load_splits
 from wlora.errors import ConfigError, RunFault, ran_out_of_memory
-from wlora.experiment.run import _classify
+from wlora.experiment.outcome import classify
 from wlora.models.architectures import read_architecture
 from wlora.models.source import locate
 from wlora.storage.records import Record, RecordStore
@@ -169,7 +169,7 @@ def exhaust() -> None:
 def test_torch_says_so_in_words_where_the_memory_of_a_cpu_is_exhausted() -> None:
     with pytest.raises(RuntimeError) as told:
         exhaust()
-    assert ran_out_of_memory(told.value) and _classify(told.value)[0] == "oom"
+    assert ran_out_of_memory(told.value) and classify(told.value)[0] == "oom"
     assert (
         ran_out_of_memory(MemoryError()) and ran_out_of_memory(torch.OutOfMemoryError()) and not ran_out_of_memory(OSError())
     )

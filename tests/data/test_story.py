@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from wlora.data.synthetic import nli, story, world
+from wlora.data.synthetic import nli, story
+from wlora.data.synthetic import world as worlds
 from wlora.data.synthetic.world import CONTRADICTION, ENTAILMENT, NEUTRAL, Claim, Event, World
 from wlora.errors import ConfigError
 
@@ -23,15 +24,15 @@ Columns = dict[str, list[Any]]
 # A change here changes the data of recorded runs: raise GENERATOR_VERSION with it.
 SHA256 = "87ad1b46d006c787e4d73fcaa461dd5e46771fd66b76fcc261a2e419219e77ed"
 FINGERPRINT = (
-    "import hashlib, json; from wlora.tasks.base import story; "
-    "text = json.dumps([story.generate('story_nli', split) for split in world.SPLITS]); "
+    "import hashlib, json; from wlora.data.synthetic import story, world as worlds; "
+    "text = json.dumps([story.generate('story_nli', split) for split in worlds.SPLITS]); "
     "print(hashlib.sha256(text.encode()).hexdigest())"
 )
 
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, Columns]:
-    return {split: story.generate("story_nli", split) for split in world.SPLITS}
+    return {split: story.generate("story_nli", split) for split in worlds.SPLITS}
 
 
 def rows(columns: Columns) -> list[tuple[str, str, int]]:
@@ -45,14 +46,14 @@ def sentences(columns: Columns) -> set[str]:
 
 def combination(sentence: str) -> tuple[str, int, tuple[str, ...]]:
     """Parse a sentence back into its kind, the position of its template and its entities."""
-    kinds = world.EVENT_TEMPLATES | {"claim": world.CLAIM_TEMPLATES}
+    kinds = worlds.EVENT_TEMPLATES | {"claim": worlds.CLAIM_TEMPLATES}
     found = []
     for kind, templates in kinds.items():
         for position, template in enumerate(templates):
             pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\w+)", re.escape(template))
             if match := re.fullmatch(pattern, sentence):
                 entities = match.groupdict()
-                if entities["item"] in world.PLACES + world.THINGS:
+                if entities["item"] in worlds.PLACES + worlds.THINGS:
                     names = (entities["person"], entities["item"], entities.get("other", ""))
                     found.append((kind, position, names))
     # "A got the lamp from B." must not also be read as another template.
@@ -62,8 +63,8 @@ def combination(sentence: str) -> tuple[str, int, tuple[str, ...]]:
 
 def replay(premise: str, hypothesis: str) -> int:
     """Judge a row from its text alone, by string matching independent of the generator's world."""
-    person = next(name for name in world.PEOPLE if name in hypothesis)
-    place = next(name for name in world.PLACES if name in hypothesis)
+    person = next(name for name in worlds.PEOPLE if name in hypothesis)
+    place = next(name for name in worlds.PLACES if name in hypothesis)
     where = None
     for sentence in premise.rstrip(".").split(". "):
         moved = re.fullmatch(r"(\w+) (?:went to|walked into|entered|arrived at) the (\w+)", sentence)
@@ -75,7 +76,7 @@ def replay(premise: str, hypothesis: str) -> int:
 
 
 def test_output_is_pinned_and_independent_of_the_hash_seed(splits: dict[str, Columns]) -> None:
-    text = json.dumps([splits[split] for split in world.SPLITS])
+    text = json.dumps([splits[split] for split in worlds.SPLITS])
     assert hashlib.sha256(text.encode()).hexdigest() == SHA256
     hash_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -98,13 +99,13 @@ def test_splits_share_no_combination_and_no_row(splits: dict[str, Columns]) -> N
     assert not parsed["train"] & parsed["validation"]
     for split, combinations in parsed.items():
         for _, template, entities in combinations:
-            assert world.split_of(template, *entities) == split
+            assert worlds.split_of(template, *entities) == split
     pairs = [row[:2] for columns in splits.values() for row in rows(columns)]
     assert len(pairs) == len(set(pairs))
 
 
 def test_splits_share_their_words(splits: dict[str, Columns]) -> None:
-    texts = [" ".join(sentences(splits[split])) for split in world.SPLITS]
+    texts = [" ".join(sentences(splits[split])) for split in worlds.SPLITS]
     train, validation = (set(re.findall(r"\w+", text)) for text in texts)
     assert validation == train
 
@@ -112,8 +113,8 @@ def test_splits_share_their_words(splits: dict[str, Columns]) -> None:
 def test_person_and_place_are_always_mentioned(splits: dict[str, Columns]) -> None:
     for columns in splits.values():
         for premise, hypothesis, _ in rows(columns):
-            assert any(name in premise and name in hypothesis for name in world.PEOPLE)
-            assert any(name in premise and name in hypothesis for name in world.PLACES)
+            assert any(name in premise and name in hypothesis for name in worlds.PEOPLE)
+            assert any(name in premise and name in hypothesis for name in worlds.PLACES)
 
 
 def test_bags_of_words_do_not_solve_it(splits: dict[str, Columns]) -> None:
@@ -162,9 +163,9 @@ def test_hand_written_stories(events: list[Event], label: int) -> None:
         world.apply(event)
     claim, rng = Claim("Anna", "bank"), random.Random("test")
     assert world.judge(claim) == label
-    for split in world.SPLITS:
-        premise = " ".join(world.render(event, split, rng) for event in world.history)
-        assert replay(premise, world.render(claim, split, rng)) == label
+    for split in worlds.SPLITS:
+        premise = " ".join(worlds.render(event, split, rng) for event in world.history)
+        assert replay(premise, worlds.render(claim, split, rng)) == label
 
 
 def test_world_refuses_what_cannot_happen() -> None:
@@ -182,8 +183,8 @@ def test_world_refuses_what_cannot_happen() -> None:
 
 
 def test_every_template_has_room_in_both_splits() -> None:
-    templates = [*world.EVENT_TEMPLATES.values(), world.CLAIM_TEMPLATES]
-    assert all(len(texts) >= world.SPLIT_MODULUS for texts in templates)
+    templates = [*worlds.EVENT_TEMPLATES.values(), worlds.CLAIM_TEMPLATES]
+    assert all(len(texts) >= worlds.SPLIT_MODULUS for texts in templates)
 
 
 def test_vocabulary_covers_every_text(splits: dict[str, Columns]) -> None:

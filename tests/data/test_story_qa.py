@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from wlora.data.synthetic import story, world
+from wlora.data.synthetic import story
+from wlora.data.synthetic import world as worlds
 from wlora.data.synthetic.qa import QA_TRIPLES, QUESTION_TEMPLATES
 
 Columns = dict[str, list[Any]]
@@ -21,7 +22,7 @@ SHA256 = "714db52f808887e3515990920bf4e43dff034523b24795882c46b0befd82ab85"
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, Columns]:
-    return {split: story.generate("story_qa", split) for split in world.SPLITS}
+    return {split: story.generate("story_qa", split) for split in worlds.SPLITS}
 
 
 def rows(columns: Columns) -> list[tuple[str, str, dict[str, Any]]]:
@@ -30,7 +31,7 @@ def rows(columns: Columns) -> list[tuple[str, str, dict[str, Any]]]:
 
 def answer_from_text(context: str, question: str) -> str:
     """Answer a question from its text alone, by string matching independent of the generator's world."""
-    name = next(word for word in re.findall(r"\w+", question) if word in world.PEOPLE + world.THINGS)
+    name = next(word for word in re.findall(r"\w+", question) if word in worlds.PEOPLE + worlds.THINGS)
     found = ""
     for sentence in context.rstrip(".").split(". "):
         if moved := re.fullmatch(rf"{name} (?:went to|walked into|entered|arrived at) the (\w+)", sentence):
@@ -45,7 +46,7 @@ def answer_from_text(context: str, question: str) -> str:
 
 
 def test_output_is_pinned(splits: dict[str, Columns]) -> None:
-    text = json.dumps([splits[split] for split in world.SPLITS])
+    text = json.dumps([splits[split] for split in worlds.SPLITS])
     assert hashlib.sha256(text.encode()).hexdigest() == SHA256
 
 
@@ -86,9 +87,9 @@ def test_neither_length_nor_names_tell_the_answer(splits: dict[str, Columns]) ->
         for context, question, answers in rows(columns):
             assert context.count(".") == 3
             names = set(re.findall(r"\w+", context))
-            asked = next(word for word in re.findall(r"\w+", question) if word in world.PEOPLE + world.THINGS)
+            asked = next(word for word in re.findall(r"\w+", question) if word in worlds.PEOPLE + worlds.THINGS)
             assert asked in names
-            options = world.PLACES if asked in world.PEOPLE else world.PEOPLE
+            options = worlds.PLACES if asked in worlds.PEOPLE else worlds.PEOPLE
             assert len(names & set(options)) >= 2
             assert not answers["text"] or answers["text"][0] in options
 
@@ -98,7 +99,7 @@ def test_splits_share_words_but_no_sentence(splits: dict[str, Columns]) -> None:
         told = {sentence for context in columns["context"] for sentence in context.rstrip(".").split(". ")}
         return told | set(columns["question"])
 
-    train, validation = (sentences(splits[split]) for split in world.SPLITS)
+    train, validation = (sentences(splits[split]) for split in worlds.SPLITS)
     assert not train & validation
     words = [set(re.findall(r"\w+", " ".join(part))) for part in (train, validation)]
     assert words[0] == words[1]
@@ -106,4 +107,4 @@ def test_splits_share_words_but_no_sentence(splits: dict[str, Columns]) -> None:
 
 
 def test_every_question_has_room_in_both_splits() -> None:
-    assert all(len(texts) >= world.SPLIT_MODULUS for texts in QUESTION_TEMPLATES.values())
+    assert all(len(texts) >= worlds.SPLIT_MODULUS for texts in QUESTION_TEMPLATES.values())

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from wlora.data.synthetic import story, world
+from wlora.data.synthetic import story
+from wlora.data.synthetic import world as worlds
 from wlora.data.synthetic.summary import SUMMARY_EVENTS, SUMMARY_ROWS
 
 # A change here changes the data of recorded runs: raise GENERATOR_VERSION with it.
@@ -19,7 +20,7 @@ SUMMARY = re.compile(r"(\w+) is in the (\w+) and (\w+) is in the (\w+)\.")
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, list[tuple[str, str]]]:
-    made = {split: story.generate("story_summary", split) for split in world.SPLITS}
+    made = {split: story.generate("story_summary", split) for split in worlds.SPLITS}
     return {split: list(zip(columns["document"], columns["summary"], strict=True)) for split, columns in made.items()}
 
 

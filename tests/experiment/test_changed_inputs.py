@@ -15,6 +15,7 @@ from wlora.adapters.peft_format import CONFIG, WEIGHTS
 from wlora.config import untrusted_yaml as foreign
 from wlora.config.schema import config_folder
 from wlora.errors import ConfigError
+from wlora.experiment import build
 from wlora.experiment import run as experiment
 from wlora.experiment import shared_inputs as stock
 from wlora.experiment.export import export
@@ -123,14 +124,14 @@ def test_adapters_to_start_from_are_those_that_were_hashed(
 ) -> None:
     _, adapters = saved
     config = compose(*TINY, *SHORT, f"adapter.path={adapters}", f"results_dir={tmp_path / 'r'}")
-    read = experiment.read_adapter
+    read = build.read_adapter
 
     def swap(path: str) -> Any:
         content = (adapters / name).read_bytes()
         replaced(adapters / name, content[:-1] + bytes([content[-1] ^ 1]) if name == WEIGHTS else content + b" ")
         return read(path)
 
-    monkeypatch.setattr(experiment, "read_adapter", swap)
+    monkeypatch.setattr(build, "read_adapter", swap)
     with pytest.raises(ConfigError, match=rf"adapter\.path={adapters}: the files changed"):
         experiment.run(config)
     assert not list((tmp_path / "r").glob("records/*"))

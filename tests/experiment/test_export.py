@@ -211,10 +211,10 @@ def test_adapters_are_kept_unless_told_otherwise_and_a_full_disk_costs_no_run(
     plain = run_tiny("method=lora", "train.save_adapter=false")
     assert not (tmp_path / "adapters").exists() and "adapter" not in plain.model
 
-    def full(self: Path, content: bytes) -> int:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("wlora.experiment.saving.write_adapter", full)
     record = run_tiny("method=lora", results=tmp_path / "full")
     assert record.status == "success" and record.model["adapter"] is None and record.run_id == plain.run_id
     assert "cannot be written (No space left on device)" in capsys.readouterr().out

@@ -30,8 +30,9 @@ class PrintedRow:
 
 def paper_folder() -> Path:
     """Return the folder of the paper's figures: inside an installed wheel, else in the checkout."""
-    installed = Path(__file__).parent.parent / "results" / "paper"
-    return installed if installed.is_dir() else Path(__file__).parent.parent.parent / "results" / "paper"
+    package = Path(__file__).parent.parent.parent
+    installed = package / "results" / "paper"
+    return installed if installed.is_dir() else package.parent / "results" / "paper"
 
 
 def column_name(column: Column, metric: str) -> str:
