@@ -18,7 +18,7 @@ from wlora.data.features import Features
 from wlora.experiment.run import attach
 from wlora.methods.alora import ALoRA
 from wlora.methods.registry import build_method
-from wlora.methods.training_data import Bench
+from wlora.methods.training_data import TrainingData
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.prefix_forward import Prefix, frozen_depth
 from wlora.models.source import ModelSource
@@ -118,10 +118,10 @@ def test_computing_the_prefix_draws_nothing_and_leaves_the_mode() -> None:
 def test_alora_scores_the_same_from_where_a_component_acts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(name, "alora")
     assert isinstance(rig.method, ALoRA)
-    bench = Bench(rig.model, lengths=[1] * 3, labels=None, collate=lambda rows: rig.batch)
-    found = rig.method.ablation_scores(bench, rig.batch)
-    monkeypatch.setattr(Bench, "entering", lambda self, layer, batch: contextlib.nullcontext)
-    assert found == rig.method.ablation_scores(bench, rig.batch)
+    data = TrainingData(rig.model, lengths=[1] * 3, labels=None, collate=lambda rows: rig.batch)
+    found = rig.method.ablation_scores(data, rig.batch)
+    monkeypatch.setattr(TrainingData, "entering", lambda self, layer, batch: contextlib.nullcontext)
+    assert found == rig.method.ablation_scores(data, rig.batch)
 
 
 def losses(record: Record, results: Path) -> list[float]:

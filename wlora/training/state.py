@@ -20,11 +20,11 @@ from wlora.methods.base import Method
 from wlora.methods.importance import Importance
 from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.peft_backed import PeftAdapter
-from wlora.methods.training_data import Bench
+from wlora.methods.training_data import TrainingData
 from wlora.training.optimizers import Optimizers
 
 # What a method holds that is there again once it is attached, and has no state of its own.
-_BUILT_AGAIN = (AdapterSet, Bench, PeftAdapter)
+_BUILT_AGAIN = (AdapterSet, TrainingData, PeftAdapter)
 _PLAIN = (bool, int, float, str, type(None))
 
 

@@ -23,7 +23,7 @@ from wlora.distributed import from_main, gather
 from wlora.errors import RunFault, ran_out_of_memory
 from wlora.methods.base import Event, Method
 from wlora.methods.parameter_groups import ParameterGroup
-from wlora.methods.training_data import Bench
+from wlora.methods.training_data import TrainingData
 from wlora.models.first_token import first_token_alone
 from wlora.models.prefix_forward import Prefix, frozen_depth
 from wlora.tasks.base import Task
@@ -137,7 +137,7 @@ class Trainer:
         self.task, self.tokenizer, self.data = task, tokenizer, data
         self.plan, self.settings, self.accelerator, self.log = plan, settings, accelerator, log
         self.on_step = on_step
-        self.phases = method.phases(self._bench(), plan.total_steps)
+        self.phases = method.phases(self._training_data(), plan.total_steps)
         self.optimizers = Optimizers(self._groups(), weight_decay=settings.weight_decay, release=method.release_adamw)
         self.scaler = (
             torch.amp.GradScaler(accelerator.device.type, init_scale=FP16_FIRST_SCALE) if settings.scale_loss else None
@@ -282,11 +282,11 @@ class Trainer:
                 yield step, gathered
                 gathered, count = [], 0
 
-    def _bench(self) -> Bench:
+    def _training_data(self) -> TrainingData:
         """Offer the method batches of training rows."""
         # Spans and texts are no classes that a sample could be stratified by.
         labels = self.data.train.column("labels") if self.task.head == "sequence_classification" else None
-        return Bench(
+        return TrainingData(
             self.bare_model,
             lengths=self.data.train.lengths,
             labels=labels,
