@@ -101,8 +101,8 @@ class QuestionAnswering:
             assert encoded.encodings is not None
             if encoded.encodings[0].sequence_ids[0] is not None:
                 raise ConfigError(
-                    f"task={self.config.name}: {type(tokenizer).__name__} puts no token before the question, but the prediction "
-                    "for windows without the answer needs one: allowed is a model whose tokenizer starts with a special token"
+                    f"task={self.config.name}: {type(tokenizer).__name__} puts no token before the question, which the "
+                    "prediction of no answer needs\nallowed is a model whose tokenizer starts with a special token"
                 )
             row_of = encoded["overflow_to_sample_mapping"]
             columns = input_columns(encoded)
