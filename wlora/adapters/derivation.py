@@ -11,8 +11,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 Carry = Callable[[str, Tensor], Tensor]
-"""Returns optimiser state for the new parameter. Arguments: its name in the optimiser (`exp_avg`, …), and the old
-parameter's state.
+"""Returns optimiser state for the new parameter.
+
+Arguments: its name in the optimiser (`exp_avg`, …), and the old parameter's state.
 """
 
 _ATTRIBUTE = "_wlora_origin"

@@ -303,8 +303,9 @@ def _is_rank(value: object) -> bool:
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    """Return an expression for the modules that a PEFT pattern matches: by the end of the name unless it starts with
-    `^`.
+    """Return an expression that matches the same module names as a PEFT pattern.
+
+    The pattern matches the end of the name unless it starts with `^`.
 
     The pattern is translated as a file-name pattern, whose matching does not backtrack. A general regular expression
     could run without bound.

@@ -12,8 +12,7 @@ from wlora.adapters.layer import LowRankAdapter
 
 
 class BlockDiagonalAdapter(LowRankAdapter):
-    """Mini-adapters on equal blocks: block k of the output depends only on block k of the input (MELoRA, Ren et al.,
-    2024).
+    """Mini-adapters on equal blocks: block k of the output depends only on block k of the input (MELoRA).
 
     The equivalent ΔW is block-diagonal with rank at most blocks·rank. Each mini-adapter is initialised as in LoRA, with
     fan-in d_in/blocks. The zeros are not stored: A is (blocks·rank)×(d_in/blocks), B is (d_out/blocks)×(blocks·rank).
@@ -86,8 +85,7 @@ class FramedAdapter(LowRankAdapter):
 
 
 class TiedAdapter(LowRankAdapter):
-    """An adapter whose matrices are shared with other adapters: ΔW = s · Λ_v B Λ_u A (Tied-LoRA, Renduchintala et al.,
-    2023).
+    """An adapter whose matrices are shared with other adapters: ΔW = s · Λ_v B Λ_u A (Tied-LoRA).
 
     u is `gates` (rank) and v is `output_scale` (d_out). Both train and are counted.
     """

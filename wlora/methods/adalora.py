@@ -13,8 +13,9 @@ from wlora.methods.pruning import ComponentPruning
 
 
 class AdaLoRA(ComponentPruning):
-    """h = W x + s · B diag(λ) A x with trained gates λ. The budget of components falls from initial rank to `rank`
-    (cubic).
+    """h = W x + s · B diag(λ) A x with trained gates λ.
+
+    The budget of components falls from initial rank to `rank` (cubic).
 
     Until step T − t_f a masked λ still receives its gradient and may return. At T − t_f the masked components leave
     permanently. A and B are initialised from N(0, 0.02²), λ with 0. The scale is s = alpha / initial rank throughout.
@@ -110,8 +111,9 @@ class AdaLoRA(ComponentPruning):
                     self.importance.update(f"{name}.{part}", (p * p.grad).abs())
 
     def scores(self) -> dict[str, Tensor]:
-        """Return S = s(λ) + mean of s over the component's row of A + mean over its column of B; s is sensitivity ×
-        uncertainty.
+        """Return S = s(λ) + mean of s over the component's row of A + mean of s over its column of B.
+
+        s is sensitivity × uncertainty.
         """
         return {
             name: self.importance.score(f"{name}.gates")

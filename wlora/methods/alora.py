@@ -15,8 +15,9 @@ from wlora.methods.training_data import Batch, Phase, TrainingData
 
 
 class ALoRA(AdapterMethod):
-    """Constant budget of components. In every round the n least important ones are pruned, and other adapters get n new
-    ones.
+    """Constant budget of components.
+
+    In every round the n least important ones are pruned, and other adapters get n new ones.
 
     n is the number of adapters (the paper's n_A). A component's importance is its ablation score on one fixed batch
     held out of the training rows (never of the validation set): IS(j) = S(M) − S(M without j) + S(M with only j), with

@@ -18,8 +18,9 @@ TINY = 1e-8
 
 
 class DynamicLoRA(ComponentPruning):
-    """h = W x + s · B diag(c) A x with trained c. The number of pruned components grows with p³, p the pruning
-    progress.
+    """h = W x + s · B diag(c) A x with trained c.
+
+    The number of pruned components grows with p³, p the pruning progress.
 
     A component's contribution is ‖c_j b_j a_jᵀ‖_F / ‖B diag(c) A‖_F within its own matrix, smoothed over steps. Pruning
     runs from 15 % to 50 % of the steps by default. It is slow at first and fast at the end (AdaLoRA: fast at first,

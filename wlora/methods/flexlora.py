@@ -21,8 +21,9 @@ DEFAULT_ROUNDS = 8
 
 
 class FlexLoRA(AdapterMethod):
-    """Simulated clients train in turns. After each round the server computes ΔW = Σ_k w_k·s_k·B_k A_k and its SVD U Σ
-    Vᵀ.
+    """Simulated clients train in turns.
+
+    After each round the server computes ΔW = Σ_k w_k·s_k·B_k A_k and its SVD U Σ Vᵀ.
 
     A client of rank r starts its next turn from A = V_rᵀ and B = U_r Σ_r·(r/alpha). w_k is the client's share of the
     rows. The head is averaged with the same weights. Optimiser state is discarded between turns. At the end of the run

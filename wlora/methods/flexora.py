@@ -18,8 +18,9 @@ from wlora.methods.training_data import Phase, TrainingData
 
 
 class Flexora(AdapterMethod):
-    """h = W x + s·γ_i·B A x with γ = n·softmax(α), whose mean is 1. Adapters with α_i > 0 at the end of stage one are
-    kept.
+    """h = W x + s·γ_i·B A x with γ = n·softmax(α), whose mean is 1.
+
+    Adapters with α_i > 0 at the end of stage one are kept.
 
     Stage one alternates between one step on A and B with fixed γ, and one Adam step on α with the held-out loss in
     evaluation mode. Stage two trains the kept adapters from scratch as LoRA. As in the authors' code, the held-out loss

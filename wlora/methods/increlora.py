@@ -35,8 +35,8 @@ class IncreLoRA(AdapterMethod):
     well.
 
     The total number of components ends at exactly n·`rank`: the last adapter to grow gets only the remainder. (The
-    authors' code tests for equality, and never stops if the total skips that number.) Then the reserves leave the
-    model, which is equivalent to setting their gates to zero.
+    authors' code tests for equality, which fails if the total skips that number.) Then the reserves leave the model,
+    which is equivalent to setting their gates to zero.
 
     Args:
         rank: mean rank per adapter at the end.
@@ -158,7 +158,7 @@ class IncreLoRA(AdapterMethod):
         for name, adapter in self.components.items():
             gradient, adapter.weight_gradient = adapter.weight_gradient, None
             if gradient is not None:
-                gradient = mean(gradient)  # unlike gradients of parameters this one is of this process's rows only
+                gradient = mean(gradient)  # unlike parameter gradients, it is not averaged over the processes yet
                 value = (adapter.delta_weight() * gradient).abs().sum() / math.sqrt(gradient.numel())
                 self.importance.update(name, value)
 

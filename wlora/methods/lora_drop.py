@@ -92,8 +92,9 @@ class LoRADrop(AdapterMethod):
         return [Event(step, "share" if self.share else "cut", {"kept": kept, "importance": importance})]
 
     def final_count(self) -> tuple[int, int] | None:
-        """Return the bounds for the kept share. None with `threshold` or `share`: then the number is known only during
-        the run.
+        """Return the bounds for the kept share.
+
+        None with `threshold` or `share`: then the number is known only during the run.
         """
         if self.share or self.threshold is not None:
             return None

@@ -1,5 +1,4 @@
-"""NoRA (Lin et al., 2024, arXiv 2408.10280): a small trained adapter inside a frozen one taken from the SVD of the
-base.
+"""NoRA (Lin et al., 2024, arXiv 2408.10280): a small trained adapter inside a frozen one from the base's SVD.
 
 Other methods are called NoRA as well. The paper scales W by activations before the SVD. This scaling could not be
 verified, so a plain SVD is used here.

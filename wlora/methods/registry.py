@@ -48,7 +48,7 @@ def build_method(
         )
     if started and not policy.startable:
         raise ConfigError(
-            f"method={settings['name']}: its adapters have a start of their own: allowed with adapter.path is "
+            f"method={settings['name']}: its adapters have their own initialisation: allowed with adapter.path is "
             "lora, wlora, wlora_plus, wlora_depth, rlora, alora, lora_drop"
         )
     given = {key: value for key, value in settings.items() if key not in ("name", "targets", "revision")}

@@ -58,7 +58,7 @@ class RLoRA(WLoRA):
     def mask(self, omega: Tensor) -> Tensor:
         """Return which adapters were drawn, as a boolean tensor of shape [n]."""
         drawn = torch.tensor([name in self._drawn for name in self.adapters])
-        return drawn.to(omega.device, non_blocking=True)  # a GPU is not waited for
+        return drawn.to(omega.device, non_blocking=True)  # without waiting for the GPU
 
     def choose(self, k: int) -> list[str]:
         """Return the drawn names, without those with ω ≤ 0."""

@@ -72,5 +72,5 @@ class WLoRADepth(WLoRA):
 
     def _search(self, omega: Tensor) -> tuple[Tensor, Tensor]:
         layers = [self.adapters.target(name).layer for name in self.adapters]
-        unit = float(omega.std(correction=0)) if self.rule == "once" else 1.0  # then asked at the cut alone
+        unit = float(omega.std(correction=0)) if self.rule == "once" else 1.0  # read back only at the cut
         return top_k_above(omega, layers, self.k, depth_cost=self.depth_cost * unit, num_layers=self.num_layers)

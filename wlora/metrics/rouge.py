@@ -71,8 +71,9 @@ def score_documents(names: Sequence[str], predictions: Sequence[str], references
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text at line breaks, and at white space after `.`, `!` or `?` (with an optional closing quote or
-    bracket).
+    """Split a text at line breaks, and at white space after `.`, `!` or `?`.
+
+    A closing quote or bracket may follow the punctuation mark.
 
     By this rule abbreviations end a sentence, too. It is applied to predictions and references alike, needs no trained
     model, and affects only rougeLsum.

@@ -76,8 +76,9 @@ def score_answers_or_none(
 
 
 def count_as_answers(answers: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return the answers that v2.0 compares with; "" if there is none. An answer of only articles and punctuation is
-    dropped.
+    """Return the answers that v2.0 compares with; "" if there is none.
+
+    An answer of only articles and punctuation is dropped.
     """
     return [[text for text in texts if normalize(text)] or [""] for texts in answers]
 

@@ -113,8 +113,9 @@ HEADS: dict[str, tuple[str, ...]] = {
 """The heads (`Task.head`) that each family of `FAMILIES` supports."""
 
 LEARNT_POSITIONS = ("bert", "bart")
-"""The families with absolute positions, limited to `max_position_embeddings` tokens. The other families use relative
-ones.
+"""The families with absolute positions, limited to `max_position_embeddings` tokens.
+
+The other families use relative ones.
 """
 
 

@@ -88,8 +88,9 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
         relative_pos: Tensor | None = None,
         rel_embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the context [rows, tokens, width], and the attention weights [rows, heads, tokens, tokens] if
-        requested.
+        """Return the context [rows, tokens, width], and on request the attention weights.
+
+        The attention weights have shape [rows, heads, tokens, tokens].
 
         Args:
             hidden_states: shape [rows, tokens, width].
@@ -164,9 +165,7 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _multiply(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Return the products of [heads·rows, tokens, size] with a table [1, positions, heads·size], for all rows at
-        once.
-        """
+        """Return the products of tokens [heads·rows, tokens, size] with a table [1, positions, heads·size]."""
         heads, size = self.num_attention_heads, self.attention_head_size
         by_head = table.view(-1, heads, size).permute(1, 2, 0)
         return torch.bmm(tokens.view(heads, -1, size), by_head).view(*tokens.shape[:2], -1)

@@ -16,8 +16,9 @@ _SPECIAL = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a lower-casing word tokenizer with the format `[CLS] first [SEP] second [SEP]`, which works for every
-    family.
+    """Build a lower-casing word tokenizer with the format `[CLS] first [SEP] second [SEP]`.
+
+    Every family's head can read this format.
 
     `[CLS]` is also the beginning-of-sequence token and `[SEP]` the end-of-sequence token, as BART's classification head
     needs.

@@ -19,8 +19,9 @@ from wlora.metrics.rouge import ROUGE_NAMES, compute_rouge, score_documents
 from wlora.tasks.base import check_metrics
 
 IGNORED = -100
-"""The label of a padded position. torch's cross-entropy ignores it, and the model replaces it by padding in the
-decoder's input.
+"""The label of a padded position.
+
+The cross-entropy of torch ignores it, and the model replaces it by padding in the decoder's input.
 """
 
 

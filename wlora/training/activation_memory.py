@@ -18,8 +18,9 @@ TOKENS = 100
 
 
 def build_example(config: Config, device: str) -> PreTrainedModel:
-    """Build the configured model with all parameters frozen. Pretrained weights are not loaded: memory and time do not
-    depend on them.
+    """Build the configured model with all parameters frozen.
+
+    Pretrained weights are not loaded: memory and time do not depend on them.
 
     Args:
         config: the configuration.

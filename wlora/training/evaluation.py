@@ -120,8 +120,9 @@ def _predict(
     replay: Callable[[list[int], dict[str, torch.Tensor]], AbstractContextManager[None]],
     together: bool,
 ) -> tuple[list[Any], float | None, bool]:
-    """Return one prediction per feature, the mean loss over features (None without labels), and whether all logits are
-    finite.
+    """Return one prediction per feature, the mean loss, and whether all logits are finite.
+
+    The loss is a mean over features; None without labels.
     """
     indices: list[int] = []
     finite = [torch.ones((), dtype=torch.bool, device=accelerator.device)]

@@ -165,8 +165,9 @@ class Guard:
             )
 
     def _newest(self, accelerator: Accelerator) -> tuple[Path, State] | None:
-        """Return the newest intact checkpoint. The main process chooses, so that all processes resume from the same
-        one.
+        """Return the newest intact checkpoint.
+
+        The main process chooses, so that all processes resume from the same one.
 
         Damaged checkpoints are removed. Otherwise they would count towards the number that is kept and displace intact
         ones.

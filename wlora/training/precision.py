@@ -1,5 +1,6 @@
-"""The precision of a run, reported with its reason. The frozen base may use low precision; trained parameters stay
-float32.
+"""The precision of a run, reported with its reason.
+
+The frozen base may use low precision; trained parameters stay float32.
 """
 
 from __future__ import annotations
