@@ -319,7 +319,7 @@ def refused(*words: str) -> str:
 
 def test_what_does_not_fit_is_refused(trained: Path, tmp_path: Path) -> None:
     here = [f"results_dir={tmp_path / 'r'}", f"adapter.path={trained}"]
-    assert "method=adalora: its adapters have a start of their own" in refused("method=adalora", *here)
+    assert "method=adalora: its adapters have their own initialisation" in refused("method=adalora", *here)
     assert "has an adapter on bert.encoder" in refused("method=lora", "model=tiny_deberta", *here)
     wide = ["model.architecture.hidden_size=64"]
     assert "maps 32 to 32, the module 64 to 64" in refused("method=lora", *wide, *here)

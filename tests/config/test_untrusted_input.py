@@ -95,7 +95,7 @@ def test_a_checkpoint_that_is_a_pickle_is_skipped_even_with_the_right_checksum(
         manifest["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
         (file.parent / "manifest.json").write_text(seal(manifest))
     found = run_tiny(*CHECKPOINTED)
-    assert capsys.readouterr().out.count("is broken and skipped") == 2
+    assert capsys.readouterr().out.count("is damaged and skipped") == 2
     assert not mark.exists() and found.resumed_at == [] and found.metrics == expected.metrics
 
 

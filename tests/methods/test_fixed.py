@@ -83,7 +83,7 @@ def test_milora_refuses_a_base_without_a_plain_weight() -> None:
     model = nn.Sequential(Packed(WIDTH, WIDTH))
     model.requires_grad_(False)
     model[0].weight = nn.Parameter(torch.zeros(WIDTH, WIDTH, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ConfigError, match="without quantisation"):
+    with pytest.raises(ConfigError, match="not quantised"):
         method.attach(model, Setting([Target("0", 0, "packed")]))
 
 

@@ -14,7 +14,7 @@ from tests.methods.test_selection import COMMON, ROWS, SETTINGS, WIDTH, N, Rig
 from wlora.errors import ConfigError
 from wlora.methods.flexlora import decompose
 from wlora.methods.lora_drop import choose
-from wlora.methods.training_data import Batch, Bench
+from wlora.methods.training_data import Batch, TrainingData
 
 SETTINGS.update(
     lora_drop={**COMMON, "keep": 0.5, "threshold": None, "share": False, "sample": 0.5, "stage_steps": None},
@@ -40,8 +40,8 @@ class Called(nn.Module):
         return Output(((self.inner(x) - y) ** 2).mean())
 
 
-class WholePasses(Bench):
-    """A bench that leaves no layers out: the toy model has none."""
+class WholePasses(TrainingData):
+    """Training data without precomputed layers: the toy model has no layers."""
 
     def entering(self, layer: int, batch: Batch) -> Callable[[], contextlib.AbstractContextManager[None]]:
         return contextlib.nullcontext
@@ -54,10 +54,8 @@ def scored(name: str, **changed: Any) -> Rig:
         index = torch.tensor(list(rows))
         return {"x": rig.x[index], "y": rig.y[index], "attention_mask": torch.ones(len(index))}
 
-    bench = WholePasses(
-        Called(rig), lengths=[1] * ROWS, labels=[float(row % 4 == 0) for row in range(ROWS)], collate=collate
-    )
-    rig.phases = rig.method.phases(bench, 40)  # type: ignore[attr-defined]
+    data = WholePasses(Called(rig), lengths=[1] * ROWS, labels=[float(row % 4 == 0) for row in range(ROWS)], collate=collate)
+    rig.phases = rig.method.phases(data, 40)  # type: ignore[attr-defined]
     rig.optimizers.rebuild(rig.method.groups(1e-2))
     return rig
 
@@ -67,10 +65,12 @@ def total(rig: Rig) -> int:
 
 
 def test_sample_is_stratified_and_without_replacement() -> None:
-    bench = Bench(nn.Identity(), lengths=[1] * 100, labels=[float(row < 20) for row in range(100)], collate=lambda rows: {})
-    drawn = bench.sample(25, torch.Generator().manual_seed(0))
+    data = TrainingData(
+        nn.Identity(), lengths=[1] * 100, labels=[float(row < 20) for row in range(100)], collate=lambda rows: {}
+    )
+    drawn = data.sample(25, torch.Generator().manual_seed(0))
     assert len(set(drawn)) == 25 and sum(row < 20 for row in drawn) == 5
-    assert drawn == bench.sample(25, torch.Generator().manual_seed(0)) != bench.sample(25, torch.Generator().manual_seed(1))
+    assert drawn == data.sample(25, torch.Generator().manual_seed(0)) != data.sample(25, torch.Generator().manual_seed(1))
 
 
 def test_lora_drop_keeps_the_set_of_known_norms() -> None:
@@ -121,18 +121,18 @@ def test_lora_drop_shares_one_fresh_set_among_the_others() -> None:
 def test_alora_score_has_three_terms() -> None:
     rig = scored("alora").run(6)
     method: Any = rig.method
-    bench, batch = method._bench, method._batch
-    scores = method.ablation_scores(bench, batch)
+    data, batch = method._data, method._batch
+    scores = method.ablation_scores(data, batch)
     adapter = rig.method.adapters["layers.2"]
-    everything = -bench.loss(batch)
+    everything = -data.loss(batch)
     B = adapter.B.data.clone()
     adapter.B.data[:, 1] = 0
-    without = -bench.loss(batch)
+    without = -data.loss(batch)
     others = {name: a.B.data.clone() for name, a in rig.method.adapters.items()}
     for a in rig.method.adapters.values():
         a.B.data.zero_()
     adapter.B.data[:, 1] = B[:, 1]
-    alone = -bench.loss(batch)
+    alone = -data.loss(batch)
     for name, a in rig.method.adapters.items():
         a.B.data.copy_(others[name])
     assert scores["layers.2"][1] == pytest.approx(everything - without + alone, abs=1e-6)
@@ -205,7 +205,7 @@ def test_flexora_raises_alpha_where_it_lowers_the_held_out_loss() -> None:
     rig = scored("flexora").run(4)
     method: Any = rig.method
     omegas = [a.omega for a in rig.method.adapters.values()]
-    gradient = torch.stack(method._bench.gradients(method._batch, omegas))
+    gradient = torch.stack(method._data.gradients(method._batch, omegas))
     before = method._alpha.detach().clone()
     method._adam = torch.optim.SGD([method._alpha], lr=0.1)
     method._step_alpha()

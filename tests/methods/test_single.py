@@ -11,7 +11,7 @@ from torch import nn
 from tests.methods.test_selection import COMMON, SETTINGS, WIDTH, Rig
 from wlora.errors import ConfigError
 from wlora.methods.single import Single
-from wlora.methods.training_data import Bench
+from wlora.methods.training_data import TrainingData
 
 SETTINGS["single"] = {**COMMON, "index": 2, "gradient_rows": None}
 
@@ -28,13 +28,13 @@ def with_bench(rig: Rig) -> Single:
             return SimpleNamespace(loss=((self.body(x) - y) ** 2).mean())
 
     assert isinstance(rig.method, Single)
-    bench = Bench(
+    data = TrainingData(
         WithLoss(),
         lengths=[1] * len(rig.x),
         labels=None,
         collate=lambda part: {"x": rig.x[list(part)], "y": rig.y[list(part)]},
     )
-    rig.method.phases(bench, 5)
+    rig.method.phases(data, 5)
     return rig.method
 
 

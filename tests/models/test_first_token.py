@@ -12,7 +12,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate
 from tests.conftest import compose
 from tests.models.test_prefix_forward import Rig
 from wlora.methods.lora_drop import LoRADrop
-from wlora.methods.training_data import Bench
+from wlora.methods.training_data import TrainingData
 from wlora.models.first_token import every_token, first_token_alone
 from wlora.models.loading import build_unloaded, checkpoint_activations
 from wlora.models.prefix_forward import Prefix
@@ -88,9 +88,9 @@ def test_what_needs_the_whole_sequence_gets_it(head: str, changed: dict[str, int
 def test_lora_drop_and_a_prefix_of_all_layers_see_every_token() -> None:
     rig = Rig("tiny_bert", "lora_drop")
     assert isinstance(rig.method, LoRADrop)
-    bench = Bench(rig.model, lengths=[1] * 3, labels=[0, 1, 2], collate=lambda rows: rig.batch)
+    data = TrainingData(rig.model, lengths=[1] * 3, labels=[0, 1, 2], collate=lambda rows: rig.batch)
     rig.method.stage_steps = 1
-    rig.method.phases(bench, 2)
+    rig.method.phases(data, 2)
     expected, states = rig.method.importance(), Prefix(rig.model, 2).compute(rig.batch)
     with first_token_alone(rig.model):
         assert rig.method.importance() == expected

@@ -78,7 +78,7 @@ def test_a_dry_run_counts_from_the_head_without_reading_weights(folder: Path) ->
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"nonsense" * 10, b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)])
 def test_a_file_that_is_not_gguf_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(ConfigError, match="no GGUF file of version 2 or 3, or it is cut short"):
+    with pytest.raises(ConfigError, match="not a GGUF file of version 2 or 3, or truncated"):
         compose(*words(tmp_path))
 
 
@@ -87,7 +87,7 @@ def test_a_head_cut_short_is_refused(share: float, folder: Path, tmp_path: Path)
     content = (folder / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(content[: int(len(content) * share)])
     if share == 0.02:
-        with pytest.raises(ConfigError, match="cut short"):
+        with pytest.raises(ConfigError, match="or truncated"):
             compose(*words(tmp_path))
     else:  # the head is whole, the weights are not
         with pytest.raises(ConfigError, match="cannot be loaded"):
@@ -99,7 +99,7 @@ def test_a_file_of_another_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="family qwen2: allowed is llama"):
         compose(*words(tmp_path))
     write_gguf(tmp_path / "llama.gguf")
-    with pytest.raises(ConfigError, match="holds a llama model, model=tiny_bert is bert"):
+    with pytest.raises(ConfigError, match="contains a llama model, but model=tiny_bert is bert"):
         compose("model=tiny_bert", f"model.path={tmp_path}", "model.gguf_file=llama.gguf")
 
 
@@ -239,9 +239,9 @@ def test_the_layer_works_on_packed_blocks_as_on_the_unpacked_weight() -> None:
         found.append([out.detach(), x.grad, adapters[name].A.grad, adapters[name].B.grad])
     for packed, plain in zip(*found, strict=True):
         assert torch.allclose(packed, plain, rtol=1e-4, atol=1e-3)
-    with pytest.raises(TypeError, match="packed: only a floating-point weight can take an adapter in"):
+    with pytest.raises(TypeError, match="packed: an adapter can be merged into a floating-point weight only"):
         adapters.fold("packed")
-    with pytest.raises(ConfigError, match="no plain weight to decompose"):
+    with pytest.raises(ConfigError, match="cannot be decomposed"):
         decompose_base("packed", model.get_submodule("packed.base"), method="milora")
     adapters.disconnect("packed")
     assert type(model["packed"]).__name__ == "GgufLinear"

@@ -301,7 +301,7 @@ def test_a_config_in_another_encoding_is_refused(hub_folder: Path, tmp_path: Pat
 def test_a_folder_without_weights_is_refused(hub_folder: Path, tmp_path: Path) -> None:
     folder = copy_folder(hub_folder, tmp_path / "copy")
     (folder / "pytorch_model.bin").unlink()
-    assert "no weights there (model.safetensors or pytorch_model.bin)" in refusal(folder)
+    assert "no weights: allowed is a folder with model.safetensors or pytorch_model.bin" in refusal(folder)
 
 
 @pytest.mark.parametrize(

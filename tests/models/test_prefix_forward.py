@@ -18,7 +18,7 @@ from wlora.data.features import Features
 from wlora.experiment.build import assemble
 from wlora.methods.alora import ALoRA
 from wlora.methods.registry import build_method
-from wlora.methods.training_data import Bench
+from wlora.methods.training_data import TrainingData
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.prefix_forward import Prefix, frozen_depth
 from wlora.models.source import ModelSource
@@ -118,10 +118,10 @@ def test_computing_the_prefix_draws_nothing_and_leaves_the_mode() -> None:
 def test_alora_scores_the_same_from_where_a_component_acts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(name, "alora")
     assert isinstance(rig.method, ALoRA)
-    bench = Bench(rig.model, lengths=[1] * 3, labels=None, collate=lambda rows: rig.batch)
-    found = rig.method.ablation_scores(bench, rig.batch)
-    monkeypatch.setattr(Bench, "entering", lambda self, layer, batch: contextlib.nullcontext)
-    assert found == rig.method.ablation_scores(bench, rig.batch)
+    data = TrainingData(rig.model, lengths=[1] * 3, labels=None, collate=lambda rows: rig.batch)
+    found = rig.method.ablation_scores(data, rig.batch)
+    monkeypatch.setattr(TrainingData, "entering", lambda self, layer, batch: contextlib.nullcontext)
+    assert found == rig.method.ablation_scores(data, rig.batch)
 
 
 def losses(record: Record, results: Path) -> list[float]:
@@ -169,11 +169,11 @@ def test_disk_gives_what_memory_gives_and_is_used_again(
     memory = run_tiny(*WLORA, "train.prefix_cache=memory", results=tmp_path / "a")
     disk = run_tiny(*WLORA, "train.prefix_cache=disk", results=tmp_path / "b")
     assert same(memory, disk)
-    assert "is used again" not in capsys.readouterr().out
+    assert "using the stored states in" not in capsys.readouterr().out
     assert same(memory, run_tiny(*WLORA, "train.prefix_cache=disk", "force=true", results=tmp_path / "b"))
-    assert capsys.readouterr().out.count("is used again") == 2  # the training rows and the validation split
+    assert capsys.readouterr().out.count("using the stored states in") == 2  # the training rows and the validation split
     other = run_tiny(*WLORA, "train.prefix_cache=disk", "task.max_length=12", results=tmp_path / "b")
-    assert not same(memory, other) and "is used again" not in capsys.readouterr().out
+    assert not same(memory, other) and "using the stored states in" not in capsys.readouterr().out
 
 
 def test_a_limit_changes_nothing_but_what_is_stored(
@@ -181,7 +181,7 @@ def test_a_limit_changes_nothing_but_what_is_stored(
 ) -> None:
     whole = run_tiny(*WLORA, "train.prefix_cache=memory", results=tmp_path / "a")
     part = run_tiny(*WLORA, "train.prefix_cache=memory", "train.prefix_cache_gb=1e-4", results=tmp_path / "b")
-    assert "the others run in full" in capsys.readouterr().out
+    assert "the other rows are recomputed" in capsys.readouterr().out
     assert 0 < part.memory["prefix_bytes"] <= 1e-4 * 2**30 < whole.memory["prefix_bytes"]
     assert part.metrics == pytest.approx(whole.metrics, rel=1e-3) and part.run_id == whole.run_id
 
@@ -254,9 +254,9 @@ def test_a_damaged_file_is_told_of_and_computed_anew(
         DAMAGES[damage](file)
     capsys.readouterr()
     assert same(expected, run_tiny(*words, "force=true"))
-    assert capsys.readouterr().out.count("is broken and computed anew") == 2
+    assert capsys.readouterr().out.count("is damaged and computed again") == 2
     assert same(expected, run_tiny(*words, "force=true"))
-    assert capsys.readouterr().out.count("is used again") == 2
+    assert capsys.readouterr().out.count("using the stored states in") == 2
 
 
 @pytest.mark.parametrize("method", ["wlora", "rlora"])

@@ -204,7 +204,7 @@ def test_whatever_breaks_the_newest_checkpoint_the_one_before_it_is_gone_on_from
             damage(newest / file, kind)
             record = run_tiny(*settings, results=results)
             assert record.status == "success" and record.resumed_at == [8], (file, kind)
-            assert f"notice: checkpoint {newest} is broken and skipped (" in capsys.readouterr().out
+            assert f"notice: checkpoint {newest} is damaged and skipped (" in capsys.readouterr().out
             assert (record.metrics, record.adapters, record.events) == (expected.metrics, expected.adapters, expected.events)
             assert curve(results) == curve(tmp_path / "whole")
 
@@ -224,7 +224,7 @@ def test_without_a_whole_checkpoint_a_run_starts_afresh_and_keeps_its_new_ones(
     crash_at(5)
     with pytest.raises(Crash):
         run_tiny(*SETTINGS, results=tmp_path)
-    assert "no checkpoint of this run is whole: it starts afresh" in capsys.readouterr().out
+    assert "no checkpoint of this run is intact: it starts again from step 0" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["step-00000004"]
     crash_at(None)
     record = run_tiny(*SETTINGS, results=tmp_path)

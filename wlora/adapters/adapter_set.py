@@ -1,4 +1,4 @@
-"""Putting adapters into a model and taking them out again."""
+"""Attach adapters to the modules of a model, and remove them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MakeAdapter = Callable[[int, int, torch.device], LowRankAdapter]
 
 
 class AdapterSet(Mapping[str, LowRankAdapter]):
-    """The adapters in a model, by the name of the module they adapt, from the lowest layer up.
+    """The adapters in a model by the name of the adapted module, lowest layer first.
 
-    Attaching freezes nothing else; disconnecting puts the plain base module back and forgets the adapter, so
-    that nothing of it costs memory or time.
+    Attaching does not freeze other parameters. Disconnecting restores the plain base module and drops the adapter,
+    which then uses no memory or time.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,11 +26,11 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
         self._targets: dict[str, Target] = {}
 
     def attach(self, target: Target, make: MakeAdapter) -> LowRankAdapter:
-        """Put an adapter beside the target's module.
+        """Attach an adapter to the target's module.
 
         Args:
-            target: the module to adapt; any module with `in_features` and `out_features` that maps [..., d_in] to
-                [..., d_out] will do, quantised ones included.
+            target: the module to adapt. It needs `in_features` and `out_features` and maps [..., d_in] to [..., d_out];
+                quantised modules work, too.
             make: builds the adapter from (d_in, d_out, device).
         """
         base = self._model.get_submodule(target.name)
@@ -41,22 +41,26 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
         return adapter
 
     def disconnect(self, name: str) -> None:
-        """Take an adapter out of the model: the base module stands there again, untouched."""
+        """Remove an adapter: the base module returns to its place, unchanged."""
         self._replace(name, self._adapted(name).base)
         del self._targets[name]
 
     def fold(self, name: str) -> None:
-        """Add ΔW to the base's weight and disconnect the adapter; needs a plain floating-point weight."""
+        """Add ΔW to the base's weight and disconnect the adapter.
+
+        Raises:
+            TypeError: the base weight is not floating-point.
+        """
         adapted = self._adapted(name)
         weight = adapted.base.weight
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            raise TypeError(f"{name}: only a floating-point weight can take an adapter in")
+            raise TypeError(f"{name}: an adapter can be merged into a floating-point weight only")
         with torch.no_grad():
             weight.add_(adapted.adapter.delta_weight().to(weight.dtype))
         self.disconnect(name)
 
     def replace(self, name: str, adapter: LowRankAdapter) -> None:
-        """Put another adapter in the place of one, such as one that several modules share."""
+        """Replace an adapter by another one, which may be shared by several modules."""
         self._adapted(name).adapter = adapter
 
     @contextmanager
@@ -74,16 +78,16 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
             self._targets = targets
 
     def target(self, name: str) -> Target:
-        """Return where an adapter sits."""
+        """Return the target that an adapter is attached to."""
         return self._targets[name]
 
     @property
     def lowest_layer(self) -> int | None:
-        """Index of the lowest layer with an adapter: the backward pass ends there. None without adapters."""
+        """Index of the lowest layer with an adapter, where the backward pass ends. None without adapters."""
         return min((target.layer for target in self._targets.values()), default=None)
 
     def count(self) -> int:
-        """Return the number of counted elements over all connected adapters, shared ones once."""
+        """Return the number of counted elements of all connected adapters. Shared parameters count once."""
         return count_elements(self.values())
 
     def __getitem__(self, name: str) -> LowRankAdapter:
@@ -108,5 +112,5 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
 
 
 def count_elements(adapters: Iterable[Adapter]) -> int:
-    """Return the number of counted elements over adapters; what several share counts once."""
+    """Return the number of counted elements of adapters. Shared parameters count once."""
     return sum(p.numel() for p in {p for adapter in adapters for p in adapter.counted()})

@@ -1,8 +1,8 @@
-"""The one layer behind every method: gated low-rank components beside a frozen linear.
+"""The adapter layer that most methods use: gated low-rank components, added to a frozen linear module.
 
-    h = W x + s · ω · B diag(g) A x        A: r×d_in   B: d_out×r   g: r gates   ω: one gate   s: constant
+    h = W x + s · ω · B diag(g) A x        A: r×d_in   B: d_out×r   g: r gates   ω: scalar gate   s: constant
 
-Policies (`wlora.methods.registry`) decide what the gates do; this module only knows how.
+The methods (`wlora.methods`) decide when gates change. This module only computes with them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Extension = Literal["qr", "gaussian", "uniform"]
 
 
 class Adapter(Protocol):
-    """What counts, records and the console read of an adapter, whoever made it."""
+    """The interface of an adapter for parameter counts, records and console output, also for adapters from PEFT."""
 
     @property
     def rank(self) -> int:
@@ -30,34 +30,34 @@ class Adapter(Protocol):
 
     @property
     def omega(self) -> Tensor | None:
-        """The adapter's gate, None without one."""
+        """The adapter's scalar gate; None without one."""
         ...
 
     def counted(self) -> list[nn.Parameter]:
-        """Return the parameters that count as the adapter's."""
+        """Return the parameters that are counted as the adapter's size."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Return all its parameters."""
+        """Return all parameters of the adapter."""
         ...
 
 
 class LowRankAdapter(nn.Module):
-    """The trainable part of one adapted linear.
+    """The trainable part of one adapted linear module.
 
-    `A` is r×d_in with the kaiming-uniform initialisation of LoRA (bound 1/√d_in), `B` is d_out×r and zero, so the
-    function is unchanged at the start. `omega` (0-dim) and `gates` (r) are parameters that exist only where a
-    policy asks for them; whether they train is their `requires_grad`.
+    `A` is r×d_in with LoRA's Kaiming-uniform initialisation (bound 1/√d_in). `B` is d_out×r and zero, so the initial
+    function is that of the base. `omega` (0-dim) and `gates` (r) exist only if a method needs them; `requires_grad`
+    says whether they train.
 
     Args:
         d_in: width of the input.
         d_out: width of the output.
         rank: number of components, at least 1.
         scale: the constant s, usually alpha / rank.
-        dropout: probability of dropping an input element while training.
-        omega: initial value of the adapter's gate, or None for an adapter without one.
-        positive: if true, a gate ω ≤ 0 contributes nothing in the forward pass (paper §3.3) while its gradient is
-            still s·⟨∂L/∂h, B A x⟩, so that it may return; if false ω multiplies as it is.
+        dropout: dropout probability on the adapter's input.
+        omega: initial value of the adapter's scalar gate, or None for no gate.
+        positive: if true, an adapter with ω ≤ 0 contributes nothing in the forward pass (paper §3.3); the gradient of ω
+            is still s·⟨∂L/∂h, B A x⟩, so the adapter may return. If false, ω multiplies without a threshold.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class LowRankAdapter(nn.Module):
         return int(self.A.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return s·ω·B diag(g) A x for x of shape [..., d_in], in the adapter's own dtype; no d×d product is built."""
+        """Return s·ω·B diag(g) A x in the adapter's dtype, for x of shape [..., d_in]. No d_out×d_in matrix is built."""
         components = F.linear(F.dropout(x, self.dropout, self.training).to(self.A.dtype), self.A)
         return F.linear(components * self._weighting(), self.B)
 
@@ -100,7 +100,7 @@ class LowRankAdapter(nn.Module):
         return self._gating(self.scale)
 
     def _gating(self, weighting: Tensor | float) -> Tensor | float:
-        """Return a number times ω and the gates."""
+        """Return a number multiplied by ω and the gates."""
         if self.omega is not None:
             weighting = weighting * (_positive_part(self.omega) if self.positive else self.omega)
         if self.gates is not None:
@@ -109,24 +109,24 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return A [r, d_in] and B [d_out, r] of ΔW = s·B A, those of a plain LoRA adapter of rank r ≥ `rank`.
+        """Return A [r, d_in] and B [d_out, r] of a plain LoRA adapter with the same ΔW; r ≥ `rank`.
 
-        The gates are folded into B, and so is `scale`, for which s may be given.
+        B includes the gates and `scale`. With the default scale 1, ΔW = s·B A.
         """
         return self.A.detach(), self.B * self._gating(scale)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return ΔW as a d_out×d_in matrix, for folding and tests; never used in training."""
+        """Return ΔW as a d_out×d_in matrix. For merging and tests; never used in training."""
         A, B = self.factors(self.scale)
         return B @ A
 
     @torch.no_grad()
     def start_from(self, A: Tensor, B: Tensor, scale: float) -> None:
-        """Take over another adapter's matrices and scale, at its rank; parameters are new objects.
+        """Copy another adapter's matrices and scale, with its rank. Parameters become new objects.
 
         Raises:
-            ValueError: its widths are not this adapter's.
+            ValueError: the other adapter's widths differ from this one's.
         """
         d_in, d_out = self.A.shape[1], self.B.shape[0]
         if (A.shape[1], B.shape[0]) != (d_in, d_out):
@@ -136,9 +136,9 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def prune(self, keep: Tensor) -> None:
-        """Keep only the components whose indices (or boolean mask) are given.
+        """Keep only the components with the given indices or boolean mask.
 
-        Parameters are new objects, derived from the old ones, so that the optimiser cuts their moments likewise.
+        Parameters become new objects, derived from the old ones, so that the optimiser prunes their moments as well.
         """
         self.A = derive(self.A, self.A[keep], lambda _, moment: moment[keep])
         self.B = derive(self.B, self.B[:, keep], lambda _, moment: moment[:, keep])
@@ -147,18 +147,21 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def extend(self, rank: int, *, how: Extension, generator: torch.Generator, keep_moments: bool = False) -> None:
-        """Grow to `rank` components without changing the function (paper §3.4); parameters are new objects.
+        """Extend to `rank` components without changing the function (paper §3.4). Parameters become new objects.
 
-        New columns of B are zero. `gaussian` appends rows of N(0, 1/d_in) to A. `qr` factors Aᵀ = QR, sets A to Qᵀ
-        and B to B Rᵀ, and appends rows of N(0, 1/d_in) projected off the span of Q. `uniform` is `qr` with rows of
-        U[0, 1), as in the release.
+        New columns of B are zero. `gaussian` appends rows from N(0, 1/d_in) to A. `qr` factors Aᵀ = QR, sets A to Qᵀ
+        and B to B Rᵀ, and appends rows from N(0, 1/d_in) projected onto the complement of Q's span. `uniform` is `qr`
+        with rows from U[0, 1), as in the published code.
 
         Args:
-            keep_moments: let the optimiser keep the moments of the old components, where they stay valid: with
-                `gaussian`. The other two change the basis of A and B, to which old second moments do not apply.
+            rank: the new number of components.
+            how: `gaussian`, `qr` or `uniform`.
+            generator: source of the random rows, on the CPU.
+            keep_moments: with `gaussian`, keep the optimiser moments of the old components. `qr` and `uniform` change
+                the basis of A and B, so the old second moments do not apply there.
 
         Raises:
-            ValueError: `rank` is below the present rank or above the input's width.
+            ValueError: `rank` is below the current rank or above the input width.
         """
         r, d_in = self.A.shape
         if not r <= rank <= d_in:
@@ -184,22 +187,22 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def rescale(self, scale: float) -> None:
-        """Set s without changing the function: B is multiplied by s_old / s_new; it is a new parameter."""
+        """Set s without changing the function: a new B is the old one times s_old / s_new."""
         factor = self.scale / scale
-        # A gradient of B is divided by the factor that B is multiplied by.
+        # When B is multiplied by a factor, its gradient is divided by that factor.
         powers = {"exp_avg": 1, "exp_avg_sq": 2}
         self.B = derive(self.B, self.B * factor, lambda name, moment: moment / factor ** powers.get(name, 0))
         self.scale = scale
 
     @torch.no_grad()
     def fix_omega(self) -> None:
-        """Stop training ω: its value stays as a constant factor."""
+        """Stop training ω; its value becomes a constant factor."""
         if self.omega is not None:
             self.omega.requires_grad_(False)
             self.omega.grad = None
 
     def counted(self) -> list[nn.Parameter]:
-        """Return the parameters that count as the adapter's: A and B; ω and g do not, as in the paper's tables."""
+        """Return the counted parameters, A and B. As in the paper's tables, ω and g do not count."""
         return [self.A, self.B]
 
     def count(self) -> int:
@@ -208,9 +211,9 @@ class LowRankAdapter(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """A linear-like module with an adapter beside it: it only calls the base and adds the adapter's output."""
+    """A linear module and its adapter. The forward pass adds their outputs."""
 
-    adapts = True  # told to code below this package, such as the search for layers that never change
+    adapts = True  # read by modules that do not import this package, such as the search for frozen layers
 
     def __init__(self, base: nn.Module, adapter: LowRankAdapter) -> None:
         super().__init__()
@@ -225,15 +228,16 @@ class AdaptedLinear(nn.Module):
 
 
 def _extend_moment(name: str, moment: Tensor, count: int, *, dim: int) -> Tensor:
-    """Return Adam's moment of a matrix that has `count` new components along a dimension.
+    """Return Adam's moment of a matrix that has `count` new components along dimension `dim`.
 
-    A first moment starts at 0. A second moment starts at the mean of the old components': the step count, and so the bias
-    correction, is shared with them, and from 0 the first steps would be up to 6 times the learning rate.
+    New first moments are 0. New second moments are the mean over the old components. The step count, and therefore the
+    bias correction, is shared with the old components, so that with second moments of 0 the first steps would be up to
+    6 times the learning rate.
     """
     fresh = moment.mean(dim, keepdim=True) if name == "exp_avg_sq" else torch.zeros_like(moment.narrow(dim, 0, 1))
     return torch.cat([moment, fresh.repeat_interleave(count, dim)], dim)
 
 
 def _positive_part(omega: Tensor) -> Tensor:
-    """Return max(ω, 0) whose gradient with respect to ω is 1 everywhere (straight-through)."""
+    """Return max(ω, 0) with a gradient of 1 everywhere with respect to ω (straight-through estimator)."""
     return omega - omega.detach().clamp(max=0)

@@ -1,8 +1,8 @@
-"""Adapters as folders of the PEFT library: what a run leaves behind, and what `adapter.path` starts from.
+"""Adapters in the folder format of the PEFT library: written by runs, and read by `adapter.path`.
 
     adapter_config.json   adapter_model.safetensors
 
-Only safetensors are read. Nothing here imports torch until tensors are asked for.
+Only safetensors are read. This module imports torch only when tensors are needed.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Under which keys of its `model` a record tells the SHA-256 of the files. Older records tell that of the weights alone.
+# Keys in a record's `model` for the SHA-256 of the files. Older records have only the one of the weights.
 RECORDED = {WEIGHTS: "adapter", CONFIG: "adapter_config"}
 _PREFIX = "base_model.model."
 _LARGEST_ALPHA = 1e9
 _LARGEST_RANK, _MOST_PATTERNS = 1 << 16, 10_000
 _BY_NAME = ("alpha_pattern", "rank_pattern")
 _RANKS = ("r", "init_r", "target_r")
-# What PEFT chooses modules by besides a list of their names, by regular expressions that may take for ever.
+# Other keys by which PEFT selects modules. They are regular expressions, whose evaluation time is not bounded.
 _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
-# No name of a module is longer than a few hundred letters: a file's name, neither, and `_compile` takes it for one.
+# Module names have at most a few hundred characters. File names do, too, and `_compile` treats the pattern as one.
 _PATTERN = re.compile(r"\^?(\w|-|\.\*|\\?\.){1,300}")
 _LARGEST_CONFIG = 1 << 20  # bytes
 _TASK_TYPES = {"sequence_classification": "SEQ_CLS", "question_answering": "QUESTION_ANS", "seq2seq": "SEQ_2_SEQ_LM"}
-# What else PEFT's LoRA can be: each of these changes the function, and other values than these have no place here.
+# Other settings of PEFT's LoRA that change the function. Only these values are supported.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # other values change the base's weights
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "use_qalora", "fan_in_fan_out"), (False,)),
     **dict.fromkeys(
         ("layer_replication", "target_parameters", "trainable_token_indices", "use_bdlora", "arrow_config", "kasa_config"),
@@ -53,7 +53,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 class Factors(NamedTuple):
-    """A plain LoRA adapter: ΔW = scale · B A with A [r, d_in] and B [d_out, r]."""
+    """A plain LoRA adapter: ΔW = scale · B A, with A of shape [r, d_in] and B of shape [d_out, r]."""
 
     A: Tensor
     B: Tensor
@@ -61,16 +61,17 @@ class Factors(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What a PEFT folder holds: adapters by the name of their module, and the head's tensors by their names."""
+    """The content of a PEFT folder: adapters by module name, and the head's tensors by name."""
 
     adapters: dict[str, Factors]
     head: dict[str, Tensor]
 
 
 def describe_lora(factors: Mapping[str, Factors], *, dropout: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return PEFT's configuration and tensors of plain LoRA adapters; PEFT's alpha is scale·r, so that B keeps its size.
+    """Return PEFT's configuration and tensors of plain LoRA adapters.
 
-    The most common rank and alpha stand as `r` and `lora_alpha`, others in `rank_pattern` and `alpha_pattern`.
+    PEFT's alpha is scale·r, so that B is written unchanged. The most common pair of rank and alpha is written as `r`
+    and `lora_alpha`, other values in `rank_pattern` and `alpha_pattern`.
     """
     numbers = {name: (len(A), scale * len(A)) for name, (A, _, scale) in factors.items()}
     rank, alpha = Counter(numbers.values()).most_common(1)[0][0]
@@ -91,11 +92,17 @@ def describe_lora(factors: Mapping[str, Factors], *, dropout: float) -> tuple[di
 def write_adapter(
     folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], head: Mapping[str, nn.Module], *, kind: str
 ) -> dict[str, str]:
-    """Write a PEFT folder; returns the first 16 hex digits of the SHA-256 of both files, by their keys in a record.
+    """Write a PEFT folder.
 
     Args:
-        head: the modules of head and pooler, by name: they become PEFT's `modules_to_save`.
+        folder: the new folder.
+        config: PEFT's configuration of the adapters.
+        tensors: the adapters' tensors.
+        head: the modules of head and pooler by name; they become PEFT's `modules_to_save`.
         kind: the kind of head (`Task.head`).
+
+    Returns:
+        The first 16 hex digits of the SHA-256 of both files, by their keys in a record.
 
     Raises:
         OSError: the folder cannot be written.
@@ -114,9 +121,10 @@ def write_adapter(
 
 
 def fold_peft(model: nn.Module) -> None:
-    """Merge the adapters that PEFT has put into a model, and put back its linears and the trained modules of its head.
+    """Merge PEFT's adapters into the model, and restore its linear modules and the trained modules of its head.
 
-    PEFT's own `merge_and_unload` fails at a module of the head that is not a linear, such as a pooler, for all but LoRA.
+    PEFT's own `merge_and_unload` is not used: except for LoRA, it fails at a head module that is not linear, such as a
+    pooler.
 
     Raises:
         ValueError: a merged weight is not finite.
@@ -133,10 +141,10 @@ def fold_peft(model: nn.Module) -> None:
 
 
 def fingerprint(path: str) -> str:
-    """Return 16 hex digits for the content of a folder's adapters, wherever it lies.
+    """Return 16 hex digits that identify the content of a folder's adapters, independent of its path.
 
     Raises:
-        ConfigError: no such folder, or one whose adapters are not plain LoRA.
+        ConfigError: the folder does not exist, or its adapters are not plain LoRA.
     """
     config = _read_config(path)
     try:
@@ -151,7 +159,7 @@ def fingerprint(path: str) -> str:
 
 
 def identify_files(path: str) -> tuple[str, list[Path]]:
-    """Return what `fingerprint` does, and the files that it is of."""
+    """Return `fingerprint(path)` and the files that it covers."""
     return fingerprint(path), [Path(path) / CONFIG, Path(path) / WEIGHTS]
 
 
@@ -159,7 +167,7 @@ def read_adapter(path: str) -> Start:
     """Read the adapters and the head of a PEFT folder.
 
     Raises:
-        ConfigError: a damaged file, or tensors other than LoRA's A and B and those of `modules_to_save`.
+        ConfigError: a file is damaged, or holds tensors other than LoRA's A and B and those of `modules_to_save`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -192,21 +200,21 @@ def read_adapter(path: str) -> Start:
 
 
 def refuse_unbounded(content: bytes, where: str) -> None:
-    """Refuse adapters of any kind that PEFT could not load in bounded time and memory, whoever has written them.
+    """Check that PEFT can load the adapters in bounded time and memory. Works for all kinds of adapters.
 
     Args:
-        content: of their configuration's file.
-        where: names it in the message.
+        content: content of `adapter_config.json`.
+        where: name of the adapters for the error message.
 
     Raises:
-        ConfigError: the configuration cannot be read, or a number or a pattern in it.
+        ConfigError: the configuration cannot be read, or a number or pattern in it is not bounded.
     """
     config = _parse_config(content, where)
     if config.get("target_modules") is not None and not _is_names(config["target_modules"]):
         fault: tuple[str, str] | None = ("target_modules", "a list of names")
     else:
         fault = next(((key, "null") for key in _CHOOSING if config.get(key)), None) or _find_unbounded(config)
-        # PEFT takes patterns for regular expressions, in which several `.*` may go back for ever.
+        # PEFT evaluates patterns as regular expressions. Several `.*` in one pattern may backtrack without bound.
         fault = fault or next(
             ((key, "names of modules") for key in _BY_NAME if any("*" in name for name in config[key])), None
         )
@@ -214,7 +222,11 @@ def refuse_unbounded(content: bytes, where: str) -> None:
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    """Read a folder's configuration and refuse what is not plain LoRA."""
+    """Read a folder's configuration.
+
+    Raises:
+        ConfigError: the configuration cannot be read or is not plain LoRA.
+    """
     config = _load_config(Path(path), f"adapter.path={path}")
     fault = next(((key, f"{values[0]}, PEFT's plain LoRA") for key, values in _PLAIN.items() if _differs(config, key)), None)
     _refuse(fault or _find_unbounded(config), config, f"adapter.path={path}")
@@ -222,7 +234,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _load_config(folder: Path, where: str) -> dict[str, Any]:
-    """Read a folder's configuration with what PEFT takes for keys that are not there."""
+    """Read a folder's configuration and fill in PEFT's defaults for missing keys."""
     try:
         with open_file(folder / CONFIG) as stream:
             content = stream.read(_LARGEST_CONFIG + 1)
@@ -259,14 +271,14 @@ def _differs(config: dict[str, Any], key: str) -> bool:
 
 
 def _find_unbounded(config: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the first key whose numbers or patterns could take for ever, and what is allowed; None if there is none."""
+    """Return the first key whose numbers or patterns are not bounded, and what is allowed; None if there is none."""
     if not _is_alpha(config["lora_alpha"]):
         return "lora_alpha", f"a number above 0, at most {_LARGEST_ALPHA:g}"
     for key in _RANKS:
         if config.get(key) is not None and not _is_rank(config[key]):
             return key, f"1 to {_LARGEST_RANK}"
     patterns = {"alpha_pattern": (_is_alpha, "a number above 0")}
-    if config.get("peft_type") != "ADALORA":  # whose pattern has a mask for each name
+    if config.get("peft_type") != "ADALORA":  # its rank_pattern holds a mask per name
         patterns["rank_pattern"] = (_is_rank, f"1 to {_LARGEST_RANK}")
     for key, (holds, what) in patterns.items():
         if not (isinstance(config[key], dict) and all(map(holds, config[key].values()))):
@@ -291,9 +303,12 @@ def _is_rank(value: object) -> bool:
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    """Return what matches the modules that a pattern of PEFT's names: by their last parts unless it begins with `^`.
+    """Return an expression that matches the same module names as a PEFT pattern.
 
-    It is translated as the pattern of a file's name, which never goes back: a regular expression may take for ever.
+    The pattern matches the end of the name unless it starts with `^`.
+
+    The pattern is translated as a file-name pattern, whose matching does not backtrack. A general regular expression
+    could run without bound.
     """
     whole = pattern.removeprefix("^")
     glob = re.sub(r"\.\*|\\?\.", lambda found: {".*": "*", ".": "?", "\\.": "."}[found[0]], whole)

@@ -1,6 +1,7 @@
-"""The structure of a model's adapters as plain data, and building it again: which are connected, their parameters, gates.
+"""Save the structure of a model's adapters as plain data, and rebuild it: connected adapters, parameters and gates.
 
-A parameter is told by its name in the model; what several adapters share has one name, so it is shared again.
+Parameters are referred to by their names in the model. A parameter that several adapters share has one name, so that it
+is shared again after rebuilding.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from wlora.adapters.layer import LowRankAdapter
 
 
 def describe_adapters(adapters: AdapterSet, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Describe every connected adapter, by the name of the module it adapts.
+    """Describe every connected adapter, by the name of the adapted module.
 
     Args:
+        adapters: the connected adapters.
         names: the name of every parameter and buffer in the model.
     """
     described: dict[str, Any] = {}
@@ -29,15 +31,15 @@ def describe_adapters(adapters: AdapterSet, names: Mapping[Tensor, str]) -> dict
 
 
 def rebuild_adapters(adapters: AdapterSet, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Bring freshly attached adapters to a described structure; all their parameters are new objects.
+    """Change newly attached adapters to a described structure. All their parameters become new objects.
 
     Args:
         adapters: the adapters as the method attaches them.
-        described: what `describe_adapters` returned.
+        described: the result of `describe_adapters`.
         tensors: the values of parameters and buffers, by name.
 
     Raises:
-        KeyError: an adapter that the method does not attach, or a parameter without a value.
+        KeyError: the description has an adapter that the method does not attach, or a parameter without a value.
     """
     made: dict[str, nn.Parameter] = {}
     for name in set(adapters) - set(described):

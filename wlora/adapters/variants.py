@@ -1,4 +1,4 @@
-"""Adapters of the same interface whose update has another structure: blocks, a frozen frame, shared or growing matrices."""
+"""Adapters with the same interface and a different update: blocks, frozen outer factors, shared or growing matrices."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from wlora.adapters.layer import LowRankAdapter
 
 
 class BlockDiagonalAdapter(LowRankAdapter):
-    """Mini adapters side by side: block k of the output sees block k of the input only (MELoRA, Ren et al., 2024).
+    """Mini-adapters on equal blocks: block k of the output depends only on block k of the input (MELoRA).
 
-    The equivalent ΔW is block-diagonal of rank at most blocks·rank. Each mini is drawn as LoRA is, with fan-in
-    d_in/blocks. Stored without the zeros: A is (blocks·rank)×(d_in/blocks), B is (d_out/blocks)×(blocks·rank), so
-    the count is that of one adapter of rank `rank` for any number of blocks.
+    The equivalent ΔW is block-diagonal with rank at most blocks·rank. Each mini-adapter is initialised as in LoRA, with
+    fan-in d_in/blocks. The zeros are not stored: A is (blocks·rank)×(d_in/blocks), B is (d_out/blocks)×(blocks·rank).
+    So for any number of blocks the parameter count is that of one adapter of rank `rank`.
 
     Args:
-        blocks: number of minis; it divides both widths.
-        rank: components of each mini.
+        d_in: width of the input.
+        d_out: width of the output.
+        blocks: number of mini-adapters; must divide both widths.
+        rank: components of each mini-adapter.
+        settings: further arguments of `LowRankAdapter`.
     """
 
     def __init__(self, d_in: int, d_out: int, *, blocks: int, rank: int, **settings: Any) -> None:
@@ -28,7 +31,7 @@ class BlockDiagonalAdapter(LowRankAdapter):
         self.blocks = blocks
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the minis' outputs side by side, for x of shape [..., d_in]."""
+        """Return the concatenated outputs of the mini-adapters, for x of shape [..., d_in]."""
         dropped = F.dropout(x, self.dropout, self.training).to(self.A.dtype)
         parts = dropped.reshape(*x.shape[:-1], self.blocks, -1)
         A, B = self._minis()
@@ -37,7 +40,7 @@ class BlockDiagonalAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the minis as one adapter of rank blocks·rank, with the zeros written out."""
+        """Return the mini-adapters as one dense adapter of rank blocks·rank."""
         A, B = self._minis()
         dense_A: Tensor = torch.block_diag(*A)  # type: ignore[no-untyped-call]
         dense_B: Tensor = torch.block_diag(*B.transpose(0, 1))  # type: ignore[no-untyped-call]
@@ -51,10 +54,13 @@ class BlockDiagonalAdapter(LowRankAdapter):
 class FramedAdapter(LowRankAdapter):
     """A small adapter between two frozen matrices: ΔW = s · B_out (B A) A_out (NoRA, Lin et al., 2024).
 
-    `A` is rank×frame and `B` frame×rank; `outer_A` (frame×d_in) and `outer_B` (d_out×frame) are buffers.
+    `A` is rank×frame and `B` frame×rank. `outer_A` (frame×d_in) and `outer_B` (d_out×frame) are buffers.
 
     Args:
-        frame: rank R of the frozen outer matrices.
+        d_in: width of the input.
+        d_out: width of the output.
+        frame: rank of the frozen outer matrices.
+        settings: further arguments of `LowRankAdapter`.
     """
 
     outer_A: Tensor
@@ -73,15 +79,15 @@ class FramedAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return A A_out and B_out B: an adapter of the inner rank."""
+        """Return A A_out and B_out B, an adapter of the inner rank."""
         A, B = super().factors(scale)
         return A @ self.outer_A, self.outer_B @ B
 
 
 class TiedAdapter(LowRankAdapter):
-    """An adapter whose matrices other adapters share: ΔW = s · Λ_v B Λ_u A (Tied-LoRA, Renduchintala et al., 2023).
+    """An adapter whose matrices are shared with other adapters: ΔW = s · Λ_v B Λ_u A (Tied-LoRA).
 
-    u is `gates` (rank) and v is `output_scale` (d_out), both trained and, as they are all that is its own, counted.
+    u is `gates` (rank) and v is `output_scale` (d_out). Both train and are counted.
     """
 
     def __init__(self, d_in: int, d_out: int, **settings: Any) -> None:
@@ -106,13 +112,15 @@ class TiedAdapter(LowRankAdapter):
 
 
 class GrowingAdapter(LowRankAdapter):
-    """Parts of components side by side that come one after the other: ΔW = s · Σ_p B_p diag(λ_p) A_p (IncreLoRA).
+    """An adapter to which groups of components are added over time: ΔW = s · Σ_p B_p diag(λ_p) A_p (IncreLoRA).
 
-    Every part has parameters, and so optimiser state and schedule, of its own; the first is this module's A, B and
-    gates. A part whose gates do not train is a reserve: its A and B train behind gates of almost nothing.
+    Every group ("part") has its own parameters, so it has its own optimiser state and learning-rate schedule. The first
+    part consists of this module's A, B and gates. A part whose gates do not train is a reserve: its A and B train
+    behind gates that are nearly zero.
 
     Attributes:
-        weight_gradient: while `watching`, ∂L/∂ΔW (d_out×d_in) summed over the backward passes since it was last None.
+        watching: whether the gradient of ΔW is recorded.
+        weight_gradient: while `watching`, ∂L/∂ΔW (d_out×d_in), summed over the backward passes since it was last None.
     """
 
     weight_gradient: Tensor | None = None
@@ -128,18 +136,18 @@ class GrowingAdapter(LowRankAdapter):
 
     @property
     def parts(self) -> list[LowRankAdapter]:
-        """All parts, the oldest first."""
+        """All parts, oldest first."""
         return [self, *(part for part in self.grown if isinstance(part, LowRankAdapter))]
 
     @property
     def reserve(self) -> LowRankAdapter | None:
-        """The part that does not act yet, if there is one."""
+        """The part whose gates do not train yet, or None."""
         last = self.parts[-1]
         return None if last.gates is None or last.gates.requires_grad else last
 
     @property
     def rank(self) -> int:
-        """Number of components that act."""
+        """Number of active components."""
         reserve = self.reserve
         return sum(int(part.A.shape[0]) for part in self.parts if part is not reserve)
 
@@ -163,17 +171,17 @@ class GrowingAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return all parts side by side, a reserve included: its gates of almost nothing act, too."""
+        """Return all parts as one adapter. A reserve is included, because its small gates act in the forward pass, too."""
         A, B, gates = self.joined()
         return A.detach(), B * (scale * gates)
 
     def counted(self) -> list[nn.Parameter]:
-        """Return A and B of all parts: those of a reserve train, too."""
+        """Return A and B of all parts. Those of a reserve train, so they count."""
         return [p for part in self.parts for p in (part.A, part.B)]
 
     @torch.no_grad()
     def add_reserve(self, rank: int, *, gate: float, generator: torch.Generator) -> None:
-        """Append a part of N(0, std²) components behind constant gates."""
+        """Append a part of N(0, std²) components with constant gates."""
         part = LowRankAdapter(self.A.shape[1], self.B.shape[0], rank=rank, scale=1.0, device=self.A.device)
         for matrix in (part.A, part.B):
             matrix.copy_(torch.randn(matrix.shape, generator=generator) * self.std)
@@ -181,7 +189,7 @@ class GrowingAdapter(LowRankAdapter):
         self.grown.append(part)
 
     def activate(self, count: int) -> None:
-        """Let the gates of the reserve train; of more than `count` components only the first stay."""
+        """Make the gates of the reserve trainable; keep only its first `count` components."""
         reserve = self.reserve
         assert reserve is not None and reserve.gates is not None
         if count < reserve.rank:
@@ -189,7 +197,7 @@ class GrowingAdapter(LowRankAdapter):
         reserve.gates.requires_grad_(True)
 
     def drop_reserve(self) -> None:
-        """Take the reserve out."""
+        """Remove the reserve."""
         if self.reserve is not None:
             del self.grown[len(self.grown) - 1]
 

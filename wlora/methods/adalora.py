@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al., 2023, arXiv 2303.10512): SVD-like components, the least important ones are pruned globally."""
+"""AdaLoRA (Zhang et al., 2023, arXiv 2303.10512): SVD-like components; the least important of all adapters are pruned."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from wlora.methods.pruning import ComponentPruning
 
 
 class AdaLoRA(ComponentPruning):
-    """h = W x + s · B diag(λ) A x with trained gates λ; the budget of components falls on a cubic from initial to `rank`.
+    """h = W x + s · B diag(λ) A x with trained gates λ.
 
-    Until T − t_f a masked λ keeps its gradient and may return; then the masked components leave for good. A and B start
-    from N(0, 0.02²), λ from 0; s = alpha / initial rank throughout.
+    The budget of components falls from initial rank to `rank` (cubic).
+
+    Until step T − t_f a masked λ still receives its gradient and may return. At T − t_f the masked components leave
+    permanently. A and B are initialised from N(0, 0.02²), λ with 0. The scale is s = alpha / initial rank throughout.
 
     Args:
         start_steps: t_i, steps before pruning begins; None means a tenth of the run.
@@ -24,7 +26,7 @@ class AdaLoRA(ComponentPruning):
         every: steps between masks; None means a hundredth of the run, at least 1.
         beta1: decay of the sensitivity.
         beta2: decay of the uncertainty.
-        orthogonal: weight γ of the orthogonality of A and B in the loss.
+        orthogonal: weight γ of the orthogonality penalty on A and B.
     """
 
     def __init__(
@@ -47,7 +49,11 @@ class AdaLoRA(ComponentPruning):
         self.importance = Importance(beta1, beta2)
 
     def plan(self, steps: Steps) -> None:
-        """Fix t_i, the step T − t_f and the interval."""
+        """Determine t_i, the step T − t_f and the interval between masks.
+
+        Raises:
+            ConfigError: t_i + t_f does not leave steps for pruning.
+        """
         start = steps.total // 10 if self.start_steps is None else self.start_steps
         final = steps.total * 4 // 10 if self.final_steps is None else self.final_steps
         if start + final >= steps.total:
@@ -60,7 +66,7 @@ class AdaLoRA(ComponentPruning):
         self.interval = max(1, steps.total // 100) if self.every is None else self.every
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build an adapter with the scale of the authors' code."""
+        """Build an adapter with the scale of the authors' code, alpha / (rank + 1e-5)."""
         adapter = super().make_adapter(d_in, d_out, device)
         adapter.scale = self.alpha / (self.rank + 1e-5)
         return adapter
@@ -71,11 +77,11 @@ class AdaLoRA(ComponentPruning):
         nn.init.normal_(adapter.B, std=0.02)
 
     def extra_loss(self) -> Tensor | None:
-        """Return γ times the mean departure of A's rows and B's columns from orthonormal ones."""
+        """Return γ times the mean orthogonality penalty of A's rows and B's columns."""
         return self.orthogonal * orthogonality([m for a in self.adapters.values() for m in (a.A, a.B.T)])
 
     def budget(self, step: int) -> int:
-        """Return the number of components over all adapters that are allowed after a step."""
+        """Return the number of components, over all adapters, that may be active after a step."""
         if step <= self.start:
             return self.first_budget
         if step >= self.end:
@@ -84,11 +90,11 @@ class AdaLoRA(ComponentPruning):
         return int((self.first_budget - self.last_budget) * left**3 + self.last_budget)
 
     def after_step(self, step: int) -> list[Event]:
-        """Update the scores; mask every interval, and prune for good at T − t_f."""
+        """Update the scores. Mask components at every interval, and prune permanently at T − t_f."""
         if step > self.end:
             return []
         if step == self.end:
-            if step == 1:  # of a run so short nothing has been scored
+            if step == 1:  # in such a short run no scores exist yet
                 self.update_scores()
             return [self.prune(step)]
         self.update_scores()
@@ -98,14 +104,17 @@ class AdaLoRA(ComponentPruning):
 
     @torch.no_grad()
     def update_scores(self) -> None:
-        """Take in this step's gradients of A, B and λ."""
+        """Update the importance scores from this step's gradients of A, B and λ."""
         for name, adapter in self.adapters.items():
             for part, p in (("A", adapter.A), ("B", adapter.B), ("gates", adapter.gates)):
                 if p is not None and p.grad is not None:
                     self.importance.update(f"{name}.{part}", (p * p.grad).abs())
 
     def scores(self) -> dict[str, Tensor]:
-        """Return S = s(λ) + mean of s over a component's row of A + mean over its column of B."""
+        """Return S = s(λ) + mean of s over the component's row of A + mean of s over its column of B.
+
+        s is sensitivity × uncertainty.
+        """
         return {
             name: self.importance.score(f"{name}.gates")
             + self.importance.score(f"{name}.A").mean(dim=1)

@@ -1,6 +1,6 @@
-"""ALoRA (Liu et al., 2024, arXiv 2403.16187): move components from adapters that do not need them to those that do.
+"""ALoRA (Liu et al., 2024, arXiv 2403.16187): move components from unimportant adapters to important ones.
 
-"Allocating LoRA"; PEFT's aLoRA is "Activated LoRA", another method.
+The name means "Allocating LoRA". PEFT's aLoRA ("Activated LoRA") is a different method.
 """
 
 from __future__ import annotations
@@ -11,23 +11,26 @@ from torch import nn
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
-from wlora.methods.training_data import Batch, Bench, Phase
+from wlora.methods.training_data import Batch, Phase, TrainingData
 
 
 class ALoRA(AdapterMethod):
-    """A constant budget of components; every round the least useful n leave, others get as many new ones.
+    """Constant budget of components.
 
-    A component's importance is its ablation score on one fixed batch held out of the training rows (never the dev set):
-    IS(j) = S(M) − S(M without j) + S(M with j alone), S = −cross-entropy, M with all components. Adapters that lost none
-    share the new components as evenly as possible, the remainder going to the highest mean IS; if every adapter lost one,
-    nothing is added. New components have random A and B = 0, so the function stays (the paper says random). Moved per
-    round: n_A = number of adapters. The paper's K₁ = 1 epoch and K₂ = 0.25 epoch are fractions of the run here.
+    In every round the n least important ones are pruned, and other adapters get n new ones.
+
+    n is the number of adapters (the paper's n_A). A component's importance is its ablation score on one fixed batch
+    held out of the training rows (never of the validation set): IS(j) = S(M) − S(M without j) + S(M with only j), with
+    S = −cross-entropy and M the model with all components. The adapters that lost no component share the new ones as
+    evenly as possible; the remainder goes to those with the highest mean IS. If every adapter lost a component, none is
+    added. New components have random A and B = 0, so the function does not change (the paper says random). The paper's
+    K₁ = 1 epoch and K₂ = 0.25 epoch are fractions of the run here.
 
     Args:
         rounds: N_A, rounds of allocation.
         first_share: K₁, share of the run before the first round.
         between_share: K₂, share of the run between rounds.
-        held_out: rows of the scoring batch.
+        held_out: number of rows of the scoring batch.
     """
 
     startable = True
@@ -53,27 +56,27 @@ class ALoRA(AdapterMethod):
             )
 
     def plan(self, steps: Steps) -> None:
-        """Fix the steps of the rounds."""
+        """Determine the steps of the rounds."""
         shares = [self.first_share + index * self.between_share for index in range(self.rounds)]
         self.round_steps = sorted({max(1, int(steps.total * share)) for share in shares})
 
-    def phases(self, bench: Bench, steps: int) -> list[Phase]:
-        """Hold a batch out of the training rows."""
-        self._bench = bench
-        self._batch, rows = bench.hold_out(self.held_out, self.generator)
+    def phases(self, data: TrainingData, steps: int) -> list[Phase]:
+        """Hold one batch out of the training rows."""
+        self._data = data
+        self._batch, rows = data.hold_out(self.held_out, self.generator)
         return [Phase(rows, steps)]
 
     def final_count(self) -> None:
-        """Return nothing: only the run decides."""
+        """Return None: the number is known only at the end of the run."""
 
     def after_step(self, step: int) -> list[Event]:
-        """Allocate at the rounds' steps."""
+        """Allocate components at the steps of the rounds."""
         if step not in self.round_steps:
             return []
-        return [self.allocate(step, self.ablation_scores(self._bench, self._batch))]
+        return [self.allocate(step, self.ablation_scores(self._data, self._batch))]
 
     def allocate(self, step: int, scores: dict[str, list[float]]) -> Event:
-        """Prune the lowest scores, one per adapter on average, and hand as many components to adapters that lost none."""
+        """Prune the components with the lowest scores (n in total) and add as many to adapters that lost none."""
         moved = len(self.adapters)
         ranked = sorted((score, name, j) for name, row in scores.items() for j, score in enumerate(row))
         losers: dict[str, set[int]] = {}
@@ -95,12 +98,12 @@ class ALoRA(AdapterMethod):
         return Event(step, "allocate", {"pruned": {n: len(g) for n, g in losers.items()}, "added": added, "ranks": ranks})
 
     @torch.no_grad()
-    def ablation_scores(self, bench: Bench, batch: Batch) -> dict[str, list[float]]:
-        """Return IS of every component; takes 1 + 2·(number of components) forward passes of one batch.
+    def ablation_scores(self, data: TrainingData, batch: Batch) -> dict[str, list[float]]:
+        """Return IS of every component. Takes 1 + 2·(number of components) forward passes of one batch.
 
-        They begin at the component's layer: what enters it does not depend on the component.
+        The forward passes start at the component's layer, because the layers below do not depend on the component.
         """
-        everything = -bench.loss(batch)
+        everything = -data.loss(batch)
         for adapter in self.adapters.values():
             adapter.gates = nn.Parameter(torch.ones(adapter.rank, device=adapter.A.device), requires_grad=False)
         scores: dict[str, list[float]] = {}
@@ -109,19 +112,19 @@ class ALoRA(AdapterMethod):
             assert adapter.gates is not None
             if layer != self.adapters.target(name).layer:
                 layer = self.adapters.target(name).layer
-                with_all = bench.entering(layer, batch)
+                with_all = data.entering(layer, batch)
                 self._set_gates(0.0)
-                with_none = bench.entering(layer, batch)
+                with_none = data.entering(layer, batch)
                 self._set_gates(1.0)
             scores[name] = []
             for j in range(adapter.rank):
                 adapter.gates.data[j] = 0
                 with with_all():
-                    without = -bench.loss(batch)
+                    without = -data.loss(batch)
                 self._set_gates(0.0)
                 adapter.gates.data[j] = 1
                 with with_none():
-                    alone = -bench.loss(batch)
+                    alone = -data.loss(batch)
                 self._set_gates(1.0)
                 scores[name].append(everything - without + alone)
         for adapter in self.adapters.values():
@@ -135,12 +138,12 @@ class ALoRA(AdapterMethod):
 
 
 def _room(adapter: LowRankAdapter) -> int:
-    """Return how many components an adapter can still take."""
+    """Return how many components can be added before the adapter has full rank."""
     return min(adapter.A.shape[1], adapter.B.shape[0]) - adapter.rank
 
 
 def _spread(count: int, receivers: list[str], room: dict[str, int]) -> dict[str, int]:
-    """Hand out components one by one in turn, best receiver first, to those that have room."""
+    """Distribute components one at a time, best receiver first, among receivers that are below full rank."""
     added = dict.fromkeys(receivers, 0)
     while count and any(added[name] < room[name] for name in receivers):
         for name in receivers:

@@ -1,4 +1,4 @@
-"""What a policy may decide, and when it is asked."""
+"""The interface of all methods: the hooks that the training loop calls, and their base classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wlora.adapters.layer import Adapter, LowRankAdapter
 from wlora.adapters.peft_format import Factors, describe_lora
 from wlora.errors import ConfigError
 from wlora.methods.parameter_groups import ParameterGroup
-from wlora.methods.training_data import Bench, Phase
+from wlora.methods.training_data import Phase, TrainingData
 from wlora.models.architectures import Target
 
 
@@ -29,13 +29,13 @@ class Steps:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a policy is told about the model and the run when it attaches its adapters.
+    """The model and the run, as a method sees them when it attaches its adapters.
 
     Attributes:
         targets: the modules that may carry adapters, lowest layer first.
-        universe: all linears of the layers (target set `all`), in the same order.
-        generator: the run's stream of random choices, on the CPU.
-        start: what adapters start from in place of an initialisation, by module name (`adapter.path`).
+        universe: all linear modules of the layers (target set `all`), in the same order.
+        generator: the run's random generator, on the CPU.
+        start: initial adapter factors by module name (`adapter.path`). They replace the method's own initialisation.
     """
 
     targets: list[Target]
@@ -46,9 +46,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Event:
-    """A structural change of the adapters: the timeline of these stands in the record.
+    """A structural change of the adapters. The run's record lists all events in order.
 
-    `reset` also drops all optimiser state.
+    `reset=True` also discards all optimiser state.
     """
 
     step: int
@@ -58,7 +58,7 @@ class Event:
 
     @property
     def finite(self) -> bool:
-        """Whether all its numbers are finite, which strict JSON asks for."""
+        """Whether all numbers in `details` are finite, as strict JSON requires."""
         try:
             json.dumps(self.details, allow_nan=False)
         except ValueError:
@@ -67,20 +67,21 @@ class Event:
 
 
 class Method:
-    """A policy over the adapters of one run.
+    """A training method: which parameters train, and when adapters are added, extended or removed.
 
-    The loop calls, in this order: `plan` (before any weights are loaded), `attach`, `phases`, `groups`, then per optimiser
-    step `before_step` (gradients are there, already clipped; parameters not yet updated) and `after_step`
-    (updated; gradients still there). A list of events returned by a hook means that the structure changed and makes
-    the loop rebuild its optimiser groups. Steps are counted from 1.
+    The training loop calls, in this order: `plan` (before any weights are loaded), `attach`, `phases` and `groups`. In
+    every optimiser step it calls `before_step` (gradients are computed and clipped, parameters are not yet updated) and
+    `after_step` (parameters are updated, gradients are still available). If one of these two hooks returns events, the
+    structure has changed, and the loop rebuilds its optimiser groups. Steps are counted from 1.
 
     Attributes:
-        release_adamw: whether to train with the release's own AdamW (ε 1e-6) in place of torch's.
-        released: whether there is something for `compat=release` to reproduce.
-        plain_base: whether the policy reads or changes the base's own weights, which a quantised one has not.
-        startable: whether its adapters may start from given ones, of any rank (`Setting.start`).
+        release_adamw: whether to train with the AdamW of the paper's published code (ε = 1e-6) instead of torch's.
+        released: whether `compat=release` is available for this method.
+        plain_base: whether the method reads or changes the weights of the base model. Such a method is not available
+            for quantised models.
+        startable: whether the adapters can start from given adapters of any rank (`Setting.start`).
         adapters: the adapters in the model.
-        base_parameters: parameters of the body that train; empty but for full fine-tuning.
+        base_parameters: parameters of the model's body that train; empty except for full fine-tuning.
     """
 
     release_adamw = False
@@ -89,49 +90,53 @@ class Method:
     startable = False
 
     def plan(self, steps: Steps) -> None:
-        """Fix the policy's schedule; raises ConfigError if an explicit value does not fit the run."""
+        """Compute the method's schedule. Raises ConfigError if a value from the configuration does not fit the run."""
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Put the adapters into the model, whose parameters are all frozen when this is called."""
+        """Attach the adapters to the model. All parameters of the model are frozen when this is called."""
         self.adapters = AdapterSet(model)
         self.generator = setting.generator
         self.base_parameters: list[nn.Parameter] = []
 
-    def phases(self, bench: Bench, steps: int) -> list[Phase]:
-        """Say from which training rows the run's steps are drawn; also the place to keep the bench for later."""
-        return [Phase(range(bench.rows), steps)]
+    def phases(self, data: TrainingData, steps: int) -> list[Phase]:
+        """Return the training rows that each phase of the run draws from. A method may also store `data` for later use."""
+        return [Phase(range(data.rows), steps)]
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return what to train besides the head, given the run's peak learning rate."""
+        """Return the parameter groups to train besides the head, given the run's peak learning rate."""
         matrices = [p for a in self.adapters.values() for p in (a.A, a.B)]
         return [ParameterGroup([*self.base_parameters, *matrices], lr)]
 
     def extra_loss(self) -> Tensor | None:
-        """Return a scalar that is added once per optimiser step to the mean loss over its rows."""
+        """Return a scalar that is added to the loss once per optimiser step, or None."""
         return None
 
     def forget_backward(self) -> None:
-        """Drop what backward passes have left besides gradients: a step is tried again, or had gradients that overflow."""
+        """Discard what the backward passes stored besides gradients.
+
+        Called when the step is repeated, and when its float16 gradients overflowed.
+        """
 
     def unscale_backward(self, scale: float) -> None:
-        """Divide what backward passes have left besides gradients by the factor of the loss in float16."""
+        """Divide what the backward passes stored besides gradients by the float16 loss scale."""
 
     def before_step(self, step: int) -> list[Event]:
-        """Act on gradients before the optimiser uses them."""
+        """Act on the gradients before the optimiser uses them. Returns the structural changes."""
         return []
 
     def after_step(self, step: int) -> list[Event]:
-        """Act after the optimiser's step."""
+        """Act after the optimiser's step. Returns the structural changes."""
         return []
 
     def settled(self, step: int) -> bool:
-        """Tell whether the structure stays as it is after this step, and the policy acts at no later one."""
+        """Return whether the method makes no more changes and takes no more actions after this step."""
         return False
 
     def final_count(self) -> tuple[int, int] | None:
-        """Return the least and the most elements of its adapters after the last change; None where only the run decides.
+        """Return the smallest and the largest possible number of adapter elements after the last change.
 
-        Known once the adapters are attached. Some may leave besides, such as those whose ω is not positive.
+        Callable once the adapters are attached. None if the number is known only at the end of the run. Adapters may
+        also leave for other reasons (ω ≤ 0), which these bounds do not cover.
         """
         count = count_elements(self.attached().values())
         return count, count
@@ -145,32 +150,32 @@ class Method:
         return dict(self.attached())
 
     def factors(self) -> dict[str, Factors]:
-        """Return every adapter that acts as a plain LoRA adapter beside the pretrained weight, by module name."""
+        """Return every active adapter as a plain LoRA adapter for the pretrained weight, by module name."""
         kept = {name: adapter for name, adapter in self.kept().items() if isinstance(adapter, LowRankAdapter)}
         return {name: Factors(*adapter.factors(), adapter.scale) for name, adapter in kept.items()}
 
     def to_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Return the adapters as the PEFT library describes and names them; None without any."""
+        """Return configuration and weights of the adapters in PEFT's format; None without adapters."""
         factors = self.factors()
         dropout = next((adapter.dropout for adapter in self.adapters.values()), 0.0)
         return describe_lora(factors, dropout=dropout) if factors else None
 
     def fold(self) -> None:
-        """Add every adapter to the weight beside it and take it out: the end of the policy, whose model is a plain one.
+        """Merge every adapter into its base weight and remove it. The result is a plain model, and the method ends.
 
-        The base is a plain floating-point one by now.
+        The weights of the base must be floating-point at this point.
         """
         for name in self.adapters:
             self.adapters.fold(name)
 
 
 class AdapterMethod(Method):
-    """A policy that starts from one plain LoRA adapter of `rank` on every target (Hu et al., 2021).
+    """A method that starts with one plain LoRA adapter of rank `rank` on every target (Hu et al., 2021).
 
     Args:
         rank: components per adapter.
         alpha: numerator of the scale s = alpha / rank.
-        dropout: probability of dropping an input element of an adapter.
+        dropout: dropout probability on the adapter's input.
     """
 
     omega: float | None = None
@@ -187,10 +192,10 @@ class AdapterMethod(Method):
                 _start(target.name, adapter, setting.start[target.name])
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build one adapter for a d_out×d_in linear.
+        """Build one adapter for a linear module with a weight of shape [d_out, d_in].
 
         Raises:
-            ConfigError: the rank exceeds the smaller width, so that the adapter would not be low-rank.
+            ConfigError: the rank exceeds the smaller dimension, so the adapter would not be low-rank.
         """
         self.check_rank(d_in, d_out)
         return LowRankAdapter(
@@ -204,13 +209,17 @@ class AdapterMethod(Method):
         )
 
     def check_rank(self, d_in: int, d_out: int) -> None:
-        """Refuse a rank that exceeds the smaller width, so that the adapter would not be low-rank."""
+        """Check that the adapter is low-rank.
+
+        Raises:
+            ConfigError: the rank exceeds the smaller dimension.
+        """
         if self.rank > min(d_in, d_out):
             raise ConfigError(f"rank={self.rank}: allowed is 1 to {min(d_in, d_out)}, the width of the adapted linear")
 
 
 def bound_sum(costs: Iterable[int], count: int) -> tuple[int, int]:
-    """Return the least and the largest sum of `count` of the given numbers."""
+    """Return the smallest and the largest sum of `count` of the given numbers."""
     ordered = sorted(costs)
     return sum(ordered[:count]), sum(ordered[len(ordered) - min(count, len(ordered)) :])
 

@@ -1,4 +1,4 @@
-"""DoRA of Liu et al. (2024, arXiv 2402.09353), from PEFT. DoRA of Mao et al. is `method=dynamic_lora`."""
+"""DoRA by Liu et al. (2024, arXiv 2402.09353), from PEFT. DoRA by Mao et al. is `method=dynamic_lora`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ if TYPE_CHECKING:
 
 
 class DoRA(PeftMethod):
-    """W′ = m ∘ (W + s·B A) / ‖W + s·B A‖: direction and magnitude of every output row train apart.
+    """W′ = m ∘ (W + s·B A) / ‖W + s·B A‖: magnitude and direction of every output row train separately.
 
-    The norm per output row counts as a constant in the backward pass; m starts as ‖W‖, A and B as in LoRA. Slower than
-    LoRA: the norm takes ΔW as a matrix in every step, and with dropout the base is computed twice.
+    The norm is taken per output row and is a constant in the backward pass. m is initialised to ‖W‖, A and B as in
+    LoRA. DoRA is slower than LoRA: every step builds ΔW as a full matrix for the norm, and with dropout the base output
+    is computed twice.
 
     Args:
         rank: components per adapter.
         alpha: numerator of the scale s = alpha / rank.
-        dropout: probability of dropping an input element of an adapter.
+        dropout: dropout probability on the adapter's input.
     """
 
     plain_base = True

@@ -1,7 +1,7 @@
-"""FlexLoRA (Bai et al., 2024, arXiv 2402.11505): federated LoRA whose server averages full updates and redistributes SVDs.
+"""FlexLoRA (Bai et al., 2024, arXiv 2402.11505): federated LoRA; the server averages ΔW and redistributes its SVD.
 
-The paper's Table 1 cites Wei et al. (2024) for this row, which is Flexora (`method=flexora`); its description (federated,
-SVD, a rank per client) and its 442K parameters are those of Bai et al.
+The WeightLoRA paper's Table 1 cites Wei et al. (2024) for this row, which is Flexora (`method=flexora`). The paper's
+description (federated, SVD, one rank per client) and its 442K parameters match Bai et al.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wlora.errors import ConfigError, wrong_value
 from wlora.methods.base import AdapterMethod, Event, Setting, Steps
-from wlora.methods.training_data import Bench, Phase
+from wlora.methods.training_data import Phase, TrainingData
 from wlora.models.loading import head_parameters
 
 Factors = tuple[Tensor, Tensor]
@@ -21,18 +21,20 @@ DEFAULT_ROUNDS = 8
 
 
 class FlexLoRA(AdapterMethod):
-    """Simulated clients take turns; after each round the server forms ΔW = Σ_k w_k·s_k·B_k A_k and its SVD = U Σ Vᵀ.
+    """Simulated clients train in turns.
 
-    A client of rank r starts its next turn from A = V_rᵀ and B = U_r Σ_r·(r/alpha), w_k is its share of the rows, the head
-    is averaged with the same weights, optimiser state is not carried from turn to turn. The run ends with the truncation
-    to `rank`. Not given for GLUE by anyone: clients, rounds and the split are ours, and all turns together are as long as
-    another method's run.
+    After each round the server computes ΔW = Σ_k w_k·s_k·B_k A_k and its SVD U Σ Vᵀ.
+
+    A client of rank r starts its next turn from A = V_rᵀ and B = U_r Σ_r·(r/alpha). w_k is the client's share of the
+    rows. The head is averaged with the same weights. Optimiser state is discarded between turns. At the end of the run
+    ΔW is truncated to `rank`. No publication gives settings for GLUE: the numbers of clients and rounds and the data
+    split are our choice. All turns together are as long as the run of another method.
 
     Args:
-        rank: rank of the final adapters, and of every client unless `ranks`.
-        clients: number of clients; rows are dealt out at random, in equal parts.
-        rounds: rounds of redistribution, or None for 8, fewer in runs too short for that.
-        ranks: a rank per client, or None.
+        rank: rank of the final adapters, and of every client unless `ranks` is given.
+        clients: number of clients; rows are assigned at random, in equal parts.
+        rounds: rounds of redistribution; None means 8, or fewer if the run is too short.
+        ranks: one rank per client, or None.
     """
 
     def __init__(
@@ -45,7 +47,11 @@ class FlexLoRA(AdapterMethod):
         self.ranks = [rank] * clients if ranks is None else list(ranks)
 
     def plan(self, steps: Steps) -> None:
-        """Fix where turns end; every turn has at least one step."""
+        """Determine at which steps turns end. Every turn has at least one step.
+
+        Raises:
+            ConfigError: the run has fewer steps than turns.
+        """
         rounds = max(1, min(DEFAULT_ROUNDS, steps.total // self.clients)) if self.rounds is None else self.rounds
         turns = rounds * self.clients
         if turns > steps.total:
@@ -55,7 +61,7 @@ class FlexLoRA(AdapterMethod):
         self._ends = [steps.total * (turn + 1) // turns for turn in range(turns)]
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Attach adapters as wide as the widest client; the first turn starts from LoRA's initialisation."""
+        """Attach adapters. The first turn starts from LoRA's initialisation."""
         super().attach(model, setting)
         self._head = head_parameters(model)
         self._global: dict[str, Factors] | None = None
@@ -64,19 +70,23 @@ class FlexLoRA(AdapterMethod):
         self._updates: list[dict[str, Factors]] = []
         self._heads: list[dict[str, Tensor]] = []
 
-    def phases(self, bench: Bench, steps: int) -> list[Phase]:
-        """Deal the rows out to the clients and let them take turns."""
-        if self.clients > bench.rows:
-            raise ConfigError(f"method.clients={self.clients}: allowed is 1 to {bench.rows}, the training rows")
-        order = torch.randperm(bench.rows, generator=self.generator).tolist()
+    def phases(self, data: TrainingData, steps: int) -> list[Phase]:
+        """Distribute the rows among the clients. Clients train in turns.
+
+        Raises:
+            ConfigError: there are more clients than training rows.
+        """
+        if self.clients > data.rows:
+            raise ConfigError(f"method.clients={self.clients}: allowed is 1 to {data.rows}, the training rows")
+        order = torch.randperm(data.rows, generator=self.generator).tolist()
         shards = [sorted(order[client :: self.clients]) for client in range(self.clients)]
-        self._weights = [len(shard) / bench.rows for shard in shards]
+        self._weights = [len(shard) / data.rows for shard in shards]
         self._load(0)
         lengths = [end - start for start, end in zip([0, *self._ends], self._ends, strict=False)]
         return [Phase(shards[turn % self.clients], length) for turn, length in enumerate(lengths)]
 
     def after_step(self, step: int) -> list[Event]:
-        """At the end of a turn hand over to the next client; at the end of a round let the server redistribute."""
+        """End a client's turn: load the next client's state. At the end of a round, the server also redistributes."""
         if step not in self._ends:
             return []
         turn = self._ends.index(step)
@@ -90,14 +100,14 @@ class FlexLoRA(AdapterMethod):
 
     @torch.no_grad()
     def _collect(self) -> None:
-        """Take a client's update: s·B and A of every adapter, and the head."""
+        """Store a client's update: s·B and A of every adapter, and the head."""
         update = {name: (a.scale * a.B.detach().clone(), a.A.detach().clone()) for name, a in self.adapters.items()}
         self._updates.append(update)
         self._heads.append({name: p.detach().clone() for name, p in self._head.items()})
 
     @torch.no_grad()
     def _aggregate(self) -> None:
-        """Average updates and heads of a round."""
+        """Average the updates and heads of a round."""
         self._global = {name: decompose([update[name] for update in self._updates], self._weights) for name in self.adapters}
         for name in self._global_head:
             parts = [weight * head[name] for weight, head in zip(self._weights, self._heads, strict=True)]
@@ -106,12 +116,12 @@ class FlexLoRA(AdapterMethod):
 
     @torch.no_grad()
     def _load(self, client: int | None) -> None:
-        """Give a client the global state at its own rank; None means the final model at `rank`."""
+        """Load the global state at a client's rank; None loads the final model at `rank`."""
         rank = self.rank if client is None else self.ranks[client]
         for name, adapter in self.adapters.items():
             adapter.scale = self.alpha / rank
             if self._global is None:
-                A = self._first[name][:rank].to(adapter.A.device)  # they were drawn before the model moved there
+                A = self._first[name][:rank].to(adapter.A.device)  # drawn before the model moved to its device
                 if rank > len(A):
                     extra = torch.randn(rank - len(A), A.shape[1], generator=self.generator).to(A) / A.shape[1] ** 0.5
                     A = torch.cat([A, extra])
@@ -126,14 +136,14 @@ class FlexLoRA(AdapterMethod):
 
 @torch.no_grad()
 def decompose(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """Return (UΣ, Vᵀ) of Σ_k w_k·L_k R_k by decreasing singular value, without building the d×d sum.
+    """Return (UΣ, Vᵀ) of Σ_k w_k·L_k R_k in decreasing order of singular values. The d_out×d_in sum is not built.
 
     Args:
-        updates: per client (L: d_out×r_k, R: r_k×d_in).
-        weights: per client, summing to 1.
+        updates: (L, R) per client, with shapes [d_out, r_k] and [r_k, d_in].
+        weights: one per client, summing to 1.
 
     Returns:
-        UΣ of shape d_out×m and Vᵀ of shape m×d_in, m = Σ r_k at most.
+        UΣ of shape [d_out, m] and Vᵀ of shape [m, d_in], with m ≤ Σ r_k.
     """
     left = torch.cat([weight * L for weight, (L, _) in zip(weights, updates, strict=True)], dim=1)
     right = torch.cat([R for _, R in updates], dim=0)
@@ -145,7 +155,7 @@ def decompose(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def _fit(matrix: Tensor, rank: int, dim: int) -> Tensor:
-    """Cut a factor to a rank, or fill it up with zeros."""
+    """Truncate a factor to `rank`, or pad it with zeros, along dimension `dim`."""
     matrix = matrix.narrow(dim, 0, min(rank, matrix.shape[dim]))
     missing = rank - matrix.shape[dim]
     if missing == 0:

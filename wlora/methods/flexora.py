@@ -1,7 +1,8 @@
-"""Flexora (Wei et al., 2024, arXiv 2408.10774): choose adapters by hyper-parameters trained on held-out loss.
+"""Flexora (Wei et al., 2024, arXiv 2408.10774): select adapters by hyper-parameters trained on held-out loss.
 
-The paper's Table 1 cites Wei et al. for its row "FlexLoRA", but describes the federated FlexLoRA of Bai et al. (2024,
-2402.11505); its 442K parameters fit the latter, which keeps all adapters. This is the former.
+The WeightLoRA paper's Table 1 cites Wei et al. for its row "FlexLoRA", but describes the federated FlexLoRA of Bai et
+al. (2024, arXiv 2402.11505). The row's 442K parameters match the latter, which keeps all adapters. This module
+implements Wei et al.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps
 from wlora.methods.parameter_groups import ParameterGroup
-from wlora.methods.training_data import Bench, Phase
+from wlora.methods.training_data import Phase, TrainingData
 
 
 class Flexora(AdapterMethod):
-    """h = W x + s·γ_i·B A x with γ = n·softmax(α), so that γ averages one; α_i > 0 at the end of stage one is kept.
+    """h = W x + s·γ_i·B A x with γ = n·softmax(α), whose mean is 1.
 
-    Stage one alternates a step on A and B with γ fixed and one Adam step on α from the held-out loss in evaluation mode.
-    Stage two trains the kept adapters from scratch as LoRA. As in the authors' code the held-out loss is differentiated
-    directly through γ, without unrolling; unlike there (γ multiplies dropout, A and B, so γ³ acts) γ acts once. One α per
-    adapter, not per layer, which compares with WLoRA. Held-out rows come out of the training rows.
+    Adapters with α_i > 0 at the end of stage one are kept.
+
+    Stage one alternates between one step on A and B with fixed γ, and one Adam step on α with the held-out loss in
+    evaluation mode. Stage two trains the kept adapters from scratch as LoRA. As in the authors' code, the held-out loss
+    is differentiated directly through γ, without unrolling. Differences from the authors' code: there γ multiplies
+    dropout, A and B, so that γ³ acts; here γ acts once. There is one α per adapter instead of one per layer, to be
+    comparable with WeightLoRA. The held-out rows are taken from the training rows.
 
     Args:
         stage_share: share of the run in stage one.
@@ -39,7 +43,11 @@ class Flexora(AdapterMethod):
         self.stage_share, self.lr_alpha, self.held_out = stage_share, lr_alpha, held_out
 
     def plan(self, steps: Steps) -> None:
-        """Fix the end of stage one."""
+        """Determine the end of stage one.
+
+        Raises:
+            ConfigError: stage one does not leave steps for stage two.
+        """
         self.stage_steps = max(1, int(steps.total * self.stage_share))
         if self.stage_steps >= steps.total:
             raise wrong_value(
@@ -47,19 +55,19 @@ class Flexora(AdapterMethod):
             )
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build an adapter whose ω is γ = 1."""
+        """Build an adapter with a fixed ω, which holds γ = 1."""
         adapter = super().make_adapter(d_in, d_out, device)
         adapter.fix_omega()
         return adapter
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return A and B; α has its own optimiser."""
+        """Return A and B only; α has its own optimiser."""
         return super().groups(lr)[:1]
 
-    def phases(self, bench: Bench, steps: int) -> list[Phase]:
-        """Hold a batch out of the training rows."""
-        self._bench = bench
-        self._batch, rows = bench.hold_out(self.held_out, self.generator)
+    def phases(self, data: TrainingData, steps: int) -> list[Phase]:
+        """Hold one batch out of the training rows, and create α and its optimiser."""
+        self._data = data
+        self._batch, rows = data.hold_out(self.held_out, self.generator)
         self._alpha = nn.Parameter(torch.zeros(len(self.adapters), device=next(iter(self.adapters.values())).A.device))
         self._adam = torch.optim.Adam([self._alpha], lr=self.lr_alpha)
         return [Phase(rows, steps)]
@@ -69,10 +77,10 @@ class Flexora(AdapterMethod):
         return len(self._alpha) * torch.softmax(self._alpha, dim=0)
 
     def final_count(self) -> None:
-        """Return nothing: only the run decides."""
+        """Return None: the number is known only at the end of the run."""
 
     def after_step(self, step: int) -> list[Event]:
-        """Step on α in stage one; select at its end."""
+        """Update α during stage one; select at its end."""
         if step > self.stage_steps:
             return []
         self._step_alpha()
@@ -81,7 +89,7 @@ class Flexora(AdapterMethod):
     def _step_alpha(self) -> None:
         """Take one Adam step on α from the gradient of the held-out loss with respect to γ."""
         omegas = [a.omega for a in self.adapters.values() if a.omega is not None]
-        gradient = torch.stack(self._bench.gradients(self._batch, omegas))
+        gradient = torch.stack(self._data.gradients(self._batch, omegas))
         self._alpha.grad = None
         self.gamma().backward(gradient)  # type: ignore[no-untyped-call]
         self._adam.step()
@@ -90,7 +98,7 @@ class Flexora(AdapterMethod):
 
     @torch.no_grad()
     def _select(self, step: int) -> Event:
-        """Disconnect adapters with α ≤ 0 and start the others afresh, without γ."""
+        """Disconnect adapters with α ≤ 0 and re-initialise the others, without γ."""
         alpha = dict(zip(self.adapters, self._alpha.tolist(), strict=True))
         for name, value in alpha.items():
             if value <= 0:

@@ -9,12 +9,12 @@ from wlora.models.loading import head_parameters
 
 
 class FullFineTuning(Method):
-    """Trains all parameters."""
+    """Trains all parameters of the model."""
 
     plain_base = True
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Let the body train; the head is the runner's, as with every method."""
+        """Make the body trainable. The trainer handles the head, as for every method."""
         super().attach(model, setting)
         head = head_parameters(model)
         self.base_parameters = [p for name, p in model.named_parameters() if name not in head]

@@ -1,4 +1,4 @@
-"""Sensitivity and uncertainty of parameters, the score of AdaLoRA and IncreLoRA (Zhang et al., 2303.10512, eqs. 8–10)."""
+"""Importance scores of AdaLoRA and IncreLoRA: sensitivity × uncertainty (Zhang et al., 2303.10512, eqs. 8–10)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Importance:
-    """Moving averages of |θ·∂L/∂θ| (sensitivity) and of its deviation from them (uncertainty), per element.
+    """Moving averages per element: of |θ·∂L/∂θ| (sensitivity), and of its distance from that average (uncertainty).
 
     Args:
         beta1: decay of the sensitivity.
@@ -21,8 +21,8 @@ class Importance:
 
     @torch.no_grad()
     def update(self, key: str, value: Tensor) -> None:
-        """Take in one step's |θ·∂L/∂θ| of a tensor of any shape."""
-        # A step that loss scaling skips has infinite gradients; one of them in an average would stay for ever.
+        """Add one step's |θ·∂L/∂θ|, a tensor of any shape, to the averages."""
+        # If float16 gradients overflow, they are infinite. An infinite value would stay in the averages permanently.
         value = value.nan_to_num(0.0, 0.0, 0.0)
         if key not in self.sensitivity:
             self.sensitivity[key], self.uncertainty[key] = torch.zeros_like(value), torch.zeros_like(value)
@@ -30,11 +30,11 @@ class Importance:
         self.uncertainty[key].mul_(self.beta2).add_((value - average).abs(), alpha=1 - self.beta2)
 
     def score(self, key: str) -> Tensor:
-        """Return sensitivity × uncertainty, of the tensor's shape."""
+        """Return sensitivity × uncertainty, with the tensor's shape."""
         return self.sensitivity[key] * self.uncertainty[key]
 
 
 def orthogonality(matrices: list[Tensor]) -> Tensor:
-    """Return the mean over matrices of ‖M Mᵀ − I‖_F, for M of shape [r, d] (the norm is not squared, as in the code)."""
+    """Return the mean over matrices of ‖M Mᵀ − I‖_F, M of shape [r, d]. As in AdaLoRA's code, the norm is not squared."""
     penalties = [(m @ m.T - torch.eye(m.shape[0], dtype=m.dtype, device=m.device)).norm() for m in matrices]
     return torch.stack(penalties).mean()

@@ -1,4 +1,4 @@
-"""IncreLoRA (Zhang et al., 2023, arXiv 2308.12043): every adapter starts at rank 1, the important ones grow."""
+"""IncreLoRA (Zhang et al., 2023, arXiv 2308.12043): every adapter starts at rank 1; important adapters are extended."""
 
 from __future__ import annotations
 
@@ -18,31 +18,35 @@ from wlora.methods.parameter_groups import ParameterGroup
 
 INIT_STD = 0.02
 RESERVE_GATE = 1e-5
-# Without `top_h`, as many adapters grow per event as it takes to be done at this share of the run.
+# Without `top_h`, the number of adapters per growth event is chosen so that the growth ends at this share of the run.
 GROWN_BY = 0.65
 
 
 class IncreLoRA(AdapterMethod):
-    """h = W x + s_i · B diag(λ) A x; every ν steps the h adapters with the highest scores gain components.
+    """h = W x + s_i · B diag(λ) A x. Every ν steps the h adapters with the highest scores get more components.
 
-    An adapter's score is the sensitivity times the uncertainty of Σ|M ∘ ∂L/∂M| / √(elements of M), M = ΔW, which takes
-    one product d_out×rows×d_in per adapter and step while the growth lasts. Each adapter has a reserve behind gates of
-    1e-5, whose A and B train ahead ("advance learning"); growth lets its gates train and draws a new reserve. What comes
-    later has a learning-rate schedule of its own with a warm-up of the run's length ("multi_lr"). s_i = alpha / rank of
-    adapter i, so it falls as the adapter grows: a small jump of the function, in the authors' code, too.
+    With M = ΔW, each step computes Σ|M ∘ ∂L/∂M| / √(elements of M). An adapter's score is the sensitivity of this value
+    times its uncertainty. During the growth this takes one matrix product d_out×rows×d_in per adapter and step.
 
-    The total ends at n·`rank` exactly (the authors' equality test misses it when it is jumped over): the last adapter to
-    grow takes only what is left. Then the reserves leave the model, which is what their gates of zero amount to.
+    Each adapter has reserve components with fixed gates of 1e-5, whose A and B already train ("advance learning"). When
+    an adapter grows, the gates of its reserve become trainable, and a new reserve is created. Components that are added
+    later have their own learning-rate schedule, with the same warm-up length as the run ("multi_lr"). s_i = alpha /
+    rank of adapter i, so s_i falls when the adapter grows. This changes the function slightly, in the authors' code as
+    well.
+
+    The total number of components ends at exactly n·`rank`: the last adapter to grow gets only the remainder. (The
+    authors' code tests for equality, which fails if the total skips that number.) Then the reserves leave the model,
+    which is equivalent to setting their gates to zero.
 
     Args:
         rank: mean rank per adapter at the end.
-        start_steps: steps before the first growth may happen; None means `every`.
+        start_steps: no growth up to and including this step; None means `every`.
         every: ν; None means 0.03 of the run, at least 1.
-        top_h: h; None means as many as it takes to be done at 0.65 of the run.
+        top_h: h; None means as many as needed to finish at 0.65 of the run.
         add_rank: components per growth; None means half of `rank`, the authors' choice.
         beta1: decay of the sensitivity.
         beta2: decay of the uncertainty.
-        orthogonal: weight of the orthogonality of A and B in the loss.
+        orthogonal: weight of the orthogonality penalty on A and B.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class IncreLoRA(AdapterMethod):
         self.importance = Importance(beta1, beta2)
 
     def plan(self, steps: Steps) -> None:
-        """Fix the steps at which adapters grow: multiples of ν above `start_steps`."""
+        """Determine the steps at which adapters grow: multiples of ν above `start_steps`."""
         self.interval = max(1, round(0.03 * steps.total)) if self.every is None else self.every
         start = self.interval if self.start_steps is None else self.start_steps
         self.growth_steps = [step for step in range(self.interval, steps.total, self.interval) if step > start]
@@ -81,7 +85,7 @@ class IncreLoRA(AdapterMethod):
         """
         super().attach(model, setting)
         self.components = {name: a for name, a in self.adapters.items() if isinstance(a, GrowingAdapter)}
-        # When each part came, and when its gates began to train: the starts of their schedules.
+        # Start steps of the learning-rate schedules: when each part was created, and when its gates became trainable.
         self._came: dict[nn.Module, int] = {}
         self._acts: dict[nn.Module, int] = {}
         for adapter in self.components.values():
@@ -93,7 +97,11 @@ class IncreLoRA(AdapterMethod):
                 self._draw_reserve(adapter, step=0)
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build an adapter of rank 1 that watches the gradient of its ΔW."""
+        """Build an adapter of rank 1 that records the gradient of its ΔW.
+
+        Raises:
+            ConfigError: the final rank exceeds the smaller dimension.
+        """
         if self.target_rank > min(d_in, d_out):
             raise wrong_value("rank", self.target_rank, f"1 to {min(d_in, d_out)}, the width of the adapted linear")
         adapter = GrowingAdapter(
@@ -103,12 +111,12 @@ class IncreLoRA(AdapterMethod):
         return adapter
 
     def final_count(self) -> tuple[int, int]:
-        """Return what n·`rank` components have."""
+        """Return the bounds for n·`rank` components."""
         costs = [adapter.A.shape[1] + adapter.B.shape[0] for adapter in self.components.values()]
         return self.target * min(costs), self.target * max(costs)
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return A, B and the gates that train, by the step at which their schedule begins."""
+        """Return A, B and the trainable gates, grouped by the step at which their schedule begins."""
         starts: defaultdict[int, list[nn.Parameter]] = defaultdict(list)
         for adapter in self.components.values():
             for part in adapter.parts:
@@ -118,27 +126,27 @@ class IncreLoRA(AdapterMethod):
         return [ParameterGroup(parameters, lr, start=start) for start, parameters in sorted(starts.items())]
 
     def extra_loss(self) -> Tensor | None:
-        """Return the weighted mean departure of A's rows and B's columns from orthonormal ones, over whole adapters."""
+        """Return the weighted mean orthogonality penalty of A's rows and B's columns, including the reserves."""
         joined = [adapter.joined() for adapter in self.components.values()]
         return self.orthogonal * orthogonality([m for A, B, _ in joined for m in (A, B.T)])
 
     def forget_backward(self) -> None:
-        """Drop the gradients of ΔW."""
+        """Discard the gradients of ΔW."""
         for adapter in self.components.values():
             adapter.weight_gradient = None
 
     def unscale_backward(self, scale: float) -> None:
-        """Unscale the gradients of ΔW: the averages over steps are of gradients of different scales else."""
+        """Divide the gradients of ΔW by the loss scale. Otherwise the moving averages would mix different scales."""
         for adapter in self.components.values():
             if adapter.weight_gradient is not None:
                 adapter.weight_gradient /= scale
 
     def total_rank(self) -> int:
-        """Return the number of components that act, over all adapters."""
+        """Return the number of active components, over all adapters."""
         return sum(adapter.rank for adapter in self.components.values())
 
     def before_step(self, step: int) -> list[Event]:
-        """Score the adapters, and grow the best at the growth's steps."""
+        """Update the scores, and grow the best adapters at the growth steps."""
         if self.total_rank() >= self.target:
             return []
         self.update_scores()
@@ -146,16 +154,16 @@ class IncreLoRA(AdapterMethod):
 
     @torch.no_grad()
     def update_scores(self) -> None:
-        """Take in Σ|M ∘ ∂L/∂M| / √(elements of M) of every adapter's ΔW = M."""
+        """Update the scores with Σ|M ∘ ∂L/∂M| / √(elements of M) of every adapter, M = ΔW."""
         for name, adapter in self.components.items():
             gradient, adapter.weight_gradient = adapter.weight_gradient, None
             if gradient is not None:
-                gradient = mean(gradient)  # unlike gradients of parameters this one is of this process's rows only
+                gradient = mean(gradient)  # unlike parameter gradients, it is not averaged over the processes yet
                 value = (adapter.delta_weight() * gradient).abs().sum() / math.sqrt(gradient.numel())
                 self.importance.update(name, value)
 
     def grow(self, step: int) -> Event:
-        """Let the reserves of the h best adapters act, and draw new ones; at the target all reserves leave."""
+        """Activate the reserves of the h best adapters and create new ones. At the target, remove all reserves."""
         able = [name for name, adapter in self.components.items() if adapter.reserve is not None]
         best = sorted(able, key=lambda name: -float(self.importance.score(name)))[: self.heads]
         for name in best:
@@ -175,14 +183,18 @@ class IncreLoRA(AdapterMethod):
         return Event(step, "grow", {"ranks": {name: adapter.rank for name, adapter in self.components.items()}})
 
     def _draw_reserve(self, adapter: GrowingAdapter, *, step: int) -> None:
-        """Give an adapter a reserve, unless it is as wide as its linear."""
+        """Add reserve components to an adapter, unless it has full rank."""
         room = min(adapter.A.shape[1], adapter.B.shape[0]) - adapter.rank
         if room:
             adapter.add_reserve(min(self.add_rank, room), gate=RESERVE_GATE, generator=self.generator)
             self._came[adapter.parts[-1]] = step
 
     def _adapters_per_growth(self) -> int:
-        """Return h, and make sure that the growth can end within the run."""
+        """Return h, and check that the growth can end within the run.
+
+        Raises:
+            ConfigError: the run is too short.
+        """
         missing = math.ceil((self.target - self.total_rank()) / self.add_rank)
         if self.top_h is not None:
             needed = math.ceil(missing / self.top_h)

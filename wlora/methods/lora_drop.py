@@ -1,4 +1,4 @@
-"""LoRA-drop (Zhou et al., 2024, arXiv 2402.07721): rank adapters by the size of their output on a sample, drop the rest."""
+"""LoRA-drop (Zhou et al., 2024, arXiv 2402.07721): rank adapters by the norm of their outputs on a sample, drop the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wlora.adapters.layer import LowRankAdapter
 from wlora.distributed import mean
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps, bound_sum
-from wlora.methods.training_data import Bench, Phase
+from wlora.methods.training_data import Phase, TrainingData
 from wlora.models.first_token import every_token
 
 MIN_STAGE_STEPS = 50
@@ -20,17 +20,18 @@ SCORE_BATCH = 32
 
 
 class LoRADrop(AdapterMethod):
-    """Stage one trains all adapters on a stratified sample D_s; then I_i ∝ Σ_{x∈D_s} ‖ΔW_i x_i‖² ranks them.
+    """Stage one trains all adapters on a stratified sample D_s. Then I_i ∝ Σ_{x∈D_s} ‖ΔW_i x_i‖² ranks them.
 
-    The best keep their own adapters and weights; the others are disconnected or (`share`) get one fresh common set per
-    kind of module. Stage two trains on all rows. Where the paper is silent: ranking is per adapter, over tokens that the
-    attention mask keeps; stage one is one pass over D_s, at least 50 steps, at most a quarter of the run, and counts as
-    part of the run. WeightLoRA's 221K is `keep=0.5 share=false`.
+    The best adapters keep their weights. The others are disconnected; with `share`, they get one new common adapter per
+    kind of module instead. Stage two trains on all rows. The LoRA-drop paper leaves these details open; our choices:
+    adapters are ranked individually, over all tokens with attention mask 1; stage one is one pass over D_s (at least 50
+    steps, at most a quarter of the run) and counts as part of the run. The 221K parameters in the WeightLoRA paper
+    correspond to `keep=0.5 share=false`.
 
     Args:
-        keep: share of adapters that keep their own, in (0, 1]; not read with `threshold`.
+        keep: share of adapters that stay, in (0, 1]; ignored with `threshold`.
         threshold: keep the smallest set whose summed importance reaches this share (the authors' T = 0.9), or None.
-        share: give the others a common set instead of dropping them.
+        share: replace the other adapters by common ones instead of dropping them.
         sample: share of the training rows in D_s.
         stage_steps: optimiser steps of stage one, or None for the default above.
     """
@@ -54,7 +55,11 @@ class LoRADrop(AdapterMethod):
         self.stage_steps = stage_steps
 
     def plan(self, steps: Steps) -> None:
-        """Fix the length of stage one."""
+        """Determine the length of stage one.
+
+        Raises:
+            ConfigError: stage one does not leave steps for stage two.
+        """
         if self.stage_steps is None:
             one_pass = max(1, round(steps.per_epoch * self.sample))
             self.stage_steps = max(1, min(max(one_pass, MIN_STAGE_STEPS), steps.total // 4))
@@ -65,12 +70,12 @@ class LoRADrop(AdapterMethod):
                 f"1 to {steps.total - 1}, as the run has {steps.total} optimiser steps",
             )
 
-    def phases(self, bench: Bench, steps: int) -> list[Phase]:
+    def phases(self, data: TrainingData, steps: int) -> list[Phase]:
         """Train on D_s first, then on all rows."""
         assert self.stage_steps is not None
-        self._bench = bench
-        self._sample = bench.sample(max(1, round(bench.rows * self.sample)), self.generator)
-        return [Phase(self._sample, self.stage_steps), Phase(range(bench.rows), steps - self.stage_steps)]
+        self._data = data
+        self._sample = data.sample(max(1, round(data.rows * self.sample)), self.generator)
+        return [Phase(self._sample, self.stage_steps), Phase(range(data.rows), steps - self.stage_steps)]
 
     def after_step(self, step: int) -> list[Event]:
         """Select once, at the end of stage one."""
@@ -87,7 +92,10 @@ class LoRADrop(AdapterMethod):
         return [Event(step, "share" if self.share else "cut", {"kept": kept, "importance": importance})]
 
     def final_count(self) -> tuple[int, int] | None:
-        """Return what the kept share has; a threshold, or what the others share, only the run decides."""
+        """Return the bounds for the kept share.
+
+        None with `threshold` or `share`: then the number is known only during the run.
+        """
         if self.share or self.threshold is not None:
             return None
         return bound_sum(
@@ -95,7 +103,7 @@ class LoRADrop(AdapterMethod):
         )
 
     def _share(self, names: Sequence[str]) -> None:
-        """Give all modules of one kind and shape a fresh common adapter."""
+        """Give all modules of the same kind and shape one new common adapter."""
         common: dict[tuple[str, int, int], LowRankAdapter] = {}
         for name in names:
             A, B = self.adapters[name].A, self.adapters[name].B
@@ -106,14 +114,15 @@ class LoRADrop(AdapterMethod):
 
     @torch.no_grad()
     def importance(self) -> dict[str, float]:
-        """Return I_i, summing to 1: each adapter's share of the squared output over the tokens of D_s."""
-        model = self._bench.model
+        """Return I_i, which sum to 1: each adapter's share of the squared outputs over the tokens of D_s."""
+        model = self._data.model
         sums = dict.fromkeys(self.adapters, 0.0)
         mask: Tensor | None = None
 
         def observe(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                # DeBERTa sends its relative positions through the same projections: those are not tokens.
+                # DeBERTa also sends relative position embeddings through these projections. They are not tokens and are
+                # skipped.
                 if mask is None or output.shape[:-1] == mask.shape:
                     squared = output.double().square().sum(-1)
                     sums[name] += float(squared.sum() if mask is None else (squared * mask).sum())
@@ -122,8 +131,8 @@ class LoRADrop(AdapterMethod):
 
         handles = [adapter.register_forward_hook(observe(name)) for name, adapter in self.adapters.items()]
         try:
-            with self._bench.evaluation_mode(), every_token(model):
-                for batch in self._bench.batches(self._sample, SCORE_BATCH):
+            with self._data.evaluation_mode(), every_token(model):
+                for batch in self._data.batches(self._sample, SCORE_BATCH):
                     mask = batch.get("attention_mask")
                     model(**batch)
         finally:
@@ -135,7 +144,7 @@ class LoRADrop(AdapterMethod):
 
 
 def choose(importance: dict[str, float], *, keep: float, threshold: float | None) -> Sequence[str]:
-    """Return the names to keep: the best share of all, or the fewest whose importance sums to the threshold."""
+    """Return the names to keep: the best share of all, or the smallest set whose importance reaches the threshold."""
     ranked = sorted(importance, key=lambda name: -importance[name])
     if threshold is None:
         return ranked[: max(1, round(keep * len(ranked)))]

@@ -1,4 +1,4 @@
-"""MELoRA (Ren et al., ACL 2024): several mini adapters on equal blocks of input and output in place of one."""
+"""MELoRA (Ren et al., ACL 2024): several mini-adapters per linear module, one per block of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from wlora.methods.base import AdapterMethod
 
 
 class MELoRA(AdapterMethod):
-    """`minis` adapters of rank `rank`/`minis` each, s = alpha / mini rank; nothing is cut or grown.
+    """`minis` mini-adapters of rank `rank`/`minis` each, with s = alpha / (rank of a mini-adapter).
 
-    The equivalent rank is `rank` at the parameters of rank `rank`/`minis`, which is the paper's 110K for four minis of
-    rank 2 (Table 1 does not give their number; any number of minis of rank 2 has that count).
+    The equivalent rank is `rank`, with as many parameters as one adapter of rank `rank`/`minis`. Four minis of rank 2
+    give the 110K parameters of the paper's Table 1. The paper does not state the number of minis; any number of minis
+    of rank 2 has the same parameter count. Adapters are never removed or extended.
 
     Args:
         rank: equivalent rank, a multiple of `minis`.
-        minis: number of blocks; it divides the widths of every adapted linear.
+        minis: number of blocks; must divide input and output width of every adapted linear module.
     """
 
     def __init__(self, *, rank: int, alpha: float, dropout: float, minis: int) -> None:
@@ -28,7 +29,11 @@ class MELoRA(AdapterMethod):
         self.minis = minis
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build the minis of one d_out×d_in linear."""
+        """Build the mini-adapters of one linear module with a weight of shape [d_out, d_in].
+
+        Raises:
+            ConfigError: `minis` does not divide a width, or a mini-adapter would not be low-rank.
+        """
         if d_in % self.minis or d_out % self.minis:
             raise ConfigError(f"method.minis={self.minis}: allowed is a divisor of {d_in} and {d_out}, the adapted widths")
         mini = self.rank // self.minis

@@ -1,4 +1,4 @@
-"""MiLoRA (Wang et al., 2024, arXiv 2406.09044): LoRA that starts from the base's smallest singular components."""
+"""MiLoRA (Wang et al., 2024, arXiv 2406.09044): LoRA initialised from the smallest singular components of the base."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from wlora.methods.base import AdapterMethod, Setting
 
 
 class MiLoRA(AdapterMethod):
-    """With W = U S Vᵀ and its r smallest triplets: B = U√(S/s), A = √(S/s)Vᵀ, and the frozen base becomes W − s·B A.
+    """With W = U S Vᵀ and its r smallest triplets: B = U√(S/s), A = √(S/s)Vᵀ; the frozen base becomes W − s·B A.
 
-    The start is exact up to rounding (float32). The base module is changed for good: disconnecting such an adapter
-    does not bring the pretrained weight back.
+    Initially the model computes the same function as the base, up to rounding (float32). The base module is changed
+    permanently: disconnecting an adapter does not restore the pretrained weight.
     """
 
     plain_base = True
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Attach an adapter to every target and take its part out of the base.
+        """Attach an adapter to every target and subtract the adapter's product from the base weight.
 
         Raises:
-            ConfigError: a base weight that is not a plain floating-point matrix (a quantised base).
+            ConfigError: a base weight is not a floating-point matrix (quantised base).
         """
         super().attach(model, setting)
         for name, adapter in self.adapters.items():
             _split(name, model.get_submodule(name).get_submodule("base"), adapter)
-        # What the base has lost, which beside the pretrained weight has to be taken off again.
+        # Initial factors: an export relative to the pretrained weight has to subtract their product again.
         self._start = {name: (a.A.detach().clone(), a.B.detach().clone()) for name, a in self.adapters.items()}
 
     def factors(self) -> dict[str, Factors]:
-        """Return s·(B A − B₀A₀), of twice the rank."""
+        """Return s·(B A − B₀A₀), relative to the pretrained weight; its rank is twice the adapter's."""
         found = {}
         for name, (A, B, scale) in super().factors().items():
             first_A, first_B = (first.to(A.device) for first in self._start[name])
@@ -53,15 +53,15 @@ def _split(name: str, base: nn.Module, adapter: LowRankAdapter) -> None:
 
 @torch.no_grad()
 def decompose_base(name: str, base: nn.Module, *, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S, Vᵀ of a base weight in float32, by decreasing singular value.
+    """Return U, S, Vᵀ of a base weight in float32, in decreasing order of singular values.
 
     Raises:
-        ConfigError: a base without a plain floating-point matrix.
+        ConfigError: the weight is not a floating-point matrix.
     """
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         raise ConfigError(
-            f"method={method}: {name} has no plain weight to decompose: allowed is a base without quantisation"
+            f"method={method}: the weight of {name} cannot be decomposed: allowed is a base model that is not quantised"
         )
     U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
     return U, S, Vh

@@ -1,7 +1,7 @@
-"""NoRA (Lin et al., 2024, arXiv 2408.10280): a small trained adapter nested in a frozen one from the base's SVD.
+"""NoRA (Lin et al., 2024, arXiv 2408.10280): a small trained adapter inside a frozen one from the base's SVD.
 
-Other methods are called NoRA, too. The paper's activation-aware scaling of W before the SVD could not be verified; the
-plain SVD stands in for it here.
+Other methods are called NoRA as well. The paper scales W by activations before the SVD. This scaling could not be
+verified, so a plain SVD is used here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from wlora.methods.milora import decompose_base
 
 
 class NoRA(AdapterMethod):
-    """h = W x + s·B_out (B A) A_out x with B_out = U Σ and A_out = Vᵀ of the `outer_rank` largest triplets of W, frozen.
+    """h = W x + s·B_out (B A) A_out x. B_out = U Σ and A_out = Vᵀ are frozen.
 
-    A is drawn as in LoRA, B is zero; `rank` is the inner rank. Trains 2·outer_rank·rank elements per matrix.
+    U Σ Vᵀ are the `outer_rank` largest singular triplets of W. A is initialised as in LoRA, B is zero; `rank` is the
+    inner rank. The method trains 2·outer_rank·rank elements per matrix.
 
     Args:
-        outer_rank: rank of the frozen frame, at least `rank`.
+        outer_rank: rank of the frozen outer factors, at least `rank`.
     """
 
     plain_base = True
@@ -34,7 +35,7 @@ class NoRA(AdapterMethod):
         self.outer_rank = outer_rank
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build the inner adapter within an empty frame."""
+        """Build the inner adapter with outer factors that are not yet filled."""
         if self.outer_rank > min(d_in, d_out):
             raise ConfigError(f"method.outer_rank={self.outer_rank}: allowed is up to {min(d_in, d_out)}, the adapted width")
         scale = self.alpha / self.rank
@@ -43,7 +44,7 @@ class NoRA(AdapterMethod):
         )
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Attach an adapter to every target and fill its frame from the base."""
+        """Attach an adapter to every target and fill its outer factors from the SVD of the base weight."""
         super().attach(model, setting)
         for name, adapter in self.adapters.items():
             assert isinstance(adapter, FramedAdapter)

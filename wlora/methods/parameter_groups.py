@@ -1,4 +1,4 @@
-"""What a method asks the optimisers for."""
+"""Groups of parameters that a method passes to the optimisers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 
 @dataclass
 class ParameterGroup:
-    """Parameters that are updated alike.
+    """Parameters with the same update rule and learning rate.
 
     Attributes:
-        parameters: the tensors; those that do not require a gradient are left out.
+        parameters: the tensors; those that do not require a gradient are ignored.
         lr: peak learning rate.
-        rule: `adamw`, or `sgd` without momentum or decay.
+        rule: `adamw`, or `sgd` without momentum and weight decay.
         scheduled: whether the run's learning-rate schedule applies.
-        start: optimiser steps before the group's schedule begins, with a warm-up of its own.
-        clipped: whether the gradients count in, and are scaled by, global-norm clipping.
+        start: optimiser step at which the group's own schedule begins, including its own warm-up.
+        clipped: whether global-norm clipping includes these gradients.
     """
 
     parameters: list[nn.Parameter]

@@ -1,4 +1,4 @@
-"""Methods that the PEFT library has and this project does not study, behind the interface of all others."""
+"""Base class for methods that the PEFT library implements."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class PeftAdapter:
-    """What PEFT put around one linear, as counts and records see it: its trained parameters, shared ones included.
+    """PEFT's adapter on one linear module: the trained parameters, including those shared with other adapters.
 
     Args:
         layer: PEFT's module, which holds the base linear as `base_layer`.
-        whole: PEFT's model around all of them.
+        whole: PEFT's model, which contains all its adapters.
     """
 
     omega = None
@@ -38,34 +38,39 @@ class PeftAdapter:
         return ranks["default"]
 
     def counted(self) -> list[nn.Parameter]:
-        """Return everything that trains."""
+        """Return all trained parameters."""
         return list(self.parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Return all its parameters, none of which belongs to the base."""
+        """Return all parameters except those of the base."""
         return self.named("")
 
     def named(self, part: str) -> Iterator[nn.Parameter]:
-        """Return its parameters whose names in PEFT's layer contain `part`."""
+        """Return the parameters whose names in PEFT's layer contain `part`."""
         named = self._layer.named_parameters()
         return (p for name, p in named if part in name and not name.startswith("base_layer."))
 
 
 class PeftMethod(Method):
-    """A policy without a schedule whose adapters are made by PEFT."""
+    """A method without a schedule whose adapters are built by PEFT."""
 
     def peft_config(self, setting: Setting, widths: list[int]) -> PeftConfig:
-        """Return PEFT's description of the adapters; `widths` are the inputs and outputs of the targets.
+        """Return PEFT's configuration of the adapters.
 
-        `target_modules` is filled in by `attach`.
+        Args:
+            setting: the model and the run.
+            widths: the distinct input and output widths of the targets.
+
+        Returns:
+            The configuration; `attach` fills in `target_modules`.
         """
         raise NotImplementedError
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Let PEFT put its layers in the place of the targets.
+        """Let PEFT replace the targets by its layers.
 
         Raises:
-            ConfigError: PEFT refuses the targets or the settings.
+            ConfigError: PEFT rejects the targets or the settings.
         """
         from peft import get_peft_model
 
@@ -76,7 +81,7 @@ class PeftMethod(Method):
         config.target_modules = [target.name for target in setting.targets]
         try:
             with warnings.catch_warnings():
-                # Of names that transformers has deprecated and PEFT still asks for.
+                # PEFT still uses names that transformers has deprecated.
                 warnings.simplefilter("ignore", FutureWarning)
                 whole = get_peft_model(model, config)  # type: ignore[arg-type]  # it changes the model in place
         except (ValueError, TypeError) as error:
@@ -90,25 +95,25 @@ class PeftMethod(Method):
         return self._attached
 
     def to_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return PEFT's own description of its adapters."""
+        """Return the adapters as PEFT describes them."""
         from peft import get_peft_model_state_dict
 
         whole = next(iter(self._attached.values())).whole
         config = whole.peft_config["default"].to_dict()
-        # Sets have no order, and JSON no sets.
+        # JSON has no sets. Sorting makes the order deterministic.
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         return plain, get_peft_model_state_dict(whole)
 
     def fold(self) -> None:
-        """Let PEFT merge its adapters, and put the plain linears back."""
+        """Merge PEFT's adapters and restore the plain linear modules."""
         fold_peft(self._model)
         self._attached = {}
 
     def trained(self, part: str = "") -> list[nn.Parameter]:
-        """Return the parameters of the adapters whose names contain `part`, shared ones once."""
+        """Return the adapters' parameters whose names contain `part`; shared ones only once."""
         found = {p: None for adapter in self._attached.values() for p in adapter.named(part)}
         return list(found)
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return all that PEFT trains, at the run's rate."""
+        """Return everything that PEFT trains, at the run's learning rate."""
         return [ParameterGroup(self.trained(), lr)]

@@ -1,4 +1,4 @@
-"""Linear probe: only the head and the pooler train. What the frozen body already knows; the floor for adapters."""
+"""Linear probe: only the head and the pooler train. It measures the frozen body and is the lower bound for adapters."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from wlora.methods.base import Method
 
 
 class Probe(Method):
-    """No adapters and no schedule."""
+    """Trains no adapters and has no schedule."""

@@ -1,4 +1,4 @@
-"""What AdaLoRA and Dynamic LoRA share: gated components, scored over all adapters, pruned from 1.5·rank to a mean rank."""
+"""Base class of AdaLoRA and Dynamic LoRA: gated components, scored over all adapters and pruned to a mean rank."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from wlora.methods.parameter_groups import ParameterGroup
 
 
 class ComponentPruning(AdapterMethod):
-    """Starts at `initial_rank` with a trained gate per component and ends at a mean of `rank` components per adapter.
+    """Starts with `initial_rank` components per adapter, each with a trained gate, and ends with a mean of `rank`.
 
-    Masking sets gates to zero, and a masked gate may grow again; `prune` then takes components out of the model.
+    Masking sets gates to zero; a masked gate still trains and may become nonzero again. `prune` removes components from
+    the model permanently.
 
     Args:
         rank: mean rank per adapter at the end.
@@ -40,14 +41,14 @@ class ComponentPruning(AdapterMethod):
         self.last_budget = len(self.adapters) * self.target_rank
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build an adapter with gates of zero; A and B are drawn by `draw`."""
+        """Build an adapter with zero gates; `draw` initialises A and B."""
         adapter = super().make_adapter(d_in, d_out, device)
         self.draw(adapter)
         adapter.gates = nn.Parameter(torch.zeros(self.rank, device=device, dtype=adapter.A.dtype))
         return adapter
 
     def draw(self, adapter: LowRankAdapter) -> None:
-        """Initialise A and B, neither of them zero."""
+        """Initialise A and B; neither may be zero."""
         raise NotImplementedError
 
     def groups(self, lr: float) -> list[ParameterGroup]:
@@ -56,11 +57,11 @@ class ComponentPruning(AdapterMethod):
         return [*super().groups(lr), ParameterGroup(gates, lr)]
 
     def scores(self) -> dict[str, Tensor]:
-        """Return the importance of every component, of shape [rank] per adapter."""
+        """Return the importance of every component, as a tensor of shape [rank] per adapter."""
         raise NotImplementedError
 
     def keep_mask(self, budget: int) -> dict[str, Tensor]:
-        """Return per adapter which components are among the `budget` most important of all."""
+        """Return per adapter which components are among the `budget` most important ones of all adapters."""
         scores = self.scores()
         everything = torch.cat(list(scores.values()))
         kept = torch.zeros_like(everything, dtype=torch.bool)
@@ -75,11 +76,11 @@ class ComponentPruning(AdapterMethod):
             gates.data.mul_(keep)
 
     def final_count(self) -> tuple[int, int]:
-        """Return what the last budget's components have."""
+        """Return the bounds for as many components as the final budget."""
         return bound_sum((a.count() // a.rank for a in self.adapters.values() for _ in range(a.rank)), self.last_budget)
 
     def prune(self, step: int) -> Event:
-        """Take all but the last budget's components out; an adapter left with none is disconnected."""
+        """Permanently remove all components outside the final budget. An adapter without components is disconnected."""
         keep = self.keep_mask(self.last_budget)
         for name, mask in keep.items():
             if mask.any():

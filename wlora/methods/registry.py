@@ -1,4 +1,4 @@
-"""One file per policy: when adapters are cut, grown or drawn, which, and how many."""
+"""Build a method from its configuration. Each method has its own module in this package."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ if TYPE_CHECKING:
 def build_method(
     settings: dict[str, Any], *, release: bool = False, quantized: bool = False, started: bool = False
 ) -> Method:
-    """Build the policy that a `conf/method/<name>.yaml` describes.
+    """Build the method that `conf/method/<name>.yaml` describes.
 
-    The class is the one `Method` defined in `wlora/methods/<name>.py`; its arguments are the YAML's keys (`name` and
-    `targets` aside, which the runner reads). `release` stands for `compat=release`, `quantized` for a base whose
-    weights are packed, `started` for adapters that start from given ones (`adapter.path`).
+    The class is the only subclass of `Method` defined in `wlora/methods/<name>.py`. Its arguments are the keys of the
+    YAML file, except `name` and `targets`, which the runner reads.
+
+    Args:
+        settings: the keys of the YAML file.
+        release: `compat=release`.
+        quantized: the base model is quantised.
+        started: the adapters start from given ones (`adapter.path`).
 
     Raises:
-        ConfigError: there is no such policy, or it has other keys; it reads or changes the weights of the base, and they are
-            packed; its adapters cannot start from others.
+        ConfigError: the method does not exist or has other keys; the base is quantised and the method reads or changes
+            its weights; the method cannot start from given adapters.
     """
     from wlora.methods.base import Method
     from wlora.methods.release import RELEASES
@@ -43,7 +48,7 @@ def build_method(
         )
     if started and not policy.startable:
         raise ConfigError(
-            f"method={settings['name']}: its adapters have a start of their own: allowed with adapter.path is "
+            f"method={settings['name']}: its adapters have their own initialisation: allowed with adapter.path is "
             "lora, wlora, wlora_plus, wlora_depth, rlora, alora, lora_drop"
         )
     given = {key: value for key, value in settings.items() if key not in ("name", "targets", "revision")}

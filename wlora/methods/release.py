@@ -1,4 +1,4 @@
-"""`compat=release`: what the paper's published code does differently, as one subclass per method concerned."""
+"""`compat=release`: subclasses that reproduce how the paper's published code differs from the paper."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from wlora.methods.wlora import WLoRA
 from wlora.methods.wlora_plus import WLoRAPlus
 
 PLUS_SELECT_STEPS = 20
-# The name filter, as misspelt as it is there; it holds for "full" fine-tuning, too: 30.7 % of DeBERTaV3-base train.
+# The misspelt name filter of the published code. It also applies to "full" fine-tuning: 30.7 % of DeBERTaV3-base train.
 NAME_FILTER = ("attention.self", "output.dense", "intermediate.dence")
 
 
 class ReleaseWLoRA(WLoRA):
-    """Nothing is ever fixed or disconnected, ω may be negative and still act, and schedule and clipping include ω.
+    """WeightLoRA as published: ω is never fixed and no adapter is disconnected.
 
-    A starts within ±1/√rank, dropout is ignored, and the optimiser is the release's own AdamW.
+    A negative ω may still act. The learning-rate schedule and gradient clipping include ω. A is initialised within
+    ±1/√rank, dropout is ignored, and the optimiser is the AdamW of the published code.
     """
 
     release_adamw = True
@@ -35,31 +36,32 @@ class ReleaseWLoRA(WLoRA):
         self.omega_scheduled = self.omega_clipped = True
 
     def longest_select_steps(self, steps: Steps) -> tuple[int, str]:
-        """Return the longest T: the release knows no bound but the run."""
+        """Return the largest allowed T: the published code limits T only by the run's length."""
         return steps.total - 1, ""
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build an adapter with ω = 1 and the release's start."""
+        """Build an adapter with ω = 1 and the published initialisation."""
         adapter = super().make_adapter(d_in, d_out, device)
-        # Kaiming on the transposed tensor takes the rank for the fan-in: 1/√r in place of 1/√d_in.
+        # The published code applies Kaiming initialisation to the transposed A, so its fan-in is the rank: 1/√r instead
+        # of 1/√d_in.
         nn.init.uniform_(adapter.A, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
         adapter.dropout, adapter.positive = 0.0, False
         return adapter
 
     def after_step(self, step: int) -> list[Event]:
-        """Project, to the end of the run."""
+        """Project ω in every step, until the end of the run."""
         self._project(step)
         return []
 
     def settled(self, step: int) -> bool:
-        """ω changes to the end."""
+        """Return False: ω changes until the end of the run."""
         return False
 
 
 class ReleaseWLoRAPlus(ReleaseWLoRA, WLoRAPlus):
-    """Projects at its two cuts alone, extends before it selects, and never disconnects.
+    """WeightLoRA+ as published: it projects only at its two cuts, extends before it selects, and never disconnects.
 
-    The step of an extension leaves A and B as they are; new rows of A are uniform.
+    In the step of an extension, A and B are not updated. The new rows of A are uniform.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -67,16 +69,16 @@ class ReleaseWLoRAPlus(ReleaseWLoRA, WLoRAPlus):
         self.extension = "uniform"
 
     def default_select_steps(self, steps: Steps) -> int:
-        """Return T where none is given."""
+        """Return the default T."""
         return min(PLUS_SELECT_STEPS, steps.total // 2)
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Attach an adapter to every target; all of them are chosen at first."""
+        """Attach an adapter to every target. Initially all adapters are chosen."""
         super().attach(model, setting)
         self._chosen = list(self.adapters)
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return the chosen alone: the others stay in the model but leave the optimiser."""
+        """Return only the chosen adapters. The others stay in the model but leave the optimiser."""
         chosen = [self.adapters[name] for name in self._chosen]
         matrices, omegas = super().groups(lr)
         matrices.parameters = [p for a in chosen for p in (a.A, a.B)]
@@ -84,13 +86,13 @@ class ReleaseWLoRAPlus(ReleaseWLoRA, WLoRAPlus):
         return [matrices, omegas]
 
     def before_step(self, step: int) -> list[Event]:
-        """Double the ranks of all chosen adapters in place of updating their A and B."""
+        """Double the ranks of all chosen adapters instead of updating their A and B."""
         if step not in self._cut_steps:
             return []
         return [self._extend(step, {name: 2 * self.adapters[name].rank for name in self._chosen})]
 
     def after_step(self, step: int) -> list[Event]:
-        """At a cut, halve the chosen: ω of the others becomes 0, nothing leaves the model."""
+        """At a cut, halve the set of chosen adapters. ω of the others becomes 0; they stay in the model."""
         if step not in self._cut_steps:
             return []
         chosen = [self.adapters[name] for name in self._chosen]
@@ -104,7 +106,7 @@ class ReleaseWLoRAPlus(ReleaseWLoRA, WLoRAPlus):
 
 
 class ReleaseRLoRA(ReleaseWLoRA, RLoRA):
-    """Draws before the first step, among other modules than those with adapters, and trains with torch's AdamW."""
+    """RLoRA as published: the draw happens before the first step, and the optimiser is torch's AdamW."""
 
     release_adamw = False
 
@@ -112,19 +114,24 @@ class ReleaseRLoRA(ReleaseWLoRA, RLoRA):
         super().__init__(**{**settings, "draw": "at_start"})
 
     def drawable(self, setting: Setting) -> list[str]:
-        """Return the names that the drawn indices stand for.
+        """Return the names that the drawn indices refer to.
 
-        The indices are below n, but count over all wrapped linears (methods note §3): the upper layers are never drawn, and
-        a drawn module without a trainable adapter is lost.
+        The published code draws indices below n (the number of trainable adapters) but applies them to the list of all
+        wrapped linear modules. Therefore the upper layers are never drawn, and a drawn module without a trainable
+        adapter has no effect.
         """
         return [target.name for target in setting.universe]
 
 
 class ReleaseFullFineTuning(FullFineTuning):
-    """Trains only the parameters whose names pass the filter (methods note §1.3)."""
+    """Trains only the parameters whose names pass `NAME_FILTER`."""
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Let a part of the body train; the filter's names are BERT's and DeBERTa's, and the script for BART has none."""
+        """Make a part of the body trainable.
+
+        The filter's names exist in BERT and DeBERTa. The published script for BART has no filter; there all parameters
+        train.
+        """
         super().attach(model, setting)
         passing = {p for name, p in model.named_parameters() if any(part in name for part in NAME_FILTER)}
         if chosen := [p for p in self.base_parameters if p in passing]:
@@ -139,4 +146,4 @@ RELEASES: dict[type[Method], type[Method]] = {
     RLoRA: ReleaseRLoRA,
     FullFineTuning: ReleaseFullFineTuning,
 }
-"""The methods that the published code has, as it has them; other methods are the same in both modes."""
+"""The published variant of each method that the published code changes. Other methods are the same in both modes."""

@@ -1,4 +1,4 @@
-"""RLoRA (the paper, §4.4 and Table 6): as WeightLoRA, but the K survivors are drawn at random. The ablation."""
+"""RLoRA (paper §4.4 and Table 6): as WeightLoRA, but the K survivors are chosen at random. An ablation."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from wlora.methods.wlora import WLoRA
 
 
 class RLoRA(WLoRA):
-    """WeightLoRA whose projections and cut keep a set drawn from the run's stream of random choices, one per seed.
+    """WeightLoRA whose projections and cut keep a random set, drawn once per run from its random generator.
 
-    ω trains as in WeightLoRA, and all adapters act until the first projection, so that only the choice differs (§4.4).
-    Not PEFT's RandLora, which is another method.
+    ω trains as in WeightLoRA, and all adapters are active until the first projection. So only the choice differs
+    (§4.4). This is not PEFT's RandLora, which is a different method.
 
     Args:
-        draw: `at_projection`: the drawn set takes effect where WeightLoRA first projects; `at_start`: ω stays 1, and the
-            others leave before the first step, as in the release.
-        settings: of `WLoRA`; only `k` is read with a draw at the start.
+        draw: `at_projection`: the drawn set takes effect at WeightLoRA's first projection. `at_start`: ω stays 1, and
+            the others leave before the first step, as in the published code.
+        settings: arguments of `WLoRA`; with `at_start` only `k` is used.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class RLoRA(WLoRA):
         self.draw = draw
 
     def plan(self, steps: Steps) -> None:
-        """Fix T, which a draw at the start does not need."""
+        """Determine T; `at_start` has none."""
         if self._draws_at_start:
             self.select_steps = 0
         else:
@@ -51,17 +51,17 @@ class RLoRA(WLoRA):
         return [target.name for target in setting.targets]
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return what WeightLoRA trains; with a draw at the start ω does not."""
+        """Return WeightLoRA's groups; with `at_start`, without ω."""
         groups = super().groups(lr)
         return groups[:1] if self._draws_at_start else groups
 
     def mask(self, omega: Tensor) -> Tensor:
-        """Return which adapters were drawn, [n] boolean."""
+        """Return which adapters were drawn, as a boolean tensor of shape [n]."""
         drawn = torch.tensor([name in self._drawn for name in self.adapters])
-        return drawn.to(omega.device, non_blocking=True)  # a GPU is not waited for
+        return drawn.to(omega.device, non_blocking=True)  # without waiting for the GPU
 
     def choose(self, k: int) -> list[str]:
-        """Return the drawn names, those with ω ≤ 0 left out."""
+        """Return the drawn names, without those with ω ≤ 0."""
         omega = self.omegas()
         return [name for name in self._drawn if omega[name] > 0]
 

@@ -1,4 +1,4 @@
-"""Tied-LoRA (Renduchintala et al., 2023, arXiv 2311.09578): matrices shared by all layers, scaling vectors of their own."""
+"""Tied-LoRA (Renduchintala et al., 2023, arXiv 2311.09578): low-rank matrices shared by all layers, plus scaling vectors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from wlora.methods.parameter_groups import ParameterGroup
 
 
 class TiedLoRA(AdapterMethod):
-    """h = W x + s·Λ_v B Λ_u A x: the variant of the paper that trains all four, with A drawn, B = 0 and u = v = 1.
+    """h = W x + s·Λ_v B Λ_u A x: the paper's variant that trains A, B, u and v.
 
-    The original adapts one fused qkv matrix per layer. Here its parts are tied alike: one A for all modules of an input
-    width, one B per kind of module (the fused B's rows), one u per layer and input width, one v per module. On q, k, v of
-    DeBERTaV3-base that gives the fused count, 4dr + L(r + 3d).
+    A is random, B = 0, u = v = 1 at the start. The paper adapts one fused qkv matrix per layer. Here its parts are tied
+    in the same way: one A for all modules with the same input width, one B per kind of module (the corresponding rows
+    of the fused B), one u per layer and input width, and one v per module. On q, k, v of DeBERTaV3-base this gives the
+    fused count 4dr + L(r + 3d), with width d, rank r and L layers.
     """
 
     def attach(self, model: nn.Module, setting: Setting) -> None:
-        """Attach adapters and tie their parts."""
+        """Attach adapters and share their parameters."""
         super().attach(model, setting)
         shared: dict[tuple[Any, ...], nn.Parameter] = {}
         for name, adapter in self.adapters.items():
@@ -33,7 +34,7 @@ class TiedLoRA(AdapterMethod):
             adapter.gates = shared.setdefault(("u", target.layer, width), adapter.gates)
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
-        """Build an adapter with u and v of ones."""
+        """Build an adapter with u = v = 1."""
         self.check_rank(d_in, d_out)
         return TiedAdapter(d_in, d_out, rank=self.rank, scale=self.alpha / self.rank, dropout=self.dropout, device=device)
 

@@ -1,4 +1,4 @@
-"""What the loop offers a policy beyond the hooks: training rows on demand, and in which order they are drawn."""
+"""Access to training rows and losses for methods that need more than the hooks: held-out loss, gradients, phases."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run that draws its batches from some of the training rows.
+    """A part of the run that draws its batches from a subset of the training rows.
 
     Attributes:
         rows: indices of training rows.
-        steps: optimiser steps.
+        steps: length of the phase in optimiser steps.
     """
 
     rows: Sequence[int]
     steps: int
 
 
-class Bench:
+class TrainingData:
     """The model under training, and batches of any training rows.
 
-    With several processes each computes the same, on its own; the mean over them is what all decide by.
+    In a multi-process run every process evaluates the same rows. Results are averaged over the processes, so that all
+    processes make the same decision.
 
     Args:
-        model: the model, as it is trained.
-        labels: the label of every training row, or None where a row has no single one.
-        lengths: tokens of every training row.
+        model: the model that is trained.
+        labels: the label of every training row; None if rows do not have a single label.
+        lengths: number of tokens of every training row.
         collate: turns row indices into a batch on the model's device.
     """
 
@@ -69,10 +70,14 @@ class Bench:
             return float(mean(self.model(**batch).loss))
 
     def entering(self, layer: int, batch: Batch) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Compute what enters a layer in evaluation mode; in a block of the result the model goes on from there.
+        """Precompute the layers below `layer` in evaluation mode.
 
         Args:
-            layer: counted from 0 over all stacks; the layers of a decoder are all entered after the whole encoder.
+            layer: first layer that is not precomputed, counted from 0 over all stacks. All layers of a decoder count as
+                the first one after the encoder, because each of them needs the encoder's output.
+
+        Returns:
+            A function that makes a context manager. Inside it, the model's forward pass starts from the stored states.
         """
         first, *_ = FAMILIES[self.model.config.model_type]
         depth = min(layer, len(self.model.get_submodule(first.prefix)))  # type: ignore[arg-type]
@@ -83,7 +88,7 @@ class Bench:
         return lambda: prefix.replaced(states)
 
     def gradients(self, batch: Batch, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Return the gradients of a batch's mean loss in evaluation mode; `grad` of no parameter is touched."""
+        """Return the gradients of a batch's mean loss in evaluation mode. `.grad` of the parameters does not change."""
         with self.evaluation_mode():
             trained = [p.requires_grad for p in parameters]
             for p in parameters:
@@ -95,7 +100,7 @@ class Bench:
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Switch dropout off for a while: the mode after it is that before, and no random number is drawn."""
+        """Switch dropout off temporarily and restore the previous mode afterwards. No random numbers are drawn."""
         training = self.model.training
         self.model.eval()
         try:
@@ -104,22 +109,23 @@ class Bench:
             self.model.train(training)
 
     def sample(self, count: int, generator: torch.Generator) -> list[int]:
-        """Draw row indices without replacement, with about the labels' proportions where rows have labels."""
+        """Draw row indices without replacement; stratified by label if rows have labels."""
         order = torch.randperm(self.rows, generator=generator).tolist()
         if self.labels is None:
             return order[:count]
         by_label: dict[float, list[int]] = {}
         for row in order:
             by_label.setdefault(self.labels[row], []).append(row)
-        # The k-th row of each label stands at (k + ½) / size: sorting by that interleaves labels in proportion.
+        # Stratification: the k-th row of a label gets the sort key (k + ½) / (rows of the label), which interleaves the
+        # labels in proportion.
         placed = [((k + 0.5) / len(group), row) for group in by_label.values() for k, row in enumerate(group)]
         return [row for _, row in sorted(placed, key=lambda pair: pair[0])[:count]]
 
     def hold_out(self, count: int, generator: torch.Generator) -> tuple[Batch, list[int]]:
-        """Split a batch of `count` rows off the training rows; returns it and the rows that are left to train on.
+        """Hold out `count` random training rows. Returns them as one batch, and the remaining row indices for training.
 
         Raises:
-            ConfigError: nothing would be left.
+            ConfigError: no rows would remain for training.
         """
         if count >= self.rows:
             raise ConfigError(f"method.held_out={count}: allowed is 1 to {self.rows - 1}, of {self.rows} training rows")

@@ -17,18 +17,20 @@ LONGEST = 256
 
 
 class VBLoRA(PeftMethod):
-    """Every sub-vector of A's rows and B's columns is a softmax mixture of the k best of the bank's vectors.
+    """Every sub-vector of A's rows and B's columns is a softmax mixture of the top k vectors of a shared bank.
 
-    The bank and all logits train, the k best are chosen anew in every forward pass. It starts close to the base model, not
-    at it: bank U(−0.02, 0.02), logits N(0, 0.01), no scale. What has to be stored afterwards (the bank, k indices and
-    k − 1 weights per sub-vector) is less than what trains, which is what records count.
+    The bank and all logits train; the top k are chosen anew in every forward pass. The initial function is close to
+    that of the base model, but not equal: bank U(−0.02, 0.02), logits N(0, 0.01), no scale. A trained adapter can be
+    stored as the bank plus k indices and k − 1 weights per sub-vector. Records count the trained parameters instead,
+    which are more.
 
     Args:
         rank: components per adapter.
-        dropout: probability of dropping an input element of an adapter.
-        num_vectors: vectors in the bank.
-        vector_length: their length, a divisor of all adapted widths; None means the largest up to 256, the authors' length.
-        top_k: vectors in a mixture.
+        dropout: dropout probability on the adapter's input.
+        num_vectors: number of vectors in the bank.
+        vector_length: length of a vector, a divisor of all adapted widths. None means the largest divisor up to 256,
+            the authors' length.
+        top_k: vectors per mixture.
         lr_bank: learning rate of the bank.
         lr_logits: learning rate of the logits.
     """
@@ -53,7 +55,7 @@ class VBLoRA(PeftMethod):
         """Return VB-LoRA's configuration.
 
         Raises:
-            ConfigError: the vectors' length does not divide an adapted width.
+            ConfigError: the vector length does not divide an adapted width.
         """
         from peft import VBLoRAConfig
 
@@ -70,7 +72,7 @@ class VBLoRA(PeftMethod):
         )
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return bank and logits, each at its own rate."""
+        """Return the bank and the logits, each with its own learning rate."""
         return [
             ParameterGroup(self.trained("vector_bank"), self.lr_bank),
             ParameterGroup(self.trained("logits"), self.lr_logits),

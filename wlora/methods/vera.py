@@ -1,4 +1,4 @@
-"""VeRA (Kopiczko et al., 2023, arXiv 2310.11454), from PEFT: two frozen random matrices for all, vectors that train."""
+"""VeRA (Kopiczko et al., 2023, arXiv 2310.11454), from PEFT: shared frozen random matrices and trained scaling vectors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 
 class VeRA(PeftMethod):
-    """h = W x + Λ_b B Λ_d A x; A and B are drawn once from the run's seed and shared (smaller linears use a part of them).
+    """h = W x + Λ_b B Λ_d A x. A and B are drawn once from the run's seed and are shared by all adapters.
 
-    Trains Λ_d (rank values of 0.1) and Λ_b (d_out zeros) per adapter; there is no alpha.
+    Smaller linear modules use slices of the shared matrices. Each adapter trains Λ_d (`rank` values, initially 0.1) and
+    Λ_b (d_out values, initially 0). There is no alpha.
 
     Args:
-        rank: components of the shared matrices, far more than LoRA's.
-        dropout: probability of dropping an input element of an adapter.
+        rank: components of the shared matrices; much larger than LoRA's rank.
+        dropout: dropout probability on the adapter's input.
         lr_vectors: learning rate of the vectors; None means the run's.
     """
 
@@ -36,5 +37,5 @@ class VeRA(PeftMethod):
         return VeraConfig(r=self.rank, vera_dropout=self.dropout, projection_prng_key=seed)
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """Return the vectors."""
+        """Return the scaling vectors."""
         return [ParameterGroup(self.trained(), self.lr_vectors or lr)]

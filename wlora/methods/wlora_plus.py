@@ -1,4 +1,4 @@
-"""WeightLoRA+ (the paper, §3.4): select as WeightLoRA, then spend the freed budget on higher ranks."""
+"""WeightLoRA+ (paper §3.4): select as WeightLoRA, then use the freed parameter budget for higher ranks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ HALVINGS = 2
 
 
 class WLoRAPlus(WLoRA):
-    """WeightLoRA, whose cut also extends the survivors' ranks so that the number of parameters stays (equal shapes: r·n/K).
+    """WeightLoRA whose cut also extends the survivors' ranks, so that the number of parameters stays constant.
 
-    Schedule `single` (the paper's text): T steps of WeightLoRA, then one cut to the top K and one growth. Schedule
-    `halvings` (after the release): n → n/2 adapters at T/2, → n/4 at T, each with a growth. Both project ω to the final
-    number at every step, so that the adapters that act at one cut are not overtaken at the next by idle ones, whose ω
-    has never moved from 1.
+    For modules of equal shape the new rank is r·n/K. Schedule `single` (the paper's text): T steps of WeightLoRA, then
+    one cut to the top K and one extension. Schedule `halvings` (after the published code): n → n/2 adapters at T/2 and
+    n/2 → n/4 at T, each with an extension. Both schedules project ω to the final number of adapters at every step.
+    Without this, idle adapters, whose ω never moved from 1, could outrank the active ones at the second cut.
 
     Args:
         k: adapters to keep with `schedule=single`; `halvings` keeps n/4, rounded up.
         schedule: `single` or `halvings`.
         extension: `gaussian` or `qr` (`LowRankAdapter.extend`).
-        rescale: set s to alpha / rank after the growth, and B so that the function stays; else s stays.
-        keep_moments: with `gaussian`, let the old components keep their Adam moments.
-        settings: of `WLoRA`.
+        rescale: after the extension, set s to alpha / rank and adjust B so that the function does not change. Otherwise
+            s stays the same.
+        keep_moments: with `gaussian`, keep the Adam moments of the old components.
+        settings: arguments of `WLoRA`.
     """
 
     def __init__(
@@ -45,10 +46,10 @@ class WLoRAPlus(WLoRA):
         self.schedule, self.extension, self.rescale, self.keep_moments = schedule, extension, rescale, keep_moments
 
     def plan(self, steps: Steps) -> None:
-        """Fix T, and with it the steps of the cuts.
+        """Determine T and the steps of the cuts.
 
         Raises:
-            ConfigError: an explicit T that does not fit (`WLoRA.plan`), or is below the number of cuts.
+            ConfigError: the configured T does not fit the run (`WLoRA.plan`), or is below the number of cuts.
         """
         rounds = HALVINGS if self.schedule == "halvings" else 1
         super().plan(steps)
@@ -58,7 +59,7 @@ class WLoRAPlus(WLoRA):
         self._cut_steps = [self.select_steps * (index + 1) // rounds for index in range(rounds)]
 
     def default_select_steps(self, steps: Steps) -> int:
-        """Return T where none is given; with two cuts the first one, too, needs an ω that has had a gradient."""
+        """Return the default T. With two cuts, ω must have received a gradient before the first cut, too."""
         least = INFORMED_STEPS * HALVINGS if self.schedule == "halvings" else INFORMED_STEPS
         return max(least, super().default_select_steps(steps))
 
@@ -72,19 +73,19 @@ class WLoRAPlus(WLoRA):
         self._sizes = [math.ceil(n / 2), self.k] if self.schedule == "halvings" else [self.k]
 
     def after_step(self, step: int) -> list[Event]:
-        """Project, and at the cuts select and extend the survivors."""
+        """Project ω; at the cuts select the survivors and extend them."""
         if step > self._cut_steps[-1]:
             return []
         if step not in self._cut_steps:
             self._project(step)
             return []
-        before = self.omegas()  # at the cuts alone: every ω is waited for on a GPU
+        before = self.omegas()  # only at the cuts, because reading ω waits for the GPU
         self._project(step)
         final = step == self._cut_steps[-1]
         if final:
             survivors = self.choose(self.k)
         else:
-            # Beside those that act, the first of the others by ω as it was before the projection set it to 0.
+            # After the active adapters come the inactive ones, in the order of ω before the projection set it to 0.
             after = self.omegas()
             self.check_informed(after, self._sizes[0])
             ranked = sorted(before, key=lambda name: (-after[name], -before[name]))
@@ -93,10 +94,11 @@ class WLoRAPlus(WLoRA):
         return [event, self._extend(step, self._spread(event.details["omega"]))]
 
     def _spread(self, omega: dict[str, float]) -> dict[str, int]:
-        """Return ranks for the survivors that together spend the parameters of the start, as equal as they can be.
+        """Return the survivors' new ranks: as equal as possible, within the initial parameter budget.
 
-        Components are handed out one by one, to the adapter of the lowest rank and among these to the largest ω, until none
-        fits: what is left is less than one component of the largest shape, unless all are as wide as their linear.
+        Components are assigned one by one to the adapter with the lowest rank, and among equal ranks to the one with
+        the largest ω. This ends when no further component fits the budget. The rest is less than one component of the
+        largest shape, unless every adapter has full rank.
         """
         survivors = sorted(self.adapters, key=lambda name: -omega[name])
         ranks = {name: self.adapters[name].rank for name in survivors}
@@ -110,14 +112,17 @@ class WLoRAPlus(WLoRA):
         return ranks
 
     def final_count(self) -> tuple[int, int]:
-        """Return the budget, or what K adapters as wide as their linears have, less one component where shapes differ."""
+        """Return the bounds: the budget, or K adapters of full rank if that is less.
+
+        If shapes differ, up to one component of the largest shape may remain unused.
+        """
         costs = {adapter.count() // adapter.rank for adapter in self.adapters.values()}
         widest = (min(a.A.shape[1], a.B.shape[0]) * a.count() // a.rank for a in self.adapters.values())
         least, most = bound_sum(widest, self.k)
         return min(least, self._budget - (max(costs) - 1 if len(costs) > 1 else 0)), min(most, self._budget)
 
     def _extend(self, step: int, ranks: dict[str, int]) -> Event:
-        """Grow adapters to the given ranks."""
+        """Extend adapters to the given ranks."""
         for name, rank in ranks.items():
             adapter = self.adapters[name]
             adapter.extend(

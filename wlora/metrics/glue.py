@@ -1,4 +1,4 @@
-"""The metrics of GLUE as `evaluate.Metric`s that need no network and no disk (`evaluate.load` does)."""
+"""The metrics of GLUE as `evaluate.Metric` objects that need no network and no disk, unlike `evaluate.load`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sklearn import metrics as sklearn_metrics
 from wlora.errors import RunFault, unknown_name
 
 Score = Callable[[np.ndarray, np.ndarray], float]
-"""Takes (references, predictions), both of shape [rows]."""
+"""Arguments: (references, predictions), both of shape [rows]."""
 
 Shard = tuple[Sequence[int], Sequence[Any] | np.ndarray]
-"""(numbers, predictions) of the features that one process has seen."""
+"""(indices, predictions) of the features that one process has predicted."""
 
 
 class ScoreMetric(evaluate.Metric):  # type: ignore[misc]  # the library has no types
-    """One score of predictions against references, in memory only.
+    """One score of predictions against references, computed in memory.
 
     Args:
-        name: its key in the result.
+        name: the score's key in the result.
         score: the function.
-        dtype: of predictions and references: `int64` class numbers or `float64` values.
-        definition: what the score is, with its source.
+        dtype: type of predictions and references: `int64` (class indices) or `float64` (values).
+        definition: description of the score, with its source.
     """
 
     def __init__(self, name: str, score: Score, dtype: str, definition: str) -> None:
@@ -46,7 +46,7 @@ class ScoreMetric(evaluate.Metric):  # type: ignore[misc]  # the library has no 
         )
 
     def _build_data_dir(self) -> str:
-        # The library makes this folder in the user's home although a metric in memory never writes to it.
+        # The library would create this folder in the user's home, although a metric in memory never writes to it.
         return ""
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
@@ -54,7 +54,7 @@ class ScoreMetric(evaluate.Metric):  # type: ignore[misc]  # the library has no 
 
 
 def _correlate(measure: Callable[..., tuple[float, float]], references: np.ndarray, predictions: np.ndarray) -> float:
-    """Return a correlation; 0 where one side is constant, for nothing has been learnt; NaN stays NaN."""
+    """Return a correlation; 0 if references or predictions are constant. NaN stays NaN."""
     if len(references) < 2 or np.ptp(references) == 0 or np.ptp(predictions) == 0:
         return 0.0
     return float(measure(references, predictions)[0])
@@ -81,12 +81,12 @@ _SCORES: dict[str, tuple[Score, str, str]] = {
     "pearson": (partial(_correlate, stats.pearsonr), "float64", "linear correlation, −1–1; 0 for a constant"),
     "spearman": (partial(_correlate, stats.spearmanr), "float64", "rank correlation, −1–1; 0 for a constant"),
 }
-# The paper's tables count a pair of metrics as its mean.
+# The paper's tables report the mean of each of these pairs.
 _MEANS = {"accuracy_f1": ("accuracy", "f1"), "corr": ("pearson", "spearman")}
 
 
 def metrics_of(classes: int) -> list[str]:
-    """Return the names of the metrics that are defined for a number of classes; for values where it is 0."""
+    """Return the names of the metrics that are defined for a number of classes; 0 classes means regression."""
     dtype = "int64" if classes else "float64"
     single = [name for name, (_, of, _) in _SCORES.items() if of == dtype and (name != "f1" or classes == 2)]
     return [*single, *(name for name, parts in _MEANS.items() if set(parts) <= set(single))]
@@ -96,15 +96,15 @@ def compute(names: Sequence[str], predictions: np.ndarray, references: np.ndarra
     """Return the named metrics, in the order of the names.
 
     Args:
-        names: of `metrics_of`.
-        predictions: class numbers or values, shape [rows].
-        references: likewise.
+        names: names from `metrics_of`.
+        predictions: class indices or values, shape [rows].
+        references: class indices or values, shape [rows].
 
     Returns:
-        Scores within 0–1, correlations within −1–1. Never NaN, unless a prediction is.
+        Scores within 0–1, correlations within −1–1. NaN only if a prediction is NaN.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: a name is unknown.
     """
     for name in names:
         if name not in _SCORES and name not in _MEANS:
@@ -117,7 +117,8 @@ def compute(names: Sequence[str], predictions: np.ndarray, references: np.ndarra
 def _compute_one(name: str, predictions: np.ndarray, references: np.ndarray) -> float:
     metric = ScoreMetric(name, *_SCORES[name])
     with warnings.catch_warnings():
-        # What the libraries warn of, input with one class or hardly any spread, is defined above.
+        # The libraries warn about a single class or nearly constant values. The result for these cases is defined
+        # above.
         warnings.simplefilter("ignore")
         found = metric.compute(predictions=predictions, references=references)
     assert found is not None
@@ -125,19 +126,19 @@ def _compute_one(name: str, predictions: np.ndarray, references: np.ndarray) -> 
 
 
 def merge_shards(shards: Sequence[Shard], *, count: int) -> list[Any]:
-    """Put the shards of all processes together, so that metrics are computed once, on the whole.
+    """Combine the predictions of all processes, so that metrics are computed once, on the complete split.
 
-    A mean of the shards' metrics would be wrong: shards differ in size, and F1 does not average.
+    The mean of per-process metrics would be wrong: shards differ in size, and F1 is not a mean over rows.
 
     Args:
-        shards: one per process, of any sizes; a feature that comes more than once (padding) counts once.
-        count: how many features there are.
+        shards: one per process, of any size; if a feature occurs more than once (padding), the first prediction counts.
+        count: number of features.
 
     Returns:
-        A prediction per feature, in their order.
+        One prediction per feature, in their order.
 
     Raises:
-        RunFault: features are in no shard.
+        RunFault: some features are in no shard.
     """
     found: dict[int, Any] = {}
     for numbers, predictions in shards:
@@ -145,5 +146,5 @@ def merge_shards(shards: Sequence[Shard], *, count: int) -> list[Any]:
             found.setdefault(int(number), prediction)
     missing = sum(number not in found for number in range(count))
     if missing:
-        raise RunFault(f"{missing} of {count} evaluation features are missing: predicted by no process")
+        raise RunFault(f"{missing} of {count} evaluation features are missing: no process predicted them")
     return [found[number] for number in range(count)]

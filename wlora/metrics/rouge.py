@@ -1,4 +1,4 @@
-"""ROUGE without network or downloads: mean F-measures over documents, each with a 95 % bootstrap interval."""
+"""ROUGE without network access: mean F-measures over documents, each with a 95 % bootstrap interval."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _SENTENCE_END = re.compile(r"""\s*\n\s*|(?:(?<=[.!?])|(?<=[.!?]["'”’)]))\s+"
 
 
 class _Stemming(Tokenizer):  # type: ignore[misc]  # the library has no types
-    """The default tokenizer with `use_stemmer=True`; stems are remembered, which more than doubles its speed."""
+    """The default tokenizer with `use_stemmer=True` and cached stems. The cache more than doubles its speed."""
 
     def __init__(self) -> None:
         self.stem = lru_cache(_STEMS_KEPT)(PorterStemmer().stem)
 
     def tokenize(self, text: str) -> list[str]:
-        """Lower-case, split at what is neither a letter a–z nor a digit, and stem words of more than 3 letters."""
+        """Convert to lower case, split at characters other than a–z and 0–9, and stem words of more than 3 letters."""
         words: list[str] = tokenize.tokenize(text, self)
         return words
 
 
 def compute_rouge(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return ROUGE (Lin, 2004) as the package `rouge_score` defines it with `use_stemmer=True`.
+    """Return ROUGE (Lin, 2004) as defined by the package `rouge_score` with `use_stemmer=True`.
 
     Args:
-        names: of rouge1, rouge2, rougeL, rougeLsum. For the last, texts are split by `split_sentences`.
+        names: names from rouge1, rouge2, rougeL, rougeLsum. For rougeLsum, texts are split by `split_sentences`.
         predictions: one text per document.
-        references: likewise; one without a word scores 0.
+        references: one text per document; a reference without words scores 0.
 
     Returns:
-        Per name the mean F-measure, 0–1, and the bounds of its interval as `<name>_low` and `<name>_high`.
+        For each name the mean F-measure, 0–1, and the bounds of its interval as `<name>_low` and `<name>_high`.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: a name is unknown.
     """
     scores = score_documents(names, predictions, references)
     low, high = bootstrap_interval(scores)
@@ -58,7 +58,7 @@ def compute_rouge(names: Sequence[str], predictions: Sequence[str], references: 
 
 
 def score_documents(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Return the F-measures of `compute_rouge`, shape [documents, names]; likewise its errors."""
+    """Return the F-measures of `compute_rouge` per document, shape [documents, names]. Raises the same errors."""
     for name in names:
         if name not in ROUGE_NAMES:
             raise unknown_name(f"task.metrics={name}", name, ROUGE_NAMES)
@@ -71,10 +71,12 @@ def score_documents(names: Sequence[str], predictions: Sequence[str], references
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text at line breaks, and at blanks after `.`, `!` or `?`, which a closing quote or bracket may follow.
+    """Split a text at line breaks, and at white space after `.`, `!` or `?`.
 
-    Abbreviations end a sentence by this rule too. It is applied to predictions and references alike, needs no trained
-    model, and matters to rougeLsum only.
+    A closing quote or bracket may follow the punctuation mark.
+
+    By this rule abbreviations end a sentence, too. It is applied to predictions and references alike, needs no trained
+    model, and affects only rougeLsum.
     """
     return [sentence for sentence in _SENTENCE_END.split(text.strip()) if sentence]
 
@@ -83,8 +85,8 @@ def bootstrap_interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the bounds of the 95 % percentile interval of each column's mean.
 
     The procedure is that of the original ROUGE script and of `rouge_score.scoring.BootstrapAggregator`: documents are
-    drawn with replacement 1000 times. It draws from a generator of its own with a fixed seed, so that the same scores
-    give the same interval and no other random stream moves.
+    resampled with replacement 1000 times. It uses its own generator with a fixed seed. So the same scores give the same
+    interval, and no other random generator is affected.
 
     Args:
         scores: shape [documents, metrics].
@@ -92,7 +94,7 @@ def bootstrap_interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Lower and upper bounds, each of shape [metrics].
     """
-    # RandomState, because of all of numpy's generators only it is promised to keep its sequence.
+    # RandomState is the only generator of numpy whose sequence is guaranteed not to change.
     generator = np.random.RandomState(_BOOTSTRAP_SEED)
     documents = len(scores)
     means = np.stack([scores[generator.choice(documents, documents)].mean(axis=0) for _ in range(RESAMPLES)])

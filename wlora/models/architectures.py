@@ -1,8 +1,8 @@
-"""Which linear modules carry adapters, by name, for every supported family. Needs no weights and no torch.
+"""The linear modules that can carry adapters, by name, for every supported model family. Needs no weights and no torch.
 
-The universe counted as n never contains pooler, classification head or embeddings (methods note: the paper's n
-is 36 for `qkv`, the release really trains 60 of DeBERTa-base's 72, because a misspelt name drops the
-intermediate linears).
+The count n of adapters never includes pooler, classification head or embeddings. The paper's n is 36 for `qkv` of
+DeBERTaV3-base. The published code trains 60 of its 72 adapters, because a misspelt name in its filter excludes the
+intermediate linear modules.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ if TYPE_CHECKING:
     from wlora.config.schema import ModelConfig
 
 MOST_LAYERS = 10_000
-# Keys of `config.json` that count something of which every model has at least one.
+# Keys of `config.json` whose value must be an integer of at least 1.
 _SIZES = re.compile(r"max_position_embeddings|(hidden|intermediate|vocab)_size|d_model|\w+_heads|\w+_ffn_dim")
-"""What `targets` may name; `SET@LAYER` is the part of a set from a layer up."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of identical layers: where it stands in the model and which linears each layer offers.
+    """A stack of identical layers: its place in the model, and the linear modules in each layer.
 
-    `linears` are all of them in the order of `named_modules`, in which the release numbers its adapters too: equal ω
-    are told apart by it. The other tuples name members of target sets, in any order.
+    `linears` lists all of them in the order of `named_modules`. The published code numbers its adapters in the same
+    order, which breaks ties between equal ω. The other tuples list the members of the target sets, in any order.
     """
 
     prefix: str
@@ -44,7 +43,7 @@ class Stack:
     release: tuple[str, ...]
 
     def suffixes(self, targets: str) -> tuple[str, ...]:
-        """Return the module names of one layer that a target set adapts, in the model's own order."""
+        """Return the module names of one layer that belong to a target set, in the model's own order."""
         chosen = {
             "qkv": self.qkv,
             "attention": self.qkv + self.output,
@@ -56,7 +55,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Target:
-    """One adapted module: its full name, the index of its layer counted from 0 over all stacks, its kind."""
+    """One adapted module: its full name, the index of its layer (counted from 0 over all stacks), and its kind."""
 
     name: str
     layer: int
@@ -111,16 +110,19 @@ HEADS: dict[str, tuple[str, ...]] = {
     "bart": (*_ENCODER_HEADS, "seq2seq"),
     "llama": ("sequence_classification",),
 }
-"""The heads (`Task.head`) that each family of `FAMILIES` can carry."""
+"""The heads (`Task.head`) that each family of `FAMILIES` supports."""
 
 LEARNT_POSITIONS = ("bert", "bart")
-"""The families that cannot read past their `max_position_embeddings`; the others count positions relatively."""
+"""The families with absolute positions, limited to `max_position_embeddings` tokens.
+
+The other families use relative ones.
+"""
 
 
 def read_architecture(model: ModelConfig) -> dict[str, Any]:
-    """Return the model's architecture as in its `config.json`: from `model.path` where set, else from the YAML.
+    """Return the model's architecture as in its `config.json`: from `model.path` if set, otherwise from the YAML.
 
-    Of a GGUF file in `model.path` it is what the file itself says; a `config.json` beside it has no part in it.
+    For a GGUF file in `model.path` the architecture comes from the file itself; a `config.json` beside it is ignored.
 
     Raises:
         ConfigError: `model.path` is not a folder with a readable `config.json` or GGUF file, or its family is not
@@ -144,15 +146,19 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
 
 
 def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """Refuse an architecture of another family than the model's YAML, or with sizes that are none."""
+    """Check that the family matches the model's YAML and that all sizes are valid.
+
+    Raises:
+        ConfigError: another family, a size that is not a positive integer, or a number that is not finite.
+    """
     family = str(architecture.get("model_type"))
     if model.path is None and family not in FAMILIES:
         raise unknown_name(f"model.architecture.model_type={family}", family, FAMILIES)
     expected = model.architecture.get("model_type", family)
     if family != expected:
         raise ConfigError(
-            f"model.path={model.path}: holds a {family} model, model={model.name} is {expected}: "
-            "allowed is a folder of that family, or another model=NAME beside model.path"
+            f"model.path={model.path}: contains a {family} model, but model={model.name} is {expected}: "
+            "allowed is a folder of that family, or another model=NAME together with model.path"
         )
     sizes = {stack.depth_key: MOST_LAYERS for stack in FAMILIES[family]}
     sizes |= {key: 1 << 30 for key, size in architecture.items() if _SIZES.fullmatch(key) and size is not None}
@@ -160,7 +166,7 @@ def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str,
         json.dumps(architecture, allow_nan=False)
     except ValueError:
         where = f"model.path={model.path}: config.json" if model.path else "model.architecture"
-        raise ConfigError(f"{where} holds a number that is not finite: allowed are finite numbers") from None
+        raise ConfigError(f"{where} contains a number that is not finite: allowed are finite numbers") from None
     for key, most in sizes.items():
         size = architecture.get(key)
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
@@ -174,28 +180,28 @@ def _check_family(architecture: dict[str, Any], model: ModelConfig) -> dict[str,
 
 
 def order_classes(architecture: dict[str, Any], labels: Sequence[str], *, where: str) -> list[int]:
-    """Return which output of a model's trained classification head stands for each of the task's classes.
+    """Return, for each of the task's classes, the index of the corresponding output of a model's trained head.
 
-    The names in `id2label` decide, upper or lower case. Where the model has only numbers (`LABEL_0`), or the task has no
-    classes (regression), the order stays.
+    The names in `id2label` are matched without regard to case. If the model has only numbers (`LABEL_0`), or the task
+    has no classes (regression), the order is kept.
 
     Args:
-        architecture: the model's, as in its `config.json`.
-        labels: the task's classes, in its order; none for regression.
-        where: names the model in errors.
+        architecture: the model's architecture, as in its `config.json`.
+        labels: the task's classes, in the task's order; empty for regression.
+        where: name of the model for error messages.
 
     Raises:
-        ConfigError: another number of outputs, or other names.
+        ConfigError: the number of outputs differs, or the names differ.
     """
     try:
-        # transformers writes neither key for its default, two outputs.
+        # transformers omits both keys for its default of two outputs.
         named = architecture.get("id2label") or dict.fromkeys(range(architecture.get("num_labels") or 2), "LABEL_0")
         names = [str(name).casefold() for _, name in sorted((int(number), name) for number, name in named.items())]
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where}: id2label in config.json cannot be read ({error})") from None
     if len(names) != max(len(labels), 1):
         raise ConfigError(
-            f"model.head=kept: the head of {where} has {len(names)} outputs, the task asks for {max(len(labels), 1)}\n"
+            f"model.head=kept: the head of {where} has {len(names)} outputs, but the task needs {max(len(labels), 1)}\n"
             "allowed is fresh, for a new head"
         )
     if not labels or all(name.startswith("label_") for name in names):
@@ -203,17 +209,19 @@ def order_classes(architecture: dict[str, Any], labels: Sequence[str], *, where:
     wanted = [label.casefold() for label in labels]
     if sorted(names) != sorted(wanted):
         raise ConfigError(
-            f"model.head=kept: the classes of {where} are {', '.join(names)}, those of the task {', '.join(wanted)}\n"
+            f"model.head=kept: the classes of {where} are {', '.join(names)}, but the task has {', '.join(wanted)}\n"
             "allowed is fresh, for a new head"
         )
     return [names.index(name) for name in wanted]
 
 
 def list_targets(architecture: dict[str, Any], targets: str) -> list[Target]:
-    """Enumerate the adapted modules of an architecture from the lowest layer up.
+    """List the adapted modules of an architecture, lowest layer first.
 
     Args:
-        targets: one of `TARGET_SETS`, or SET@LAYER for its modules from that layer up (counted from 0 over all stacks).
+        architecture: the model's architecture, as in its `config.json`.
+        targets: one of `TARGET_SETS`, or SET@LAYER for the set's modules from that layer upwards (layers counted from 0
+            over all stacks).
     """
     name, _, lowest = targets.partition("@")
     found: list[Target] = []

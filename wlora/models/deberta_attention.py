@@ -1,13 +1,14 @@
-"""DeBERTa's attention without repeated work: only the relative positions that occur are projected and multiplied.
+"""Faster DeBERTa attention: it projects and multiplies only the relative positions that occur in the batch.
 
-transformers' `DisentangledSelfAttention` projects the whole table of relative positions (512 rows for DeBERTaV3), repeats
-the result for every row of the batch, multiplies all of it and then gathers what occurs. A text of n tokens has 2n − 1
-relative positions. Here these alone are projected, once for all rows of the batch, and each head multiplies them with the
-tokens of all rows in one product. Up to 129 tokens (with 256 buckets) every distance has a bucket of its own: then the
-scores are a view of the products, shifted by one from row to row, and nothing is gathered.
+transformers' `DisentangledSelfAttention` projects the whole table of relative positions (512 rows for DeBERTaV3),
+repeats the result for every row of the batch, multiplies all of it, and then gathers the entries that it needs. A text
+of n tokens has only 2n − 1 relative positions. Here only these are projected, once for all rows of the batch, and each
+head multiplies them with the tokens of all rows in one product. Up to 129 tokens (with 256 buckets) every distance has
+its own bucket. Then the scores are a strided view of the products, shifted by one from row to row, and no gather is
+needed.
 
-Logits and gradients are those of transformers to rounding. With dropout the numbers are of the same distribution and not
-the same: the table's rows that do not occur no longer draw any, and attention weights are drawn head by head.
+Logits and gradients equal those of transformers up to rounding. With dropout the random numbers have the same
+distribution but other values: unused table rows draw none, and attention weights are drawn in another order (by head).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
     scaled_size_sqrt,
 )
 
-# Lengths whose index is kept: 2 MiB for 512 tokens.
+# Maximum number of cached indices, one per text length; 2 MiB for 512 tokens.
 _INDICES = 16
 
 
@@ -34,8 +35,8 @@ class Positions:
     """The rows of the table of relative positions that a text of n tokens needs.
 
     Attributes:
-        rows: of the table, in its order: the position of the query minus that of the key, from 1 − n to n − 1.
-        places: where each of these distances is among `rows`; None where each has a row of its own.
+        rows: slice of the table that covers the relative positions (query − key) from 1 − n to n − 1.
+        places: index within `rows` for each of these distances; None if each distance has its own row.
     """
 
     rows: slice
@@ -44,13 +45,16 @@ class Positions:
 
 @functools.cache
 def occurring_positions(length: int, *, span: int, buckets: int, furthest: int) -> Positions:
-    """Return what a text of `length` tokens needs of a table of 2·span rows.
+    """Return the part of a table of 2·span rows that a text of `length` tokens needs.
 
-    Computed on the CPU, so that no GPU is waited for, and with real numbers where a memory estimate runs without any.
+    Computed on the CPU, so that no GPU has to synchronise. Memory estimates run with tensors without values; here real
+    values are computed there, too.
 
     Args:
-        buckets: of relative positions; 0 or less for a row per position.
-        furthest: the distance at which the buckets end.
+        length: number of tokens.
+        span: half the number of rows of the table.
+        buckets: number of buckets of relative positions; 0 or less for one row per position.
+        furthest: the distance at which the last bucket ends.
     """
     with unset_fake_temporarily():
         distances = torch.arange(1 - length, length, device="cpu")
@@ -62,9 +66,9 @@ def occurring_positions(length: int, *, span: int, buckets: int, furthest: int) 
     return Positions(rows, None if own else tuple(place - rows.start for place in places))
 
 
-@torch.inference_mode(False)  # what is kept may be saved for a backward pass later
+@torch.inference_mode(False)  # cached tensors may later be saved for a backward pass
 def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the place of i − j for query i and key j, int64 [n, n]."""
+    """Return the table index of position i − j for query i and key j, int64 [n, n]."""
     falling = torch.tensor(places[::-1]).to(device, non_blocking=True)
     return falling.unfold(0, (len(places) + 1) // 2, 1).flip(0)
 
@@ -73,7 +77,7 @@ _kept_index = functools.lru_cache(maxsize=_INDICES)(_index)
 
 
 class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[misc]
-    """`DisentangledSelfAttention` with the same parameters, which shares the positions between the rows of a batch."""
+    """`DisentangledSelfAttention` with the same parameters; relative positions are computed once per batch."""
 
     def forward(
         self,
@@ -84,13 +88,18 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
         relative_pos: Tensor | None = None,
         rel_embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the context [rows, tokens, width], and the attention weights [rows, heads, tokens, tokens] if asked for.
+        """Return the context [rows, tokens, width], and on request the attention weights.
+
+        The attention weights have shape [rows, heads, tokens, tokens].
 
         Args:
-            hidden_states: [rows, tokens, width].
-            attention_mask: 0 where a token (third dimension) must not see another (fourth), [rows, 1, tokens, tokens].
-            query_states: other states to ask with; then transformers' own computation runs, as with given `relative_pos`.
-            rel_embeddings: the table of relative positions, [2·span, width].
+            hidden_states: shape [rows, tokens, width].
+            attention_mask: 0 where a token (third dimension) must not attend to another (fourth), shape [rows, 1,
+                tokens, tokens].
+            output_attentions: whether to return the attention weights.
+            query_states: separate states for the queries. If given, transformers' own implementation runs.
+            relative_pos: relative positions. If given, transformers' own implementation runs.
+            rel_embeddings: the table of relative positions, shape [2·span, width].
         """
         if query_states is not None or relative_pos is not None or rel_embeddings is None:
             whole: tuple[Tensor, Tensor | None] = super().forward(
@@ -114,20 +123,22 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
 
     @property
     def _terms(self) -> int:
-        """Number of products that make up a score."""
+        """Number of products that are summed to a score."""
         return 1 + sum(kind in self.pos_att_type for kind in ("c2p", "p2c"))
 
     def _by_head(self, projected: Tensor, length: int) -> Tensor:
-        """Return [rows, tokens, heads·size] as [heads·rows, tokens, size]: the rows of a head lie side by side."""
+        """Reshape [rows, tokens, heads·size] to [heads·rows, tokens, size]; the rows of one head are contiguous."""
         split = projected.view(-1, length, self.num_attention_heads, self.attention_head_size)
         return split.permute(2, 0, 1, 3).reshape(-1, length, self.attention_head_size)
 
     def _position_scores(self, query: Tensor, key: Tensor, table: Tensor, divisor: float) -> Tensor:
-        """Return what the relative positions add to the scores, [heads·rows, tokens, tokens].
+        """Return the contribution of the relative positions to the scores, [heads·rows, tokens, tokens].
 
         Args:
-            query: [heads·rows, tokens, size], as `key`.
-            divisor: of all scores.
+            query: shape [heads·rows, tokens, size].
+            key: shape [heads·rows, tokens, size].
+            table: the table of relative positions, shape [2·span, width].
+            divisor: the divisor of all scores.
         """
         positions = occurring_positions(
             query.shape[1],
@@ -138,12 +149,13 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
         table = self.pos_dropout(table[positions.rows]).unsqueeze(0)
         index, parts = None, []
         if positions.places is not None:
-            # The tensors of a memory estimate hold no numbers and must not be kept.
+            # Tensors of a memory estimate have no values and must not be cached.
             index = (_kept_index if type(query) is Tensor else _index)(positions.places, query.device)
         if "c2p" in self.pos_att_type:
             project = self.key_proj if self.share_att_key else self.pos_key_proj
             known = project(table) / divisor
-            # A query sees position i − j: it falls with j, and a view can only rise.
+            # The position i − j decreases with j, but strides of a view must be positive: therefore the table is
+            # flipped.
             products = self._multiply(query, known.flip(1) if index is None else known)
             parts.append(_shift(products) if index is None else _gather(products, index))
         if "p2c" in self.pos_att_type:
@@ -153,19 +165,19 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _multiply(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Return the products of [heads·rows, tokens, size] with a table [1, positions, heads·size], all rows at once."""
+        """Return the products of tokens [heads·rows, tokens, size] with a table [1, positions, heads·size]."""
         heads, size = self.num_attention_heads, self.attention_head_size
         by_head = table.view(-1, heads, size).permute(1, 2, 0)
         return torch.bmm(tokens.view(heads, -1, size), by_head).view(*tokens.shape[:2], -1)
 
 
 class PositionFreeEncoder(DebertaV2Encoder):  # type: ignore[misc]
-    """`DebertaV2Encoder` that leaves it to the attention to know the relative positions."""
+    """`DebertaV2Encoder` that does not compute relative positions, because `OccurringPositionsAttention` does."""
 
     def get_rel_pos(
         self, hidden_states: Tensor, query_states: Tensor | None = None, relative_pos: Tensor | None = None
     ) -> Tensor | None:
-        """Return the relative positions that were given, or None."""
+        """Return the given relative positions, or None."""
         return relative_pos
 
 
@@ -176,7 +188,7 @@ _REPLACED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def replace_attention(model: nn.Module) -> None:
-    """Let a DeBERTa-v2 or -v3 model compute its attention as this module does, in place; others stay as they are."""
+    """Replace the attention of a DeBERTa-v2 or -v3 model by the one of this module, in place. Other models do not change."""
     for module in model.modules():
         kind = type(module)
         if kind in _REPLACED and _depends_on_positions(model.config):
@@ -184,10 +196,10 @@ def replace_attention(model: nn.Module) -> None:
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Undo `replace_attention`, for comparisons with transformers' own attention."""
-    stock = {ours: theirs for theirs, ours in _REPLACED.items()}
+    """Undo `replace_attention`, to compare with transformers' own attention."""
+    original = {ours: theirs for theirs, ours in _REPLACED.items()}
     for module in model.modules():
-        module.__class__ = stock.get(type(module), type(module))
+        module.__class__ = original.get(type(module), type(module))
 
 
 def _depends_on_positions(config: object) -> bool:
@@ -197,17 +209,17 @@ def _depends_on_positions(config: object) -> bool:
 
 @functools.cache
 def _divisor(size: int, terms: int, dtype: torch.dtype) -> float:
-    """Return √(size·terms) as transformers rounds it: to float32, then to the dtype of the scores."""
+    """Return √(size·terms), rounded as in transformers: to float32, then to the dtype of the scores."""
     return float(scaled_size_sqrt(torch.empty(0, size), terms).to(dtype))
 
 
 def _shift(products: Tensor) -> Tensor:
-    """Return, of contiguous products [m, n, 2n − 1], the view [m, n, n] whose (i, j) is (i, n − 1 − i + j) there."""
+    """Return a view [m, n, n] of contiguous products [m, n, 2n − 1]; its entry (i, j) is their entry (i, n − 1 − i + j)."""
     count, length, width = products.shape
     strides = (length * width, width - 1, 1)
     return products.as_strided((count, length, length), strides, products.storage_offset() + length - 1)
 
 
 def _gather(products: Tensor, index: Tensor) -> Tensor:
-    """Return, of products [m, n, positions], those at an index [n, n]: shape [m, n, n]."""
+    """Return the entries of products [m, n, positions] at an index [n, n], shape [m, n, n]."""
     return products.gather(-1, index.expand(len(products), *index.shape))

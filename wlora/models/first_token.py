@@ -1,4 +1,4 @@
-"""The last layer of an encoder whose head reads the first token: what only the others would need is not computed."""
+"""Skip computation in an encoder's last layer for tokens that the head ignores: the head reads only the first token."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from wlora.models.architectures import FAMILIES
 
 @contextmanager
 def first_token_alone(model: PreTrainedModel) -> Iterator[None]:
-    """Let all of the last layer behind its attention run for the first token alone in this block.
+    """Within this block, run the part of the last layer after attention only for the first token.
 
-    That is its output projection and feed-forward part, 9 of 12 parts of a layer's products, and what they keep for the
-    backward pass. The head of a BERT or DeBERTa classifier reads no other token, so logits and gradients are the same to
-    rounding; dropout draws fewer numbers. Nothing changes for other heads and families.
+    This part is the output projection and the feed-forward network: 9 of 12 parts of a layer's matrix products, and
+    their saved activations. The classification head of BERT and DeBERTa reads no other token, so logits and gradients
+    are equal up to rounding; dropout draws fewer random numbers. Other heads and families do not change.
     """
     part = _behind_attention(model)
     if part is None:
@@ -37,7 +37,7 @@ def first_token_alone(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def every_token(model: PreTrainedModel) -> Iterator[None]:
-    """Let the last layer run for all tokens in this block, inside one of `first_token_alone`, too."""
+    """Within this block, run the last layer for all tokens, even inside a block of `first_token_alone`."""
     part = _behind_attention(model)
     first = part.__dict__.pop("forward", None) if part is not None else None
     try:
@@ -48,11 +48,11 @@ def every_token(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _behind_attention(model: PreTrainedModel) -> nn.Module | None:
-    """Return the module that takes (attention's output, the layer's input); None where the head reads other tokens."""
+    """Return the module that maps (attention output, layer input); None if the head reads other tokens."""
     if not isinstance(model, BertForSequenceClassification | DebertaV2ForSequenceClassification):
         return None
     config, layers = model.config, model.get_submodule(FAMILIES[model.config.model_type][0].prefix)
-    # Both need the whole sequence behind attention: chunks of tokens, and a convolution over the first layer's output.
+    # Both need the whole sequence after attention: feed-forward in chunks, and a convolution after the first layer.
     chunked = getattr(config, "chunk_size_feed_forward", 0) > 0
     convolved = getattr(config, "conv_kernel_size", 0) > 0 and config.num_hidden_layers == 1
     return None if chunked or convolved else layers.get_submodule(f"{config.num_hidden_layers - 1}.attention.output")

@@ -1,6 +1,6 @@
-"""What a GGUF file says of its model, read from the file's head without torch and without its weights.
+"""Read the architecture from the header of a GGUF file, without torch and without the weights.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Weights and tokenizer are read by transformers.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. transformers reads weights and tokenizer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VERSIONS = (2, 3)
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 
-# What decides shapes, by llama.cpp's name and by that of config.json, which has a default for the optional ones.
+# Keys that determine shapes: llama.cpp's name and the name in config.json. The optional ones have defaults there.
 _REQUIRED = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -32,10 +32,10 @@ _OPTIONAL = {"attention.head_count_kv": "num_key_value_heads", "rope.dimension_c
 
 
 def find_gguf(model: ModelConfig) -> Path:
-    """Return `model.gguf_file` in `model.path`.
+    """Return the path of `model.gguf_file` in `model.path`.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the file does not exist.
     """
     assert model.path is not None and model.gguf_file is not None
     file = Path(model.path) / model.gguf_file
@@ -46,16 +46,16 @@ def find_gguf(model: ModelConfig) -> Path:
 
 
 def read_gguf_architecture(file: Path) -> dict[str, Any]:
-    """Return a GGUF file's architecture under the names of `config.json`.
+    """Return a GGUF file's architecture with the key names of `config.json`.
 
     Raises:
-        ConfigError: not a GGUF file, one of another family than Llama's, or one that does not state its shape.
+        ConfigError: not a GGUF file, a family other than Llama, or a missing shape.
     """
     stat = file.stat()
     head = _read_head(str(file), stat.st_size, stat.st_mtime_ns)
     family = head.get("general.architecture")
     if family != "llama":
-        raise ConfigError(f"model.gguf_file={file.name}: holds a model of the family {family}: allowed is llama")
+        raise ConfigError(f"model.gguf_file={file.name}: contains a model of the family {family}: allowed is llama")
     for name in _REQUIRED:
         if f"llama.{name}" not in head:
             raise ConfigError(f"model.gguf_file={file.name}: the file does not state llama.{name}")
@@ -67,7 +67,7 @@ def read_gguf_architecture(file: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _read_head(file: str, size: int, modified: int) -> dict[str, Any]:
-    """Return the head's numbers and texts by key, and of an array its length; read once per process."""
+    """Return the header's numbers and texts by key, and for arrays their length. Cached, so that a file is read once."""
     with open_file(file) as stream:
         try:
             magic, version, _, entries = struct.unpack("<4sIQQ", stream.read(24))
@@ -76,7 +76,7 @@ def _read_head(file: str, size: int, modified: int) -> dict[str, Any]:
             return {_read_string(stream): _read_value(stream) for _ in range(entries)}
         except (ValueError, KeyError, OverflowError, MemoryError, OSError, struct.error):
             raise ConfigError(
-                f"model.gguf_file={Path(file).name}: this is no GGUF file of version 2 or 3, or it is cut short"
+                f"model.gguf_file={Path(file).name}: not a GGUF file of version 2 or 3, or truncated"
             ) from None
 
 

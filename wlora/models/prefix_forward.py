@@ -1,4 +1,4 @@
-"""The lowest layers of a model, computed alone or left out: below the lowest adapter no training changes what they give."""
+"""Compute or skip the lowest layers of a model. Below the lowest adapter their outputs do not change during training."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from wlora.models.loading import head_modules, head_parameters
 
 # Families whose layers return (hidden states, attention weights).
 _RETURN_PAIRS = ("deberta-v2",)
-# What a configuration holds besides the architecture of the body.
+# Keys of a configuration that do not affect the computation of the body.
 _NAMES = ("transformers_version", "architectures", "id2label", "label2id", "problem_type", "name_or_path", "dtype")
 
 
 class _Reached(Exception):
-    """The last layer of the prefix has given its output: nothing above it need run."""
+    """The last layer of the prefix has finished; the layers above it need not run."""
 
 
 def frozen_depth(model: PreTrainedModel) -> int:
-    """Return how many layers of a model's first stack, from the lowest up, neither train nor have an adapter.
+    """Return how many layers of a model's first stack, from the lowest upwards, neither train nor have an adapter.
 
-    That is the encoder of BART, and all layers of the other families. 0 if anything beneath them trains, or if layers
-    are skipped at random (LayerDrop), so that none has an output of its own.
+    The first stack is the encoder of BART, and all layers of the other families. The result is 0 if any parameter below
+    them trains, or if layers are skipped at random (LayerDrop), because then their outputs are not fixed.
     """
     first, *others = FAMILIES[model.config.model_type]
     above = {id(p) for p in head_parameters(model).values()}
@@ -42,7 +42,7 @@ def frozen_depth(model: PreTrainedModel) -> int:
     if beneath or getattr(model.config, "encoder_layerdrop", 0) > 0:
         return 0
     for index, layer in enumerate(layers):
-        # A module that replaced a linear says so, whether or not what it adds trains at present.
+        # Adapted modules are marked by `adapts`, even if their adapter does not train at the moment.
         adapted = any(getattr(module, "adapts", False) for module in layer.modules())
         if adapted or any(p.requires_grad for p in layer.parameters()):
             return index
@@ -50,9 +50,9 @@ def frozen_depth(model: PreTrainedModel) -> int:
 
 
 class Prefix:
-    """The lowest `depth` layers of a model, in evaluation mode: computed alone, or left out.
+    """The lowest `depth` layers of a model, in evaluation mode: compute only them, or skip them.
 
-    Names and parameters of the model stay as they are.
+    Names and parameters of the model do not change.
 
     Args:
         model: the bare model.
@@ -72,7 +72,7 @@ class Prefix:
 
     @torch.no_grad()
     def compute(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the hidden states above the prefix, [rows, tokens, width]; no random number is drawn."""
+        """Return the hidden states after the prefix, [rows, tokens, width]. No random numbers are drawn."""
         found: list[Tensor] = []
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -94,9 +94,9 @@ class Prefix:
 
     @contextmanager
     def replaced(self, states: Tensor) -> Iterator[None]:
-        """Let the model leave the prefix out in this block and go on from given hidden states, [rows, tokens, width].
+        """Within this block, the model skips the prefix and continues from given hidden states, [rows, tokens, width].
 
-        The embeddings still run; their output is not used.
+        The embeddings still run; their output is ignored.
         """
 
         def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ class Prefix:
                 del layer.forward
 
     def fingerprint(self) -> str:
-        """Return a hash of all that the prefix computes with: its own weights and those beneath it, and the architecture."""
+        """Return a hash of everything the prefix depends on: its weights, the weights below it, and the architecture."""
         stack, *others = FAMILIES[self.model.config.model_type]
         above = [*head_modules(self.model), *(other.prefix for other in others), "lm_head"]
         above += [f"{stack.prefix}.{index}" for index in range(self.depth, len(_layers(self.model)))]

@@ -1,6 +1,6 @@
-"""A base whose linears are packed into 4 or 8 bits by bitsandbytes, and how many elements that takes.
+"""Quantised base models: linear modules stored in 4 or 8 bits by bitsandbytes, and their element counts.
 
-The layer on top does not change: it calls the packed linear as it calls any. Head and output embeddings stay as they are.
+Adapters do not change: they call a quantised module like any other. Head and output embeddings are not quantised.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _UNPACKED = (*HEAD_MODULES, "lm_head")
 
 
 def loading_options(quantization: str, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what `from_pretrained` needs in order to pack the weights as it reads them.
+    """Return the arguments of `from_pretrained` that quantise the weights while loading.
 
     Args:
-        quantization: `nf4` (Dettmers et al., 2023) or `int8` (Dettmers et al., 2022); for `none` nothing is needed.
-        device: where the model is to run: packed weights are made there.
-        dtype: what nf4 is unpacked to for a product; int8 multiplies in float16 around its integers.
+        quantization: `nf4` (Dettmers et al., 2023), `int8` (Dettmers et al., 2022), or `none` (no arguments).
+        device: the device that the model runs on; quantised weights are created there.
+        dtype: for nf4, the dtype of matrix products; int8 uses float16 around its integer products.
     """
     if quantization == "none":
         return {}
     from transformers import BitsAndBytesConfig
 
-    # It would tell at every product that int8 rounds its input to float16.
+    # bitsandbytes would log at every product that int8 converts its input to float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config = BitsAndBytesConfig(
         load_in_4bit=quantization == "nf4",
@@ -41,9 +41,9 @@ def loading_options(quantization: str, *, device: torch.device, dtype: torch.dty
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking nf4 weights for inference, which it does in place at an evaluation on some CPUs.
+    """Prevent bitsandbytes from repacking nf4 weights for inference, which some CPUs do in place during evaluation.
 
-    From the repacked weights no gradient flows back to the layers below (bitsandbytes 0.50, CPUs with AVX512-BF16).
+    No gradient flows through repacked weights to the layers below (bitsandbytes 0.50, CPUs with AVX512-BF16).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -51,13 +51,13 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def packed_linears(model: nn.Module) -> list[nn.Linear]:
-    """Return the linears of a plain model that quantisation packs: those of the body."""
+    """Return the linear modules of a plain model that quantisation packs: those of the body."""
     named = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     return [module for name, module in named if not set(name.split(".")) & set(_UNPACKED)]
 
 
 def pack_on_meta(model: nn.Module, quantization: str) -> None:
-    """Give the linears of a model on the meta device the shape of packed ones, for counting."""
+    """Replace the weights of linear modules on the meta device by weights of the packed size, for counting."""
     for module in packed_linears(model) if quantization != "none" else ():
         elements = module.weight.numel()
         size = elements if quantization == "int8" else (elements + 1) // 2
@@ -65,10 +65,11 @@ def pack_on_meta(model: nn.Module, quantization: str) -> None:
 
 
 def count_model(model: nn.Module, *, without: set[int]) -> tuple[int, int]:
-    """Count a model's elements: as its architecture has them, and as they lie in memory (nf4: two to an element).
+    """Count a model's elements: the logical ones of its architecture, and the stored ones (nf4: two elements per byte).
 
     Args:
-        without: ids of parameters that do not count.
+        model: the model.
+        without: ids of parameters that are not counted.
     """
     stored = {id(p): p.numel() for p in model.parameters() if id(p) not in without}
     logical = dict(stored)
@@ -80,6 +81,6 @@ def count_model(model: nn.Module, *, without: set[int]) -> tuple[int, int]:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """Return the shape of a packed linear or embedding, whose weight no longer tells it."""
+    """Return the shape of a quantised linear or embedding module, whose weight tensor does not have it."""
     names = ("out_features", "in_features") if hasattr(module, "in_features") else ("num_embeddings", "embedding_dim")
     return int(getattr(module, names[0])), int(getattr(module, names[1]))

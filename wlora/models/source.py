@@ -1,4 +1,4 @@
-"""Where a model's files are, and what they are: checked before torch is imported."""
+"""Locate and check a model's files before torch is imported."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ModelSource:
 
     Attributes:
         location: a local folder, a hub id, or None for random weights.
-        fingerprint: content hash of local files (first 16 hex digits of SHA-256), None otherwise.
-        files: those that the hash is of.
+        fingerprint: content hash of local files (first 16 hex digits of SHA-256), otherwise None.
+        files: the files that the hash covers.
     """
 
     location: str | None
@@ -35,14 +35,14 @@ class ModelSource:
 
 
 def locate(model: ModelConfig) -> ModelSource:
-    """Find a model's files and check what can be checked about them.
+    """Find and check a model's files.
 
     Raises:
-        ConfigError: a folder without config or weights or with a wrong index of shards, a package that is not installed, a
-            wrong SHA-256.
+        ConfigError: the folder has no configuration or no weights; a shard index names a file outside the folder; a
+            package is not installed; the SHA-256 is wrong.
     """
     if model.path is not None and model.gguf_file is not None:
-        return _hashed(f"model.path={model.path}", model.path, [find_gguf(model)])  # which has configuration and tokenizer
+        return _hashed(f"model.path={model.path}", model.path, [find_gguf(model)])  # it contains configuration and tokenizer
     if model.path is not None:
         folder, key = Path(model.path), f"model.path={model.path}"
     elif model.source == "package":
@@ -53,10 +53,12 @@ def locate(model: ModelConfig) -> ModelSource:
         raise ConfigError(f"{key}: allowed is a folder with config.json, tokenizer and weights")
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
-        raise ConfigError(f"{key}: no weights there (model.safetensors or pytorch_model.bin)")
+        raise ConfigError(
+            f"{key}: the folder has no weights: allowed is a folder with model.safetensors or pytorch_model.bin"
+        )
     for file in folder.rglob("*"):
         if file.exists() and not (file.is_file() or file.is_dir()):
-            raise ConfigError(f"{key}: {file.relative_to(folder)} is no regular file: allowed are files and folders")
+            raise ConfigError(f"{key}: {file.relative_to(folder)} is not a regular file: allowed are files and folders")
     for index in folder.glob("*.index.json"):
         _refuse_elsewhere(index, key)
     if model.sha256 is not None and hash_file(weights[0]) != model.sha256:
@@ -76,10 +78,10 @@ def _hashed(key: str, location: str, files: list[Path]) -> ModelSource:
 
 
 def unchanged(model: ModelConfig, source: ModelSource) -> contextlib.AbstractContextManager[None]:
-    """Return a block that reads a model's files: it fails if they are not those that `source` was made from.
+    """Return a context manager for reading a model's files. It fails if they differ from those of `source`.
 
     Raises:
-        ConfigError: they were changed, as seen at the beginning or at the end of the block.
+        ConfigError: the files changed, detected at the beginning or the end of the block.
     """
 
     def identify() -> tuple[str | None, Sequence[Path]]:
@@ -90,18 +92,18 @@ def unchanged(model: ModelConfig, source: ModelSource) -> contextlib.AbstractCon
 
 
 def _refuse_elsewhere(index: Path, key: str) -> None:
-    """Refuse a list of shards that names a file outside its folder, which the fingerprint would not see."""
+    """Reject a shard index that names a file outside its folder, because the fingerprint would not cover it."""
     try:
         names = set(read_json(read_file(index))["weight_map"].values())
         strange = [name for name in names if name in (".", "..") or Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{key}: {index.name} cannot be read ({type(error).__name__}: {str(error)[:100]})") from None
     if strange:
-        raise ConfigError(f"{key}: {index.name} names {strange[0]}: allowed are files of the folder")
+        raise ConfigError(f"{key}: {index.name} names {strange[0]}: allowed are files in the same folder")
 
 
 def require_extras(model: ModelConfig) -> None:
-    """Refuse a model for whose weights an optional package is needed and not installed.
+    """Check that the optional package for the model's weights is installed.
 
     Raises:
         ConfigError: `bitsandbytes` or `gguf` is missing.
@@ -115,7 +117,7 @@ def require_extras(model: ModelConfig) -> None:
 
 
 def _package_folder(model: ModelConfig) -> Path:
-    if model.package is None or not model.package.isidentifier():  # to look for `a.b` imports `a`
+    if model.package is None or not model.package.isidentifier():  # find_spec of `a.b` would import `a`
         raise wrong_value("model.package", "null" if model.package is None else model.package, "the name of a package")
     spec = importlib.util.find_spec(model.package)
     if spec is None or not spec.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""A word-level tokenizer over the synthetic stories, for the randomly initialised test models."""
+"""A word-level tokenizer for the synthetic stories, used by the randomly initialised test models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ _SPECIAL = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a lower-casing word tokenizer: `[CLS] first [SEP] second [SEP]`, which every family's head can read.
+    """Build a lower-casing word tokenizer with the format `[CLS] first [SEP] second [SEP]`.
 
-    `[CLS]` doubles as beginning and `[SEP]` as end of sequence, as BART's classification head needs.
+    Every family's head can read this format.
+
+    `[CLS]` is also the beginning-of-sequence token and `[SEP]` the end-of-sequence token, as BART's classification head
+    needs.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 

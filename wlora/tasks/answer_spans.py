@@ -1,4 +1,4 @@
-"""From logits of starts and ends to answers: the best spans of each window, then the best text of each question."""
+"""From start and end logits to answers: the best spans of each window, then the best text of each question."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 def find_best_spans(
     start_logits: Tensor, end_logits: Tensor, context: Tensor, *, n_best: int, max_answer_length: int
 ) -> Tensor:
-    """Return the spans of highest score within the context of each window, exact over all of them.
+    """Return the spans with the highest scores within the context of each window, by exact search over all spans.
 
-    The score of a span is the sum of its start's and its end's logit. Besides comes the score of no answer: the sum
-    at position 0, where the special token stands that windows without the answer were trained to point at.
+    The score of a span is the sum of its start logit and its end logit. The score of "no answer" is the same sum at
+    position 0. A special token stands there, and windows without the answer were trained to point at it.
 
     Args:
         start_logits: shape [windows, tokens].
-        end_logits: likewise.
-        context: the first token of the context and the one after its last, shape [windows, 2].
-        n_best: how many spans.
-        max_answer_length: most tokens of a span.
+        end_logits: shape [windows, tokens].
+        context: index of the context's first token and of the token after its last one, shape [windows, 2].
+        n_best: number of spans.
+        max_answer_length: maximum number of tokens in a span.
 
     Returns:
-        First token, last token and score of each span, best first, and (0, 0, score) of no answer as the last one;
-        float32, shape [windows, n_best + 1, 3]. Where there are fewer spans, the score of the rest is −∞.
+        First token, last token and score of each span, best first; the last entry is (0, 0, score) for no answer.
+            float32, shape [windows, n_best + 1, 3]. If a window has fewer spans, the remaining scores are −∞.
     """
     start_logits, end_logits = start_logits.float(), end_logits.float()
     windows, tokens = start_logits.shape
@@ -36,12 +36,12 @@ def find_best_spans(
     outside = (position < context[:, :1]) | (position >= context[:, 1:])
     starts = start_logits.masked_fill(outside, -torch.inf)
     ends = torch.nn.functional.pad(end_logits.masked_fill(outside, -torch.inf), (0, width - 1), value=-torch.inf)
-    # [windows, tokens, width]: every span once, by its first token and its length less one
+    # [windows, tokens, width]: every span once, indexed by its first token and its length minus 1
     scores = starts.unsqueeze(2) + ends.unfold(1, width, 1)
     best, index = scores.flatten(1).topk(min(n_best, tokens * width), dim=1)
     first = torch.div(index, width, rounding_mode="floor")
     found = start_logits.new_full((windows, n_best + 1, 3), -torch.inf)
-    # float32 holds positions exactly, and one tensor is one transfer.
+    # float32 represents the positions exactly, and a single tensor needs a single transfer from the device.
     found[:, : best.shape[1]] = torch.stack([first.float(), (first + index % width).float(), best], dim=2)
     found[:, n_best, :2] = 0.0
     found[:, n_best, 2] = start_logits[:, 0] + end_logits[:, 0]
@@ -50,14 +50,14 @@ def find_best_spans(
 
 @dataclass(frozen=True)
 class Windows:
-    """Where the tokens of windows stand in the texts they were cut from.
+    """The positions of the windows' tokens in the texts.
 
     Attributes:
         row: the question of each window, shape [windows].
-        context: its first context token, shape [windows].
-        lengths: its number of context tokens, shape [windows].
-        starts: the first character of every context token, of all windows in a row, shape [Σ lengths].
-        ends: the character after its last.
+        context: index of each window's first context token, shape [windows].
+        lengths: number of context tokens of each window, shape [windows].
+        starts: index of the first character of every context token, windows concatenated, shape [Σ lengths].
+        ends: index of the character after each of these tokens, shape [Σ lengths].
     """
 
     row: np.ndarray
@@ -68,24 +68,24 @@ class Windows:
 
 
 def choose_answers(spans: np.ndarray, windows: Windows, contexts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Return the best text of each question over all its windows, and how much likelier no answer is.
+    """Return the best text of each question over all its windows, and the margin of "no answer" over it.
 
     Args:
-        spans: of `find_best_spans`, shape [windows, n_best + 1, 3].
-        windows: where the spans stand.
-        contexts: the text of each question's context.
+        spans: result of `find_best_spans`, shape [windows, n_best + 1, 3].
+        windows: the windows of these spans.
+        contexts: the context of each question.
 
     Returns:
-        The texts, without surrounding white space, "" where no span has another text; and the no-answer score minus
-        that of the text, shape [questions]. The no-answer score is the lowest over the windows: a question has an
-        answer if one window has it.
+        The texts, stripped of white space; "" if no span has text. And the no-answer score minus the score of the text,
+            shape [questions]. A question's no-answer score is the lowest one of its windows, because it has an answer
+            if any window has.
     """
     candidates, silent = spans[:, :-1], spans[:, -1, 2]
     no_answer = np.full(len(contexts), np.inf)
     np.minimum.at(no_answer, windows.row, silent)
     window, rank = np.nonzero(candidates[:, :, 2] > -np.inf)
     first, last, score = candidates[window, rank].T
-    # In the order of windows among equal scores.
+    # For equal scores, the order of the windows decides.
     order = np.lexsort((-score, windows.row[window]))
     window, score = window[order], score[order]
     base = (np.cumsum(windows.lengths) - windows.lengths - windows.context)[window]
@@ -96,7 +96,7 @@ def choose_answers(spans: np.ndarray, windows: Windows, contexts: Sequence[str])
     for row, start, end, value in zip(
         windows.row[window].tolist(), starts.tolist(), ends.tolist(), score.tolist(), strict=True
     ):
-        # Some tokens stand for nothing but white space.
+        # The text of some tokens is only white space.
         if not texts[row] and (text := contexts[row][start:end].strip()):
             texts[row], best[row] = text, value
     return texts, no_answer - best

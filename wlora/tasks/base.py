@@ -1,4 +1,4 @@
-"""Benchmarks: where rows come from (`data`), and how they become batches and scores (a module per kind)."""
+"""The interface of tasks: how rows become features, batches, predictions and scores. One module per kind of task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """A kind of task: its class, and the head a model needs for it (`Task.head`, known without torch)."""
+    """A kind of task: module and name of its class, and the model head it needs (`Task.head`, available without torch)."""
 
     module: str
     name: str
@@ -35,16 +35,16 @@ _KINDS = {
 
 
 class Task(Protocol):
-    """What a run needs to know of a benchmark.
+    """The interface that a run uses.
 
-    Its *rows* are those of `data`, checked and otherwise as published. Its *features* are what the model reads: one
-    or more per row (a long text is cut into windows).
+    *Rows* come from `wlora.data`; they are checked and otherwise as published. *Features* are the model's inputs: one
+    or more per row, because a long text is cut into windows.
 
     Attributes:
-        head: the kind of head on the model, a key of `wlora.models.loading`: `sequence_classification`,
-            `question_answering` or `seq2seq`.
-        num_labels: the head's outputs.
-        primary_metric: the key, among those of `score` for the first validation split, that is reported.
+        head: the kind of model head, a key of `wlora.models.loading`: `sequence_classification`, `question_answering`
+            or `seq2seq`.
+        num_labels: number of outputs of the head.
+        primary_metric: the reported metric, a key of `score` for the first validation split.
     """
 
     head: str
@@ -55,64 +55,67 @@ class Task(Protocol):
         """Tokenise rows into features.
 
         Returns:
-            Columns of the model's inputs (not padded) and `length` (tokens). Training features have what the loss
-            needs besides: `labels`, or `start_positions` and `end_positions`. Those of validation have it where a
-            validation loss is defined, and further columns that `predict` and `score` read. Where the loss is a mean
-            over tokens, `loss_tokens` is their number.
+            Columns of the model's inputs (not padded) and `length` (tokens). Training features also have the targets of
+                the loss: `labels`, or `start_positions` and `end_positions`. Validation features have them if a
+                validation loss is defined, and further columns that `predict` and `score` read. If the loss is a mean
+                over tokens, `loss_tokens` is their number.
         """
         ...
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-        """Pad features to the longest of them; the batch has what the model's forward pass takes and nothing else."""
+        """Pad features to the longest one. The batch holds exactly the arguments of the model's forward pass."""
         ...
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
     ) -> torch.Tensor | Sequence[Any]:
-        """Predict a batch in evaluation mode, without gradients.
+        """Predict one batch in evaluation mode, without gradients.
 
         Args:
-            model: the bare model, never wrapped for several processes, for those who generate.
+            model: the model itself, not its wrapper for several processes, for tasks that generate text.
             features: the batch's features, with all their columns.
-            inputs: the same as `collate` returns it, on the model's device.
-            outputs: of `model(**inputs)`.
+            inputs: the result of `collate` for them, on the model's device.
+            outputs: the result of `model(**inputs)`.
 
         Returns:
-            A tensor with a row per feature (any device; not waited for), or a sequence with an object per feature.
-            All of a split are kept until it is scored, and are sent between processes: small, never whole logits.
+            A tensor with one row per feature (on any device; without waiting for it), or a sequence with one object per
+                feature. All predictions of a split are kept until it is scored and are sent between processes, so they
+                must be small. Whole logits of tokens are too large.
         """
         ...
 
     def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
-        """Return the metrics of one whole validation split.
+        """Return the metrics of one complete validation split.
 
         Args:
-            split: its name.
-            predictions: one per feature, in the features' order; rows of a tensor come as numpy arrays or numbers.
-            features: the split as `encode` returned it.
-            rows: the split as it was encoded from.
+            split: the name of the split.
+            predictions: one per feature, in the features' order; rows of a tensor arrive as numpy arrays or numbers.
+            features: the split as returned by `encode`.
+            rows: the rows that were encoded.
         """
         ...
 
     def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
-        """Return what was predicted of one whole validation split, a line per row of it, for records.
+        """Return the predictions of one complete validation split for the records, one line per row.
 
         Args:
-            predictions: as for `score`, as are the others.
+            predictions: as for `score`.
+            features: as for `score`.
+            rows: as for `score`.
 
         Returns:
-            Columns `row` (int32, in the split's order), `prediction`, and in half precision what tells rows apart: of
-            classes `scores` (the logits, a list per row), of texts a column per metric. Classes and values have `label`,
-            too; right texts are left out, since they are their publishers'.
+            Columns `row` (int32, in the split's order), `prediction`, and per-row scores in half precision: for classes
+                `scores` (the logits, a list per row), for texts one column per metric. Classes and values also have
+                `label`. Reference texts are not included, because they belong to their publishers.
         """
         ...
 
 
 def find_kind(name: str) -> Kind:
-    """Return the kind of task of this name.
+    """Return the kind of task with this name.
 
     Raises:
-        ConfigError: an unknown `task.kind`.
+        ConfigError: `task.kind` is unknown.
     """
     if name not in _KINDS:
         raise unknown_name(f"task.kind={name}", name, _KINDS)
@@ -120,10 +123,10 @@ def find_kind(name: str) -> Kind:
 
 
 def build_task(config: TaskConfig) -> Task:
-    """Build the task of a configuration; only now is the module of its kind, and with it torch, imported.
+    """Build the configured task. Its module, and with it torch, is imported only here.
 
     Raises:
-        ConfigError: an unknown `task.kind`, or a `task.primary_metric` that is not computed.
+        ConfigError: `task.kind` is unknown, or `task.primary_metric` is not computed.
     """
     kind = find_kind(config.kind)
     task: Task = getattr(importlib.import_module(kind.module), kind.name)(config)
@@ -131,16 +134,16 @@ def build_task(config: TaskConfig) -> Task:
 
 
 def check_metrics(config: TaskConfig, known: Sequence[str], of: str, *, never_primary: tuple[str, ...] = ()) -> None:
-    """Check which metrics a task computes and which of them it reports, before anything is trained for them.
+    """Check the task's metrics before training starts.
 
     Args:
-        config: of the task.
-        known: the metrics that are defined for it.
-        of: what they are metrics of, for messages.
-        never_primary: how the names of metrics begin that some data do not have.
+        config: the task's configuration.
+        known: the metrics that are defined for the task.
+        of: description of the task for messages.
+        never_primary: prefixes of metrics that do not exist for all data, and therefore cannot be the reported metric.
 
     Raises:
-        ConfigError: no metrics, one that is not defined for the task, or a `task.primary_metric` that is not computed.
+        ConfigError: there are no metrics, one is not defined for the task, or `task.primary_metric` is not computed.
     """
     wrong = next((name for name in config.metrics if name not in known), None if config.metrics else "[]")
     if wrong is not None:

@@ -1,4 +1,4 @@
-"""Sequence classification and regression: GLUE and its synthetic twin."""
+"""Sequence classification and regression: GLUE and its synthetic counterpart."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from wlora.tasks.base import check_metrics
 
 
 class SequenceClassification:
-    """One or two texts in, a class out (`labels` names them), or a value (no `labels`: regression).
+    """Maps one or two texts to a class (named in `labels`), or to a value if `labels` is empty (regression).
 
     Attributes:
-        head: the kind of head on the model.
-        num_labels: its outputs; 1 for regression.
-        primary_metric: the reported one of `task.metrics`.
+        head: the kind of model head.
+        num_labels: number of outputs of the head; 1 for regression.
+        primary_metric: the reported metric, one of `task.metrics`.
 
     Raises:
-        ConfigError: a single or doubled name in `task.labels`, or metrics that are not defined for this number of classes.
+        ConfigError: `task.labels` has a single name or a duplicate, or a metric is not defined for this number of
+            classes.
     """
 
     head = "sequence_classification"
@@ -46,11 +47,11 @@ class SequenceClassification:
         self.primary_metric = config.primary_metric
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
-        """Tokenise rows, cut to `task.max_length` tokens and not padded.
+        """Tokenise rows, truncated to `task.max_length` tokens and not padded.
 
         Returns:
-            Columns `input_ids`, `attention_mask` and, where the tokenizer gives them, `token_type_ids` (lists
-            of `length` integers), `labels` (int64, or float32 for regression) and `length` (tokens, int32).
+            Columns `input_ids`, `attention_mask` and, if the tokenizer provides them, `token_type_ids` (lists of
+                `length` integers); `labels` (int64, or float32 for regression) and `length` (tokens, int32).
         """
         pieces, truncated = [], 0
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -66,7 +67,7 @@ class SequenceClassification:
         return Features(pieces, truncated_share=truncated / len(rows))
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-        """Pad features to the longest of them; labels have shape [rows], int64 or float32 for regression."""
+        """Pad features to the longest one. Labels have shape [rows], int64 or (regression) float32."""
         batch = pad(features, tokenizer)
         dtype = torch.float32 if self.regression else torch.int64
         batch["labels"] = torch.tensor([feature["labels"] for feature in features], dtype=dtype)
@@ -75,14 +76,14 @@ class SequenceClassification:
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
     ) -> torch.Tensor:
-        """Return the logits, float32 [rows, num_labels]; the one of a regression is its value."""
+        """Return the logits, float32 [rows, num_labels]. For regression the only logit is the predicted value."""
         logits: torch.Tensor = outputs.logits.float()
         return logits
 
     def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
-        """Return `task.metrics` of a split; keys of any but the first split end in its name.
+        """Return `task.metrics` of a split. Keys of all splits except the first end with the split's name.
 
-        So MNLI has `accuracy` (matched) and `accuracy_mismatched`.
+        For example, MNLI has `accuracy` (matched) and `accuracy_mismatched`.
         """
         found = compute(self.config.metrics, self._decide(predictions), np.asarray(features.column("labels")))
         if split == self.config.validation[0]:
@@ -91,7 +92,7 @@ class SequenceClassification:
         return {f"{name}_{suffix}": value for name, value in found.items()}
 
     def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
-        """Return `row`, `label`, `prediction` and, of classes, `scores`: their logits in half precision."""
+        """Return `row`, `label`, `prediction` and, for classes, `scores`: the logits in half precision."""
         columns: dict[str, Any] = {"row": pa.array(range(len(rows)), pa.int32()), "label": features.array("labels")}
         columns["prediction"] = pa.array(self._decide(predictions))
         if not self.regression:
@@ -100,7 +101,7 @@ class SequenceClassification:
         return pa.table(columns)
 
     def _decide(self, predictions: Sequence[Any]) -> np.ndarray:
-        """Return class numbers (int64) or values (float32), shape [rows]."""
+        """Return class indices (int64) or values (float32), shape [rows]."""
         logits = np.stack(predictions)
         decided: np.ndarray = logits[:, 0] if self.regression else logits.argmax(axis=1)
         return decided

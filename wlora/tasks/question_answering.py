@@ -1,4 +1,4 @@
-"""Extractive question answering: SQuAD v1.1 and v2.0, and their synthetic twin."""
+"""Extractive question answering: SQuAD v1.1 and v2.0, and their synthetic counterpart."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from wlora.tasks.answer_spans import Windows, choose_answers, find_best_spans
 from wlora.tasks.base import check_metrics
 
 _MIN_QUESTION = 4
-"""Tokens of a question that must fit beside the stride and the special tokens."""
+"""Minimum number of question tokens that must fit in addition to the stride and the special tokens."""
 
 _MAX_SPECIAL = 4
 
 
 class QuestionAnswering:
-    """A question and a context in, a span of the context out, or (`task.unanswerable`) that there is no answer.
+    """Maps a question and a context to a span of the context, or (`task.unanswerable`) to "no answer".
 
-    A context that is too long for `task.max_length` tokens with its question is cut into windows, of which two
-    neighbours share `task.stride` tokens. Each window is a feature.
+    If a context with its question exceeds `task.max_length` tokens, it is cut into windows. Neighbouring windows share
+    `task.stride` tokens. Each window is a feature.
 
     Attributes:
-        head: the kind of head on the model.
-        num_labels: its outputs: the logits of start and end.
-        primary_metric: the reported one of `task.metrics`.
+        head: the kind of model head.
+        num_labels: number of outputs of the head: start and end logit.
+        primary_metric: the reported metric, one of `task.metrics`.
     """
 
     head = "question_answering"
@@ -65,23 +65,24 @@ class QuestionAnswering:
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Cut rows into windows and tokenise them.
 
-        A question that would leave no room for a context of more than `task.stride` tokens is cut.
+        A question is truncated if it would leave no room for a context of more than `task.stride` tokens.
 
-        An answer is lost if no window holds all of it, because it is longer than the stride and lies across the end of one.
-        Its windows train as windows without an answer do.
+        An answer is lost if no window contains all of it: it is longer than the stride and crosses the end of a window.
+        Its windows are then trained as windows without an answer.
 
         Returns:
-            The model's inputs and `length`; for training `start_positions` and `end_positions` (int32): the first and
-            last token of the first answer, or 0 and 0 where the window does not hold all of it; else `row` (int32),
-            `context` (the first token of the context, int32), `starts` and `ends` (the characters of every token of
-            the context, lists of int32).
+            The model's inputs and `length`. For training also `start_positions` and `end_positions` (int32): first and
+                last token of the first answer, or 0 and 0 if the window does not contain all of it. Otherwise `row`
+                (int32), `context` (index of the context's first token, int32), `starts` and `ends` (character positions
+                of every context token, lists of int32).
 
         Raises:
-            ConfigError: a tokenizer that does not tell where its tokens stand, or has no token before the question.
+            ConfigError: the tokenizer does not provide the character positions of its tokens, or puts no token before
+                the question.
         """
         if not tokenizer.is_fast:
             raise ConfigError(
-                f"task={self.config.name}: {type(tokenizer).__name__} does not tell where tokens stand in the text\n"
+                f"task={self.config.name}: {type(tokenizer).__name__} does not give the positions of tokens in the text\n"
                 "allowed is a model whose tokenizer has a fast version (tokenizer.json)"
             )
         pieces, cut, lost = [], 0, 0
@@ -100,8 +101,8 @@ class QuestionAnswering:
             assert encoded.encodings is not None
             if encoded.encodings[0].sequence_ids[0] is not None:
                 raise ConfigError(
-                    f"task={self.config.name}: {type(tokenizer).__name__} puts no token before the question; "
-                    "there a window without the answer has to point"
+                    f"task={self.config.name}: {type(tokenizer).__name__} puts no token before the question, which the "
+                    "prediction of no answer needs\nallowed is a model whose tokenizer starts with a special token"
                 )
             row_of = encoded["overflow_to_sample_mapping"]
             columns = input_columns(encoded)
@@ -117,7 +118,7 @@ class QuestionAnswering:
         return Features(pieces, truncated_share=cut / len(rows), lost_answers=lost)
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-        """Pad features to the longest of them; positions, where there are any, have shape [features], int64."""
+        """Pad features to the longest one. Answer positions, if present, have shape [features], int64."""
         batch = pad(features, tokenizer, side="right")
         for key in ("start_positions", "end_positions"):
             if key in features[0]:
@@ -127,7 +128,7 @@ class QuestionAnswering:
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
     ) -> torch.Tensor:
-        """Return the best spans of each window, `find_best_spans`: shape [features, n_best + 1, 3]."""
+        """Return the best spans of each window (`find_best_spans`), shape [features, n_best + 1, 3]."""
         bounds = [(feature["context"], feature["context"] + len(feature["starts"])) for feature in features]
         assert self.config.n_best is not None and self.config.max_answer_length is not None
         return find_best_spans(
@@ -139,7 +140,7 @@ class QuestionAnswering:
         )
 
     def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
-        """Return `task.metrics` of a split; keys of any but the first split end in its name."""
+        """Return `task.metrics` of a split. Keys of all splits except the first end with the split's name."""
         texts, no_answer, answers = self._answer(predictions, features, rows)
         scores = (
             score_answers_or_none(texts, no_answer, answers) if self.config.unanswerable else score_answers(texts, answers)
@@ -148,7 +149,7 @@ class QuestionAnswering:
         return {f"{name}{suffix}": scores[name] for name in self.config.metrics if name in scores}
 
     def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
-        """Return `row`, `prediction`, `exact_match` and `f1`; of v2.0 `exact` and `f1` at threshold 0, and `no_answer`."""
+        """Return `row`, `prediction`, `exact_match` and `f1`; for v2.0 `exact` and `f1` at threshold 0, and `no_answer`."""
         texts, no_answer, golds = self._answer(predictions, features, rows)
         columns = {"row": pa.array(range(len(rows)), pa.int32())}
         if self.config.unanswerable:
@@ -162,18 +163,18 @@ class QuestionAnswering:
     def _answer(
         self, predictions: Sequence[Any], features: Features, rows: Dataset
     ) -> tuple[list[str], np.ndarray, list[list[str]]]:
-        """Return the text, the no-answer score and the right answers of every question."""
+        """Return the predicted text, the no-answer score and the reference answers of every question."""
         texts, no_answer = choose_answers(np.stack(predictions), _windows(features), rows[self.context][:])
         return texts, no_answer, [answer["text"] for answer in rows[ANSWERS][:]]
 
     def _shorten(self, question: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Cut a question to the tokens that leave room for more context than the stride, after a word if it can be."""
+        """Truncate a question so that there is room for more context than the stride; if possible at the end of a word."""
         most = self.config.max_length - self.stride - tokenizer.num_special_tokens_to_add(pair=True) - 1
-        while len(question.encode()) >= most:  # a token is a byte at least, and a first one may stand for a space
+        while len(question.encode()) >= most:  # a token has at least one byte, and the first token may be a space
             encoding = tokenizer(question, add_special_tokens=False).encodings[0]  # type: ignore[index]
             if len(encoding) <= most:
                 break
-            # The first token that is too much, or the first of its word, unless nothing is left then.
+            # The first token that does not fit, or the first token of its word, unless nothing would remain.
             inside = next(i for i in range(most, -1, -1) if i == 0 or encoding.word_ids[i] != encoding.word_ids[i - 1])
             end = encoding.offsets[inside or most][0]
             question = question[: min(end, len(question) - 1)].rstrip()
@@ -181,7 +182,7 @@ class QuestionAnswering:
 
 
 def _answer_positions(encodings: Sequence[Any], row_of: Sequence[int], answers: Sequence[Any]) -> np.ndarray:
-    """Return the first and last token of each row's first answer in each of its windows, 0 and 0 where it is not.
+    """Return first and last token of each row's first answer in each of its windows; 0 and 0 if it is not there.
 
     Shape [2, windows], int32.
     """
@@ -201,7 +202,7 @@ def _answer_positions(encodings: Sequence[Any], row_of: Sequence[int], answers: 
 
 
 def _find_tokens(encodings: Sequence[Any], windows: Sequence[int], characters: Iterable[int]) -> dict[int, int]:
-    """Return the tokens of the first of the characters that has any (white space has none), by window."""
+    """Return, by window, the token of the first character that has one (white space has none)."""
     for character in characters:
         tokens = {index: encodings[index].char_to_token(character, 1) for index in windows}
         if any(token is not None for token in tokens.values()):
@@ -210,7 +211,7 @@ def _find_tokens(encodings: Sequence[Any], windows: Sequence[int], characters: I
 
 
 def _token_places(encodings: Sequence[Any]) -> dict[str, pa.Array]:
-    """Return where the context begins among the tokens of each window, and the characters of its tokens."""
+    """Return the index of the context's first token in each window, and the character positions of its tokens."""
     context, starts, ends = [], [], []
     for encoding in encodings:
         inside = [index for index, sequence in enumerate(encoding.sequence_ids) if sequence == 1]

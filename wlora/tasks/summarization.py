@@ -1,4 +1,4 @@
-"""Summarisation with encoder-decoder models: XSum, CNN/DailyMail and their synthetic twin."""
+"""Summarisation with encoder-decoder models: XSum, CNN/DailyMail and their synthetic counterpart."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ from wlora.metrics.rouge import ROUGE_NAMES, compute_rouge, score_documents
 from wlora.tasks.base import check_metrics
 
 IGNORED = -100
-"""The label of a padded position: torch's cross-entropy leaves it out, and the model shifts it in as padding."""
+"""The label of a padded position.
+
+The cross-entropy of torch ignores it, and the model replaces it by padding in the decoder's input.
+"""
 
 
 class Summarization:
-    """A document in, a summary out: `task.columns` names the two, in this order.
+    """Maps a document to a summary. `task.columns` names the columns of both, in this order.
 
     Attributes:
-        head: the kind of head on the model; it is the pretrained one, and nothing in it is new.
-        num_labels: unused by this head.
-        primary_metric: the reported one of `task.metrics`.
+        head: the kind of model head; it is pretrained, with no new parameters.
+        num_labels: not used by this head.
+        primary_metric: the reported metric, one of `task.metrics`.
 
     Raises:
-        ConfigError: not two columns, an unknown name in `task.metrics`, or a `task.primary_metric` not among them.
+        ConfigError: `task.columns` does not have two names, `task.metrics` has an unknown name, or
+            `task.primary_metric` is not one of them.
     """
 
     head = "seq2seq"
@@ -39,20 +43,20 @@ class Summarization:
 
     def __init__(self, config: TaskConfig) -> None:
         if len(config.columns) != 2:
-            raise ConfigError(f"task.columns={config.columns}: allowed are two, the document's and the summary's")
+            raise ConfigError(f"task.columns={config.columns}: allowed are two columns, the document's and the summary's")
         check_metrics(config, ROUGE_NAMES, "summaries")
         self.config = config
         self.primary_metric = config.primary_metric
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
-        """Tokenise rows, cut to `task.max_length` and `task.max_target_length` tokens and not padded.
+        """Tokenise rows, truncated to `task.max_length` and `task.max_target_length` tokens and not padded.
 
-        Empty documents and summaries, of which the benchmarks have a few, are encoded as such.
+        Empty documents and summaries, of which the benchmarks have a few, are encoded as empty texts.
 
         Returns:
-            Columns `input_ids`, `attention_mask` (lists of `length` integers), `labels` (list of the summary's
-            tokens), `length` (of the document, int32) and `loss_tokens` (of the summary, int32).
+            Columns `input_ids`, `attention_mask` (lists of `length` integers), `labels` (list of the summary's tokens),
+                `length` (tokens of the document, int32) and `loss_tokens` (tokens of the summary, int32).
         """
         self._tokenizer = tokenizer
         document, summary = self.config.columns
@@ -64,16 +68,16 @@ class Summarization:
             target = tokenizer(text_target=texts[summary], truncation=True, max_length=limits[1])
             cut = (find_truncated(encoded, limit) for encoded, limit in zip((source, target), limits, strict=True))
             truncated += sum(any(both) for both in zip(*cut, strict=True))
-            # Not the tokenizer's token_type_ids: encoder-decoder models have none.
+            # The tokenizer's token_type_ids are dropped: encoder-decoder models do not accept them.
             inputs = {key: source[key] for key in ("input_ids", "attention_mask")}
             labels = pa.array(target["input_ids"], pa.list_(pa.int32()))
             pieces.append(pa.table({**input_columns(inputs), "labels": labels, "loss_tokens": labels.value_lengths()}))
         return Features(pieces, truncated_share=truncated / len(rows))
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-        """Pad documents and summaries to the longest of each; padded labels are ignored by the loss.
+        """Pad documents and summaries to the longest of each. The loss ignores padded labels.
 
-        There are no decoder inputs: the model makes them, the labels shifted right.
+        Decoder inputs are not included: the model creates them by shifting the labels right.
         """
         batch = pad(features, tokenizer)
         batch["labels"] = stack([feature["labels"] for feature in features], IGNORED, "right")
@@ -82,7 +86,7 @@ class Summarization:
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
     ) -> list[str]:
-        """Generate a summary per document, from the encoder's output that the loss has computed already."""
+        """Generate a summary per document, from the encoder output that was computed for the loss."""
         assert self._tokenizer is not None
         self.set_generation(model)
         encoded = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
@@ -90,7 +94,7 @@ class Summarization:
         return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
-        """Return `task.metrics` with their intervals, against the whole summaries as published."""
+        """Return `task.metrics` with their confidence intervals, against the complete reference summaries."""
         return compute_rouge(self.config.metrics, predictions, rows[self.config.columns[1]])
 
     def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
@@ -100,10 +104,10 @@ class Summarization:
         return pa.table({**columns, **{name: pa.array(scores[:, i]) for i, name in enumerate(self.config.metrics)}})
 
     def set_generation(self, model: PreTrainedModel) -> None:
-        """Put the configured overrides into the model's own `generation_config`, the only place that counts.
+        """Write the configured settings into the model's `generation_config`, the only place that generation reads.
 
-        Generation never samples, so the same model writes the same summaries. A limit in new tokens takes the place
-        of the model's own in all tokens, which would otherwise be complained of in every batch.
+        Generation never samples, so the same model always writes the same summaries. A limit in new tokens replaces the
+        model's own limit in total tokens. Otherwise transformers would warn in every batch that both are set.
         """
         overrides = self.config.generation
         changes: dict[str, Any] = {"do_sample": False}

@@ -1,4 +1,4 @@
-"""What a micro-batch keeps in memory between its forward and its backward pass, and an example to measure it on."""
+"""Memory of the activations that a micro-batch saves for its backward pass, and a model and batch to measure it with."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from wlora.models.architectures import read_architecture
 from wlora.models.loading import build_unloaded
 from wlora.tasks.base import build_task
 
-# Any vocabulary has as many.
+# Smaller than every supported vocabulary.
 TOKENS = 100
 
 
 def build_example(config: Config, device: str) -> PreTrainedModel:
-    """Build the configured model without its weights, on which memory and time do not depend, all parameters frozen.
+    """Build the configured model with all parameters frozen.
+
+    Pretrained weights are not loaded: memory and time do not depend on them.
 
     Args:
-        device: where random weights take their place; on `meta` there are none.
+        config: the configuration.
+        device: device of the random weights; on `meta` there are no weights.
     """
     architecture = {"vocab_size": TOKENS, **read_architecture(config.model)}
     task = build_task(config.task)
     model = build_unloaded(config.model, architecture, head=task.head, num_labels=task.num_labels, device=device)
-    model.config.pad_token_id = 0  # no token of `make_batch`
+    model.config.pad_token_id = 0  # not a token of `make_batch`
     return model
 
 
 def make_batch(model: PreTrainedModel, config: Config) -> dict[str, Tensor]:
-    """Return a full batch of `task.batch_size` rows of `task.max_length` random tokens: what takes the most memory."""
+    """Return the largest batch: `task.batch_size` rows of `task.max_length` random tokens."""
     rows, length = config.task.batch_size, config.task.max_length
     device = next(model.parameters()).device
     ids = torch.randint(5, TOKENS, (rows, length), device=device)
@@ -46,9 +49,10 @@ def make_batch(model: PreTrainedModel, config: Config) -> dict[str, Tensor]:
 
 
 def activation_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Return the memory that a micro-batch takes beyond what stays: measured on a GPU, on others `saved_bytes`.
+    """Return the memory in bytes that a micro-batch takes temporarily.
 
-    On a GPU that is the peak over a forward and a backward pass; gradients are left behind.
+    On a GPU this is the measured peak of a forward and a backward pass, which leaves gradients behind. On other devices
+    it is `saved_bytes`.
     """
     device = next(iter(batch.values())).device
     if device.type != "cuda":
@@ -62,19 +66,19 @@ def activation_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 
 def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Return the bytes that autograd saves for the backward pass: each storage once, parameters not at all.
+    """Return the bytes that autograd saves for the backward pass. Each storage counts once; parameters do not count.
 
-    On the meta device, which holds no memory, they are the bytes that there would be.
+    On the meta device, which allocates no memory, these are the bytes that another device would need.
     """
     owned = {_identity(tensor) for tensor in [*model.parameters(), *batch.values()]}
     kept: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> None:
         if _identity(tensor) not in owned:
-            # Holding the storage keeps another from being put in its place.
+            # Keeping the storage alive prevents another one from getting the same address.
             kept[_identity(tensor)] = tensor.untyped_storage()
-        # There is no backward pass. A tensor given back here would hold the step that made it, which holds the tensor: all
-        # of this memory would stay taken until the next garbage collection.
+        # There is no backward pass. Returning the tensor here would create a reference cycle with its autograd node,
+        # and all this memory would stay allocated until the next garbage collection.
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         model(**batch)

@@ -1,4 +1,4 @@
-"""Batches that grow into the memory that a cut has freed (paper, section 3.3: larger batches after the cut)."""
+"""Larger batches that use the memory freed by a cut (paper §3.3: larger batches after the cut)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from wlora.config.schema import Config
 from wlora.console import notice
 from wlora.methods.base import Event
 
-# Micro-batches at once with `effective`, where the plan sets no bound.
+# Maximum growth factor with `effective`, where the plan sets no limit.
 LIMIT = 32
 
 
 def larger_is_faster(device: torch.device) -> bool:
-    """Tell whether a device computes larger micro-batches faster per row; on CPUs they were measured to be slower."""
+    """Return whether larger micro-batches take less time per row on a device. On CPUs they were measured to be slower."""
     return device.type != "cpu"
 
 
 def settle_growth(config: Config, device: torch.device) -> Config:
-    """Return a configuration whose `train.grow_batch` is `off` where `micro`, which is for speed alone, would be slower.
+    """Return a configuration with `train.grow_batch=off` if `micro` would be slower on this device.
 
-    `effective` stays: it decides how many rows an update takes.
+    `micro` only serves speed. `effective` is kept, because it changes the number of rows per update.
     """
     if config.train.grow_batch != "micro" or larger_is_faster(device):
         return config
@@ -33,17 +33,17 @@ def settle_growth(config: Config, device: torch.device) -> Config:
 
 
 class BatchGrowth:
-    """How many of the plan's micro-batches are computed at once, which a measurement after the cut decides.
+    """The number of planned micro-batches that are computed at once, determined by a measurement after the cut.
 
     Args:
-        kind: `micro` keeps the rows of an optimiser step and takes fewer passes over them, `effective` takes the rows of
-            several steps at once; `off` never grows.
-        batch_size: rows of a micro-batch of the plan.
-        accumulation_steps: micro-batches of a step of the plan.
-        device: where they are computed; on a CPU the micro-batches of an `effective` update stay as large as planned.
+        kind: `micro` keeps the rows of an optimiser step and computes them in fewer passes. `effective` combines the
+            rows of several steps. `off` never grows.
+        batch_size: rows of a planned micro-batch.
+        accumulation_steps: micro-batches per planned step.
+        device: the device; on a CPU the micro-batches of an `effective` update keep their planned size.
 
     Attributes:
-        factor: micro-batches at once.
+        factor: number of planned micro-batches that are computed at once.
     """
 
     def __init__(self, kind: str, *, batch_size: int, accumulation_steps: int, device: torch.device) -> None:
@@ -51,18 +51,19 @@ class BatchGrowth:
         self.enlarges = larger_is_faster(device)
         self.most = {"off": 1, "micro": accumulation_steps, "effective": LIMIT}[kind]
         self.factor = 1
-        self.before = 0  # bytes of the longest micro-batch before the cut, until they have been compared
+        self.before = 0  # bytes of the longest micro-batch before the cut; 0 after the comparison
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the plan whose rows make one update."""
+        """Number of planned optimiser steps whose rows form one update."""
         return self.factor if self.kind == "effective" else 1
 
     def observe(self, step: int, *, settled: bool, measure: Callable[[], int]) -> Event | None:
-        """Measure at the first step, and once more when the structure is settled; returns what has grown then.
+        """Measure at the first step, and again when the structure is final. Returns the growth as an event.
 
         Args:
-            settled: no cut is to come.
+            step: the optimiser step.
+            settled: no further cut will happen.
             measure: returns the bytes of the longest micro-batch.
         """
         if self.kind == "off":
@@ -79,7 +80,7 @@ class BatchGrowth:
         return Event(step, "grow_batch", details | {"micro_batch": (self.factor if self.enlarges else 1) * self.batch_size})
 
     def regroup(self, batches: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
-        """Put the rows of an update into as few micro-batches as the memory takes, similar lengths together."""
+        """Distribute the rows of an update over as few micro-batches as fit into memory, grouped by length."""
         if self.factor == 1 or not self.enlarges:
             return batches
         rows = sorted((row for batch in batches for row in batch), key=lambda row: lengths[row])

@@ -1,4 +1,4 @@
-"""Which rows make up a step: batches of similar length, in an order that is a function of (seed, epoch)."""
+"""The rows of every step: batches of similar length, in an order that depends only on (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from wlora.methods.training_data import Phase
 
-# Rows are sorted by length within windows of this many batches: wide enough to save padding, narrow enough to mix.
+# Rows are sorted by length within windows of this many batches. This saves padding and still mixes the rows.
 WINDOW_BATCHES = 50
 
 
 def training_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """Cut one epoch into micro-batches of row indices.
+    """Divide one epoch into micro-batches of row indices.
 
-    Rows are shuffled, sorted by length within windows, cut, and the batches shuffled again. The batch with the longest
-    row comes first in epoch 0, so that a lack of memory shows at once.
+    Rows are shuffled, sorted by length within windows, divided into batches, and the batches are shuffled. In epoch 0
+    the batch with the longest row comes first, so that a lack of memory shows immediately.
     """
     generator = random.Random(f"{seed}/{epoch}")
     rows = list(range(len(lengths)))
@@ -33,23 +33,27 @@ def training_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoc
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Cut all rows into batches of similar length, longest first; the order never changes."""
+    """Divide all rows into batches of similar length, longest first. The order is always the same."""
     rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
 def group_for_steps(batches: list[list[int]], accumulation_steps: int) -> list[list[list[int]]]:
-    """Group micro-batches into optimiser steps; the last step of an epoch may hold fewer."""
+    """Group micro-batches into optimiser steps. The last step of an epoch may have fewer."""
     return [batches[i : i + accumulation_steps] for i in range(0, len(batches), accumulation_steps)]
 
 
 def step_batches(
     phases: Sequence[Phase], lengths: Sequence[int], *, batch_size: int, accumulation_steps: int, seed: int
 ) -> Iterator[list[list[int]]]:
-    """Yield the micro-batches of every optimiser step of a run, whose phases each go through rows of their own.
+    """Yield the micro-batches of every optimiser step of a run. Each phase draws from its own rows.
 
     Args:
-        lengths: tokens of every training row.
+        phases: the phases of the run.
+        lengths: number of tokens of every training row.
+        batch_size: rows per micro-batch.
+        accumulation_steps: micro-batches per optimiser step.
+        seed: seed of the order.
     """
     epoch = 0
     for phase in phases:
@@ -63,5 +67,5 @@ def step_batches(
 
 
 def share(batch: list[int], rank: int, world: int) -> list[int]:
-    """Return one process's rows of a micro-batch; over all processes every row comes exactly once."""
+    """Return one process's rows of a micro-batch. Over all processes, every row occurs exactly once."""
     return batch[rank::world]

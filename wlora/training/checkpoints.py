@@ -1,9 +1,9 @@
-"""Checkpoints on disk: a folder per saved step, written whole or not at all, believed only if its checksums hold.
+"""Checkpoints on disk: one folder per saved step, written atomically and accepted only if its checksums match.
 
     <results_dir>/checkpoints/<run_id>/step-00000120/   tensors.safetensors  facts.json  manifest.json
 
-While a process has the run they stand one folder deeper, in its own (`wlora.storage.claims`).
-There is no pickle anywhere: tensors in safetensors, all else in JSON.
+While a process holds the claim of a run, its checkpoints are in that process's own subfolder (`wlora.storage.claims`).
+Pickle is not used: tensors are stored as safetensors, everything else as JSON.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class CheckpointStore:
 
     Args:
         results_dir: the study's folder.
-        run_id: the run; a checkpoint of another one is never taken for its own.
-        keep: how many of the newest stay.
-        claim: the right to write for the run, where other processes may run it, too.
+        run_id: the run; a checkpoint of another run is never used.
+        keep: number of newest checkpoints to keep.
+        claim: the right to write for the run, if other processes may run it, too.
     """
 
     def __init__(self, results_dir: str | Path, run_id: str, *, keep: int, claim: Claim | None = None) -> None:
@@ -47,10 +47,11 @@ class CheckpointStore:
         self._put = claim.put if claim else put
 
     def write(self, state: State) -> Path:
-        """Write a state and remove what is older than the newest `keep`.
+        """Write a state and remove all checkpoints except the newest `keep`.
 
         Raises:
-            RunFault: the disk is full, the folder cannot be written, or the run is another's by now; older checkpoints stay.
+            RunFault: the disk is full, the folder cannot be written, or another process has taken over the run; older
+                checkpoints stay.
         """
         target = self.folder / f"step-{state.facts['step']:08d}"
         contents = {
@@ -65,21 +66,22 @@ class CheckpointStore:
                 for name, content in contents.items():
                     with open(staging / name, "xb") as stream:
                         stream.write(content)
-                self._put(staging, target)  # also in place of an earlier one of the same step, which may be broken
+                self._put(staging, target)  # replaces an earlier checkpoint of this step, which may be damaged
             older = self._folders()[self.keep :]
         except OSError as error:
             raise RunFault(
-                f"the checkpoint {self.place(target)} cannot be written ({error.strerror}); older ones stay"
+                f"the checkpoint {self.place(target)} cannot be written ({error.strerror}); older checkpoints are kept"
             ) from error
         for old in older:
             remove_path(old)
         return target
 
     def read(self) -> Iterator[tuple[Path, State | str]]:
-        """Yield the checkpoints, newest first: each as its state, or as what is damaged of it.
+        """Yield the checkpoints, newest first: each as its state, or as a description of the damage.
 
         Raises:
-            RunFault: one cannot be read, or is another code's or another run's: it may be whole, so nothing is removed.
+            RunFault: a checkpoint cannot be read, or belongs to other code or another run. It may be intact, so nothing
+                is removed.
         """
         place = self.folder
         try:
@@ -91,27 +93,27 @@ class CheckpointStore:
         except OSError as error:
             raise RunFault(
                 f"checkpoint {self.place(place)} cannot be read ({error.strerror}); nothing was removed\n"
-                "way out: the same command once it can be read; force=true starts afresh"
+                "way out: the same command once it can be read; force=true starts again from step 0"
             ) from error
 
     def place(self, folder: Path) -> Path:
-        """Return where a checkpoint stands while no process has the run, for messages."""
+        """Return a checkpoint's path while no process holds the run, for messages."""
         return self._base / folder.name
 
     def present(self) -> bool:
-        """Tell whether there is any checkpoint of any process that had the run, whole or not."""
+        """Return whether any process that held the run has left a checkpoint, intact or not."""
         with contextlib.suppress(OSError):
             return any(True for pattern in ("step-*", "*/step-*") for _ in self._base.glob(pattern))
         return False
 
     def discard(self, folder: Path) -> None:
-        """Remove one checkpoint, such as a broken one, that would else stand in the way as the newest."""
+        """Remove one checkpoint, such as a damaged one, which would otherwise count as the newest."""
         remove_path(folder)
 
     def remove(self) -> None:
         """Remove all checkpoints of the run."""
         remove_path(self.folder)
-        with contextlib.suppress(OSError):  # if it was the last run's
+        with contextlib.suppress(OSError):  # removes empty folders only
             if self.folder != self._base:
                 self._base.rmdir()
             self._base.parent.rmdir()
@@ -121,16 +123,21 @@ class CheckpointStore:
         if (manifest["schema"], manifest["run_id"]) != (SCHEMA, self.run_id):
             raise RunFault(
                 f"checkpoint {self.place(folder)} has schema {manifest['schema']} and is of run {manifest['run_id']}, not "
-                f"{SCHEMA} and {self.run_id}; nothing was removed\nway out: the code that wrote it; force=true starts afresh"
+                f"{SCHEMA} and {self.run_id}; nothing was removed\n"
+                "way out: the code that wrote it; force=true starts again from step 0"
             )
         contents = {name: patiently(partial(read_file, folder / name)) for name in (_TENSORS, _FACTS)}
         for name, content in contents.items():
             if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
-                raise ValueError(f"{name} is not what was written")
+                raise ValueError(f"the checksum of {name} does not match")
         return State(read_json(contents[_FACTS]), load(contents[_TENSORS]))
 
     def _folders(self) -> list[Path]:
-        """List the checkpoints, newest first; OSError where that fails, since none found would mean to start afresh."""
+        """List the checkpoints, newest first.
+
+        Raises:
+            OSError: listing fails. An empty list would make the run start again from step 0.
+        """
         try:
             names = patiently(lambda: os.listdir(self.folder))
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Scoring a model on a validation split, exact however its features are spread over processes."""
+"""Score a model on a validation split. The result does not depend on how features are distributed over processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """A validation split: its checked rows, and the features they were encoded into."""
+    """A validation split: its checked rows and their encoded features."""
 
     rows: Dataset
     features: Features
@@ -36,13 +36,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: all metrics, and per validation split a prediction per feature."""
+    """The result of an evaluation: all metrics, and per validation split one prediction per feature."""
 
     metrics: dict[str, float]
     predictions: dict[str, list[Any]]
 
     def tabulate(self, task: Task, splits: dict[str, Split]) -> pa.Table:
-        """Return all predictions, a line per row, with the name of the split (see `Task.tabulate`)."""
+        """Return all predictions, one line per row, with the name of the split (see `Task.tabulate`)."""
         tables = []
         for name, predictions in self.predictions.items():
             table = task.tabulate(predictions, splits[name].features, splits[name].rows)
@@ -62,17 +62,27 @@ def evaluate(
     prefix: PrefixCache | None = None,
     together: bool = False,
 ) -> Evaluation:
-    """Return all metrics of all validation splits, and the mean loss of the first as `loss` where it has labels.
+    """Evaluate on all validation splits.
 
-    Every process sees its share of each batch; predictions are gathered and scored once on the whole. The model is
-    the bare one: processes with nothing to do in a batch skip it, for which wrapped models would wait. With `together`
-    none skips it, since the model is in pieces.
+    Every process predicts its share of each batch. Predictions are gathered and scored once on the complete split.
+    `model` is the bare model: a process without rows in a batch skips it, which a distributed wrapper would not allow.
+    With `together` no process skips a batch, because the model is sharded.
 
     Args:
-        prefix: the stored states that the model goes on from, where its lower layers no longer change.
+        model: the bare model.
+        task: the task.
+        splits: the validation splits by name.
+        tokenizer: the model's tokenizer.
+        batch_size: rows per batch, over all processes.
+        accelerator: the processes.
+        prefix: stored states from which the model continues, if its lower layers no longer change.
+        together: whether all processes must call the model together.
+
+    Returns:
+        All metrics and predictions. If the first split has labels, `loss` is its mean loss.
 
     Raises:
-        FloatingPointError: logits, the loss or a score are not finite; every process raises it alike.
+        FloatingPointError: logits, the loss or a score are not finite; all processes raise it alike.
     """
     model.eval()
     metrics: dict[str, float] = {}
@@ -87,7 +97,7 @@ def evaluate(
         predictions, loss, finite = _predict(
             model, task, split.features, tokenizer, batch_size, accelerator, replay, together
         )
-        if not finite:  # told before scoring: a score may hide it, as SQuAD's do, or its library may fail
+        if not finite:  # checked before scoring: scores may hide it, as in SQuAD, and metric libraries may fail
             raise FloatingPointError(f"the logits are not finite on {name}")
         found[name] = predictions
         metrics.update(task.score(name, predictions, split.features, split.rows))
@@ -110,7 +120,10 @@ def _predict(
     replay: Callable[[list[int], dict[str, torch.Tensor]], AbstractContextManager[None]],
     together: bool,
 ) -> tuple[list[Any], float | None, bool]:
-    """Return a prediction per feature, the mean loss over features (None without labels), whether all logits are finite."""
+    """Return one prediction per feature, the mean loss, and whether all logits are finite.
+
+    The loss is a mean over features; None without labels.
+    """
     indices: list[int] = []
     finite = [torch.ones((), dtype=torch.bool, device=accelerator.device)]
     found: list[torch.Tensor | Sequence[Any]] = []
@@ -130,7 +143,7 @@ def _predict(
         indices += mine
         if outputs.get("loss") is not None:
             losses.append(outputs.loss.double() * sum(features.loss_weights[index] for index in mine))
-    # Tensors stay on the device until here, so that no batch waits for the one before.
+    # Tensors stay on the device until here, so that a batch does not wait for the previous one.
     predictions = [item for part in found for item in (part.cpu().numpy() if isinstance(part, torch.Tensor) else part)]
     total = float(torch.stack(losses).sum()) if losses else None
     shards, totals = gather((indices, predictions)), [part for part in gather(total) if part is not None]

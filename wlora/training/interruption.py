@@ -1,4 +1,4 @@
-"""What stands between a run and its loss: checkpoints as it goes, signals that stop it in order, the way back in."""
+"""Periodic checkpoints, orderly shutdown on signals, and resume."""
 
 from __future__ import annotations
 
@@ -25,32 +25,35 @@ from wlora.training.trainer import Trainer
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
-# A launcher passes a signal on that the terminal or the scheduler has sent to its processes, too.
+# A launcher may forward a signal that the terminal or the scheduler has already sent to its processes.
 ECHO_SECONDS = 2.0
 
-# In place of a signal's number: the lock is another's.
+# Used instead of a signal number: another process has taken the lock.
 LOST = 1000
-# Differences of an environment that are told; the record has all.
+# Number of environment differences in the message; the record has all.
 _SHOWN = 4
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state is saved, or at its end its record is.
+    """The run was stopped by a signal. Its state is saved; at the end of the run, its record is.
 
     Attributes:
-        exit_code: 128 + the signal's number, as a shell reports it.
+        exit_code: 128 + the signal's number, as in a shell.
     """
 
     def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(number).name} after step {step}; the same command goes on from there")
+        super().__init__(f"{signal.Signals(number).name} after step {step}; repeat the same command to resume from there")
         self.exit_code = 128 + number
 
 
 class Guard:
-    """Called after every optimiser step: saves the state when it is due, or at once when a signal asks to stop.
+    """Called after every optimiser step: saves the state when a checkpoint is due or a signal has asked to stop.
 
     Args:
-        lock: the right to run, which may be lost to another process.
+        store: the run's checkpoints.
+        lock: the right to run, which another process may take over.
+        curve: the run's learning curve.
+        record: the run's record.
         begin: `time.perf_counter()` when this process began the run.
     """
 
@@ -69,14 +72,14 @@ class Guard:
         self._heard = 0.0
 
     def seconds(self) -> float:
-        """Return the seconds since the run began, those of interrupted processes included."""
+        """Return the seconds since the run began, including those of interrupted processes."""
         return time.perf_counter() - self._begin
 
     def __call__(self, trainer: Trainer) -> None:
-        """Look after the step that has just ended.
+        """Save and stop if necessary after the step that has just ended.
 
         Raises:
-            Interrupted: a signal asked to stop, on any process.
+            Interrupted: any process received a signal to stop.
             TakenOver: another process has taken over the run.
         """
         asked = self._asked_anywhere(trainer.accelerator)
@@ -91,17 +94,17 @@ class Guard:
             raise Interrupted(asked, trainer.step)
 
     def answer(self, trainer: Trainer) -> None:
-        """End the command if a signal came too late to stop the run, whose record is whole by now.
+        """Exit if a signal arrived too late to stop the run, whose record is now complete.
 
         Raises:
-            Interrupted: a signal asked to stop, on any process.
+            Interrupted: any process received a signal to stop.
         """
         asked = self._asked_anywhere(trainer.accelerator)
         if asked not in (0, LOST):
             raise Interrupted(asked, trainer.step)
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint; every process takes part, the main one writes."""
+        """Write a checkpoint. All processes take part; the main process writes."""
         state = trainer.capture()
         state.facts |= {
             "curve": self.curve.points,
@@ -115,10 +118,10 @@ class Guard:
         trainer.accelerator.wait_for_everyone()
 
     def resume(self, trainer: Trainer) -> None:
-        """Go on from the newest checkpoint that holds, if there is one.
+        """Resume from the newest intact checkpoint, if there is one.
 
         Raises:
-            RunFault: a whole checkpoint that does not fit this code.
+            RunFault: an intact checkpoint does not fit this code.
         """
         found = self._newest(trainer.accelerator)
         if found is None:
@@ -130,7 +133,7 @@ class Guard:
             raise RunFault(
                 f"checkpoint {self.store.place(folder)} was written by other code "
                 f"(commit {state.facts['git_commit']}): {error}\n"
-                "way out: force=true starts afresh"
+                "way out: force=true starts again from step 0"
             ) from error
         self._note_environment(state, trainer.step)
         self.record.resumed_at = [*state.facts["resumed_at"], trainer.step]
@@ -139,12 +142,12 @@ class Guard:
         self._begin -= state.facts["seconds"]
 
     def _environments(self, step: int) -> list[dict[str, Any]]:
-        """Return the environments in which the run has got as far as a step, this process's last."""
+        """Return the environments in which the run has reached a step; the one of this process is last."""
         own = {key: value for key, value in self.record.environment.items() if key != "earlier"}
         return [*self.record.environment.get("earlier", []), {"until": step, **own}]
 
     def _note_environment(self, state: State, step: int) -> None:
-        """Let the record name the environments of the processes before, and say what differs here from the last one's."""
+        """Add the environments of earlier processes to the record, and report differences from the last of them."""
         older = {"until": step, "git_commit": state.facts["git_commit"]}
         past, now = state.facts.get("environments", [older]), self.record.environment
         if earlier := join_environments(past, now):
@@ -161,9 +164,12 @@ class Guard:
             )
 
     def _newest(self, accelerator: Accelerator) -> tuple[Path, State] | None:
-        """Return the newest checkpoint that holds; the main process looks, so that all go on from the same.
+        """Return the newest intact checkpoint.
 
-        It removes the broken ones: they would push whole ones out of the newest that are kept.
+        The main process chooses, so that all processes resume from the same one.
+
+        Damaged checkpoints are removed. Otherwise they would count towards the number that is kept and displace intact
+        ones.
         """
         found: tuple[Path, State] | None = None
         broken: list[Path] = []
@@ -171,23 +177,25 @@ class Guard:
             if isinstance(state, State):
                 found = folder, state
                 break
-            say(f"notice: checkpoint {self.store.place(folder)} is broken and skipped ({state})")
+            say(f"notice: checkpoint {self.store.place(folder)} is damaged and skipped ({state})")
             broken.append(folder)
         if broken and found is None:
-            say("notice: no checkpoint of this run is whole: it starts afresh")
+            say("notice: no checkpoint of this run is intact: it starts again from step 0")
         for folder in broken:
             self.store.discard(folder)
         chosen = from_main(found[0].name if found else None)
         if chosen is None or found is not None:
             return found
-        read = dict(self.store.read()).get(self.store.folder / chosen, "it is not there")
+        read = dict(self.store.read()).get(self.store.folder / chosen, "it does not exist")
         if isinstance(read, str):
-            raise RunFault(f"checkpoint {self.store.place(Path(chosen))} holds on the main process and not here ({read})")
+            raise RunFault(
+                f"checkpoint {self.store.place(Path(chosen))} is intact on the main process but not on this one ({read})"
+            )
         return self.store.folder / chosen, read
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Let the signals that ask to stop be heard at the end of a step or of the run; a second one stops at once."""
+        """Handle stop signals in this block: the first one stops after the current step, a second one stops immediately."""
         before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
         try:
             yield
@@ -202,10 +210,10 @@ class Guard:
                 return
             raise KeyboardInterrupt
         self._asked, self._heard = number, now
-        say(f"{signal.Signals(number).name}: stopping after this step; again stops at once")
+        say(f"{signal.Signals(number).name}: stopping after this step; a second signal stops immediately")
 
     def _asked_anywhere(self, accelerator: Accelerator) -> int:
-        """Return the number of a signal that any process has heard, 0 for none, or LOST."""
+        """Return the number of a signal that any process has received, 0 for none, or LOST."""
         asked = LOST if self.lock.lost else self._asked or 0
         if accelerator.num_processes == 1:
             return asked

@@ -1,4 +1,4 @@
-"""Optimiser groups of a run: AdamW for adapters and head, plain SGD for ω, rebuilt when the structure changes."""
+"""The optimisers of a run: AdamW for adapters and head, plain SGD for ω, rebuilt when the adapters' structure changes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from wlora.methods.parameter_groups import ParameterGroup
 
 
 class ReleaseAdamW(Optimizer):
-    """AdamW as the paper's release has it (methods note §1.1).
+    """AdamW as in the paper's published code.
 
-    ε is added before the bias correction of v, and the decoupled decay follows the step instead of preceding it, so
-    torch's AdamW is not equal to it at 1e-8.
+    It differs from torch's AdamW: ε is added before the bias correction of v, and the decoupled weight decay follows
+    the step instead of preceding it. So the two are not equal, even with the same ε.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class ReleaseAdamW(Optimizer):
 
 
 class Optimizers:
-    """The optimisers of one run, seen as one.
+    """All optimisers of one run behind one interface.
 
     Args:
-        groups: what to update; see `rebuild`.
-        weight_decay: decoupled decay of the AdamW groups.
-        release: use the release's AdamW (ε 1e-6) in place of torch's (ε 1e-8).
+        groups: parameter groups; see `rebuild`.
+        weight_decay: decoupled weight decay of the AdamW groups.
+        release: use the AdamW of the published code (ε = 1e-6) instead of torch's (ε = 1e-8).
     """
 
     def __init__(self, groups: list[ParameterGroup], *, weight_decay: float, release: bool = False) -> None:
@@ -68,16 +68,17 @@ class Optimizers:
         self.rebuild(groups)
 
     def rebuild(self, groups: list[ParameterGroup]) -> None:
-        """Take over new groups after a structural change.
+        """Use new groups after a structural change.
 
-        A parameter that was there before keeps its moments and step count, and so does one that was cut or extended from
-        it; a new one starts from zero moments; the state of one that is gone is dropped.
+        A parameter that existed before keeps its moments and step count. A pruned or extended parameter inherits them
+        from its original (`wlora.adapters.derivation`). A new parameter starts with zero moments. The state of removed
+        parameters is dropped.
         """
         state = {p: s for optimizer in self._rules.values() for p, s in optimizer.state.items()}
         for p in (p for group in groups for p in group.parameters):
             _inherit(state, p)
         for group in groups:
-            # An adapter that several modules share comes once per module.
+            # An adapter that several modules share occurs once per module.
             group.parameters = [p for p in dict.fromkeys(group.parameters) if p.requires_grad]
         self.groups = [group for group in groups if group.parameters]
         self._rules = {}
@@ -89,24 +90,24 @@ class Optimizers:
             self._rules[rule] = optimizer
 
     def forget(self) -> None:
-        """Drop all moments and step counts."""
+        """Discard all moments and step counts."""
         for optimizer in self._rules.values():
             optimizer.state.clear()
 
     def state(self, names: Mapping[Tensor, str]) -> dict[str, dict[str, Any]]:
-        """Return moments and step counts by the names of the parameters they belong to."""
+        """Return moments and step counts by parameter name."""
         states = {p: s for optimizer in self._rules.values() for p, s in optimizer.state.items()}
         return {names[p]: dict(s) for p, s in states.items()}
 
     def load(self, state: Mapping[str, dict[str, Any]], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take over moments and step counts, after a `rebuild` with the groups that they belong to."""
+        """Load moments and step counts. Call `rebuild` with the corresponding groups first."""
         rules = {p: rule for rule in self._rules.values() for group in rule.param_groups for p in group["params"]}
         self.forget()
         for name, values in state.items():
             rules[parameters[name]].state[parameters[name]] = values
 
     def set_schedule(self, step: int, *, warmup: int, total: int) -> None:
-        """Set the learning rate of every scheduled group for the step after `step` completed ones of `total`."""
+        """Set the learning rate of every scheduled group after `step` of `total` completed steps."""
         for optimizer in self._rules.values():
             for group in optimizer.param_groups:
                 start = group["start"]
@@ -114,22 +115,22 @@ class Optimizers:
                 group["lr"] = group["peak"] * factor
 
     def step(self) -> None:
-        """Update all parameters that have gradients, already unscaled and clipped.
+        """Update all parameters that have gradients. The gradients must be unscaled and clipped.
 
-        Not `GradScaler.step`: it would unscale again where a growth has rebuilt the optimisers since `unscale`.
+        `GradScaler.step` is not used: it would unscale a second time if the optimisers were rebuilt after `unscale`.
         """
         for optimizer in self._rules.values():
             optimizer.step()
 
     def unscale(self, scaler: torch.amp.GradScaler) -> bool:
-        """Divide all gradients by the scaler's factor; returns whether they are finite, all of them."""
+        """Divide all gradients by the loss scale. Returns whether all of them are finite."""
         for optimizer in self._rules.values():
             scaler.unscale_(optimizer)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         return math.isfinite(float(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)))
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the clipped groups' gradients to a global norm of at most `max_norm`; returns the norm before."""
+        """Scale the clipped groups' gradients to a global norm of at most `max_norm`. Returns the norm before."""
         parameters = [p for group in self.groups if group.clipped for p in group.parameters]
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
@@ -143,9 +144,9 @@ class Optimizers:
         return [p for group in self.groups for p in group.parameters]
 
     def check(self, model: nn.Module) -> None:
-        """Assert that exactly the parameters meant to train have gradients and are here.
+        """Assert that the same parameters require gradients, have gradients and are in an optimiser.
 
-        This is what would have shown the release's frozen head.
+        This check would have detected the frozen head of the published code.
         """
         updated = {id(p) for p in self.parameters()}
         for name, parameter in model.named_parameters():
@@ -156,7 +157,7 @@ class Optimizers:
                 )
 
     def holds_state(self, parameter: nn.Parameter) -> bool:
-        """Tell whether some optimiser still keeps state for a parameter."""
+        """Return whether any optimiser still has state for a parameter."""
         return any(parameter in optimizer.state for optimizer in self._rules.values())
 
     def _make(self, rule: str, described: list[dict[str, Any]]) -> Optimizer:
@@ -169,12 +170,12 @@ class Optimizers:
 
 
 def _inherit(state: dict[Any, dict[str, Any]], derived: nn.Parameter) -> None:
-    """Give a parameter that was derived from another what stays valid of the other's moments."""
+    """Transfer the still valid part of the original parameter's moments to a derived parameter."""
     origin = take_origin(derived)
     if origin is None:
         return
     parent, carry = origin
-    _inherit(state, parent)  # it may have been derived itself in the same change
+    _inherit(state, parent)  # the original may itself be derived in the same change
     if parent in state:
         moments = state[parent].items()
         same = [key for key, value in moments if isinstance(value, Tensor) and value.shape == parent.shape]
@@ -187,7 +188,7 @@ def _describe(group: ParameterGroup) -> dict[str, Any]:
 
 
 def linear_schedule(step: int, *, warmup: int, total: int) -> float:
-    """Return the factor of the learning rate after `step` completed steps: linear warm-up, then linear decay to 0."""
+    """Return the learning-rate factor after `step` completed steps: linear warm-up, then linear decay to 0."""
     if step < warmup:
         return step / warmup
     return max(0.0, (total - step) / max(1, total - warmup))

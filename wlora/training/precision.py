@@ -1,4 +1,7 @@
-"""One choice of precision per run, printed with its reason: the frozen base may be low, what trains stays float32."""
+"""The precision of a run, reported with its reason.
+
+The frozen base may use low precision; trained parameters stay float32.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """A chosen precision: its name (`fp32`, `bf16`, `fp16`) and why it was chosen.
+    """A precision: its name (`fp32`, `bf16`, `fp16`) and the reason for the choice.
 
-    `emulated` is for processors without bfloat16 products, which take several times as long for one as for a float32
-    product: linears multiply bfloat16 numbers in float32 and round the result, as the hardware with such products does.
+    `emulated` is for processors without bfloat16 products, where a bfloat16 product takes several times as long as a
+    float32 product. Linear modules then multiply bfloat16 values in float32 and round the result, as hardware with
+    bfloat16 products does.
     """
 
     name: str
@@ -33,7 +37,7 @@ class Precision:
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
-    """Choose the precision for a device; `auto` takes the low one where the hardware multiplies it fast."""
+    """Choose the precision for a device. `auto` chooses low precision if the hardware has fast products for it."""
     if requested == "bf16" and device.type == "cpu" and not _cpu_multiplies_bf16():
         return Precision(requested, "asked for; this processor multiplies it in float32", emulated=True)
     if requested != "auto":
@@ -57,10 +61,10 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def lower_base(model: nn.Module, precision: Precision) -> None:
-    """Cast the frozen base to the chosen dtype; adapters and head stay float32.
+    """Cast the frozen base to the chosen dtype. Adapters and head stay float32.
 
-    The head's inputs are cast up, so logits and loss are float32. Layer norms and softmax reduce in float32 inside
-    torch's kernels whatever the dtype of their input. Buffers (rotary frequencies) keep their dtype.
+    The head's inputs are cast to float32, so logits and loss are float32. Layer norms and softmax accumulate in float32
+    inside torch's kernels, independent of the dtype of their input. Buffers (rotary frequencies) keep their dtype.
     """
     if precision.name == "fp32":
         return
@@ -73,7 +77,7 @@ def lower_base(model: nn.Module, precision: Precision) -> None:
     if precision.emulated:
         for module in model.modules():
             if type(module) is nn.Linear and module.weight.dtype == precision.dtype:
-                module.float()  # of rounded weights: they are still bfloat16 numbers
+                module.float()  # the weights were rounded before, so they are still bfloat16 values
                 module.register_forward_pre_hook(_cast_up, with_kwargs=True)
                 module.register_forward_hook(lambda _module, _args, out: out.to(precision.dtype))
     for module in head_modules(model).values():

@@ -1,4 +1,4 @@
-"""Batches on their way to the device: collated in a second thread ahead of their use, and moved without a wait."""
+"""Collate batches ahead of time in a second thread, and move them to the device without waiting."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Batch = dict[str, Tensor]
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to a device. To a GPU it goes from pinned memory, so that the host does not wait for the copy."""
+    """Move a batch to a device. GPU transfers use pinned memory, so that the host does not wait for the copy."""
     if device.type == "cuda":
         batch = {key: value.pin_memory() for key, value in batch.items()}
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 class Prefetcher:
-    """Collates what is expected next. Other rows than expected are collated when they are asked for, so any guess is safe.
+    """Collates the expected next batch ahead of time. If other rows are requested, they are collated then.
 
     Args:
-        collate: turns row indices into a batch on the CPU; it draws no random number.
+        collate: turns row indices into a batch on the CPU; must not draw random numbers.
     """
 
     def __init__(self, collate: Callable[[list[int]], Batch]) -> None:
@@ -33,7 +33,7 @@ class Prefetcher:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Keep the thread for this block; outside of one nothing is collated ahead."""
+        """Run the thread within this block. Outside, no batch is collated ahead of time."""
         with ThreadPoolExecutor(1, thread_name_prefix="collate") as self._pool:
             try:
                 yield
@@ -41,7 +41,7 @@ class Prefetcher:
                 self._pool = self._expected = None
 
     def expect(self, rows: list[int]) -> None:
-        """Start to collate these rows, in place of those expected before."""
+        """Start to collate these rows; replaces the previous expectation."""
         self._expected = (rows, self._pool.submit(self._collate, rows)) if self._pool and rows else None
 
     def take(self, rows: list[int]) -> Batch:

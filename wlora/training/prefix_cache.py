@@ -1,10 +1,10 @@
-"""What the frozen prefix gives for every row, computed once and stored, in memory or on disk.
+"""Cache of the frozen prefix: its hidden states are computed once per row and stored, in memory or on disk.
 
     <results_dir>/prefix_cache/<fingerprint>/   states.bin (hidden states, row after row)   manifest.json
 
-A folder is written whole or not at all, believed only if its checksum holds, and used by every later run with the same
-weights beneath, data, depth and dtype. It may be deleted at any time: a run keeps the file that it has mapped, and the
-next one spends one pass over the data.
+A folder is written atomically and accepted only if its checksum matches. Later runs with the same prefix weights, data,
+depth and dtype use it again. It may be deleted at any time: a run keeps the file that it has mapped, and the next run
+computes the states again in one pass over the data.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ from wlora.training.prefetch import move
 
 SCHEMA = 1
 _STATES, _MANIFEST = "states.bin", "manifest.json"
-# Rows that are computed together. Always the same ones, so that a row's states do not depend on when it is first needed.
+# Rows that are computed together. The groups are fixed, so that a row's states do not depend on when they are first
+# needed.
 ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where hidden states are kept, and how.
+    """How hidden states are stored.
 
     Attributes:
-        kind: `memory`, or `disk` for files that are mapped into memory.
-        dtype: of the stored states.
-        limit: bytes, over all splits of a run; rows that do not fit are computed anew every time.
-        folder: of the files.
+        kind: `memory`, or `disk` for memory-mapped files.
+        dtype: dtype of the stored states.
+        limit: maximum number of bytes, over all splits of a run; rows that do not fit are recomputed every time.
+        folder: folder of the files.
     """
 
     kind: Literal["memory", "disk"]
@@ -59,7 +60,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Hidden states of a split: those of a row are `states[start:start + length]`; start is -1 where they did not fit."""
+    """Hidden states of a split. Those of a row are `states[start:start + length]`; start is -1 for rows that did not fit."""
 
     states: Tensor
     starts: np.ndarray
@@ -67,10 +68,12 @@ class _Stored:
 
 
 class PrefixCache:
-    """The states above a frozen prefix for the rows of a run's splits.
+    """The hidden states after a frozen prefix, for the rows of a run's splits.
 
     Args:
-        collate: turns features by row index into the model's inputs, on the model's device.
+        prefix: the frozen layers.
+        storage: how states are stored.
+        collate: turns features and row indices into the model's inputs, on the model's device.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class PrefixCache:
         self._model: str | None = None
 
     def facts(self) -> dict[str, int]:
-        """Return what a record says: layers left out, rows stored, and bytes."""
+        """Return the facts for the record: number of skipped layers, stored rows and bytes."""
         stored = self._splits.values()
         return {
             "prefix_layers": self.prefix.depth,
@@ -90,10 +93,10 @@ class PrefixCache:
         }
 
     def prepare(self, split: str, features: Features) -> None:
-        """Compute or find the states of a split; nothing if that is done.
+        """Compute or load the states of a split, unless that is done.
 
         Raises:
-            RunFault: the disk is full or the folder cannot be written.
+            RunFault: the disk is full, or the folder cannot be written.
         """
         if split in self._splits:
             return
@@ -105,7 +108,7 @@ class PrefixCache:
         starts = np.full(len(features), -1, dtype=np.int64)
         starts[kept] = np.cumsum(lengths[kept]) - lengths[kept]
         if len(kept) < len(order):
-            notice(f"train.prefix_cache_gb holds {len(kept)} of {len(order)} rows of {split}, the others run in full")
+            notice(f"train.prefix_cache_gb holds {len(kept)} of {len(order)} rows of {split}; the other rows are recomputed")
         tokens = int(lengths[kept].sum())
         if self.storage.kind == "disk" and tokens:
             states = self._open(features, kept, tokens)
@@ -118,44 +121,46 @@ class PrefixCache:
         self._splits[split] = _Stored(states, starts, lengths)
 
     def replay(self, split: str, rows: list[int], inputs: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Let the model go on from the states of these rows while in the block; `prepare` comes first.
+        """Within the returned context, the model continues from the stored states of these rows. Call `prepare` first.
 
         Args:
-            inputs: the rows collated; the mask says where in [rows, tokens] the states belong.
+            split: the name of the split.
+            rows: row indices.
+            inputs: the collated rows; the attention mask gives the positions of the states in [rows, tokens].
         """
         stored = self._splits[split]
         if (stored.starts[rows] < 0).any():
-            # Rounded as the stored ones are, so that the limit is no part of the science.
+            # Rounded like the stored states, so that results do not depend on the memory limit.
             return self.prefix.replaced(self.prefix.compute(inputs).to(self.storage.dtype))
         mask = inputs["attention_mask"].bool()
         spans = zip(stored.starts[rows].tolist(), stored.lengths[rows].tolist(), strict=True)
         pieces = [stored.states[start : start + length] for start, length in spans]
         tokens = move({"states": torch.cat(pieces)}, mask.device)["states"]
-        # Each token takes the next of the stored states: `states[mask] = tokens` would make a GPU be waited for.
+        # Each token takes the next stored state. `states[mask] = tokens` would synchronise with the GPU.
         place = mask.flatten().cumsum(0).sub(1).clamp(min=0)
         states = tokens[place].view(*mask.shape, -1).masked_fill(~mask.unsqueeze(-1), 0)
         return self.prefix.replaced(states)
 
     def _compute(self, features: Features, rows: list[int]) -> Iterator[Tensor]:
-        """Yield the states of rows, [tokens, width], batch after batch, padding left out."""
+        """Yield the states of rows batch by batch, [tokens, width], without padding."""
         for begin in range(0, len(rows), ROWS_AT_ONCE):
             inputs = self._collate(features, rows[begin : begin + ROWS_AT_ONCE])
             states = self.prefix.compute(inputs)
             yield states[inputs["attention_mask"].bool()].to(self.storage.dtype).cpu()
 
     def _open(self, features: Features, rows: list[int], tokens: int) -> Tensor:
-        """Map the file of these states, which is written first if there is none that holds."""
+        """Map the file of these states. If there is no intact file, write it first."""
         folder = self.storage.folder / self._fingerprint(features, rows)
         size = tokens * self.prefix.width * self.storage.dtype.itemsize
         mapped = _find(folder, size)
         if mapped is None:
             mapped = self._write(folder, features, rows)
         else:
-            say(f"prefix     {folder} is used again")
+            say(f"prefix     using the stored states in {folder}")
         return torch.frombuffer(mapped, dtype=self.storage.dtype).view(tokens, self.prefix.width)
 
     def _write(self, folder: Path, features: Features, rows: list[int]) -> mmap.mmap:
-        """Write the states and map the file; it is kept for later runs unless another run was faster or the disk refuses."""
+        """Write the states and map the file. It is kept for later runs, unless another run was faster or writing fails."""
         digest = hashlib.sha256()
         try:
             with staged(folder) as staging:
@@ -166,7 +171,7 @@ class PrefixCache:
                         digest.update(content)
                         stream.write(content)
                     stream.flush()
-                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # stays whatever becomes of the folder
+                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # stays valid if the folder is removed
                 with contextlib.suppress(OSError):
                     (staging / _MANIFEST).write_text(json.dumps({"schema": SCHEMA, "sha256": digest.hexdigest()}))
                     if not os.path.lexists(folder):
@@ -178,7 +183,7 @@ class PrefixCache:
             ) from error
 
     def _fingerprint(self, features: Features, rows: list[int]) -> str:
-        """Return 16 hex digits of a hash of all that decides the states of these rows."""
+        """Return 16 hex digits of a hash of everything that determines the states of these rows."""
         if self._model is None:
             self._model = self.prefix.fingerprint()
         versions = f"{torch.__version__} {transformers_version} {self.storage.dtype} {len(rows)}"
@@ -191,16 +196,16 @@ class PrefixCache:
 
 
 def _find(folder: Path, size: int) -> mmap.mmap | None:
-    """Map the file of a stored prefix that holds; one that is damaged is removed, one that cannot be read stays."""
+    """Map the file of a stored prefix if it is intact. A damaged one is removed; one that cannot be read is kept."""
     if not os.path.lexists(folder):
         return None
     try:
         return _map(folder, size)
     except (*MISSING, ValueError, KeyError, TypeError, RecursionError) as error:
-        say(f"notice: the stored prefix {folder} is broken and computed anew ({type(error).__name__}: {error})")
+        say(f"notice: the stored prefix {folder} is damaged and computed again ({type(error).__name__}: {error})")
         remove_path(folder)
     except OSError as error:
-        say(f"notice: the stored prefix {folder} cannot be read ({error.strerror}): it stays, and this run computes its own")
+        say(f"notice: the stored prefix {folder} cannot be read ({error.strerror}) and is kept; this run computes its own")
     return None
 
 
@@ -210,8 +215,8 @@ def _map(folder: Path, size: int) -> mmap.mmap:
         raise ValueError(f"schema {manifest['schema']}")
     with patiently(lambda: open_file(folder / _STATES)) as stream:
         if patiently(lambda: hash_stream(stream)) != manifest["sha256"]:
-            raise ValueError(f"{_STATES} is not what was written")
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # of what was hashed, whatever the name is of by now
+            raise ValueError(f"the checksum of {_STATES} does not match")
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # the hashed file, even if the name was replaced
     if len(mapped) != size:
         raise ValueError(f"{_STATES} has {len(mapped)} bytes, not {size}")
     return mapped

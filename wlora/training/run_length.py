@@ -1,4 +1,4 @@
-"""How long a run is, in optimiser steps, once the number of rows is known."""
+"""The length of a run in optimiser steps, computed from the number of rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Plan:
     """The length of a run.
 
     Attributes:
-        rows: training features; as many as rows, but for windows of long texts.
-        batch_size: features of a micro-batch, over all processes.
-        accumulation_steps: micro-batches of an optimiser step.
+        rows: number of training features; larger than the number of rows if long texts are cut into windows.
+        batch_size: features per micro-batch, over all processes.
+        accumulation_steps: micro-batches per optimiser step.
         steps_per_epoch: optimiser steps of one pass over the features.
         total_steps: optimiser steps of the run.
-        warmup: optimiser steps of the learning rate's linear warm-up.
+        warmup: optimiser steps of the linear learning-rate warm-up.
         eval_every: optimiser steps between evaluations.
         checkpoint_every: optimiser steps between checkpoints.
-        notice: what the user should know about a default that was changed, or "".
+        notice: information for the user about a changed default, or "".
     """
 
     rows: int
@@ -39,10 +39,10 @@ class Plan:
 
 
 def make_plan(config: Config, rows: int) -> Plan:
-    """Plan a run over `rows` training features.
+    """Compute the length of a run over `rows` training features.
 
     Raises:
-        ConfigError: an explicit warm-up that does not fit the run.
+        ConfigError: the configured warm-up or evaluation interval does not fit the run.
     """
     accumulation = config.train.accumulation_steps
     assert accumulation is not None

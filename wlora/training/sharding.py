@@ -1,7 +1,7 @@
-"""The frozen base in pieces: FSDP (`torch.distributed.fsdp`) over the processes of a run, for models that fill a GPU.
+"""Shard the frozen base with FSDP (`torch.distributed.fsdp`) over the processes of a run, for models that fill a GPU.
 
-Only the base is sharded: every process holds a part of each layer and gathers a layer when it is computed. Adapters and
-head are small, stay whole, and are no business of FSDP's: their gradients are averaged here.
+Only the base is sharded: every process holds a part of each layer and gathers the layer when it is computed. Adapters
+and head are small and not sharded, so FSDP ignores them. Their gradients are averaged here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from wlora.models.architectures import FAMILIES
 
 
 def shard_base(model: PreTrainedModel, device: torch.device) -> None:
-    """Spread what does not train over all processes, layer by layer, in place.
+    """Shard the frozen parameters over all processes, layer by layer, in place.
 
     Args:
-        model: as it trains, with its adapters; from here on all processes must call it together.
-        device: of this process; the parts are moved there.
+        model: the model with its adapters, ready for training. From here on all processes must call it together.
+        device: this process's device; its parts are moved there.
 
     Raises:
-        ConfigError: there is one process only.
+        ConfigError: there is only one process.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -42,7 +42,7 @@ def shard_base(model: PreTrainedModel, device: torch.device) -> None:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of whole parameters over all processes, in one go."""
+    """Average the gradients of unsharded parameters over all processes, in one transfer."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     averaged = mean(torch.cat([gradient.flatten() for gradient in gradients]))
     parts = torch.split(averaged, [gradient.numel() for gradient in gradients])  # type: ignore[no-untyped-call]

@@ -1,7 +1,8 @@
-"""The state of a run between two steps as named tensors and JSON, and going on from it.
+"""The state of a run between two steps as named tensors and JSON, and how to restore it.
 
-What can be built again from the configuration is left out: the frozen base, the data, the plan. A method need not do
-anything: its attributes are packed as they are, references to parameters and modules by their names in the model.
+Everything that can be rebuilt from the configuration is left out: the frozen base, the data, the plan. Methods need no
+code for this: their attributes are packed as they are. References to parameters and modules are stored as names in the
+model.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from wlora.methods.base import Method
 from wlora.methods.importance import Importance
 from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.peft_backed import PeftAdapter
-from wlora.methods.training_data import Bench
+from wlora.methods.training_data import TrainingData
 from wlora.training.optimizers import Optimizers
 
-# What a method holds that is there again once it is attached, and has no state of its own.
-_BUILT_AGAIN = (AdapterSet, Bench, PeftAdapter)
+# Attributes of a method that are recreated when it is attached, and have no state of their own.
+_BUILT_AGAIN = (AdapterSet, TrainingData, PeftAdapter)
 _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass
 class State:
-    """What a run goes on from: `facts` is JSON, `tensors` are those that it names."""
+    """The state that a run resumes from: `facts` is JSON, `tensors` holds the tensors that `facts` names."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def capture(model: nn.Module, method: Method, optimizers: Optimizers) -> State:
-    """Describe adapters, what trains, the method's own state, the optimisers' and the random streams'.
+    """Collect adapters, trained parameters, the method's attributes, optimiser state and random-generator states.
 
-    All but the streams is the same in every process.
+    Except for the generator states, the result is the same in every process.
     """
     state = State()
     names: dict[Tensor, str] = {value: name for name, value in [*model.named_parameters(), *model.named_buffers()]}
@@ -67,15 +68,20 @@ def restore(
     *,
     process: int = 0,
 ) -> None:
-    """Bring a model with freshly attached adapters, its method and optimisers to a state.
+    """Restore a model with newly attached adapters, its method and its optimisers from a state.
 
     Args:
-        groups: what the optimisers are to update, asked for when the structure is there.
-        process: whose random streams to take; those of one that was not there stay as they are.
+        state: the state.
+        model: the model with newly attached adapters.
+        method: the method, attached to the model.
+        optimizers: the run's optimisers.
+        groups: returns the parameter groups; called after the structure is restored.
+        process: index of the process whose random-generator states are used. If the state has none for it, the
+            generators do not change.
 
     Raises:
-        KeyError: the state is of another model or method.
-        ValueError: a tensor has another shape than the parameter it belongs to.
+        KeyError: the state belongs to another model or method.
+        ValueError: a tensor's shape differs from that of its parameter.
     """
     device = next(model.parameters()).device
     values = {name.removeprefix("model/"): value.to(device) for name, value in state.tensors.items()}
@@ -98,12 +104,12 @@ def restore(
 
 
 def random_streams() -> list[Tensor]:
-    """Return the states of torch's generators: that of the CPU, then that of this process's GPU."""
+    """Return the states of torch's random generators: the CPU's, then (if available) this process's GPU's."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def set_random_streams(states: list[Tensor]) -> None:
-    """Set torch's generators; that of the GPU only where both there and here is one."""
+    """Set the states of torch's random generators. The GPU's is set only if both the state and this machine have one."""
     cpu, *cuda = states
     torch.set_rng_state(cpu)
     if cuda and torch.cuda.is_available():
@@ -111,7 +117,7 @@ def set_random_streams(states: list[Tensor]) -> None:
 
 
 class _Packer:
-    """Turns nested values into JSON; what JSON has no word for becomes {"is": kind, ...}."""
+    """Turns nested values into JSON. Values that JSON cannot represent become {"is": kind, ...}."""
 
     def __init__(self, tensors: dict[str, Tensor], names: Mapping[Tensor, str], modules: Mapping[nn.Module, str]) -> None:
         self.tensors, self.names, self.modules = tensors, names, modules
@@ -151,7 +157,7 @@ class _Packer:
 
 
 class _Unpacker:
-    """Turns packed values back, in place where the present value is one that others refer to."""
+    """Restores packed values. Objects that are referenced elsewhere are updated in place."""
 
     def __init__(
         self,

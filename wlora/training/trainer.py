@@ -22,7 +22,7 @@ from wlora.distributed import from_main, gather
 from wlora.errors import ran_out_of_memory
 from wlora.methods.base import Event, Method
 from wlora.methods.parameter_groups import ParameterGroup
-from wlora.methods.training_data import Bench
+from wlora.methods.training_data import TrainingData
 from wlora.models.first_token import first_token_alone
 from wlora.models.prefix_forward import Prefix, frozen_depth
 from wlora.tasks.base import Task
@@ -91,7 +91,7 @@ class Trainer:
         Raises:
             ConfigError: the method asks for more training rows than there are.
         """
-        self.phases = self.method.phases(self._bench(), self.plan.total_steps)
+        self.phases = self.method.phases(self._training_data(), self.plan.total_steps)
         self.optimizers = Optimizers(
             self._groups(), weight_decay=self.settings.weight_decay, release=self.method.release_adamw
         )
@@ -193,11 +193,11 @@ class Trainer:
                 yield step, gathered
                 gathered, count = [], 0
 
-    def _bench(self) -> Bench:
+    def _training_data(self) -> TrainingData:
         """Offer the method batches of training rows."""
         # Spans and texts are no classes that a sample could be stratified by.
         labels = self.data.train.column("labels") if self.task.head == "sequence_classification" else None
-        return Bench(
+        return TrainingData(
             self.bare_model,
             lengths=self.data.train.lengths,
             labels=labels,
