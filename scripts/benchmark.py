@@ -42,7 +42,7 @@ from wlora.experiment.run import attach, prepare_method
 from wlora.models.architectures import FAMILIES
 from wlora.models.deberta_attention import restore_attention
 from wlora.models.first_token import first_token_alone
-from wlora.models.loading import head_parameters
+from wlora.models.heads import head_parameters
 from wlora.models.prefix_forward import Prefix, frozen_depth
 from wlora.models.source import locate
 from wlora.storage.environment import describe_environment, name_machine

@@ -20,17 +20,17 @@ from transformers import PreTrainedModel
 
 from wlora.adapters.adapter_set import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
-from wlora.analysis.study import read_runs
+from wlora.analysis.study_reader import read_runs
 from wlora.cli.entry import serve
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
 from wlora.errors import wrong_value
 from wlora.models.architectures import Target, list_targets, read_architecture
 from wlora.models.first_token import first_token_alone
-from wlora.models.loading import head_parameters
+from wlora.models.heads import head_parameters
 from wlora.storage.atomic_write import check_folders, write_whole
 from wlora.storage.environment import describe_environment
-from wlora.storage.records import seal
+from wlora.storage.sealing import seal
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
 from wlora.training.precision import choose_precision, lower_base
 

@@ -32,15 +32,16 @@ from wlora.experiment.summary import announce, summarize
 from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
 from wlora.models.architectures import list_targets, read_architecture
-from wlora.models.loading import checkpoint_activations, head_parameters
+from wlora.models.heads import head_parameters
+from wlora.models.loading import checkpoint_activations
 from wlora.models.quantization import count_model
 from wlora.models.source import ModelSource, locate
 from wlora.storage.atomic_write import PARTS, Put, check_folders
 from wlora.storage.claims import Claim
 from wlora.storage.content_hash import changed, read_as_hashed
-from wlora.storage.environment import describe_environment, name_elsewhere
+from wlora.storage.environment import describe_environment, name_elsewhere, peak_memory
 from wlora.storage.locks import RunLock
-from wlora.storage.records import Record, RecordStore, peak_memory
+from wlora.storage.records import Record, RecordStore
 from wlora.storage.trackers import Tracker, tracking_folder
 from wlora.training.batch_growth import settle_growth
 from wlora.training.checkpoints import CheckpointStore
