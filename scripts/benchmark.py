@@ -8,10 +8,9 @@ stored prefix, and with the micro-batch grown into the freed memory; in float32,
 processor multiplies fast (PEFT's by autocast, where the model survives it). All take turns, and medians count. Batches are
 full, so tokens are unpadded ones; `--times` makes every batch so many times larger.
 
-`end_to_end` trains whole runs on MRPC and SST-2 (4,000 rows) with MiniLM in the precision that is fast here, warm-up, cut
-and the filling of the cache included; runs that are done are not repeated, and those of another machine are refused. Seconds
-are of training, evaluations apart. The target of `to_target_s` is one point of accuracy below the mean of PEFT's final
-scores; it counts from the start of training to the end of the first epoch that reaches it. DIR holds mrpc/ and sst2/.
+`end_to_end` trains whole runs (`scripts/benchmark_runs.py`) with MiniLM on MRPC and SST-2 (4,000 rows). PEFT under Trainer
+runs with each of its three forms of batches: padded to 128 tokens, random, and grouped by length. The ratio to the grouped
+form, `time_to_grouped`, is the fair one, because this project groups rows by length too. DIR holds mrpc/ and sst2/.
 
 Both run on the GPU if there is one, and write JSON and a table to --out [results/benchmarks].
 """
@@ -23,9 +22,7 @@ import contextlib
 import dataclasses
 import json
 import re
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_runs import DEVICE, TASKS, fast_precision, refuse_others, time_runs
 from torch import Tensor, nn
 
 from wlora.cli.sweep import compose
@@ -42,16 +40,13 @@ from wlora.experiment.build import assemble, prepare_method
 from wlora.models.architectures import FAMILIES
 from wlora.models.deberta_attention import restore_attention
 from wlora.models.first_token import first_token_alone
-from wlora.models.loading import head_parameters
+from wlora.models.heads import head_parameters
 from wlora.models.prefix_forward import Prefix, frozen_depth
-from wlora.models.source import locate
 from wlora.storage.environment import describe_environment, name_machine
-from wlora.storage.records import RecordStore
 from wlora.training.activation_memory import activation_bytes, build_example, make_batch, saved_bytes
 from wlora.training.optimizers import Optimizers
-from wlora.training.precision import Precision, choose_precision, lower_base
+from wlora.training.precision import Precision, lower_base
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Steps before the clock: on a GPU the first ones choose kernels and fill the allocator.
 WARM_UP = 5 if DEVICE.type == "cuda" else 1
 
@@ -111,7 +106,12 @@ def main() -> None:
     steps.add_argument("--times", type=int, default=1)
     whole = kinds.add_parser("end_to_end")
     whole.add_argument("--data", type=Path, required=True)
-    whole.add_argument("--baseline", type=Path, default=Path(__file__).with_name("peft_baseline.py"))
+    whole.add_argument(
+        "--baseline",
+        type=Path,
+        default=Path(__file__).with_name("peft_baseline.py"),
+        help="a script that takes the same options",
+    )
     whole.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     whole.add_argument("--epochs", type=float, default=5)
     whole.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -177,11 +177,6 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
             )
             print(json.dumps(rows[-1]), flush=True)
     return rows
-
-
-def fast_precision() -> str:
-    """Return what `precision=auto` chooses here."""
-    return choose_precision("auto", DEVICE).name
 
 
 def synchronize() -> None:
@@ -304,128 +299,6 @@ def _contender(
     with first_token_alone(model), replaced():
         saved, memory = measure(model, batch)
     return Contender(name, precision, step, len(batch["input_ids"]), saved, memory)
-
-
-# Every run of `end_to_end`: its name, and its words for `wlora.cli.run`.
-RUNS = {
-    "LoRA": ["method=lora"],
-    "WLoRA": ["method=wlora", "k=5"],
-    "WLoRA, prefix": ["method=wlora", "k=5", "train.prefix_cache=memory"],
-    "WLoRA depth, prefix": ["method=wlora_depth", "k=5", "train.prefix_cache=memory"],
-}
-TASKS = {"sst2": ["task.max_train_rows=4000"], "mrpc": []}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished training.
-
-    Attributes:
-        seconds: of training, evaluations apart.
-        score: accuracy on the dev set.
-        trained: parameters that train in the end, those of the head included.
-        peak: bytes.
-        curve: (seconds, accuracy) after every epoch.
-    """
-
-    seconds: float
-    score: float
-    trained: int
-    peak: int | None
-    curve: list[tuple[float, float]]
-
-    def seconds_to(self, target: float) -> float | None:
-        """Return the training seconds up to the first epoch that reached a score."""
-        return next((seconds for seconds, score in self.curve if score >= target), None)
-
-
-def refuse_others(out: Path, machine: str) -> None:
-    """Stop where a folder holds runs of another machine: a ratio of their seconds would be none."""
-    found = {name_machine(record.environment) for record in RecordStore(out / "runs")}
-    found |= {json.loads(file.read_text())["machine"] for file in (out / "peft").glob("*.json")}
-    if others := sorted(found - {machine}):
-        raise SystemExit(f"error: --out {out} holds runs of {', '.join(others)}, and this is {machine}: take another folder")
-
-
-def time_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train everything once per seed in turn; seconds are of training, scores of the whole dev set."""
-    rows: list[dict[str, Any]] = []
-    for task in args.tasks:
-        limits = TASKS[task]
-        found: dict[str, list[Outcome]] = {}
-        for seed in args.seeds:
-            found.setdefault("PEFT + Trainer", []).append(_run_peft(args, task, seed))
-            for name, words in RUNS.items():
-                found.setdefault(name, []).append(_run_ours(args, task, [*limits, *words, f"seed={seed}"]))
-            print(
-                task, seed, {name: (round(runs[-1].seconds, 1), runs[-1].score) for name, runs in found.items()}, flush=True
-            )
-        base = found["PEFT + Trainer"]
-        target = statistics.mean(run.score for run in base) - 0.01
-        for name, runs in found.items():
-            ratios = [run.seconds / other.seconds for run, other in zip(runs, base, strict=True)]
-            reached = [seconds for run in runs if (seconds := run.seconds_to(target)) is not None]
-            peaks = [run.peak for run in runs if run.peak is not None]
-            rows.append(
-                {
-                    "task": task,
-                    "what": name,
-                    "precision": fast_precision(),
-                    "seeds": len(runs),
-                    "train_s": round(statistics.median(run.seconds for run in runs), 1),
-                    "time_to_peft": round(statistics.median(ratios), 3),
-                    "trained": round(statistics.mean(run.trained for run in runs)),
-                    "mean_accuracy": round(statistics.mean(run.score for run in runs), 4),
-                    "target": round(target, 4),
-                    "to_target_s": round(statistics.median(reached), 1) if reached else None,
-                    "reached": f"{len(reached)} of {len(runs)}",
-                    "peak_mib": round(statistics.median(peaks) / 2**20) if peaks else None,
-                }
-            )
-    return rows
-
-
-def _run_peft(args: argparse.Namespace, task: str, seed: int) -> Outcome:
-    """Run the baseline script, or read what it has said before."""
-    file = args.out / "peft" / f"{task}_{args.epochs:g}_{fast_precision()}_{seed}.json"
-    if not file.exists():
-        model = compose(["model=minilm", f"task={task}"]).model
-        words = [sys.executable, str(args.baseline), "--model", str(locate(model).location), "--task", task]
-        words += ["--data", str(args.data / task), "--epochs", str(args.epochs), "--lr", "1e-3", "--seed", str(seed)]
-        words += ["--bf16"] if fast_precision() == "bf16" else []
-        words += ["--train-rows", "4000"] if task == "sst2" else []
-        said_last = _call(words).strip().splitlines()[-1]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        machine = name_machine(describe_environment(DEVICE.type, fast_precision(), 1))
-        file.write_text(json.dumps({"machine": machine, **json.loads(said_last)}) + "\n")
-    said = json.loads(file.read_text())
-    peak = said.get("peak_mb" if DEVICE.type == "cuda" else "peak_rss_mb")
-    return Outcome(said["train_s"], said["score"], said["trainable"], peak and peak * 2**20, said.get("curve", []))
-
-
-def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> Outcome:
-    """Run one setting in a process of its own, unless its record is there."""
-    common = ["model=minilm", f"task={task}", f"task.path={args.data / task}", f"precision={fast_precision()}", "lr=1e-3"]
-    common += ["warmup=20", "task.batch_size=32", "train.accumulation_steps=1", f"task.epochs={args.epochs:g}"]
-    common += [f"results_dir={args.out / 'runs'}", "train.save_adapter=false", *words]
-    printed = _call([sys.executable, "-m", "wlora.run", *common])
-    (identity,) = set(re.findall(r"^([0-9a-f]{16})(?:: task=| is done)", printed, flags=re.MULTILINE))
-    store = RecordStore(args.out / "runs")
-    record = store.read(identity)
-    assert record is not None
-    scores = {point["step"]: point["metrics"]["accuracy"] for point in store.read_curve(record) if "metrics" in point}
-    curve = [(point["seconds"], scores[int(point["step"])]) for point in record.evaluations]
-    peak = record.memory.get("device", record.memory.get("process"))
-    trained = record.parameters["adapter_final"] + record.parameters["head"]
-    return Outcome(record.seconds["train"], record.metrics["accuracy"], trained, peak, curve)
-
-
-def _call(words: list[str]) -> str:
-    """Run a command; returns what it prints, or stops with what it says is wrong."""
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"error: {shlex.join(words)} ended with {done.returncode}\n{done.stderr.strip()[-2000:]}")
-    return done.stdout
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from reliability_kill import only_record
 
 from wlora.config.schema import config_folder, register_schema
 from wlora.console import protect_output
@@ -222,8 +223,7 @@ class Bench:
 
     def record(self) -> Record | None:
         """Return the one record of the results folder, None if there is none that can be read."""
-        found = list(RecordStore(self.results))
-        return found[0] if len(found) == 1 else None
+        return only_record(self.results)
 
     def newest(self) -> int:
         """Return the step of the newest checkpoint, 0 without any."""

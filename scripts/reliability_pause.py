@@ -30,15 +30,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from wlora.adapters.peft_format import RECORDED
 from wlora.cli.job import Outcome, attempt
-from wlora.config.schema import Config, config_folder, register_schema
+from wlora.cli.sweep import compose
+from wlora.config.schema import Config
 from wlora.errors import ConfigError
 from wlora.experiment import run as experiment
-from wlora.experiment.resolve import resolve
 from wlora.experiment.shared_inputs import Stock
 from wlora.storage import locks
 from wlora.storage.records import Record, RecordStore
@@ -104,10 +102,7 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         locks.LEASE_SECONDS = LEASE_SECONDS
         torch.set_num_threads(1)
-        register_schema()
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-            composed = compose("config", overrides=WORDS)
-        self.config = resolve(OmegaConf.to_object(composed))  # type: ignore[arg-type]
+        self.config = compose(WORDS)
         self.stock = Stock(keep=True)
         self.run(folder)  # what is loaded once is loaded here
 

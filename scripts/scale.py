@@ -29,7 +29,8 @@ from wlora.cli.sweep import compose
 from wlora.config.identity import run_id, scientific_fields
 from wlora.config.schema import Config
 from wlora.models.source import locate
-from wlora.storage.records import Record, RecordStore, seal
+from wlora.storage.records import Record, RecordStore
+from wlora.storage.sealing import seal
 
 REAL = Path("results/cpu_study")
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")

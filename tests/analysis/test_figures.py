@@ -12,7 +12,7 @@ from matplotlib import pyplot
 from tests.conftest import ROOT
 from tests.support.synthetic import make_record
 from wlora.analysis.figures import adapters, footprint, scores
-from wlora.analysis.study import read_runs
+from wlora.analysis.study_reader import read_runs
 from wlora.cli import figures
 from wlora.errors import ConfigError
 from wlora.storage.records import RecordStore

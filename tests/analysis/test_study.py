@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import ROOT, compose, run_cli
 from tests.support.synthetic import make_record, watch_loads
-from wlora.analysis.study import Point, flatten, name_rows, read_runs, read_value, read_words, require_one_setting, select
+from wlora.analysis.study import Point, flatten, name_rows, read_value, read_words, require_one_setting, select
+from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tuning import Choice, choose_point, fill_tuned
 from wlora.config.schema import restore_config
 from wlora.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.synthetic import make_record
-from wlora.analysis.study import read_runs
+from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tables.caption import caption, machines, notes
 from wlora.analysis.tables.cells import Table, fill
 from wlora.analysis.tables.comparisons import compare_rows

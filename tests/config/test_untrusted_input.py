@@ -30,7 +30,8 @@ from wlora.experiment.run import open_record
 from wlora.models.source import locate
 from wlora.storage.atomic_write import PARTS, put, staged, write_whole
 from wlora.storage.environment import _git_state
-from wlora.storage.records import Record, RecordStore, seal, unseal
+from wlora.storage.records import Record, RecordStore
+from wlora.storage.sealing import seal, unseal
 from wlora.training import interruption as guard
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.interruption import Interrupted

@@ -22,7 +22,8 @@ from wlora.methods.registry import build_method
 from wlora.methods.wlora import WLoRA
 from wlora.methods.wlora_plus import WLoRAPlus
 from wlora.models.architectures import Target, count_targets, list_targets
-from wlora.models.loading import build_unloaded, head_parameters
+from wlora.models.heads import head_parameters
+from wlora.models.loading import build_unloaded
 from wlora.models.source import ModelSource
 
 D, F = 768, 3072

@@ -17,7 +17,8 @@ from tests.support.bart_folder import bart_weights, build_bart_folder
 from tests.support.hub_folder import build_folder, copy_folder
 from tests.support.llama_folder import BOS, EOS, build_llama_folder, llama_weights
 from wlora.errors import ConfigError
-from wlora.models.loading import head_parameters, load_model, load_tokenizer
+from wlora.models.heads import head_parameters
+from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import locate
 from wlora.models.tiny import build_tokenizer
 

@@ -24,7 +24,8 @@ from tests.support.hub_folder import (
     to_safetensors,
 )
 from wlora.errors import ConfigError
-from wlora.models.loading import head_parameters, load_model, load_tokenizer
+from wlora.models.heads import head_parameters
+from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import locate
 
 STORY = "Anna went to the library. Ben grabbed the ball."

@@ -21,7 +21,8 @@ from wlora.methods.base import Method
 from wlora.methods.milora import decompose_base
 from wlora.methods.registry import build_method
 from wlora.models.architectures import read_architecture
-from wlora.models.loading import build_unloaded, head_parameters, load_model, load_tokenizer
+from wlora.models.heads import head_parameters
+from wlora.models.loading import build_unloaded, load_model, load_tokenizer
 from wlora.models.source import locate
 from wlora.training.precision import Precision, lower_base
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import sys
@@ -18,21 +18,25 @@ STAGES = ["PEFT LoRA", "LoRA", "WLoRA before the cut", CUT, f"{CUT}, prefix", f"
 MODELS = {"DeBERTaV3-base": "deberta", "BART-large": "bart", "SmolLM2-135M": "llama", "MiniLM-L6": "minilm"}
 
 
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_script", ROOT / "scripts" / "benchmark.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import `scripts/benchmark.py`, which finds the modules beside it as it does when Python runs it."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("benchmark")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import `scripts/benchmark_runs.py`."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("benchmark_runs")
 
 
 def stage(what: str) -> str:
     return re.sub(r" of \d+ stored", "", what)
 
 
-def test_steps_are_timed_and_compared_with_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = load()
+def test_steps_are_timed_and_compared_with_peft(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("task=mrpc", "model=tiny_bert", "model.architecture.num_hidden_layers=4")
     kept = r"\.2\..*\.(key|value)|\.3\."
     monkeypatch.setattr(benchmark, "CASES", {"tiny": benchmark.Case(words, 8, 16, kept)})
@@ -48,11 +52,28 @@ def test_steps_are_timed_and_compared_with_peft(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "steps.md").read_text().count("\n") == len(rows) + 2
 
 
-def test_runs_of_two_machines_are_not_compared(tmp_path: Path) -> None:
+def test_whole_runs_are_compared_with_each_form_of_batches(runs: Any) -> None:
+    seconds = {runs.PEFT["grouped"]: [40, 50, 60], runs.PEFT["random"]: [80, 100, 60], runs.PEFT["padded"]: [200, 100, 240]}
+    seconds["WLoRA"] = [20, 30, 30]
+    scores = {"WLoRA": 0.75, runs.PEFT["grouped"]: 0.75, runs.PEFT["random"]: 0.9, runs.PEFT["padded"]: 0.9}
+    found = {
+        name: [runs.Outcome(s, scores[name], 1000, None, [(s / 2, 0.735), (s, 0.745)]) for s in of_seeds]
+        for name, of_seeds in seconds.items()
+    }
+    rows = {row["what"]: row for row in runs.summarize("mrpc", found)}
+    for batches, name in runs.PEFT.items():
+        assert rows[name][f"time_to_{batches}"] == 1
+    ours = rows["WLoRA"]
+    assert (ours["time_to_grouped"], ours["time_to_random"], ours["time_to_padded"]) == (0.5, 0.3, 0.125)
+    # The target comes from PEFT with grouped batches, whatever the other forms reach.
+    assert (ours["target"], ours["to_target_s"], ours["reached"]) == (0.74, 30, "3 of 3")
+
+
+def test_runs_of_two_machines_are_not_compared(runs: Any, tmp_path: Path) -> None:
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "mrpc.json").write_text('{"machine": "1 × a GPU"}')
     with pytest.raises(SystemExit, match="holds runs of 1 × a GPU, and this is 1 × another"):
-        load().refuse_others(tmp_path, "1 × another")
+        runs.refuse_others(tmp_path, "1 × another")
 
 
 @pytest.mark.parametrize(

@@ -322,16 +322,22 @@ def test_the_comparison_of_whole_runs_with_peft_runs_once(
     here = in_this_process(enter)
     monkeypatch.setattr(subprocess, "run", lambda words, **options: started.append(words) or here(words, **options))
     monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # as Python does for a script
     # The warm-up of 20 steps and the selection need as many epochs of so few rows.
     small = ["--tasks", "mrpc", "--seeds", "0", "--epochs", "24", "--out", str(tmp_path / "out")]
     printed = run_script(line, data, *small)
     rows = {row["what"]: row for row in json.loads((tmp_path / "out" / "end_to_end.json").read_text())["rows"]}
-    peft = rows.pop("PEFT + Trainer")
-    assert peft["time_to_peft"] == 1 and peft["trained"] == rows["LoRA"]["trained"] > rows["WLoRA"]["trained"]
+    forms = ("grouped", "random", "padded")
+    for form in forms:
+        peft = rows.pop(f"PEFT + Trainer, {form}")
+        assert peft[f"time_to_{form}"] == 1 and peft["trained"] == rows["LoRA"]["trained"] > rows["WLoRA"]["trained"]
+    assert all(row[f"time_to_{form}"] > 0 for row in rows.values() for form in forms)
+    assert [heading for heading in printed.split(" | ") if heading.startswith("time_to_")] == [f"time_to_{f}" for f in forms]
     assert len(rows) == 4 and all(f"| {name} |" in printed and row["peak_mib"] for name, row in rows.items())
     assert run_script(line, data, *small) == printed
     assert len(list((tmp_path / "out" / "runs" / "records").glob("*.json"))) == len(rows)
-    assert sum(str(words[1]).endswith("peft_baseline.py") for words in started if len(words) > 1) == 1
+    baselines = [words for words in started if len(words) > 1 and str(words[1]).endswith("peft_baseline.py")]
+    assert [words[words.index("--batches") + 1] for words in baselines] == list(forms)
 
 
 def test_every_script_is_run_here_or_in_test_benchmark() -> None:

@@ -11,13 +11,14 @@ import pytest
 from tests.conftest import compose
 from tests.support.damage import KINDS, damage, flip
 from tests.support.synthetic import make_record
-from wlora.analysis.study import read_runs, read_study
+from wlora.analysis.study_reader import read_runs, read_study
 from wlora.analysis.tuning import fill_tuned
 from wlora.cli import figures, tables
 from wlora.cli.report import main as report
 from wlora.errors import ConfigError
 from wlora.experiment.export import find_record
-from wlora.storage.records import Record, RecordStore, seal, unseal
+from wlora.storage.records import Record, RecordStore
+from wlora.storage.sealing import seal, unseal
 
 GRID = {"1e-3": 0.6, "2e-3": 0.9, "3e-3": 0.7}
 HOLDING = ["model=minilm", "task=sst2", "task.path=data"]

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.support.damage import KINDS, damage, flip
 from tests.support.synthetic import make_record, watch_loads
-from wlora.analysis.study import read_study
+from wlora.analysis.study_reader import read_study
 from wlora.analysis.tables.best import read_best
 from wlora.cli import report
 from wlora.storage import index

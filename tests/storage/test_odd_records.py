@@ -17,12 +17,13 @@ import pytest
 
 from tests.support.synthetic import make_record
 from wlora.analysis.figures.footprint import memory
-from wlora.analysis.study import read_study
+from wlora.analysis.study_reader import read_study
 from wlora.cli import figures, report, sweep, tables
 from wlora.errors import ConfigError, RunFault
 from wlora.experiment import export, rerun
 from wlora.reading import MOST_LEVELS, find_misfit, read_json
-from wlora.storage.records import Record, RecordStore, seal, unseal
+from wlora.storage.records import Record, RecordStore
+from wlora.storage.sealing import seal, unseal
 from wlora.training.checkpoints import CheckpointStore
 
 DEEP = {"lists": "[" * 10_000 + "]" * 10_000, "objects": '{"a":' * 10_000 + "1" + "}" * 10_000}

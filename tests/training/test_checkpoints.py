@@ -21,7 +21,8 @@ from tests.conftest import ROOT, TINY
 from tests.support.damage import KINDS, damage, flip
 from wlora.errors import RunFault
 from wlora.storage import atomic_write as staging
-from wlora.storage.records import Record, RecordStore, seal, unseal
+from wlora.storage.records import Record, RecordStore
+from wlora.storage.sealing import seal, unseal
 from wlora.training import checkpoints
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.interruption import Guard

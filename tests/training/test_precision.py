@@ -13,7 +13,8 @@ from tests.conftest import compose
 from wlora.experiment.build import assemble
 from wlora.methods.base import Method
 from wlora.methods.registry import build_method
-from wlora.models.loading import head_parameters, load_model, load_tokenizer
+from wlora.models.heads import head_parameters
+from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import ModelSource
 from wlora.training import precision as precision_module
 from wlora.training.precision import Precision, choose_precision, lower_base

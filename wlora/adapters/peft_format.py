@@ -7,7 +7,6 @@ Only safetensors are read. This module imports torch only when tensors are neede
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wlora.errors import ConfigError
 from wlora.reading import open_file, read_json
 from wlora.storage.atomic_write import MISSING
-from wlora.storage.content_hash import hash_file
+from wlora.storage.content_hash import hash_bytes, hash_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -117,7 +116,7 @@ def write_adapter(
     files = {WEIGHTS: content, CONFIG: (json.dumps(described, indent=2, sort_keys=True) + "\n").encode()}
     for name, text in files.items():
         (folder / name).write_bytes(text)
-    return {RECORDED[name]: hashlib.sha256(text).hexdigest()[:16] for name, text in files.items()}
+    return {RECORDED[name]: hash_bytes(text) for name, text in files.items()}
 
 
 def fold_peft(model: nn.Module) -> None:
@@ -155,7 +154,7 @@ def fingerprint(path: str) -> str:
     except OSError as error:
         raise ConfigError(f"adapter.path={path}: {WEIGHTS} cannot be read ({error.strerror})") from None
     alphas = json.dumps([config.get("lora_alpha"), config.get("alpha_pattern")], sort_keys=True)
-    return hashlib.sha256(f"{content}{alphas}".encode()).hexdigest()[:16]
+    return hash_bytes(f"{content}{alphas}".encode())
 
 
 def identify_files(path: str) -> tuple[str, list[Path]]:

@@ -7,7 +7,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from wlora.analysis.study import ENDED, Point, Run, name_rows, read_study, require_one_setting, show, without_point
+from wlora.analysis.study import ENDED, Point, Run, name_rows, require_one_setting, show, without_point
+from wlora.analysis.study_reader import read_study
 from wlora.config.identity import scientific_fields
 from wlora.config.schema import Config
 from wlora.errors import ConfigError

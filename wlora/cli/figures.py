@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wlora.analysis.study import Run, main_model, read_runs, read_words, select
+from wlora.analysis.study import Run, main_model, read_words, select
+from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tables.cells import NOT_COMPARED
 from wlora.cli.entry import serve
 from wlora.errors import ConfigError, unknown_name

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wlora.analysis.study import read_runs
+from wlora.analysis.study_reader import read_runs
 from wlora.cli.entry import serve
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
@@ -27,7 +27,7 @@ from wlora.models.architectures import list_targets, read_architecture
 from wlora.models.first_token import first_token_alone
 from wlora.storage.atomic_write import check_folders, write_whole
 from wlora.storage.environment import describe_environment
-from wlora.storage.records import seal
+from wlora.storage.sealing import seal
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
 from wlora.training.precision import choose_precision
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from wlora.analysis.study import Run, read_study, read_words, select
+from wlora.analysis.study import Run, read_words, select
+from wlora.analysis.study_reader import read_study
 from wlora.analysis.tables.cells import NOT_COMPARED
 from wlora.cli.entry import serve
 from wlora.errors import ConfigError

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wlora.analysis.study import Point, name_rows, read_runs, read_value
+from wlora.analysis.study import Point, name_rows, read_value
+from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tuning import Choice, Settings, wanted_keys
 from wlora.cli.entry import serve
 from wlora.config.presets import KEYED_BY, apply_presets

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wlora.analysis.study import Run, main_model, read_runs, read_words, select
+from wlora.analysis.study import Run, main_model, read_words, select
+from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tables.best import read_best
 from wlora.analysis.tables.caption import caption, machines, notes
 from wlora.analysis.tables.cells import NOT_COMPARED, Best, Score, Table, belongs, fill

@@ -16,7 +16,8 @@ from wlora.errors import ConfigError
 from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
 from wlora.models.architectures import list_targets, read_architecture
-from wlora.models.loading import checkpoint_activations, head_parameters
+from wlora.models.heads import head_parameters
+from wlora.models.loading import checkpoint_activations
 from wlora.models.quantization import count_model
 from wlora.storage.content_hash import read_as_hashed
 from wlora.training.precision import Precision, lower_base

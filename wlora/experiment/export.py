@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import os
 import re
 import sys
@@ -18,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wlora.adapters.peft_format import CONFIG, RECORDED, refuse_unbounded
-from wlora.analysis.study import read_run, read_words
+from wlora.analysis.study import read_words
+from wlora.analysis.study_reader import read_run
 from wlora.config.schema import Config, restore_config
 from wlora.data.hub import go_offline, require_sources
 from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
 from wlora.experiment.model_card import write_card
 from wlora.models.source import ModelSource, locate, require_extras
 from wlora.storage.atomic_write import MISSING, check_folders, patiently
+from wlora.storage.content_hash import hash_bytes
 from wlora.storage.records import Record, RecordStore
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def trained_adapters(results_dir: str, record: Record) -> dict[str, bytes]:
     except OSError as error:
         raise ConfigError(f"{record.run_id}: its adapters in {folder} cannot be read ({error.strerror})") from None
     for name, key in RECORDED.items():
-        found, written = hashlib.sha256(files[name]).hexdigest()[:16], record.model.get(key)
+        found, written = hash_bytes(files[name]), record.model.get(key)
         if written != found and not (name == CONFIG and written is None):
             raise ConfigError(f"{folder}: {name} is not what the run wrote ({found}, the record says {written})")
     refuse_unbounded(files[CONFIG], str(folder))
@@ -150,7 +151,8 @@ def merge(
     from peft import PeftModel
 
     from wlora.adapters.peft_format import fold_peft
-    from wlora.models.loading import load_model, load_tokenizer, name_classes, quiet
+    from wlora.models.heads import name_classes
+    from wlora.models.loading import load_model, load_tokenizer, quiet
     from wlora.tasks.base import build_task
     from wlora.tasks.summarization import Summarization
 

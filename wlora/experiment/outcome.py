@@ -12,7 +12,8 @@ from wlora.errors import ConfigError, RunFault, TakenOver, ran_out_of_memory
 from wlora.experiment.saving import adapter_folder, model_folder, save_adapter
 from wlora.methods.base import Method
 from wlora.storage.atomic_write import Put
-from wlora.storage.records import Record, RecordStore, peak_memory
+from wlora.storage.environment import peak_memory
+from wlora.storage.records import Record, RecordStore
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.losses import Diverged
 from wlora.training.run_length import Plan

@@ -30,9 +30,10 @@ from wlora.models.source import ModelSource, locate
 from wlora.storage.atomic_write import PARTS, check_folders
 from wlora.storage.claims import Claim
 from wlora.storage.content_hash import changed
+from wlora.storage.curve_writer import CurveWriter
 from wlora.storage.environment import describe_environment, name_elsewhere
 from wlora.storage.locks import RunLock
-from wlora.storage.records import CurveWriter, Record, RecordStore
+from wlora.storage.records import Record, RecordStore
 from wlora.storage.trackers import Tracker, tracking_folder
 from wlora.training.batch_growth import settle_growth
 from wlora.training.checkpoints import CheckpointStore

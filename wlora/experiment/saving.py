@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from wlora.adapters.peft_format import write_adapter
 from wlora.errors import RunFault
-from wlora.models.loading import head_modules, quiet
+from wlora.models.heads import head_modules
+from wlora.models.loading import quiet
 from wlora.storage.atomic_write import Put, put, staged
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wlora.config.schema import Config
 from wlora.console import notice
 from wlora.data.sources import Splits, fingerprint, load_splits
-from wlora.models.loading import head_parameters, load_base, load_tokenizer, name_classes, reorder_head, start_head
+from wlora.models.heads import head_parameters, name_classes, reorder_head, start_head
+from wlora.models.loading import load_base, load_tokenizer
 from wlora.models.source import ModelSource
 from wlora.storage.content_hash import changed
 from wlora.tasks.base import Task, build_task

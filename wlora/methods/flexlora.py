@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wlora.errors import ConfigError, wrong_value
 from wlora.methods.base import AdapterMethod, Event, Setting, Steps
 from wlora.methods.training_data import Phase, TrainingData
-from wlora.models.loading import head_parameters
+from wlora.models.heads import head_parameters
 
 Factors = tuple[Tensor, Tensor]
 DEFAULT_ROUNDS = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from wlora.methods.base import Method, Setting
-from wlora.models.loading import head_parameters
+from wlora.models.heads import head_parameters
 
 
 class FullFineTuning(Method):

@@ -11,13 +11,12 @@ import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -34,10 +33,11 @@ from transformers.utils import logging as transformers_logging
 
 from wlora.config.schema import ModelConfig
 from wlora.errors import ConfigError, ran_out_of_memory
-from wlora.models.architectures import order_classes, read_architecture
+from wlora.models.architectures import read_architecture
 from wlora.models.deberta_attention import replace_attention
 from wlora.models.gguf import read_gguf_architecture
-from wlora.models.quantization import HEAD_MODULES, keep_differentiable, loading_options, pack_on_meta
+from wlora.models.heads import head_parameters, start_head
+from wlora.models.quantization import keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource, unchanged
 
 # Random base weights stand for pretrained ones, so they are the same for every seed of a run.
@@ -216,48 +216,6 @@ def load_base(
     return loaded, fresh
 
 
-def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
-    """Initialise parameters of the head as the model's family does, from a seed of their own; no other changes."""
-    torch.manual_seed(seed)
-    for prefix, module in head_modules(model).items():
-        for inner, part in module.named_modules():
-            path = f"{prefix}.{inner}".rstrip(".")
-            own = dict(part.named_parameters(recurse=False))
-            if not any(f"{path}.{name}" in fresh for name in own):
-                continue
-            for name, parameter in own.items():
-                # A new one: transformers leaves alone what it has marked as loaded, and another model may share the old.
-                setattr(part, name, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
-            model._init_weights(part)
-            for name, parameter in own.items():
-                if f"{path}.{name}" not in fresh:
-                    getattr(part, name).data.copy_(parameter.data)
-
-
-def reorder_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
-    """Put the outputs of a classification head that was kept into the order of the task's classes, `order_classes`."""
-    order = order_classes(model.config.to_dict(), labels, where=f"model.path={model.config.name_or_path}")
-    output = [part for module in head_modules(model).values() for part in module.modules() if isinstance(part, nn.Linear)][
-        -1
-    ]
-    for parameter in output.parameters():
-        parameter.data = parameter.data[order]
-
-
-def name_classes(model: PreTrainedModel, labels: Sequence[str], *, head: str) -> None:
-    """Write into a model's configuration what its outputs stand for, in place of what another training left there.
-
-    Args:
-        labels: the task's classes in the order of the outputs; none for regression and for other heads.
-        head: the kind of head.
-    """
-    names = list(labels) or [f"LABEL_{number}" for number in range(model.config.num_labels)]
-    model.config.id2label = dict(enumerate(names))
-    model.config.label2id = {name: number for number, name in enumerate(names)}
-    if head == "sequence_classification":
-        model.config.problem_type = "single_label_classification" if labels else "regression"
-
-
 def build_unloaded(
     model: ModelConfig, architecture: dict[str, Any], *, head: str, num_labels: int, device: str = "meta"
 ) -> PreTrainedModel:
@@ -281,24 +239,6 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # transformers makes the embeddings' output require a gradient, for reentrant checkpointing's sake. Ours needs none,
     # and with it the backward pass would run down to the embeddings instead of ending at the lowest adapter.
     model.disable_input_require_grads()
-
-
-def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that make up head and pooler, by name: what every method but the release's trains."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in HEAD_MODULES and not name.rpartition(".")[0].count(".")
-    }
-
-
-def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of head and pooler, by name."""
-    return {
-        f"{prefix}.{name}": parameter
-        for prefix, module in head_modules(model).items()
-        for name, parameter in module.named_parameters()
-    }
 
 
 def _build_random(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from wlora.models.architectures import FAMILIES
 from wlora.models.first_token import every_token
-from wlora.models.loading import head_modules, head_parameters
+from wlora.models.heads import head_modules, head_parameters
 
 # Families whose layers return (hidden states, attention weights).
 _RETURN_PAIRS = ("deberta-v2",)

@@ -36,6 +36,11 @@ def hash_stream(stream: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def hash_bytes(content: bytes) -> str:
+    """Return the first 16 hex digits of the SHA-256 of some bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def hash_files(files: Iterable[Path]) -> str:
     """Return 16 hex digits of SHA-256 over the names and bytes of files; their folder has no part in it."""
     digest = hashlib.sha256()

@@ -9,7 +9,6 @@ the index. Writers replace the whole file: of several at once the last one stays
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import time
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from wlora.storage.atomic_write import remove_path, write_whole
+from wlora.storage.content_hash import hash_bytes
 from wlora.storage.records import RecordStore
 
 # Changes with the meaning of what is written.
@@ -92,7 +92,7 @@ class Index:
         out, told = io.BytesIO(), {b""}  # one buffer: thousands of entries are tens of megabytes
         out.write(_HEADER)
         for name, frame, columns in (*self, *self._new):
-            digest = hashlib.sha256(frame).hexdigest()[:16].encode() if frame else b""
+            digest = hash_bytes(frame).encode() if frame else b""
             if digest not in told:
                 told.add(digest)
                 out.write(_line(b"frame", digest, b"", frame))

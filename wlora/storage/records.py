@@ -7,26 +7,24 @@ disk is seen even where what is left is still JSON. Records from before there we
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
-import json
 import os
-import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from wlora.errors import ConfigError, RunFault
 from wlora.reading import find_misfit, read_file, read_json
-from wlora.storage.atomic_write import Put, patiently, put, staged, write_whole
+from wlora.storage.atomic_write import Put, patiently, put, write_whole
+from wlora.storage.content_hash import hash_bytes
+from wlora.storage.curve_writer import CurveWriter
 from wlora.storage.recorded import Chosen, Content, Point
+from wlora.storage.sealing import seal, unseal
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA = 1
-_NO_LINK, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed")
 
 
@@ -73,41 +71,6 @@ def _find_misfit(content: dict[str, Any]) -> str | None:
     if misfit is None and content["status"] == "success" and primary and primary not in content.get("metrics", {}):
         return f"metrics has no {primary}"
     return misfit
-
-
-def seal(content: dict[str, Any], *, indent: int | None = 1) -> str:
-    """Return the text of a JSON file that carries a checksum of its content; ValueError for a number that is not finite."""
-    return json.dumps({**content, "checksum": _digest(content)}, indent=indent, allow_nan=False) + "\n"
-
-
-def unseal(text: str | bytes) -> dict[str, Any]:
-    """Return the content of a JSON file without its checksum, which must hold where there is one.
-
-    Raises:
-        ValueError: what is wrong with the file.
-    """
-    if not text.strip():
-        raise ValueError("it is empty")
-    try:
-        content = read_json(text)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError("it is no whole JSON") from None
-    if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
-    told = content.pop("checksum", None)
-    if told is not None and told != _digest(content):
-        raise ValueError("its checksum does not hold")
-    return content
-
-
-def _digest(content: dict[str, Any]) -> str:
-    """Hash what a JSON file says, however it is laid out."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return _short_hash(text.encode())
-
-
-def _short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 class RecordStore:
@@ -179,7 +142,7 @@ class RecordStore:
         path = self.path(record.run_id).with_suffix(".jsonl")
         try:
             content = patiently(lambda: read_file(path))
-            if record.curve is not None and _short_hash(content) != record.curve:
+            if record.curve is not None and hash_bytes(content) != record.curve:
                 raise ValueError("its checksum, which is in the record, does not hold")
             lines = content.decode().splitlines()
         except FileNotFoundError:
@@ -216,7 +179,7 @@ class RecordStore:
         parquet.write_table(table, stream, compression="zstd", compression_level=9)
         content = stream.getvalue().to_pybytes()
         write_whole(self.path(run_id).with_suffix(".parquet"), content, self._put)
-        return _short_hash(content)
+        return hash_bytes(content)
 
     def read_predictions(self, record: Record) -> pa.Table | None:
         """Return what a run predicted of the dev set (`Task.tabulate`), None where its record tells of none.
@@ -232,7 +195,7 @@ class RecordStore:
         path = self.path(record.run_id).with_suffix(".parquet")
         try:
             content = patiently(lambda: read_file(path))
-            if _short_hash(content) != record.predictions:
+            if hash_bytes(content) != record.predictions:
                 raise ValueError("their checksum, which is in the record, does not hold")
             return parquet.read_table(pa.BufferReader(content))
         except (FileNotFoundError, ValueError) as error:
@@ -304,114 +267,3 @@ class RecordStore:
     def __iter__(self) -> Iterator[Record]:
         """Iterate over all readable records, by run_id."""
         return (found for found in self.scan() if isinstance(found, Record))
-
-
-class CurveWriter:
-    """Appends points to a learning curve, one JSON object per line; a file that was removed or replaced is written again.
-
-    Lines are appended to the file that this writer has put there, which it keeps open so that no other is taken for it.
-
-    Attributes:
-        points: all points so far.
-    """
-
-    def __init__(self, path: Path | None, put: Put = put) -> None:
-        self._path, self._put = path, put
-        self._size = 0
-        self._own: IO[bytes] | None = None
-        self.points: list[dict[str, Any]] = []
-        try:
-            if path is not None:
-                self._replace()
-        except OSError as error:
-            assert path is not None
-            raise ConfigError(f"results_dir: {path.parent} cannot be written ({error.strerror})") from error
-
-    def __call__(self, point: dict[str, Any]) -> None:
-        """Append one point.
-
-        Raises:
-            RunFault: the disk is full, or the run is another process's.
-        """
-        self.points.append(point)
-        self._write(_lines([point]))
-
-    def checksum(self) -> str:
-        """Return 16 hex digits for the file as it is written by now."""
-        return _short_hash(_lines(self.points))
-
-    def finish(self) -> str:
-        """Bring the whole curve onto the disk, whatever has become of the file since; returns its checksum.
-
-        Raises:
-            RunFault: the disk is full.
-        """
-        self._write(None)
-        self.close()
-        return self.checksum()
-
-    def restart(self, points: list[dict[str, Any]]) -> None:
-        """Go on from the points of a run that was interrupted; what it wrote after them is dropped."""
-        self.points = list(points)
-        self._write(None)
-
-    def close(self) -> None:
-        """Let the file go, after the last point."""
-        if self._own is not None:
-            self._own.close()
-            self._own = None
-
-    def _write(self, more: bytes | None) -> None:
-        """Append lines; None, or a file that is not as it was left, is to write all points anew."""
-        if self._path is None:
-            return
-        try:
-            if more is None or not self._append(more):
-                self._replace()
-        except OSError as error:
-            raise RunFault(f"the learning curve {self._path} cannot be written ({error.strerror})") from error
-
-    def _replace(self) -> None:
-        """Put a file with all points in the place."""
-        assert self._path is not None
-        content = _lines(self.points)
-        self.close()
-        with staged(self._path) as staging:
-            staging.write_bytes(content)
-            own = staging.open("rb")
-            if os.name == "nt":  # where an open file cannot be moved, nobody can take its place either
-                own.close()
-            self._put(staging, self._path)
-        self._own = self._path.open("rb") if own.closed else own
-        self._size = len(content)
-
-    def _append(self, more: bytes) -> bool:
-        """Append to the file that was written so far; False if another one, a link or none stands there."""
-        assert self._path is not None
-        try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | _NO_LINK | _NO_WAIT)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
-                raise
-            return False
-        with open(descriptor, "ab") as stream:
-            found = os.fstat(descriptor)
-            if self._own is None or not os.path.samestat(found, os.fstat(self._own.fileno())) or found.st_size != self._size:
-                return False
-            stream.write(more)
-        self._size += len(more)
-        return True
-
-
-def _lines(points: Iterable[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(point) + "\n" for point in points).encode()
-
-
-def peak_memory() -> dict[str, int]:
-    """Return the peak of the process's resident bytes, as `process`; nothing on Windows."""
-    if sys.platform == "win32":
-        return {}
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

@@ -23,7 +23,7 @@ from wlora.errors import RunFault
 from wlora.reading import read_file, read_json
 from wlora.storage.atomic_write import MISSING, patiently, put, remove_path, staged
 from wlora.storage.claims import Claim
-from wlora.storage.records import seal, unseal
+from wlora.storage.sealing import seal, unseal
 from wlora.training.state import State
 
 SCHEMA = 1

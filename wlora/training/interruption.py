@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from wlora.console import say
 from wlora.distributed import from_main, several
 from wlora.errors import RunFault, TakenOver
+from wlora.storage.curve_writer import CurveWriter
 from wlora.storage.environment import compare_environments, join_environments
 from wlora.storage.locks import RunLock
-from wlora.storage.records import CurveWriter, Record
+from wlora.storage.records import Record
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.state import State
 from wlora.training.trainer import Trainer

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wlora.adapters.layer import LowRankAdapter
-from wlora.models.loading import head_modules
+from wlora.models.heads import head_modules
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

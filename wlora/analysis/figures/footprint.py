@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from wlora.analysis.figures.canvas import COLUMN, count_axis, new_figure, nothing, style_of
 from wlora.reading import find_misfit, read_file
-from wlora.storage.records import unseal
+from wlora.storage.sealing import unseal
 
 GIB = 2**30
 # The card of the paper's example; its line is drawn where the figure comes near it.

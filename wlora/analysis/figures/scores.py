@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 
 from wlora.analysis.figures.canvas import COLUMN, PAGE, count_axis, new_figure, nothing, style_of
 from wlora.analysis.statistics import Summary, generator, summarize
-from wlora.analysis.study import Run, read_curve
+from wlora.analysis.study import Run
+from wlora.analysis.study_reader import read_curve
 from wlora.analysis.tables.layouts import LABELS, row_of
 from wlora.analysis.tables.settings import TITLES, chosen_runs, runs_by_setting, tasks_of
 from wlora.analysis.tuning import Choice, choose_point

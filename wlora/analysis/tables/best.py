@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wlora.analysis.study import Run, read_curve
+from wlora.analysis.study import Run
+from wlora.analysis.study_reader import read_curve
 from wlora.analysis.tables.cells import Best
 from wlora.storage.index import Entry, Index
 from wlora.storage.records import RecordStore

@@ -1,0 +1,138 @@
+"""Reads the records of a results folder as the runs of a study. Never imports torch.
+
+Damaged files are reported and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from wlora.analysis.study import Run, setting_of
+from wlora.errors import ConfigError, wrong_value
+from wlora.reading import find_misfit
+from wlora.storage.index import Entry, Index
+from wlora.storage.packing import Packed, Unpacker, pack
+from wlora.storage.recorded import Finished
+from wlora.storage.records import Record, RecordStore
+
+# What reading a damaged record may raise.
+_DAMAGES = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
+
+
+def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | None = None) -> tuple[list[Run], list[str]]:
+    """Read the records of a study; returns their runs, by run_id, and what is wrong with the files that hold none.
+
+    What `wlora.storage.index` knows of a file is not read from it. Runs of one setting share it, and equal parts of their
+    records: nobody changes what is shared.
+
+    Args:
+        results_dir: the study.
+        kinds: the names of task and method, as in the configuration, of the runs to return; None for all.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    if not os.path.isdir(results_dir):
+        raise wrong_value("results_dir", results_dir, "a folder with the records of a study")
+    store = RecordStore(results_dir)
+    index, unpack, wanted = Index(store, ".json"), _Unpacking(), None if kinds is None else {_kind(*kind) for kind in kinds}
+    runs, known, faults = [], set(), []
+    for name, frame, columns in index:
+        try:
+            kind, own, *long = columns
+            if wanted is None or kind in wanted:
+                runs.append(unpack(Packed(frame, own, tuple(long))))
+        except _DAMAGES:
+            continue  # as another version packed it: the file tells
+        known.add(name)
+    for found in store.scan(known):
+        if isinstance(found, ConfigError):
+            faults.append(str(found))
+            continue
+        try:
+            packed = pack(found)
+            run = _whole(unpack(packed))
+            _check_types(found)
+        except _DAMAGES as error:
+            # One without a checksum, which would have shown the damage.
+            faults.append(f"record {store.path(found.run_id)} is damaged: {type(error).__name__} {error}")
+            continue
+        kind = _kind(str(found.config["task"]["name"]), run.method)
+        index.add(Entry(found.run_id, packed.frame, (kind, packed.own, *packed.long)))
+        if wanted is None or kind in wanted:
+            runs.append(run)
+    index.write()
+    return sorted(runs, key=lambda run: f"{run.record.run_id}.json"), faults
+
+
+def _kind(task: str, method: str) -> bytes:
+    return json.dumps([task, method]).encode()
+
+
+def read_run(record: Record) -> Run:
+    """Return a record with its setting.
+
+    Raises:
+        ValueError: what keeps its readers from reading it; a checksum would have shown the damage.
+    """
+    try:
+        run = _whole(Run(record, setting_of(record)))
+        _check_types(record)
+    except _DAMAGES as error:
+        raise ValueError(f"{type(error).__name__} {error}") from None
+    return run
+
+
+class _Unpacking:
+    """Makes runs of packed records; those of one frame are of one setting, which is worked out once."""
+
+    def __init__(self) -> None:
+        self._unpack = Unpacker()
+        self._settings: dict[bytes, dict[str, Any]] = {}
+
+    def __call__(self, packed: Packed) -> Run:
+        record = self._unpack(packed)
+        if packed.frame not in self._settings:
+            self._settings[packed.frame] = setting_of(record)
+        return Run(record, self._settings[packed.frame])
+
+
+def _whole(run: Run) -> Run:
+    """Return a run of which everything can be asked that readers ask; KeyError, TypeError or ValueError else."""
+    for name in ("task", "model", "method", "seed", "point", "rank", "k", "n"):
+        getattr(run, name)
+    if run.status == "success":
+        float(run.score)
+    return run
+
+
+def _check_types(record: Record) -> None:
+    """Refuse a record of success in which something is of another type than its readers rely on; raises ValueError."""
+    if record.status == "success" and (misfit := find_misfit(vars(record), Finished)):
+        raise ValueError(misfit)
+
+
+def read_runs(results_dir: str | Path) -> list[Run]:
+    """Read all records of a study; what cannot be read is told in a line each and left out.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    runs, faults = read_study(results_dir)
+    for fault in faults:
+        print(f"notice: {fault}; it is left out", file=sys.stderr)
+    return runs
+
+
+def read_curve(store: RecordStore, run: Run, *, key: str = "") -> list[dict[str, Any]]:
+    """Read a run's learning curve (`RecordStore.read_curve`); a damaged one is told in a line and left out."""
+    try:
+        return store.read_curve(run.record, key=key)
+    except ConfigError as damage:
+        print(f"notice: {damage}; it is left out", file=sys.stderr)
+        return []
