@@ -39,7 +39,7 @@ from wlora.config.schema import Config, config_folder, register_schema
 from wlora.errors import ConfigError
 from wlora.experiment import run as experiment
 from wlora.experiment.resolve import resolve
-from wlora.experiment.shared_inputs import Stock
+from wlora.experiment.shared_inputs import SharedInputs
 from wlora.storage import locks
 from wlora.storage.records import Record, RecordStore
 
@@ -108,7 +108,7 @@ class Stage:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
             composed = compose("config", overrides=WORDS)
         self.config = resolve(OmegaConf.to_object(composed))  # type: ignore[arg-type]
-        self.stock = Stock(keep=True)
+        self.stock = SharedInputs(keep=True)
         self.run(folder)  # what is loaded once is loaded here
 
     def run(self, folder: Path) -> Record:

@@ -111,7 +111,7 @@ def write_plain(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"")
 
 
-@pytest.mark.parametrize("kind", ["a link", "no folder"])
+@pytest.mark.parametrize("kind", ["a link", "not a folder"])
 @pytest.mark.parametrize(
     ("program", "part"),
     [("tables", "tables"), ("figures", "figures"), ("report", "tables"), ("report", "figures"), ("memory", "memory")]

@@ -308,9 +308,9 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
         print(describe(config))
         return Outcome(name, "described", None, 0)
     from wlora.experiment.run import run
-    from wlora.experiment.shared_inputs import stock_of_process
+    from wlora.experiment.shared_inputs import inputs_of_process
 
-    record = run(config, overrides, stock_of_process() if in_sweep else None)
+    record = run(config, overrides, inputs_of_process() if in_sweep else None)
     seconds = record.seconds["total"] if record.trained else None
     return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
 

@@ -278,7 +278,7 @@ def compose(overrides: Sequence[str]) -> Config:
 def _compose(overrides: Sequence[str]) -> DictConfig:
     """Compose a configuration as Hydra does: first the group choices, which are cached, then the other overrides.
 
-    The returned object may be reused and overwritten by the next call, so callers must not keep it.
+    The next call may reuse and overwrite the returned object, so callers must not keep it.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.errors import HydraException
@@ -287,7 +287,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         parsed = [_parse(word) for word in overrides]
         groups = tuple(p.input_line for p in parsed if _chooses_group(p))
         rest = [p for p in parsed if not _chooses_group(p)]
-        # Copying takes most of the time. The cells of a sweep set the same keys, so one copy can be overwritten repeatedly.
+        # Copying takes most of the time. The cells of a sweep set the same keys, so one copy can be overwritten each time.
         again = all(map(_overwrites, rest)) and not _has_preset(_compose_groups(groups))
         composed = _shared_copy(groups, tuple(p.key_or_group for p in rest)) if again else _copy(groups)
         ConfigLoaderImpl._apply_overrides_to_config(rest, composed)
@@ -297,7 +297,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def _overwrites(override: Override) -> bool:
-    """Tell whether an override only replaces one value. A preset does not: it sets further keys and is then reset to null."""
+    """Tell whether an override replaces only one value. A preset does not: it sets more keys and is then reset to null."""
     from hydra.core.override_parser.types import OverrideType
 
     single = override.type == OverrideType.CHANGE and not isinstance(override.value(), dict | list)

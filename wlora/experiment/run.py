@@ -27,7 +27,7 @@ from wlora.data.sources import fingerprint
 from wlora.distributed import from_main, gather
 from wlora.errors import ConfigError, RunFault, TakenOver, ran_out_of_memory
 from wlora.experiment.saving import adapter_folder, model_folder, save_adapter, save_model
-from wlora.experiment.shared_inputs import Stock
+from wlora.experiment.shared_inputs import SharedInputs
 from wlora.experiment.summary import announce, summarize
 from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
@@ -52,7 +52,7 @@ from wlora.training.sharding import shard_base
 from wlora.training.trainer import Diverged, Result, Settings, Trainer
 
 
-def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = None) -> Record:
+def run(config: Config, overrides: Sequence[str] = (), stock: SharedInputs | None = None) -> Record:
     """Run one configuration, or return its record if it has already succeeded or another process is at it.
 
     Args:
@@ -99,7 +99,7 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
                 say(f"notice: {damage}; the run is done again")
             # Another process may have finished it between the look and the lock.
             return _find_success(store, record.run_id, config) or _run(
-                config, accelerator, precision, source, record, claim, stock or Stock(keep=False)
+                config, accelerator, precision, source, record, claim, stock or SharedInputs(keep=False)
             )
 
 
@@ -116,7 +116,7 @@ def _run(
     source: ModelSource,
     record: Record,
     claim: Claim,
-    stock: Stock,
+    stock: SharedInputs,
 ) -> Record:
     """Run one configuration and complete its record, which is this process's to write."""
     begin = time.perf_counter()

@@ -76,7 +76,7 @@ class RunLock:
         return True
 
     def _fill_empty(self) -> None:
-        """Write a text into an old empty lock file. filelock never breaks an empty one, because its owner may be writing it."""
+        """Write a text into an old, empty lock file. filelock never breaks an empty lock: its owner may be writing it."""
         if self._silent_for() >= DAMAGED_SECONDS:
             with contextlib.suppress(OSError), open(os.open(self.path, os.O_RDWR | _NO_LINK), "r+b") as stream:
                 if not stream.read(1):
