@@ -49,7 +49,7 @@ def patiently(read: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Context manager: yield a unique temporary path in the target's folder, and remove what is left there at the end.
+    """Context manager: yield a unique temporary path in the target's folder, and remove that path at the end.
 
     The path is unique even across machines. Missing parent folders of the target are created.
 
