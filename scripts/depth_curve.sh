@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a longer frozen prefix costs and brings (beyond the paper): WLoRA that weighs the depth of the backward pass, by both
-# of its rules and for several prices of a layer, beside LoRA, LoRA in the upper layers only (of one of them also at rank 32),
-# and WLoRA; K = 9 asks whether more adapters make up for the depth. The prefix is stored everywhere. Settings:
-# scripts/study.sh. RESULTS is a folder of its own by default: every setting is a row.
+# Accuracy and speed with a longer frozen prefix (not in the paper): method=wlora_depth with both rules and several values of
+# depth_cost, compared with LoRA, LoRA in the upper layers only (one variant also at rank 32), and WLoRA. K = 9 tests whether
+# more adapters compensate for fewer layers. All runs use the prefix cache. Settings: scripts/study.sh. RESULTS is a separate
+# folder by default, because every setting is a row of the table.
 RESULTS=${RESULTS:-results/depth_${SCALE:-paper}}
 . "$(dirname "$0")/study.sh"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the stored prefix does to scores: below the lowest kept adapter dropout is off from the cut on. WLoRA without and with
-# it, five seeds. Settings: scripts/study.sh. RESULTS is a folder of its own by default: every setting is a row.
+# Effect of the prefix cache on scores (it disables dropout below the lowest kept adapter after the cut): WLoRA without and
+# with the cache, five seeds. Settings: scripts/study.sh. RESULTS is a separate folder by default: every setting is a row.
 RESULTS=${RESULTS:-results/prefix_${SCALE:-paper}}
 . "$(dirname "$0")/study.sh"
 

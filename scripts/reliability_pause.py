@@ -37,7 +37,7 @@ from wlora.cli.sweep import compose
 from wlora.config.schema import Config
 from wlora.errors import ConfigError
 from wlora.experiment import run as experiment
-from wlora.experiment.shared_inputs import Stock
+from wlora.experiment.shared_inputs import SharedInputs
 from wlora.storage import locks
 from wlora.storage.records import Record, RecordStore
 
@@ -103,7 +103,7 @@ class Stage:
         locks.LEASE_SECONDS = LEASE_SECONDS
         torch.set_num_threads(1)
         self.config = compose(WORDS)
-        self.stock = Stock(keep=True)
+        self.stock = SharedInputs(keep=True)
         self.run(folder)  # what is loaded once is loaded here
 
     def run(self, folder: Path) -> Record:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the selection's defaults rest on (docs/selection.md): MiniLM with 18 adapters on SST-2 (4,000 rows) and MRPC, three
+# Experiments behind the defaults of the selection (docs/selection.md): MiniLM, 18 adapters, SST-2 (4,000 rows) and MRPC, three
 # epochs, one factor changed at a time. Grids of rates are evaluated at every eighth of the run. Settings: scripts/study.sh, and
 #   PARTS="bars random growth steps halvings"   [all, in this order]
 export RESULTS=${RESULTS:-results/selection} SCALE=cpu

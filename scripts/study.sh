@@ -1,12 +1,12 @@
-# What the scripts of tables and figures share; they source it. A script queues sweeps (`sweep`), runs what is queued
-# (`stage`), and ends with `finish`. Every sweep is one `python -m wlora.run -m`: what is recorded is skipped, so a script
-# started again fills the gaps. Words after a script's name go to every sweep: scripts/table1.sh precision=fp16
+# Shared functions of the scripts for tables and figures, which source this file. A script queues sweeps (`sweep`), runs the
+# queue (`stage`), and ends with `finish`. Every sweep is one `python -m wlora.run -m` command, which skips recorded runs, so a
+# restarted script runs only what is missing. Arguments of a script are added to every sweep: scripts/table1.sh precision=fp16
 #
 #   SCALE=paper|cpu   the paper's study, or a small one with MiniLM on two cores
 #   RESULTS=DIR       the study's folder                        [results/${SCALE}_study]
 #   DATA=DIR          local copies, one folder per task         [the hub]
 #   TASKS="rte mrpc"  METHODS="lora wlora"                      [all of the script]
-#   TUNE_SEED=N       the seed on which rates and warm-ups are chosen, above those that are reported   [100]
+#   TUNE_SEED=N       seed for tuning rates and warm-up; larger than the reported seeds   [100]
 #   JOBS=N            sweeps at once; with GPUS=N each takes one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
 
@@ -15,7 +15,7 @@ export SCALE=${SCALE:-paper} RESULTS=${RESULTS:-results/${SCALE:-paper}_study} G
 case $SCALE in paper | cpu) ;; *) echo "error: SCALE=$SCALE: allowed is paper | cpu" >&2; exit 2 ;; esac
 extra=("$@") queue=() planned=()
 
-# chosen LIST NAME: whether NAME is in LIST, an empty list having every name
+# chosen LIST NAME: whether NAME is in LIST; an empty list contains every name
 chosen() { [ -z "$1" ] || [[ " $1 " == *" $2 "* ]]; }
 
 # sweep TASK METHOD OVERRIDE...
@@ -23,7 +23,7 @@ sweep() {
     chosen "${TASKS:-}" "$1" && chosen "${METHODS:-}" "$2" || return 0
     local word words=" ${*:3}"
     for word in "${extra[@]}"; do
-        # The method may not be one that reads the key. Hydra's ++ forces it, which is then no mistake.
+        # Some methods do not read the key. Hydra's ++ sets it without an error.
         [[ $word =~ ^(rank|alpha|dropout|k|targets)= && $words != *" ${word%%=*}="* ]] && word=++$word
         words+=" $word"
     done
@@ -32,7 +32,7 @@ sweep() {
 
 run_sweep() {
     [ -z "$GPUS" ] || export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
-    # 1: some runs failed, and are missing in the table. Anything else is a mistake or an interrupt, and ends the study.
+    # Exit code 1: some runs failed and will be missing in the table. Other codes (wrong request, interrupt) end the study.
     python -m wlora.run -m "$@" || [ $? -eq 1 ] || exit 255
 }
 export -f run_sweep

@@ -1,4 +1,4 @@
-"""The streams that carry what a user reads. Nothing printed can end a run. Imports no torch by itself."""
+"""Output for the user. An output error never ends a run. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from wlora.errors import ConfigError, RunFault, as_fault
 
 
 def protect_output() -> None:
-    """Make sure that nothing printed can end a run. Every entry point and every process of a launcher calls this first.
+    """Replace stdout and stderr by streams that ignore output errors.
 
-    It covers what libraries print, too: Hydra's help, the progress bar, warnings and tracebacks.
+    Every entry point and every launcher process calls this function first. The replaced streams also protect the output of
+    libraries: Hydra's help, progress bars, warnings and tracebacks.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, _Output):
-            # A process that was started with the stream closed has none.
+            # If a process was started with a closed stream, the stream is None.
             setattr(sys, name, _Output(stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")))
 
 
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
-    """End the command where the block fails in a way that users meet: a line or two, and the exit code."""
+    """Context manager: print expected errors of the block in one or two lines and exit with their exit code.
+
+    Expected errors are ConfigError, RunFault, and errors of memory or the file system (`as_fault`). Others are re-raised.
+    """
     told: ConfigError | RunFault | None
     try:
         yield
@@ -42,7 +46,7 @@ def telling() -> Iterator[None]:
 
 
 class _Output:
-    """A text stream that shows `?` for a character that its encoding lacks, and that ignores a reader who has gone."""
+    """A text stream that replaces unencodable characters by `?` and ignores errors such as a closed pipe."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream: Any = stream
@@ -63,22 +67,22 @@ class _Output:
         try:
             act(*values)
         except (OSError, ValueError):
-            # A closed pipe, a full disk. What is still buffered must go somewhere, or Python complains at exit.
-            with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor, or none to be had
+            # A closed pipe or a full disk. Redirect to /dev/null, or Python reports an error when it flushes at exit.
+            with contextlib.suppress(OSError, ValueError):  # the stream has no descriptor, or no descriptor is free
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
 
 
 def put(text: str, stream: TextIO | None = None) -> None:
-    """Print lines in one piece: those of processes that share a stream, such as a launcher's, do not run into each other."""
+    """Print text and newline in a single write, so that lines of several processes on one stream are not mixed."""
     stream = stream or sys.stdout
     stream.write(f"{text}\n")
     stream.flush()
 
 
 def say(text: str) -> None:
-    """Print for the user, on the main process only."""
+    """Print text for the user, on the main process only."""
     from accelerate import PartialState
 
     if PartialState().is_main_process:
@@ -86,6 +90,6 @@ def say(text: str) -> None:
 
 
 def notice(text: str) -> None:
-    """Print a notice for the user, once per command: the runs of a sweep repeat theirs."""
+    """Print a notice for the user once per command, even if several runs of a sweep emit it."""
     if first_time(text):
         say(f"notice: {text}")

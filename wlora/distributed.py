@@ -1,6 +1,7 @@
-"""The processes of one run: what all of them must agree on.
+"""Communication between the processes of one run, for values on which all processes must agree.
 
-Their models stay equal because gradients are averaged; whatever else decides something passes through here.
+The models of all processes stay equal because gradients are averaged. Every other value that influences a decision is
+exchanged with the functions of this module.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What this process's command has told: the runs of a sweep repeat their notices.
+# Texts already printed by this command, so that the runs of a sweep do not repeat notices.
 TOLD: set[str] = set()
-# What a launcher such as torchrun sets for each process that it starts.
+# Environment variables that a launcher such as torchrun sets for each process.
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _LAUNCH = (*_PLACE, "MASTER_ADDR", "MASTER_PORT")
-# How long a failure waits for the same one of the other processes: they may read from slower disks.
+# How long a failed process waits for the others to fail in the same way. They may read from slower disks.
 PATIENCE_SECONDS = 10.0
 _FAILURES = itertools.count()
 
 
 def require_launch() -> None:
-    """Refuse an environment with a part of what launchers set, which a shell may have kept from elsewhere.
+    """Reject an environment with an incomplete or invalid set of launcher variables, such as leftovers in a shell.
 
     Raises:
-        ConfigError: which variable is there, and which is not or is no number.
+        ConfigError: names the variable that is set and the one that is missing or invalid.
     """
     there = [name for name in _PLACE if name in os.environ]
     if not there:
@@ -41,23 +42,23 @@ def require_launch() -> None:
     if missing := [name for name in _LAUNCH if name not in os.environ]:
         raise ConfigError(f"{there[0]}={os.environ[there[0]]} is in the environment without {missing[0]}: {way_out}")
     if wrong := [name for name in _PLACE if not os.environ[name].isdecimal()]:
-        raise ConfigError(f"{wrong[0]}={os.environ[wrong[0]]} is no number of a process: {way_out}")
+        raise ConfigError(f"{wrong[0]}={os.environ[wrong[0]]} is not a non-negative integer: {way_out}")
     if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
         raise ConfigError(f"RANK={os.environ['RANK']} is not below WORLD_SIZE={os.environ['WORLD_SIZE']}: {way_out}")
 
 
 def is_main() -> bool:
-    """Tell whether this is the main process, or the only one; before torch is imported, too."""
+    """Tell whether this is the main (or only) process. Does not need torch."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def several() -> bool:
-    """Tell whether a launcher has started more than one process; before torch is imported, too."""
+    """Tell whether a launcher has started more than one process. Does not need torch."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def first_time(text: str) -> bool:
-    """Tell whether this process's command has not told a text yet, and note it."""
+    """Tell whether a text has not been printed by this command before, and remember it."""
     new = text not in TOLD
     TOLD.add(text)
     return new
@@ -72,7 +73,7 @@ def from_main(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Return the values of all processes, the main one's first, on every process."""
+    """Return the values of all processes in rank order, on every process."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
@@ -80,29 +81,29 @@ def gather(value: T) -> list[T]:
 
 
 def all_failed() -> bool:
-    """Tell whether every process of the run has failed where this one has; they may then go on to the next run together.
+    """Tell whether all processes of the run have failed at this point, so that they can continue together with the next run.
 
-    The others are waited for for `PATIENCE_SECONDS`. They do not meet in a collective operation, which one of them may be in
-    the middle of, but count in the store of the process group.
+    This process waits up to `PATIENCE_SECONDS` for the others. Failures are counted in the key-value store of the process
+    group. A collective operation would not work, because another process may be in the middle of one.
     """
     from accelerate import PartialState
     from torch.distributed.distributed_c10d import _get_default_store
 
     key, deadline = f"wlora/failures/{next(_FAILURES)}", time.monotonic() + PATIENCE_SECONDS
     try:
-        PartialState()  # which waits until all processes have got as far as this
+        PartialState()  # waits until all processes have joined the process group
         store = _get_default_store()
         count = store.add(key, 1)
         while count < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
             time.sleep(0.1)
             count = store.add(key, 0)
-    except (RuntimeError, ValueError):  # the process that holds the store has gone
+    except (RuntimeError, ValueError):  # the process that hosts the store has ended
         return False
     return count >= int(os.environ["WORLD_SIZE"])
 
 
 def lost_another(error: BaseException) -> bool:
-    """Tell whether an error only says that another process of the run has ended."""
+    """Tell whether an error was caused by the end of another process of the run."""
     torch = sys.modules.get("torch")
     if torch is None or not several() or not torch.distributed.is_available():
         return False
@@ -115,7 +116,7 @@ def lost_another(error: BaseException) -> bool:
 
 
 def mean(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes: the same bits everywhere, unlike what each has computed."""
+    """Return the mean of a tensor over all processes. The result is bitwise identical on every process; shape unchanged."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -1,7 +1,7 @@
-"""Files that anybody may have put there: only regular ones are opened, JSON is shallow and of the types asked for.
+"""Safe reading of files from untrusted sources: only regular files, and JSON of limited depth and checked types.
 
-Opening a named pipe waits for a writer, and reading a device may never end. JSON nested as deep as Python can parse
-overruns the stack of whatever walks through it later. Nothing here imports torch.
+Opening a named pipe blocks until there is a writer, and reading a device may never end. JSON with very deep nesting can
+overflow the stack of code that traverses it. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from types import UnionType
 from typing import Any, BinaryIO, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 MOST_LEVELS = 64
-_MOST = 1 << 100  # of an integer: a float holds it
+_MOST = 1 << 100  # bound of integers, so that they can be converted to float
 
 
 def open_file(path: str | Path) -> BinaryIO:
     """Open a regular file for reading bytes.
 
     Raises:
-        OSError: it cannot be opened, or is a pipe, a socket or a device; `IsADirectoryError` for a folder.
+        OSError: the file cannot be opened, or is a pipe, a socket or a device; `IsADirectoryError` for a folder.
     """
     return open(path, "rb", opener=_open_regular)
 
@@ -37,21 +37,21 @@ def read_file(path: str | Path) -> bytes:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # which lets the opening of a pipe not wait
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # do not block if the file is a pipe
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    raise OSError(errno.EINVAL, "it is no regular file", path)
+    raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def read_json(text: str | bytes) -> Any:
-    """Return what a JSON text says.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or nested deeper than `MOST_LEVELS`.
+        ValueError: the text is not valid JSON, or is nested deeper than `MOST_LEVELS`.
     """
     try:
         content = json.loads(text if isinstance(text, str) else text.decode())  # UTF-8; json would guess
@@ -60,7 +60,7 @@ def read_json(text: str | bytes) -> Any:
     else:
         if _is_shallow(content, MOST_LEVELS):
             return content
-    raise ValueError(f"it is nested in more than {MOST_LEVELS} levels")
+    raise ValueError(f"nested deeper than {MOST_LEVELS} levels")
 
 
 def _is_shallow(value: Any, levels: int) -> bool:
@@ -71,28 +71,28 @@ def _is_shallow(value: Any, levels: int) -> bool:
 
 
 def find_misfit(value: Any, kind: Any, at: str = "") -> str | None:
-    """Return what of a JSON value is not of a type; None if all is.
+    """Check a JSON value against a type; return a description of the first mismatch, or None.
 
     Args:
-        value: as `json` reads it.
-        kind: an annotation of built-in types, unions, dataclasses and typed dictionaries. Of the latter two, keys that
-            they do not have may be anything, and only a typed dictionary's required keys must be there. A `float` may be
-            written as an integer, and is finite.
-        at: the value's name, for the message.
+        value: the value, as parsed by `json`.
+        kind: a type annotation of built-in types, unions, dataclasses and typed dictionaries. Unknown keys of dataclasses
+            and typed dictionaries are not checked. Only the required keys of typed dictionaries must exist. A `float` must
+            be finite and may be written as an integer.
+        at: name of the value, for the description.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return None
     if origin in (Union, UnionType):
-        return None if any(find_misfit(value, one) is None for one in inner) else _told(value, kind, at)
+        return None if any(find_misfit(value, one) is None for one in inner) else _mismatch(value, kind, at)
     if kind in (int, float):
         numbers = int if kind is int else (int, float)
         fits = isinstance(value, numbers) and not isinstance(value, bool) and _is_bounded(value)
-        return None if fits else _told(value, kind, at)
+        return None if fits else _mismatch(value, kind, at)
     if dataclasses.is_dataclass(kind) or is_typeddict(kind):
         return _find_misfit_of_key(value, kind, at)
     if not isinstance(value, origin or kind):
-        return _told(value, kind, at)
+        return _mismatch(value, kind, at)
     if origin is dict:
         found = (find_misfit(one, inner[1], f"{at}.{key}") for key, one in value.items())
     elif origin is list:
@@ -104,7 +104,7 @@ def find_misfit(value: Any, kind: Any, at: str = "") -> str | None:
 
 def _find_misfit_of_key(value: Any, kind: Any, at: str) -> str | None:
     if not isinstance(value, dict):
-        return _told(value, dict, at)
+        return _mismatch(value, dict, at)
     for key in getattr(kind, "__required_keys__", ()):
         if key not in value:
             return f"{at}.{key} is missing".lstrip(".")
@@ -121,5 +121,5 @@ def _is_bounded(value: float) -> bool:
     return abs(value) < _MOST if isinstance(value, int) else math.isfinite(value)
 
 
-def _told(value: Any, kind: Any, at: str) -> str:
+def _mismatch(value: Any, kind: Any, at: str) -> str:
     return f"{at.lstrip('.')} is {repr(value)[:40]}, not {getattr(kind, '__name__', kind)}"

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, TINY, run_cli
-from wlora.cli.job import DESK, Collecting, Outcome, Sweep
+from wlora.cli.job import OUTCOMES, Collecting, Outcome, Sweep
 from wlora.config.schema import config_folder
 from wlora.storage.records import RecordStore
 
@@ -57,7 +57,7 @@ def test_a_process_that_is_lost_does_not_pass_for_a_run_that_went_well() -> None
         def launch(self, job_overrides: object, initial_job_idx: int) -> list[object]:
             raise Killed("a worker was killed\nby the system")
 
-    DESK.outcomes = [Outcome("before", "success", 1.0, 0)]
+    OUTCOMES.outcomes = [Outcome("before", "success", 1.0, 0)]
     with pytest.raises(RunFault, match="launcher=some: Killed: a worker was killed\n.*the same command"):
         Collecting(Launcher(), "some", Sweep(frozenset()), lambda _: OmegaConf.create()).launch([["seed=0"]], 0)
 

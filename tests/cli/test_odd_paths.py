@@ -112,7 +112,7 @@ def write_plain(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"")
 
 
-@pytest.mark.parametrize("kind", ["a link", "no folder"])
+@pytest.mark.parametrize("kind", ["a link", "not a folder"])
 @pytest.mark.parametrize(
     ("program", "part"),
     [("tables", "tables"), ("figures", "figures"), ("report", "tables"), ("report", "figures"), ("memory", "memory")]
@@ -139,7 +139,7 @@ def test_what_stands_for_a_folder_that_is_written_into_is_refused(
     words = {"reruns": [f"from={record.run_id}"], "tracking": [*TINY, "method=lora", "track=tensorboard"]}
     mine = words.get(part, [*TINY, "method=lora"]) if program == "run" else []
     code, error = end(program, [*mine, f"results_dir={results}"], monkeypatch, capsys)
-    assert code == 2 and f"{place} is {kind}: allowed is a folder of its own" in error, error
+    assert code == 2 and f"{place} is {kind}: allowed is a real folder" in error, error
     assert len(error.splitlines()) == 1 and not (place.is_file() and place.read_text() != "precious")
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, TINY
 from wlora import __version__
 from wlora.cli import command, entry
 from wlora.cli.command import COMMANDS
-from wlora.cli.job import DESK, Outcome, Sweep
+from wlora.cli.job import OUTCOMES, Outcome, Sweep
 from wlora.console import protect_output
 
 PROBE = (
@@ -180,13 +180,13 @@ def test_a_sweep_says_which_run_is_which_and_repeats_no_notice(
 
 def test_the_time_left_comes_from_runs_that_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep(frozenset({"lr"}), total=12)
-    monkeypatch.setattr(DESK, "command", True)
-    monkeypatch.setattr(DESK, "outcomes", [Outcome("", "success", 0.5, 0), Outcome("", "ConfigError", None, 2)])
+    monkeypatch.setattr(OUTCOMES, "command", True)
+    monkeypatch.setattr(OUTCOMES, "outcomes", [Outcome("", "success", 0.5, 0), Outcome("", "ConfigError", None, 2)])
     assert sweep.label(["lr=1", "seed=0", "++lr=2"]) == "lr=1 lr=2"
     assert sweep.heading(3, "lr=1") == "run 3 of 12: lr=1"
-    DESK.outcomes += [Outcome("", "success", 0.5, 0, seconds=seconds) for seconds in (60, 120)]
+    OUTCOMES.outcomes += [Outcome("", "success", 0.5, 0, seconds=seconds) for seconds in (60, 120)]
     assert sweep.heading(5, "lr=1") == "run 5 of 12: lr=1 (about 12 min left)"
-    monkeypatch.setattr(DESK, "command", False)
+    monkeypatch.setattr(OUTCOMES, "command", False)
     assert sweep.heading(5, "lr=1") == "run 5 of 12: lr=1", "a launcher's process does not know what the others do"
     assert Sweep(frozenset()).heading(5, "") == "run 5", "a sweeper that decides on the way"
 

@@ -57,7 +57,7 @@ MEANT = {
     "lr=1e-3, 1e-4": "lr=1e-3, 1e-4: write lr=1e-3,1e-4, without spaces",
     "k:3": "k:3: write k=3",
     "demo": "demo: write experiment=demo",
-    "task=rte -m method=lora": "method=lora: flags such as -m stand before all keys or behind them, not between",
+    "task=rte -m method=lora": "method=lora: flags such as -m must come before or after all keys, not between them",
     "--cfg all_of_it": "invalid choice: 'all_of_it'",
     "~method": "allowed is method=NAME",
     "~method.name": "allowed is method=NAME",
@@ -166,7 +166,7 @@ def test_a_rule_of_unread_keys_names_keys_of_its_method(rule: Idle) -> None:
 )
 def test_a_key_that_no_run_reads_is_refused(line: str, said: str, run_main: Callable[..., tuple[int, str, str]]) -> None:
     code, out, errors = run_main(*line.split(), "dry_run=true")
-    assert (code, out) == (2, "") and said in errors and errors.endswith("way out: leave it out; it changes nothing\n")
+    assert (code, out) == (2, "") and said in errors and errors.endswith("way out: remove it; it has no effect\n")
 
 
 @pytest.mark.parametrize(

@@ -488,7 +488,7 @@ def test_a_linked_folder_that_a_run_would_write_into_is_refused(
     link = tmp_path / "results" / part.replace("RUN", identity)
     link.parent.mkdir(parents=True)
     link.symlink_to(elsewhere)
-    with pytest.raises(ConfigError, match=f"{link} is a link: allowed is a folder of its own"):
+    with pytest.raises(ConfigError, match=f"{link} is a link: allowed is a real folder"):
         run_tiny(*CHECKPOINTED, results=tmp_path / "results")
     assert [path.name for path in elsewhere.iterdir()] == ["step-00000001"]
 

@@ -96,14 +96,14 @@ def test_the_record_has_the_share_of_every_split_and_the_answers_no_window_holds
     words = ["task=cnn_dailymail", "model=tiny_bart", f"task.path={folder}", "task.max_length=64", "method=lora"]
     record = run_tiny(*words, "train.max_steps=1", "task.generation.max_new_tokens=8")
     assert record.task["truncated_share"] == {"train": 0.25, "validation": 0}
-    assert "notice: 25.0% of the rows of train are cut: see task.max_length" in capsys.readouterr().out
+    assert "notice: 25.0% of the rows of train are truncated: see task.max_length" in capsys.readouterr().out
 
     whole = question(4, "Where is Anna?", STORY[:-1])  # longer than any window
     folder = write(tmp_path / "squad", [*SQUAD_V2, whole])
     words = ["task=squad_v2", f"task.path={folder}", "task.max_length=16", "task.stride=2", "method=lora"]
     record = run_tiny(*words, "train.max_steps=1")
     assert record.task["lost_answers"] == 1
-    assert "notice: 1 of 5 rows of train have their answer whole in no window: see task.stride" in capsys.readouterr().out
+    assert "notice: 1 of 5 rows of train have an answer that fits in no window: see task.stride" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

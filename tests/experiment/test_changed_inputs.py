@@ -19,7 +19,7 @@ from wlora.experiment import build
 from wlora.experiment import run as experiment
 from wlora.experiment import shared_inputs as stock
 from wlora.experiment.export import export
-from wlora.experiment.shared_inputs import Stock
+from wlora.experiment.shared_inputs import SharedInputs
 from wlora.storage.content_hash import hash_file, read_as_hashed
 from wlora.storage.records import RecordStore
 
@@ -54,7 +54,7 @@ def saved(run_tiny: Callable[..., Any], tmp_path: Path) -> tuple[Path, Path]:
 def test_data_that_change_between_hash_and_read_are_refused_and_so_is_what_a_sweep_keeps_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, kept = write_rows(tmp_path / "data"), Stock()
+    data, kept = write_rows(tmp_path / "data"), SharedInputs()
     first = (data / "train.tsv").read_bytes()
     second = first.replace(b"neutral", b"entailm")[: len(first)].replace(b"entailm", b"entailment")
     config = compose(*TINY, *SHORT, f"task.path={data}", f"results_dir={tmp_path / 'r'}")

@@ -58,9 +58,7 @@ def test_without_checkpoints_what_could_not_be_written_is_told_again(
     run_tiny(*SETTINGS, "train.checkpoint_every=0")
     assert "the checkpoints stay" not in capsys.readouterr().out
     assert run_tiny(*SETTINGS, "train.checkpoint_every=0").status == "success"
-    assert (
-        "No space left on device); an older one stays, and so does the run's record: force=true" in capsys.readouterr().out
-    )
+    assert "No space left on device); an older folder and the run's record are kept: force=true" in capsys.readouterr().out
 
 
 def test_all_is_on_the_disk_before_checkpoints_go(

@@ -167,7 +167,7 @@ def test_what_cannot_be_exported_is_refused_in_a_line_or_two(run_tiny: Callable[
     assert "format=onnx: allowed is peft | merged" in refused(record.run_id, "format=onnx", there)
     assert "formt is unknown; did you mean format?" in refused(record.run_id, "formt=peft", there)
     assert "allowed is one RUN_ID" in refused(there) and "allowed is one RUN_ID" in refused("a", "b", there)
-    assert "allowed is a folder that is not there yet" in refused(record.run_id, there, f"to={tmp_path}")
+    assert "allowed is a folder that does not exist yet" in refused(record.run_id, there, f"to={tmp_path}")
     weights = tmp_path / "adapters" / record.run_id / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -182,7 +182,7 @@ def test_what_cannot_be_exported_is_refused_in_a_line_or_two(run_tiny: Callable[
     settings.write_text(own)
     weights.unlink()
     assert f"from={record.run_id}" in refused(record.run_id, there)
-    assert "method=full has left no adapters" in refused(run_tiny("method=full").run_id, there)
+    assert "method=full has saved no adapters" in refused(run_tiny("method=full").run_id, there)
     store = RecordStore(tmp_path)
     record.status = "failed"
     store.write(record)
@@ -201,7 +201,7 @@ def test_packed_weights_are_not_merged(run_tiny: Callable[..., Any], tmp_path: P
     record = run_tiny("method=lora")
     record.config["model"]["quantization"] = "nf4"
     RecordStore(tmp_path).write(record)
-    with pytest.raises(ConfigError, match="packed weights cannot take adapters in: allowed is format=peft"):
+    with pytest.raises(ConfigError, match="adapters cannot be merged into quantised weights: allowed is format=peft"):
         export([record.run_id, "format=merged", f"results_dir={tmp_path}"])
 
 

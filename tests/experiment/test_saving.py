@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_the_record_and_no_half_of_a_model(tmp_path: Path, mo
         patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
         with pytest.raises(
             RunFault,
-            match="cannot be written \\(No space left on device\\); an older one stays, and so does the run's record",
+            match="cannot be written \\(No space left on device\\); an older folder and the run's record are kept",
         ):
             run(tmp_path, *words)
     assert not list((tmp_path / "models").iterdir())
@@ -302,7 +302,9 @@ def test_a_full_disk_leaves_the_record_and_no_half_of_a_model(tmp_path: Path, mo
 def test_packed_weights_are_refused_before_anything_is_loaded(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose("task=story_nli", *words, "train.save_model=true")
-    assert str(caught.value) == f"train.save_model=true: allowed is {message}: packed weights cannot take adapters in"
+    assert (
+        str(caught.value) == f"train.save_model=true: allowed is {message}: adapters cannot be merged into quantised weights"
+    )
 
 
 def test_a_relative_path_stays_relative_in_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,14 @@ import torch
 from tests.conftest import TINY, compose
 from wlora.experiment import run as experiment
 from wlora.experiment import shared_inputs as stock_module
-from wlora.experiment.shared_inputs import Stock
+from wlora.experiment.shared_inputs import SharedInputs
 from wlora.models.source import locate
 from wlora.storage.records import Record
 
 SHARED = [*TINY, "task.epochs=1", "precision=fp32"]
 
 
-def run(results: Path, stock: Stock | None, *words: str) -> tuple[Record, list[Any]]:
+def run(results: Path, stock: SharedInputs | None, *words: str) -> tuple[Record, list[Any]]:
     record = experiment.run(compose(*SHARED, f"results_dir={results}", *words), stock=stock)
     lines = (results / "records" / f"{record.run_id}.jsonl").read_text().splitlines()
     return record, [json.loads(line) for line in lines]
@@ -28,7 +28,7 @@ def run(results: Path, stock: Stock | None, *words: str) -> tuple[Record, list[A
 
 @pytest.mark.parametrize("before", ["lora", "wlora", "full", "milora", "nora", "lora_drop", "flexlora", "dora", "vera"])
 def test_a_run_after_another_equals_a_run_alone(before: str, tmp_path: Path) -> None:
-    stock = Stock()
+    stock = SharedInputs()
     words = ["method.outer_rank=16"] if before == "nora" else []
     run(tmp_path / "a", stock, f"method={before}", "seed=3", *words)
     found, curve = run(tmp_path / "a", stock, "method=wlora", "seed=1", "train.eval_every=4")
@@ -42,7 +42,7 @@ def test_a_run_after_another_equals_a_run_alone(before: str, tmp_path: Path) -> 
 
 
 def test_in_low_precision_and_with_a_saved_model_too(tmp_path: Path) -> None:
-    stock = Stock()
+    stock = SharedInputs()
     for words in (["train.save_model=true"], ["precision=bf16", "seed=2"], ["train.gradient_checkpointing=true", "seed=4"]):
         run(tmp_path / "a", stock, "method=lora", *words)
     assert run(tmp_path / "a", stock, "method=lora", "seed=5")[1] == run(tmp_path / "b", None, "method=lora", "seed=5")[1]
@@ -64,7 +64,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_everything_is_loaded_once_per_model_and_task(tmp_path: Path, loads: list[str]) -> None:
-    stock = Stock()
+    stock = SharedInputs()
     for words in (["method=lora"], ["method=wlora", "seed=1"], ["method=rlora", "lr=1e-2"]):
         run(tmp_path, stock, *words)
     assert sorted(loads) == ["load_base", "load_splits", "load_tokenizer"]
@@ -74,7 +74,7 @@ def test_everything_is_loaded_once_per_model_and_task(tmp_path: Path, loads: lis
     assert loads[5:] == ["load_splits", "load_tokenizer", "load_base"]
 
 
-def hand_out(stock: Stock, *words: str, own: bool = False) -> Any:
+def hand_out(stock: SharedInputs, *words: str, own: bool = False) -> Any:
     config = compose(*SHARED, *words)
     source = locate(config.model)
     material = stock.material(config, source)
@@ -83,7 +83,7 @@ def hand_out(stock: Stock, *words: str, own: bool = False) -> Any:
 
 
 def test_frozen_weights_are_shared_and_heads_are_not(loads: list[str]) -> None:
-    stock = Stock()
+    stock = SharedInputs()
     first, second, third = hand_out(stock), hand_out(stock), hand_out(stock, own=True)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     places = [model.get_parameter(name).data_ptr() for model in (first, second, third)]
@@ -93,7 +93,7 @@ def test_frozen_weights_are_shared_and_heads_are_not(loads: list[str]) -> None:
 
 
 def test_a_base_that_was_written_into_is_loaded_again(loads: list[str]) -> None:
-    stock = Stock()
+    stock = SharedInputs()
     name = "bert.encoder.layer.0.attention.self.query.weight"
     expected = hand_out(stock).get_parameter(name).clone()
     hand_out(stock).get_parameter(name).add_(1)
@@ -102,7 +102,7 @@ def test_a_base_that_was_written_into_is_loaded_again(loads: list[str]) -> None:
 
 
 def test_one_run_alone_keeps_no_second_base() -> None:
-    stock = Stock(keep=False)
+    stock = SharedInputs(keep=False)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     assert hand_out(stock).get_parameter(name).data_ptr() != hand_out(stock).get_parameter(name).data_ptr()
     assert stock._base is None

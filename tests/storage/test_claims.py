@@ -251,6 +251,6 @@ def test_a_run_whose_folder_was_removed_by_hand_stops_and_says_so(run_tiny: Call
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Guard, "save", save)
-        with pytest.raises(TakenOver, match="was removed, through which a run writes\nway out: the same command, once more"):
+        with pytest.raises(TakenOver, match="was removed while the run needed it\nway out: run the same command again"):
             run_tiny(*SETTINGS)
     assert run_tiny(*SETTINGS).status == "success"

@@ -105,7 +105,7 @@ def test_what_is_no_file_among_the_records_is_told(
     refused = read_all(tmp_path, record.run_id)
     assert os.path.lexists(file) and "Traceback" not in capsys.readouterr().err
     if name == f"{record.run_id}.json":
-        reason = "Is a directory" if kind == "folder" else "No such device" if kind == "socket" else "it is no regular file"
+        reason = "Is a directory" if kind == "folder" else "No such device" if kind == "socket" else "not a regular file"
         assert all(f"record {file} cannot be read" in line and reason in line for line in refused), refused
 
 

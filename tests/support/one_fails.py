@@ -21,7 +21,7 @@ FAULTS = {
 def main(kind: str, ranks: str, words: list[str]) -> None:
     """Let the processes named in `ranks` fail: while data are loaded, or (`fault`) in the middle of training."""
     seeds: list[int] = []
-    material, step = stock.Stock.material, Trainer._train_step
+    material, step = stock.SharedInputs.material, Trainer._train_step
 
     def fail(number: int) -> None:
         if seeds[-1] == 0 and os.environ["RANK"] in ranks and number == (2 if kind == "fault" else 0):
@@ -36,7 +36,7 @@ def main(kind: str, ranks: str, words: list[str]) -> None:
         fail(number)
         return step(self, number, batches)
 
-    stock.Stock.material = load  # type: ignore[method-assign]
+    stock.SharedInputs.material = load  # type: ignore[method-assign]
     Trainer._train_step = train  # type: ignore[method-assign]
     sys.argv = ["wlora.cli.run", *words]
     run.main()

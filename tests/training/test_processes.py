@@ -180,7 +180,7 @@ def test_a_mistake_that_all_processes_meet_costs_its_run_alone(tmp_path: Path) -
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is in the environment without RANK"),
         ({"RANK": "1"}, "RANK=1 is in the environment without LOCAL_RANK"),
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 is in the environment without MASTER_ADDR"),
-        (WHOLE | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of a process"),
+        (WHOLE | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a non-negative integer"),
         (WHOLE | {"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Statistics over seeds: spread, bootstrap intervals, paired comparisons. Every draw comes from a given seed."""
+"""Statistics over seeds: standard deviation, bootstrap intervals and paired comparisons. All random draws are seeded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Summary:
     Attributes:
         mean: arithmetic mean.
         std: sample standard deviation (divisor n - 1); None with fewer than two runs.
-        n: runs; None for a figure whose runs are not known.
+        n: number of runs; None if it is unknown.
         low: lower end of the 95 % interval; None with fewer than two runs.
         high: upper end.
     """
@@ -54,15 +54,15 @@ class Comparison:
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
-    """Return the stream of one named quantity: it does not change when other quantities come or go."""
+    """Return the random generator of one named quantity. It does not depend on which other quantities are computed."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 def summarize(values: Sequence[float], rng: np.random.Generator) -> Summary:
-    """Summarise the scores of runs that differ in their seed alone.
+    """Summarise the scores of runs that differ only in their seed.
 
-    The interval is the percentile bootstrap of the mean over seeds. With the three to five seeds that are usual it is
-    too narrow (the variance is underestimated by (n - 1) / n), so it shows spread and proves nothing.
+    The interval is the percentile bootstrap interval of the mean over seeds. With the usual three to five seeds it is too
+    narrow (the variance is underestimated by the factor (n - 1) / n). It shows the spread and is no significance test.
 
     Raises:
         ValueError: no values.
@@ -77,9 +77,9 @@ def summarize(values: Sequence[float], rng: np.random.Generator) -> Summary:
 
 
 def summarize_strata(strata: Sequence[Sequence[float]], rng: np.random.Generator) -> Summary:
-    """Summarise the mean over tasks of the mean over seeds; the bootstrap draws seeds within each task.
+    """Summarise the mean over tasks of the mean over seeds. The bootstrap draws seeds within each task.
 
-    `n` and `std` stay None: tasks may have different numbers of runs.
+    `n` and `std` are None, because tasks may have different numbers of runs.
     """
     mean = float(np.mean([np.mean(values) for values in strata]))
     if any(len(values) < 2 for values in strata):
@@ -102,12 +102,12 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def compare(a: Scores, b: Scores, rng: np.random.Generator) -> Comparison | None:
-    """Compare two methods on the tasks they share; None without any.
+    """Compare two methods on the tasks that both have; return None if there are none.
 
-    On a task where both ran the same seeds the runs are compared seed by seed (they share initialisation and data
-    order), else every run of a with every run of b. The probability of improvement (Agarwal et al., 2021, their
-    equation 1) is the share of pairs that a wins, a tie being half a win, averaged over tasks. The bootstrap draws
-    seeds within each task; tasks are fixed, so nothing is claimed about other tasks.
+    On a task with common seeds, runs are compared seed by seed, because they share initialisation and data order. Otherwise
+    every run of a is compared with every run of b. The probability of improvement (Agarwal et al., 2021, equation 1) is the
+    share of pairs in which a is better, averaged over tasks; a tie counts as half. The bootstrap draws seeds within each
+    task. Tasks are fixed, so the intervals say nothing about other tasks.
     """
     tasks = [task for task in a if a[task] and b.get(task)]
     if not tasks:
@@ -142,7 +142,7 @@ def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _with_interval(values: Sequence[float], draws: Sequence[np.ndarray], pairs: int) -> Summary:
-    """Average over tasks; a single pair per task has no spread to draw from."""
+    """Average over tasks and add the interval. With a single pair per task no interval is possible."""
     mean = float(np.mean(values))
     if pairs == len(values):
         return Summary(mean, n=pairs)

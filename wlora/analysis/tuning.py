@@ -1,4 +1,4 @@
-"""What `tuned` stands for: learning rates and warm-up chosen among the recorded runs of a setting. Never imports torch."""
+"""The value `tuned`: learning rates and warm-up chosen among the recorded runs of a setting. Never imports torch."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from wlora.config.identity import scientific_fields
 from wlora.config.schema import Config
 from wlora.errors import ConfigError
 
-# The seed on which the scripts tune; it is not reported.
+# The seed that the scripts use for tuning. Its runs are not reported.
 TUNE_SEED = 100
 
 _ENVIRONMENT = ("precision", "task.version", "numerics")
 
 Parts = tuple[str, ...]
 Agreeing = frozenset[tuple[str, Hashable]]
-# What the keys begin with of the fields that must agree: on the run's own task, and on another.
+# Prefixes of the keys that must agree between a run and the runs it is tuned by: on the same task, and on another task.
 _WHOLE: Parts = ("",)
 _ELSEWHERE: Parts = ("method.", "model.", "compat")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The point chosen for one setting.
+    """The chosen point (learning rates and warm-up) of one setting.
 
     Attributes:
-        point: the best on the tuning seed.
+        point: the best point on the tuning seed.
         seed: the tuning seed.
-        tried: the points compared there, diverged ones included.
+        tried: all points compared on that seed, including diverged ones.
     """
 
     point: Point
@@ -41,11 +41,11 @@ class Choice:
 
     @property
     def compared(self) -> int:
-        """How many points were compared."""
+        """Number of compared points."""
         return len(self.tried)
 
     def edges(self) -> dict[str, str]:
-        """Return the coordinates whose chosen value is the `smallest` or the `largest` of several tried."""
+        """Return the keys whose chosen value is the `smallest` or `largest` of several tried values."""
         found = {}
         for key, value in self.point._asdict().items():
             tried = {other for point in self.tried if (other := getattr(point, key)) is not None}
@@ -54,7 +54,7 @@ class Choice:
         return found
 
     def describe(self, keys: Iterable[str]) -> str:
-        """Write coordinates as the command line takes them, with what is at the edge of those tried."""
+        """Format the chosen values as command-line arguments, with a note if a value is the smallest or largest tried."""
         edges = self.edges()
         words = [
             f"{key}={show(getattr(self.point, key))}" + (f" (the {edges[key]} tried)" if key in edges else "")
@@ -63,10 +63,10 @@ class Choice:
         return " ".join(words)
 
     def reported(self, runs: Iterable[Run]) -> list[Run]:
-        """Return the ended runs at the chosen point, by seed.
+        """Return the ended runs at the chosen point, sorted by seed.
 
-        A tuning seed above all others is not reported beside them. One among the others is, as in studies that were tuned
-        on seed 0 and reported on seeds 0 to 2.
+        A run on the tuning seed is left out if that seed is larger than all others and several points were compared on it.
+        Otherwise it is included, as in studies that were tuned on seed 0 and reported on seeds 0 to 2.
         """
         found = sorted((run for run in runs if run.status in ENDED and run.point == self.point), key=lambda run: run.seed)
         others = [run for run in found if run.seed != self.seed]
@@ -75,11 +75,11 @@ class Choice:
 
 
 def choose_point(runs: Iterable[Run]) -> Choice | None:
-    """Choose a point among the ended runs of one setting; None if none succeeded on the tuning seed.
+    """Choose the best point among the ended runs of one setting; None if no run succeeded on the tuning seed.
 
-    The tuning seed is `TUNE_SEED` where it has run at several points, else the seed with the most (the lowest of several),
-    so runs of other seeds at the chosen point never move the choice. The best primary metric on the dev set wins, at a tie
-    the lower rates and the shorter warm-up.
+    The tuning seed is `TUNE_SEED` if it has runs at several points; otherwise it is the seed with most points, and among
+    these the lowest. Runs of other seeds at the chosen point therefore do not change the choice. The best primary metric on
+    the dev set wins. In a tie, lower rates and shorter warm-up win.
     """
     points: dict[int, dict[Point, Run]] = {}
     for run in runs:
@@ -97,22 +97,22 @@ def choose_point(runs: Iterable[Run]) -> Choice | None:
 
 
 def wanted_keys(config: Config) -> list[str]:
-    """Return the keys of a configuration that are still `tuned`."""
+    """Return the keys of a configuration whose value is `tuned`."""
     return [key for key in Point._fields if getattr(config, key) == "tuned"]
 
 
 class Settings:
-    """A study's runs by what has to agree before one may be tuned by another, so that none looks through all of them.
+    """The runs of a study, grouped by the fields that must agree for tuning, for fast look-up.
 
     Args:
-        runs: a study's.
+        runs: all runs of a study.
     """
 
     def __init__(self, runs: Iterable[Run]) -> None:
         self._groups: dict[tuple[str, Parts, Agreeing], list[Run]] = {}
         names: dict[tuple[int, str], list[tuple[str, Parts, Agreeing]]] = {}
         for run in runs:
-            # Runs of one setting share it (`wlora.analysis.study.read_study`), so that few are looked at.
+            # Runs of one setting share the same object (`wlora.analysis.study.read_study`), so few objects are compared.
             known = (id(run.setting), run.task)
             if known not in names:
                 names[known] = [(run.task, parts, _agreeing(run.setting, parts)) for parts in (_WHOLE, _ELSEWHERE)]
@@ -120,13 +120,13 @@ class Settings:
                 self._groups.setdefault(name, []).append(run)
 
     def same(self, config: Config, *, task_data: str | None, model_data: str | None, task: str | None = None) -> list[Run]:
-        """Return the runs that differ from a configuration in their point, seed, precision or version alone.
+        """Return the runs that differ from a configuration only in point, seed, precision or version.
 
         Args:
             config: a resolved configuration; its point may be `tuned`.
             task_data: content fingerprint of local or generated data, None for the hub.
             model_data: content fingerprint of local weights, None for the hub.
-            task: another task, whose rows and steps may then be any; None for the configuration's own.
+            task: another task, whose data and number of steps need not agree; None for the configuration's own task.
         """
         own = name_rows(asdict(config.task))
         task = own if task in (None, config.task.name) else task
@@ -136,10 +136,10 @@ class Settings:
         return self._groups.get((task, parts, _agreeing(without_point(fields), parts)), [])
 
     def choose(self, config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
-        """Choose what `tuned` stands for: the best recorded point of the same setting, or of it on the task `tune_on`.
+        """Choose the values for `tuned`: the best recorded point of the same setting, on the task `tune_on` if it is set.
 
         Raises:
-            ConfigError: on `tune_on` there are runs of several settings.
+            ConfigError: the runs on `tune_on` have several settings.
         """
         same = self.same(config, task_data=task_data, model_data=model_data, task=config.tune_on)
         require_one_setting(same, f"tune_on={config.tune_on}", ignore=_ENVIRONMENT)
@@ -147,11 +147,11 @@ class Settings:
 
 
 def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
-    """Replace `tuned` by the recorded values (`Settings.choose`); None where nothing was to be tuned.
+    """Replace `tuned` by the best recorded values (`Settings.choose`); return None if no key is `tuned`.
 
     Raises:
-        ConfigError: no record to choose from, a damaged one (which may be the best), or records of `tune_on` in more than
-            one setting.
+        ConfigError: there is no record to choose from, a record is damaged (it may be the best one), or the records on
+            `tune_on` have several settings.
     """
     wanted = wanted_keys(config)
     if not wanted:
@@ -164,7 +164,7 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
     if faults:
         raise ConfigError(
             f"{wanted[0]}=tuned: {faults[0]}, so the best is not known\n"
-            "way out: the commands of its study do that run again; or remove what is left of it"
+            "way out: repeat that run with the command of its study, or remove its files"
         )
     choice = Settings(runs).choose(config, task_data=task_data, model_data=model_data)
     if choice is None:
@@ -178,7 +178,7 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
 
 
 def _agreeing(setting: dict[str, Any], parts: Parts) -> Agreeing:
-    """Return the fields that two settings must share for one to be tuned by the other."""
+    """Return the fields that must agree between two settings for one to be tuned by the other."""
     kept = {key: value for key, value in setting.items() if key.startswith(parts) and key not in _ENVIRONMENT}
     return frozenset((key, _hashable(value)) for key, value in kept.items())
 

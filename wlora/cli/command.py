@@ -1,4 +1,4 @@
-"""The command `wlora`: one name for all entry points. `wlora key=value` without a subcommand runs."""
+"""The command `wlora` with its subcommands. `wlora key=value` without a subcommand means `wlora run key=value`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from wlora.console import protect_output
 from wlora.errors import ConfigError, unknown_name
 
 COMMANDS = {
-    "run": ("wlora.cli.run", "one run, or with -m a sweep; from=RUN_ID repeats a recorded run"),
-    "tables": ("wlora.cli.tables", "the paper's tables, or a summary, of a study as CSV, LaTeX and Markdown"),
-    "figures": ("wlora.cli.figures", "the paper's figures, and others, of a study"),
-    "report": ("wlora.cli.report", "one HTML page of a study"),
-    "export": ("wlora.cli.export", "the trained adapters of a run for PEFT, or merged into a plain model"),
-    "memory": ("wlora.cli.memory", "memory of a training step by the number of adapters (Figure 3)"),
-    "sweep": ("wlora.cli.sweep", "what a sweep holds, what of it is done, and how long the rest takes"),
+    "run": ("wlora.cli.run", "train one run, or a sweep with -m; from=RUN_ID repeats a recorded run"),
+    "tables": ("wlora.cli.tables", "write the paper's tables or a summary of a study as CSV, LaTeX and Markdown"),
+    "figures": ("wlora.cli.figures", "draw the paper's figures and others for a study"),
+    "report": ("wlora.cli.report", "write one HTML page about a study"),
+    "export": ("wlora.cli.export", "export the trained adapters of a run for PEFT, or merged into a plain model"),
+    "memory": ("wlora.cli.memory", "measure the memory of a training step by number of adapters (Figure 3)"),
+    "sweep": ("wlora.cli.sweep", "list the runs of a sweep, which are done, and the time that the rest takes"),
 }
 
 
 def main() -> None:
-    """Hand the words of the command line on to the subcommand that they name."""
+    """Call the subcommand named by the first argument with the remaining arguments."""
     words = sys.argv[1:]
     first = words[0] if words else ""
     if first in COMMANDS:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def describe() -> str:
-    """Return the overview: a line per subcommand."""
+    """Return the overview for `--help`, with one line per subcommand."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {meaning}" for name, (_, meaning) in COMMANDS.items()]
     return "\n".join(
@@ -51,7 +51,7 @@ def describe() -> str:
             "",
             *lines,
             "",
-            "wlora COMMAND --help says more; `python -m wlora.COMMAND` is the same. Without COMMAND it is run:",
+            "wlora COMMAND --help describes a command; `python -m wlora.COMMAND` is equivalent. The default command is run:",
             "  wlora task=rte method=wlora_plus rank=4",
             "  wlora experiment=demo        needs no data, no GPU and no network",
             "wlora --version prints the version.",

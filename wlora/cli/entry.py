@@ -1,4 +1,4 @@
-"""What the commands beside `run` have in common: words, help, and mistakes told in a line or two."""
+"""Shared entry-point code of all commands except `run`: arguments, help and short error messages."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from wlora.errors import ConfigError
 
 
 def serve(act: Callable[[Sequence[str]], None], usage: str, words: Sequence[str] | None, *, alone: bool = False) -> None:
-    """Answer one command; exits with 1 after a fault, and with 2 after a mistake in the request.
+    """Run one command. The process exits with 1 if it fails (RunFault) and with 2 if the request is wrong (ConfigError).
 
     Args:
-        act: does what the words ask for; what it may raise is what `telling` tells.
-        usage: what `--help` prints.
-        words: the words after the command; None for those of the command line.
-        alone: whether the command may stand without words.
+        act: executes the command, given its arguments.
+        usage: the text for `--help`.
+        words: the arguments of the command; None for those of the command line.
+        alone: whether the command may be used without arguments.
     """
     protect_output()
     words = list(sys.argv[1:] if words is None else words)

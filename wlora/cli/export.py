@@ -12,10 +12,11 @@ usage: python -m wlora.export RUN_ID [format=peft|merged] [results_dir=results] 
 
   format=peft     adapters and tokenizer, for PeftModel.from_pretrained(base, DIR) and adapter.path=DIR
   format=merged   a plain transformers model with tokenizer, for from_pretrained(DIR) and model.path=DIR
-  to              a folder that is not there yet; by default <results_dir>/exports/<run_id>-<format>, which is replaced
-  model.path      where the base is now: format=merged needs it, format=peft takes the tokenizer from it"""
+  to              a new folder; default: <results_dir>/exports/<run_id>-<format>, which is replaced
+  model.path      the base model, if it is not where the record says; format=merged needs the weights, format=peft only
+                  the tokenizer"""
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Export one run and say where it is; exits with 0, 1 after a fault, or 2 after a mistake in the request."""
+    """Export one run and print the folder. Exit codes: 0 success, 1 failure, 2 wrong request."""
     serve(lambda given: print(export(given)), USAGE, words)

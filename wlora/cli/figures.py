@@ -28,21 +28,21 @@ Reads the records of one study and writes <results_dir>/figures/NAME.png and .pd
   adapters       layer x module: how often each adapter is kept over seeds, mean omega and rank
   pareto         score against parameters and against seconds, with 95 % intervals
   curves         learning curves with the moments of cuts and growths
-  rates          score against learning rate, a line per setting, the chosen rate starred
-  selection      score against K and T with LoRA as a line (scripts/k_curve.sh), omega at the cut
-  all            those for which there is something to draw
+  rates          score against learning rate, one line per setting, the chosen rate starred
+  selection      score against K and T, with LoRA as a reference line (scripts/k_curve.sh); omega at the cut
+  all            every figure for which the study has data
 
-  results_dir=results     the study
-  model=NAME              whose runs; default: of each figure the model of most runs
-  key=value,value         keep the runs that have one of the values: task=sst2 method=lora,wlora model=minilm"""
+  results_dir=results     folder of the study
+  model=NAME              only runs of this model; default: for each figure, the model with most runs
+  key=value,value         only runs with one of these values: task=sst2 method=lora,wlora model=minilm"""
 
 
 def main(words: Sequence[str] | None = None, runs: Sequence[Run] | None = None) -> None:
-    """Draw what is asked for; exits with 0, or 2 after a mistake or where there is nothing to draw.
+    """Draw the requested figures. Exit codes: 0 success, 2 wrong request or nothing to draw.
 
     Args:
-        words: what is asked for; None for the command line.
-        runs: all of the study, where they have been read already.
+        words: the arguments; None for those of the command line.
+        runs: all runs of the study, if they have been read already.
     """
     serve(lambda given: _draw(given, runs), USAGE, words)
 
@@ -74,7 +74,7 @@ def _draw(words: Sequence[str], known: Sequence[Run] | None) -> None:
 
 
 def _figures(results: Path, filters: dict[str, str], everything: Sequence[Run]) -> dict[str, Callable[[], Figure]]:
-    """Return all figures of a study, each undrawn."""
+    """Return a drawing function for every figure of a study, by name."""
     from wlora.analysis.figures import adapters, footprint, scores
 
     runs = select(everything, filters)
@@ -92,7 +92,7 @@ def _figures(results: Path, filters: dict[str, str], everything: Sequence[Run]) 
 
 
 def _of_main_model(runs: list[Run], what: str) -> list[Run]:
-    """Keep the runs of the model with most of them; where there are others, say so."""
+    """Keep only the runs of the model with most runs, and print a note if there are other models."""
     models, main = sorted({run.model for run in runs}), main_model(runs)
     if main is None or len(models) == 1:
         return runs

@@ -1,7 +1,7 @@
-"""What `--help` prints: with `method=NAME` of that method, else of the whole command line.
+"""The text of `--help`: about one method with `method=NAME`, otherwise about the whole command line.
 
-All of it is read from the schema and, of a method, from its YAML, where the comment behind a key says what it means. Nothing
-here imports torch.
+The text is generated from the schema and, for a method, from its YAML file, where the comment after a key is its meaning.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from wlora.config.schema import config_folder, walk
 
 WIDTH = 120
 MEANINGS = {name: part.metadata["meaning"] for name, part in walk()}
-# What the YAML of a task or model says of it, and no command line.
+# Keys that are set in the YAML file of a task or model, not on the command line.
 _FILES = {
     "task": "name kind benchmark hub_id subset generator columns labels validation metrics primary_metric",
     "model": "name hub_id package sha256 architecture accumulation_steps k",
@@ -44,18 +44,18 @@ _TYPES = {
 
 
 def register_help() -> None:
-    """Make the text below what `hydra.help.template` interpolates as `${wlora_help:}`."""
+    """Register the resolver `${wlora_help:}`, which `hydra.help.template` uses."""
     OmegaConf.register_new_resolver("wlora_help", _fill_template, replace=True)
 
 
 def _fill_template(*, _root_: DictConfig) -> str:
-    """Return the help of a composed configuration as a template of Hydra's, in which a dollar is doubled."""
+    """Return the help text for a composed configuration, escaped for Hydra's template (`$` is written `$$`)."""
     chosen = "method" in explicit_keys(_root_.hydra.overrides.task)
     return (describe_method(_root_) if chosen else describe_everything(_root_)).replace("$", "$$")
 
 
 def describe_method(root: DictConfig) -> str:
-    """Describe the composed method: what it is, its keys, its authors' values, what its sources leave open."""
+    """Describe the chosen method: summary, keys, its authors' values, and points where its sources are ambiguous."""
     settings: dict[str, Any] = OmegaConf.to_container(root.method, resolve=True)  # type: ignore[assignment]
     rules = settings.get("allowed", {})
     notes = MEANINGS | read_comments(config_folder() / "method" / f"{settings['name']}.yaml")
@@ -78,7 +78,7 @@ def describe_method(root: DictConfig) -> str:
 
 
 def describe_everything(root: DictConfig) -> str:
-    """Describe the command line: the choices of every group, one line per method, the keys that runs turn."""
+    """Describe the command line: the choices of every group, one line per method, and the shared keys."""
     folders = [*config_folder().iterdir(), config_folder() / "hydra" / "launcher"]
     names = {folder: folder.relative_to(config_folder()).as_posix() for folder in folders}
     groups = {name: sorted(file.stem for file in folder.glob("*.yaml")) for folder, name in names.items()}
@@ -87,7 +87,9 @@ def describe_everything(root: DictConfig) -> str:
     methods = [f"    {name:<{width}}  {_about(name)}" for name in groups["method"]]
     shown = [(name, part) for name, part in walk() if name not in _UNSEEN]
     rows = [(name, OmegaConf.select(root, name), allowed(part), part.metadata["meaning"]) for name, part in shown]
-    rows.append(("method.preset", root.method.preset, "", "published values for defaults that are not given: authors"))
+    rows.append(
+        ("method.preset", root.method.preset, "", "published values for all keys that are not set explicitly: authors")
+    )
     parts = [
         root.hydra.help.header.strip(),
         "Choose one of each group:\n\n" + "\n".join([*choices, "  method=", *methods]),
@@ -100,7 +102,7 @@ def describe_everything(root: DictConfig) -> str:
 
 
 def allowed(part: dataclasses.Field[Any]) -> str:
-    """Return what a key of the schema takes: its rule, or what its type says."""
+    """Return the allowed values of a key: its rule, or else its type."""
     kind, _, null = str(part.type).partition(" | ")
     return part.metadata["rule"] or _TYPES[kind] + (" or null" if null else "")
 
@@ -117,7 +119,7 @@ def list_keys() -> str:
 
 
 def read_comments(file: Path) -> dict[str, str]:
-    """Return the comment behind each key of a YAML file, presets aside."""
+    """Return the comment after each key of a YAML file, without the presets."""
     text = file.read_text(encoding="utf-8").partition("presets:\n")[0]
     return dict(re.findall(r"^ *(\w+):[^#\n]*# *(.+)$", text, re.MULTILINE))
 
@@ -135,7 +137,7 @@ def show_values(values: dict[str, Any]) -> str:
 
 
 def _describe_presets(root: DictConfig, group: str) -> Iterator[str]:
-    """Describe the presets of the composed task or method: a line for all, and one per method or task."""
+    """Describe the presets of the chosen task or method: one line for `all` and one per method or task."""
     presets: Any = OmegaConf.to_container(root[group].get("presets") or OmegaConf.create())
     for name, preset in presets.items():
         rows = {key.replace("_", " "): value if key in TEXTS else show_values(value) for key, value in preset.items()}
@@ -145,13 +147,13 @@ def _describe_presets(root: DictConfig, group: str) -> Iterator[str]:
 
 
 def _about(name: str) -> str:
-    """Return a method's one sentence."""
+    """Return the one-sentence description of a method."""
     content: Any = OmegaConf.load(config_folder() / "method" / f"{name}.yaml")
     return str(content.get("method", content).about)
 
 
 def _align(rows: list[tuple[Any, Any, str, str]]) -> str:
-    """Format (key, value, what is allowed, meaning) as a table, a line per key unless a meaning is long."""
+    """Format (key, value, allowed, meaning) as an aligned table; long meanings are wrapped."""
     table = [
         ("key", "value", "allowed", "meaning"),
         *((str(key), show(value), rule, note) for key, value, rule, note in rows),
@@ -165,7 +167,7 @@ def _align(rows: list[tuple[Any, Any, str, str]]) -> str:
 
 
 def _wrap(label: str, text: str) -> str:
-    """Wrap a text behind a label, with lines that hang below its start."""
+    """Wrap a text after a label, with a hanging indent of the label's length."""
     return textwrap.fill(
         text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_long_words=False, break_on_hyphens=False
     )

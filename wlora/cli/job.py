@@ -1,6 +1,6 @@
-"""One run as a job: what a sweep hands to a launcher, which may carry it to another process, and what comes back.
+"""One run as a job of a sweep: the function that a launcher calls, possibly in another process, and the outcome it returns.
 
-Nothing here imports torch before a run is known to be sound.
+torch is imported only after the configuration of the run has been checked.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from wlora.console import protect_output, put
 from wlora.distributed import all_failed, first_time, is_main, lost_another, several
 from wlora.errors import ConfigError, RunFault, as_fault, wrong_value
 
-# The plugin's schema of the same name is meant to check what stands in conf/hydra/launcher. Said here, since the processes
-# of launchers import this module before they compose.
+# The schema of a launcher plugin has the same name as our file in conf/hydra/launcher, so that it checks our file; Hydra
+# warns about this. The filter is set in this module because launcher processes import it before composing.
 warnings.filterwarnings("ignore", r"(?s).*is validated against ConfigStore schema", UserWarning)
 
-# The extras of the launchers that conf/hydra/launcher has files for.
+# Launchers with a file in conf/hydra/launcher, and the extra of wlora that installs each.
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
 
 
@@ -41,9 +41,9 @@ class Outcome:
     """How one run of a sweep ended.
 
     Attributes:
-        name: what the sweep varies, with this run's values.
-        told: what went wrong, for the summary of a sweep whose launcher keeps the output of its processes to itself.
-        seconds: the length of a run that has trained; None for one that was skipped or failed.
+        name: the swept keys with the values of this run.
+        told: the error message. The sweep's summary shows it, because some launchers hide the output of their processes.
+        seconds: duration of the run; None if it was skipped or failed.
     """
 
     name: str
@@ -55,28 +55,29 @@ class Outcome:
 
 
 @dataclass
-class Desk:
-    """Where the outcomes of this process's command are put down.
+class Outcomes:
+    """The outcomes of all runs of the current command.
 
     Attributes:
-        command: whether this is the process that was started from the command line, not one of a launcher's.
+        outcomes: one per run, in order.
+        command: whether this process was started from the command line, not by a launcher.
     """
 
     outcomes: list[Outcome]
     command: bool = False
 
 
-DESK = Desk([])
+OUTCOMES = Outcomes([])
 
 
 @dataclass
 class Sweep:
-    """What a run says of the sweep that it belongs to. It travels with the task function to the processes of launchers.
+    """Information about the sweep for the headings of its runs. It is pickled with the task function for launcher processes.
 
     Attributes:
-        keys: what the sweep varies.
-        in_batches: whether the sweeper launches the runs in several batches, so that one does not tell how many there are.
-        total: how many runs there are; None while that is not known.
+        keys: the swept keys.
+        in_batches: whether the sweeper launches the runs in several batches; the total is then unknown.
+        total: number of runs; None if unknown.
     """
 
     keys: frozenset[str]
@@ -84,15 +85,15 @@ class Sweep:
     total: int | None = None
 
     def label(self, words: Sequence[str]) -> str:
-        """Return those words of a run that tell it from the others."""
+        """Return the arguments that distinguish a run from the others of the sweep."""
         return " ".join(word.lstrip("+") for word in words if word.partition("=")[0].lstrip("+") in self.keys)
 
     def heading(self, number: int, label: str) -> str:
-        """Return the line above a run; time left is only known where the runs follow each other in this process."""
+        """Return the heading of a run. It shows the time left only if the runs execute one after another in this process."""
         count = f"run {number}" + (f" of {self.total}" if self.total else "")
-        lengths = [outcome.seconds for outcome in DESK.outcomes if outcome.seconds is not None]
+        lengths = [outcome.seconds for outcome in OUTCOMES.outcomes if outcome.seconds is not None]
         left = ""
-        if DESK.command and lengths and self.total:
+        if OUTCOMES.command and lengths and self.total:
             from wlora.cli.sweep import duration
 
             left = f" (about {duration(sum(lengths) / len(lengths) * (self.total - number + 1))} left)"
@@ -104,12 +105,12 @@ def run_one(composed: DictConfig, sweep: Sweep | None = None) -> Outcome:
 
     Raises:
         KeyboardInterrupt: a signal asked the command to stop.
-        SystemExit: it asked a job of submitit to, which may have been requeued.
+        SystemExit: a signal stopped a submitit job, which may have been requeued.
     """
     from hydra.core.hydra_config import HydraConfig
 
     protect_output()
-    # Unresolved: the words may hold interpolations, which mean nothing in Hydra's own configuration.
+    # Unresolved: arguments may contain interpolations, which cannot be resolved within Hydra's own configuration.
     words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     overrides = [str(word) for word in words]
     name = ""
@@ -121,19 +122,19 @@ def run_one(composed: DictConfig, sweep: Sweep | None = None) -> Outcome:
         in_sweep = sweep is not None
         outcome = attempt(name, lambda: _run_composed(name, composed, overrides, in_sweep=in_sweep), in_sweep=in_sweep)
     except KeyboardInterrupt as stop:
-        if DESK.command:
+        if OUTCOMES.command:
             raise
         outcome = Outcome(name, "interrupted", None, getattr(stop, "exit_code", 130), str(stop))
         if "SUBMITIT_EXECUTOR" in os.environ:
             _hand_on(outcome.exit_code)
-    DESK.outcomes.append(outcome)
+    OUTCOMES.outcomes.append(outcome)
     return outcome
 
 
 def _hand_on(exit_code: int) -> None:
-    """Let submitit's handler, in whose place the run's own listened, hear the signal: it requeues the job and exits.
+    """Forward the signal to submitit's handler, which requeues the job and exits. The run had replaced this handler.
 
-    Where it only notes the signal this process ends as one that was stopped, and leaves no result that says it is done.
+    If the handler returns, this process exits with the signal's exit code, so that submitit stores no successful result.
     """
     handler = signal.getsignal(exit_code - 128)
     if callable(handler):
@@ -142,9 +143,9 @@ def _hand_on(exit_code: int) -> None:
 
 
 def attempt(name: str, act: Callable[[], Outcome], *, in_sweep: bool = False) -> Outcome:
-    """Run what `act` does; a failure is told in a line or two and does not stop a sweep.
+    """Call `act`. A failure is printed in one or two lines and does not stop a sweep.
 
-    In a run of several processes a failure that may be that of one alone exits, so that the launcher stops the others.
+    In a multi-process run, a failure that may affect only this process exits, so that the launcher stops the others.
     """
     try:
         return act()
@@ -162,7 +163,7 @@ def attempt(name: str, act: Callable[[], Outcome], *, in_sweep: bool = False) ->
             sys.exit(RunFault.exit_code)
         if fault := as_fault(error):
             return _end_run(name, fault)
-        # A bug, not a mistake of the user: the record says `failed`, the traceback goes to whoever mends it.
+        # A bug in the program: the record has status `failed`, and the traceback is printed for the developers.
         import traceback
 
         traceback.print_exc()
@@ -172,7 +173,7 @@ def attempt(name: str, act: Callable[[], Outcome], *, in_sweep: bool = False) ->
 
 
 def _end_run(name: str, fault: RunFault) -> Outcome:
-    """Tell why a run failed; in a sweep the next one follows, unless other processes may wait for this one."""
+    """Print why a run failed. A sweep continues, except in a multi-process run if not all processes fail in the same way."""
     fail(fault)
     if several() and not fault.everywhere:
         sys.exit(fault.exit_code)
@@ -180,13 +181,13 @@ def _end_run(name: str, fault: RunFault) -> Outcome:
 
 
 class Collecting:
-    """A launcher that puts down the outcomes which its jobs bring back, and gives sweepers their scores.
+    """A wrapper of a Hydra launcher that collects the outcomes of its jobs and returns their scores to the sweeper.
 
     Args:
-        launcher: Hydra's.
-        name: as in the configuration, for messages.
-        sweep: what its runs are told of the whole.
-        compose: returns the configuration of a run, given its words.
+        launcher: the Hydra launcher.
+        name: its name in the configuration, for messages.
+        sweep: information for the headings of the runs.
+        compose: returns the configuration of a run, given its arguments.
     """
 
     def __init__(self, launcher: Any, name: str, sweep: Sweep, compose: Callable[[Sequence[str]], DictConfig]) -> None:
@@ -197,25 +198,25 @@ class Collecting:
 
         Raises:
             ConfigError: a key that no job reads.
-            RunFault: a process of the launcher has gone without an answer.
+            RunFault: a process of the launcher has ended without a result.
         """
         for notice in check_read(job_overrides, self._compose):
             _tell(f"notice: {notice}")
         if not self._sweep.in_batches:
             self._sweep.total = len(job_overrides)
-        before = len(DESK.outcomes)
+        before = len(OUTCOMES.outcomes)
         try:
             returned = self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
         except (ConfigError, OSError, ValueError, TypeError, AttributeError, KeyError, OmegaConfBaseException):
             raise
-        except Exception as error:  # each launcher has a class of its own
+        except Exception as error:  # each launcher raises its own exception classes
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise RunFault(
                 f"hydra/launcher={self._name}: {type(error).__name__}: {reason}\n"
-                "way out: the same command skips the runs that are done and goes on with the others"
+                "way out: repeat the command; it skips finished runs and continues with the others"
             ) from error
         found = [job for job in returned if isinstance(getattr(job, "_return_value", None), Outcome)]
-        DESK.outcomes[before:] = [job._return_value for job in found]
+        OUTCOMES.outcomes[before:] = [job._return_value for job in found]
         for job in found:
             job.return_value = job._return_value.score
         return list(returned)
@@ -223,10 +224,10 @@ class Collecting:
 
 @contextmanager
 def collecting() -> Iterator[None]:
-    """Let Hydra put down the outcomes of all jobs that it launches, wherever they run.
+    """Context manager: wrap every launcher that Hydra creates in `Collecting`, to collect the outcomes of all jobs.
 
     Raises:
-        ConfigError: within, for a launcher that is not installed.
+        ConfigError: raised within the block if the launcher is not installed.
     """
     from hydra.core.plugins import Plugins
 
@@ -240,7 +241,7 @@ def collecting() -> Iterator[None]:
 
         def compose(words: Sequence[str]) -> DictConfig:
             composed: DictConfig = hydra_context.config_loader.load_sweep_config(config, list(words))
-            with suppress(ConfigError):  # which the run itself will meet
+            with suppress(ConfigError):  # the run itself will raise it again
                 apply_presets(composed, words)
             return composed
 
@@ -254,7 +255,7 @@ def collecting() -> Iterator[None]:
 
 
 def _require_launcher(config: DictConfig) -> str:
-    """Return the name of the composed launcher; refuse one whose plugin is not installed."""
+    """Return the name of the chosen launcher; ConfigError if its plugin is not installed."""
     name = str(config.hydra.runtime.choices["hydra/launcher"])
     package = str(config.hydra.launcher._target_).split(".")[:2]
     extra = EXTRAS.get(name.partition("_")[0])
@@ -270,8 +271,11 @@ def _require_launcher(config: DictConfig) -> str:
 def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_sweep: bool) -> Outcome:
     """Run one composed configuration.
 
-    `overrides` are the words of the command line, or of this run of a sweep: a preset leaves their keys alone.
-    The runs of a sweep share what they load.
+    Args:
+        name: label of the run in its sweep.
+        composed: the configuration composed by Hydra.
+        overrides: the command-line arguments, or those of this run of a sweep. Presets do not change their keys.
+        in_sweep: whether the run belongs to a sweep, whose runs share loaded models and data.
     """
     from wlora.analysis.tuning import fill_tuned, wanted_keys
     from wlora.data.sources import fingerprint
@@ -304,22 +308,22 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
         print(describe(config))
         return Outcome(name, "described", None, 0)
     from wlora.experiment.run import run
-    from wlora.experiment.shared_inputs import stock_of_process
+    from wlora.experiment.shared_inputs import inputs_of_process
 
-    record = run(config, overrides, stock_of_process() if in_sweep else None)
+    record = run(config, overrides, inputs_of_process() if in_sweep else None)
     seconds = record.seconds["total"] if record.trained else None
     return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
 
 
 def _refuse_foreign_task(composed: DictConfig) -> None:
-    """Refuse a task for which an experiment, whose figures differ by task, has none."""
+    """Reject a task that is missing from the experiment's task-specific values (`per_task`)."""
     name = composed.task.name
     if composed.per_task and name not in composed.per_task:
         raise wrong_value("task", name, f"{', '.join(composed.per_task)} in this experiment")
 
 
 def _refuse_removed_keys(composed: DictConfig) -> None:
-    """Refuse what Hydra's `~key` takes away: no run is without its keys, or without a method's name."""
+    """Reject the removal of keys with Hydra's `~key`: every run needs all keys and the name of a method."""
     for key in (field.name for field in dataclasses.fields(Config)):
         if key not in composed:
             raise ConfigError(f"~{key}: allowed is {key}=VALUE: every run has this key")
@@ -328,7 +332,7 @@ def _refuse_removed_keys(composed: DictConfig) -> None:
 
 
 def _refuse_added_keys(composed: DictConfig) -> None:
-    """Refuse what Hydra's `+key=value` added beside the schema: nothing would read it."""
+    """Reject keys that Hydra's `+key=value` has added outside the schema, because no code reads them."""
     schema = OmegaConf.structured(Config)
     for parent in ("", "task", "task.generation", "model", "train", "adapter"):
         allowed = list(_node(schema, parent).keys())  # keys(): a missing value is still a key
@@ -343,11 +347,11 @@ def _node(config: DictConfig, parent: str) -> DictConfig:
 
 
 def _tell(text: str) -> None:
-    """Print what runs of a sweep repeat, once per command."""
+    """Print a text once per command, even if several runs of a sweep repeat it."""
     if is_main() and first_time(text):
         put(text)
 
 
 def fail(error: Exception) -> None:
-    """Tell the user what went wrong."""
+    """Print an error to stderr."""
     put(f"error: {error}", sys.stderr)

@@ -1,8 +1,8 @@
 """Entry point: `python -m wlora.memory model=deberta_v3_base`, memory of a training step by connected adapters (Figure 3).
 
-The words are overrides of a run's configuration: model, task, targets, rank, precision, `task.batch_size` and
-`task.max_length`. Weights are random, as memory does not depend on them. Writes `<results_dir>/memory/<name>.json`,
-which `python -m wlora.figures memory` draws.
+The arguments are overrides of a run's configuration: model, task, targets, rank, precision, `task.batch_size` and
+`task.max_length`. The weights are random, because memory does not depend on their values. The command writes
+`<results_dir>/memory/<name>.json`, which `python -m wlora.figures memory` draws.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from wlora.storage.sealing import seal
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
 from wlora.training.precision import choose_precision
 
-# Numbers of adapters measured on the way from none to all.
+# Number of steps between zero adapters and all adapters at which memory is measured.
 STOPS = 12
 
 
@@ -45,16 +45,18 @@ python -m wlora.figures memory draws.
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure one setting and say where the figures are; exits with 2 after a mistake in the request."""
+    """Measure one setting and print the path of the results. Exit code 2 for a wrong request."""
     serve(lambda given: print(write(compose(given))), USAGE, words, alone=True)
 
 
 def write(config: Config) -> Path:
-    """Measure one setting and write its file."""
+    """Measure one setting, write the results and return their path."""
     task, n = config.task, len(list_targets(read_architecture(config.model), config.targets))
     name = f"{config.model.name}_{config.targets}_r{config.rank}_{task.batch_size}x{task.max_length}"
     if not re.fullmatch(r"[\w.-]{1,100}", config.model.name):
-        raise wrong_value("model.name", config.model.name, "at most 100 letters, digits, dots and dashes, for a file's name")
+        raise wrong_value(
+            "model.name", config.model.name, "at most 100 letters, digits, dots and dashes (it is used in a file name)"
+        )
     check_folders(config.results_dir, "memory")
     file = Path(config.results_dir) / "memory" / f"{name}.json"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,9 +73,10 @@ def write(config: Config) -> Path:
 
 
 def selections(config: Config) -> dict[str, list[str]]:
-    """Return the sets of adapters to measure, by `order` and number: the lowest first, the highest first, as selected.
+    """Return the sets of adapters to measure. Keys are an order and a number of adapters, such as `lowest first 5`.
 
-    As selected are, for every K of the study's `wlora` runs of this model and target set, the K adapters kept most often.
+    The orders are `lowest first` and `highest first` (by layer) and `as selected`. `as selected` is measured for every K of
+    the study's `wlora` runs with this model and target set; it contains the K adapters that these runs kept most often.
     """
     names = [target.name for target in list_targets(read_architecture(config.model), config.targets)]
     counts = sorted({1, *(round(len(names) * stop / STOPS) for stop in range(STOPS + 1))})
@@ -92,8 +95,9 @@ def measure(assembly: Assembly, config: Config, sets: dict[str, list[str]]) -> l
     """Measure a training step with each set of adapters connected.
 
     Returns:
-        Per set: `order`, `connected`, `saved_bytes` (exact: what autograd keeps for the backward pass, on any device) and
-        `peak_bytes` (all memory of the device at its peak over a step with AdamW; None without a GPU).
+        For each set: `order`; `connected`, the number of adapters; `saved_bytes`, the exact size of the tensors that
+        autograd saves for the backward pass, on any device; and `peak_bytes`, the peak memory of the GPU over one step with
+        AdamW (None without a GPU).
     """
     model, adapters = assembly.model.train(), assembly.method.adapters
     batch = make_batch(model, config)
@@ -106,7 +110,7 @@ def measure(assembly: Assembly, config: Config, sets: dict[str, list[str]]) -> l
 
 
 def peak_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int | None:
-    """Return the peak of the GPU's memory over one step with AdamW; None without a GPU."""
+    """Return the peak GPU memory of one training step with AdamW in bytes; None without a GPU."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return None

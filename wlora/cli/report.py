@@ -1,7 +1,7 @@
 """Entry point: `python -m wlora.report results_dir=results/first_runs`, one HTML page of a study. Never imports torch.
 
-The page holds tables, figures, environments and runs in itself: it opens from disk, with no network. Tables and figures are
-made anew on the way, where `python -m wlora.tables` and `python -m wlora.figures` put them.
+The page is self-contained (tables, figures, environments and runs) and needs no network. The command also regenerates the
+tables and figures in the folders of `python -m wlora.tables` and `python -m wlora.figures`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ usage: python -m wlora.report [key=value ...]
 
 Writes <results_dir>/report.html: all tables and figures of one study, its environments, and its runs.
 
-  results_dir=results     the study
-  model=NAME              whose runs to show; default: as python -m wlora.tables and wlora.figures find them
+  results_dir=results     folder of the study
+  model=NAME              only runs of this model; default: as for python -m wlora.tables and wlora.figures
   score=last|best         as for python -m wlora.tables
   key=value,value         as for python -m wlora.tables"""
 
-# What the tables' Markdown becomes besides; all else in it that looks like HTML is escaped.
+# Replacements in the HTML rendered from the tables' Markdown. Any other HTML in the Markdown stays escaped.
 _RENDERED = {"h2>": "h4>", "h1>": "h3>", "&lt;u&gt;": "<u>", "&lt;/u&gt;": "</u>"}
 _RENDERED |= {"<table>": '<div class="wide"><table>', "</table>": "</table></div>"}
 
@@ -90,15 +90,15 @@ $runs
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Write the report; exits with 0, or 2 after a mistake or where there is nothing to report."""
+    """Write the report. Exit codes: 0 success, 2 wrong request or no records."""
     serve(lambda given: print(write(given)), USAGE, words, alone=True)
 
 
 def write(words: Sequence[str]) -> Path:
-    """Write the page of one study and return where it is.
+    """Write the page of one study and return its path.
 
     Raises:
-        ConfigError: no records, or what tables and figures refuse.
+        ConfigError: there are no records, or the tables or figures command rejects the request.
     """
     names, options, filters = read_words(words, {"results_dir": "results", "model": None, "score": "last"})
     if names:
@@ -118,7 +118,7 @@ def write(words: Sequence[str]) -> Path:
         said, told = _run(command, everything)
         printed += said
         notices += told
-    # What these commands have made, not what others have left in the folders.
+    # Include only files written by these commands, not older files in the same folders.
     pages = [
         *re.findall(r"^(.+/table\w+\.md): ", printed, re.MULTILINE),
         *([results / "tables" / "summary.md"] * summarized),
@@ -154,7 +154,10 @@ def write(words: Sequence[str]) -> Path:
 def _commands(
     results: Path, options: dict[str, str | None], filters: dict[str, str], runs: Sequence[Run]
 ) -> tuple[list[list[str]], bool]:
-    """Return the commands whose output the report holds, and whether the summary, which needs a run, is among them."""
+    """Return the commands whose output the report contains, and whether the summary is one of them.
+
+    The summary needs at least one successful run.
+    """
     shared = [f"results_dir={results}", *(f"{key}={value}" for key, value in filters.items())]
     shared += [f"model={options['model']}"] if options["model"] else []
     scored = [] if options["score"] == "last" else [f"score={options['score']}"]
@@ -165,7 +168,7 @@ def _commands(
 
 
 def _run(command: list[str], runs: Sequence[Run]) -> tuple[str, list[str]]:
-    """Run another entry point in this process; returns what it printed and its notices. What it refuses is told as ours."""
+    """Run another entry point in this process; return its output and notices. Its errors are re-raised as ConfigError."""
     from wlora.cli import figures, tables
 
     entry = {"wlora.tables": tables.main, "wlora.figures": figures.main}[command[0]]
@@ -181,7 +184,7 @@ def _run(command: list[str], runs: Sequence[Run]) -> tuple[str, list[str]]:
 
 
 def _tables(files: Iterable[Path]) -> Iterator[str]:
-    """Yield every table's page and the summary as HTML, those without any run left out."""
+    """Yield the page of every table and the summary as HTML, except pages without any run."""
     from markdown_it import MarkdownIt
 
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -203,13 +206,13 @@ def _figures(files: Iterable[Path]) -> Iterator[str]:
 
 
 def _left_out(printed: str) -> str:
-    """Say which figures `wlora.figures` has left out, and why."""
+    """Return an HTML note that lists the figures which `wlora.figures` has left out, with reasons; empty if none."""
     listed = [f"{name} ({reason})" for name, reason in re.findall(r"^(\w+): left out \((.+)\)$", printed, re.MULTILINE)]
     return f'<p class="faint">Left out: {html.escape(", ".join(listed))}.</p>' if listed else ""
 
 
 def _environments(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
-    """Return the distinct environments, each with the number of its runs."""
+    """Return header and rows of a table of the distinct environments and their number of runs."""
     keys = ("wlora", "git_commit", "git_dirty", "python", "cpus", "device", "processes", "precision")
     packages = ("torch", "transformers", "datasets", "accelerate")
     found: Counter[tuple[str, ...]] = Counter()

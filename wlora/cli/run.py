@@ -1,6 +1,6 @@
 """Entry point: `python -m wlora.run task=rte method=wlora_plus rank=4`, and Hydra multirun with `-m`.
 
-Help, the composed configuration, mistakes in it and a missing network are answered before torch is imported.
+Help, display of the configuration, configuration errors and a missing network are handled before torch is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from wlora.cli.help import register_help
-from wlora.cli.job import DESK, Outcome, attempt, collecting, fail, run_one
+from wlora.cli.job import OUTCOMES, Outcome, attempt, collecting, fail, run_one
 from wlora.config.schema import config_folder, register_schema
 from wlora.config.spelling import check_form, explain
 from wlora.config.untrusted_yaml import guard_files, refuse_words
@@ -23,20 +23,20 @@ from wlora.errors import ConfigError, RunFault
 
 
 def main() -> None:
-    """Compose the configuration, run it (or each run of a sweep) and exit with 0, 1 (fault) or 2 (mistake)."""
-    # With this set Hydra hands its errors to us instead of printing them with a traceback.
+    """Compose the configuration and execute the run or sweep. Exit codes: 0 success, 1 RunFault, 2 ConfigError."""
+    # With this variable, Hydra raises its errors instead of printing them with a traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     protect_output()
-    DESK.outcomes, DESK.command = [], True
+    OUTCOMES.outcomes, OUTCOMES.command = [], True
     TOLD.clear()
     code = _run(sys.argv[1:])
-    if len(DESK.outcomes) > 1 and is_main():
-        _print_sweep(DESK.outcomes)
-    sys.exit(max([code, *(outcome.exit_code for outcome in DESK.outcomes)]))
+    if len(OUTCOMES.outcomes) > 1 and is_main():
+        _print_sweep(OUTCOMES.outcomes)
+    sys.exit(max([code, *(outcome.exit_code for outcome in OUTCOMES.outcomes)]))
 
 
 def _run(words: Sequence[str]) -> int:
-    """Do what the command line asks for; returns 0, or the exit code of what stopped it."""
+    """Execute the command line; return 0, or the exit code of the error that stopped it."""
     import hydra
     from hydra.errors import HydraException
 
@@ -45,7 +45,7 @@ def _run(words: Sequence[str]) -> int:
     try:
         require_launch()
         if any(word.startswith("from=") for word in words):
-            DESK.outcomes.append(attempt("", lambda: _repeat(words)))
+            OUTCOMES.outcomes.append(attempt("", lambda: _repeat(words)))
         else:
             check_form(words)
             refuse_words(words)
@@ -65,7 +65,7 @@ def _run(words: Sequence[str]) -> int:
     except OSError as error:
         fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ImportError, RuntimeError) as error:
-        # What a run raises does not come as far as here: this is Hydra at a value that it does not foresee.
+        # Errors of a run are handled in `attempt`. These come from Hydra, for values that it does not expect.
         fail(ConfigError(f"the command line cannot be composed ({type(error).__name__}: {explain(error, words)})"))
     else:
         return 0
@@ -73,14 +73,14 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _repeat(words: Sequence[str]) -> Outcome:
-    """Repeat a recorded run (`from=RUN_ID`); a number that differs counts as a fault."""
+    """Repeat a recorded run (`from=RUN_ID`). The exit code is 1 if any number differs from the record."""
     from wlora.experiment.rerun import repeat
 
     return Outcome("", "compared", None, 0 if repeat(words) else RunFault.exit_code)
 
 
 def _print_sweep(outcomes: Sequence[Outcome]) -> None:
-    """End a sweep with a line per run: its number, what it varies, how it ended."""
+    """Print the summary of a sweep, one line per run: number, swept values, status, and score or error."""
     width, digits = max(len(outcome.name) for outcome in outcomes), len(str(len(outcomes)))
     print("\nsweep:")
     for number, outcome in enumerate(outcomes, start=1):

@@ -1,6 +1,6 @@
-"""Entry point: `python -m wlora.sweep < FILE`, what sweeps hold, what of it is done, how long the rest takes.
+"""Entry point: `python -m wlora.sweep < FILE`: the runs of sweeps, which are done, and the time that the rest takes.
 
-Every line of the input is what would follow `python -m wlora.run -m`. Nothing is run; torch is not imported.
+Every input line contains the arguments of one `python -m wlora.run -m` command. No run is executed; torch is not imported.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from wlora.training.run_length import make_plan
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-# Overrides that tell the runs of one cell apart; everything else is composed once per cell.
+# Keys that may differ between the runs of one cell. Everything else is composed once per cell.
 _POINT = (*Point._fields, "seed", "tune_on")
 
 
 class Cell:
-    """The runs of one setting: those asked for, as (point, seed), and those recorded.
+    """The runs of one setting: the requested runs, as (point, seed), and the recorded ones.
 
     Attributes:
-        config: the resolved configuration of any of them.
-        wanted: the runs asked for; a `tuned` in them is what the records do not yet decide.
-        done: those of them with a successful record.
-        seconds: expected length of one run on one process, None if no run of the model is recorded.
+        config: the resolved configuration of any run of the cell.
+        wanted: the requested runs. A value `tuned` means that the records do not determine it yet.
+        done: the requested runs with a successful record.
+        seconds: expected duration of one run on one process; None if no run of the model is recorded.
     """
 
     def __init__(self, config: Config) -> None:
@@ -63,19 +63,19 @@ class Cell:
 
     @property
     def done(self) -> set[tuple[Point, int]]:
-        """The runs asked for that have a successful record."""
+        """The requested runs that have a successful record."""
         return {(run.point, run.seed) for run in self._same if run.status == "success"} & self.wanted
 
     @property
     def left(self) -> int:
-        """How many runs are still to do."""
+        """Number of requested runs that are not done."""
         return len(self.wanted) - len(self.done)
 
     def add(self, points: Iterable[dict[str, str]]) -> None:
-        """Ask for more runs.
+        """Request more runs.
 
         Raises:
-            ConfigError: a point that would be refused.
+            ConfigError: `wlora.run` would reject a point.
         """
         for words in points:
             values: dict[str, Any] = {
@@ -87,20 +87,20 @@ class Cell:
                 choice = self._choose(config)
                 own = config.tune_on in (None, config.task.name)
                 if choice is None and own and self._covers(config):
-                    continue  # the best of the grid, whichever it will be
+                    continue  # `tuned` will be a point of the grid that is requested anyway
             if choice is not None:
                 config = dataclasses.replace(config, **{key: getattr(choice.point, key) for key in wanted})
             _check(config)
             self.wanted.add((_point(config), config.seed))
 
     def _choose(self, config: Config) -> Choice | None:
-        """Return what `tuned` stands for. It hangs on nothing else in which the runs of a cell differ."""
+        """Return the values for `tuned`. Within a cell they depend only on `tune_on`, so they are cached."""
         if config.tune_on not in self._choices:
             self._choices[config.tune_on] = self._study.settings.choose(config, **self._data)
         return self._choices[config.tune_on]
 
     def _covers(self, config: Config) -> bool:
-        """Tell whether a run that is asked for may turn out to be this one."""
+        """Tell whether an already requested run with the same seed may become identical once `tuned` is replaced."""
         asked = (point for point, seed in self.wanted if seed == config.seed)
         return any(all(own in ("tuned", value) for own, value in zip(_point(config), point, strict=True)) for point in asked)
 
@@ -110,7 +110,7 @@ def _point(config: Config) -> Point:
 
 
 def _check(config: Config) -> None:
-    """Refuse what the run would refuse: values outside their rule, a warm-up that does not fit."""
+    """Reject values that `wlora.run` would reject: values that violate their rule, and a warm-up longer than the run."""
     for key in (key for key in _POINT if key in RULES):
         if not satisfies(getattr(config, key), RULES[key]):
             raise wrong_value(key, getattr(config, key), RULES[key])
@@ -120,12 +120,12 @@ def _check(config: Config) -> None:
 
 
 class Study(NamedTuple):
-    """What the records of a results folder say to all cells.
+    """Data from the records of a results folder, shared by all cells.
 
     Attributes:
-        settings: the runs by setting.
-        paces: seconds per training example of the runs that succeeded, by how near they are to a run: by model, task and
-            method, by model and task, and by model.
+        settings: the runs grouped by setting.
+        paces: median seconds per training example of the successful runs, by (model, task, method), by (model, task) and by
+            (model,).
     """
 
     settings: Settings
@@ -146,12 +146,15 @@ def _read(folder: Path) -> Study:
 
 
 def _kinds(model: str, task: str, method: str) -> tuple[tuple[str, ...], ...]:
-    """Return the kinds of runs that tell how long one takes, the nearest first."""
+    """Return the keys into `Study.paces` for a run, the most specific one first."""
     return (model, task, method), (model, task), (model,)
 
 
 def expected_seconds(config: Config, paces: dict[tuple[str, ...], float]) -> float | None:
-    """Estimate a run's length from recorded ones: seconds per training example, of the nearest kind there is."""
+    """Estimate the duration of a run in seconds from the recorded seconds per training example of the most similar runs.
+
+    Returns None if no run of the model is recorded or the number of training rows is unknown.
+    """
     examples = _examples(config)
     kinds = _kinds(config.model.name, name_rows(dataclasses.asdict(config.task)), config.method["name"])
     pace = next((paces[kind] for kind in kinds if kind in paces), None)
@@ -167,7 +170,7 @@ def _examples(config: Config) -> int | None:
 
 
 def _rows(config: Config) -> int | None:
-    """Return the number of training rows as far as the configuration tells."""
+    """Return the number of training rows according to the configuration; None if it is unknown."""
     rows, limit = config.task.train_rows, config.task.max_train_rows
     return limit if rows is None else min(rows, limit or rows)
 
@@ -176,12 +179,12 @@ USAGE = """\
 usage: python -m wlora.sweep key=value,value ...
        python -m wlora.sweep < FILE
 
-Says what a sweep holds, what of it is done, and how long the rest takes; nothing is run. The words are those that follow
-python -m wlora.run -m; a file has the words of one sweep per line."""
+Prints the runs of a sweep, how many of them are done, and the time that the rest takes. No run is executed. The arguments
+are those of python -m wlora.run -m; a file contains the arguments of one sweep per line."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Print a line per cell and the total; exits with 0, or 2 after a mistake in a sweep."""
+    """Print one line per cell and the total. Exit codes: 0 success, 2 wrong arguments."""
     serve(_tell, USAGE, words, alone=True)
 
 
@@ -210,7 +213,7 @@ def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
     """Expand sweeps into cells and compare them with the records of their results folders.
 
     Raises:
-        ConfigError: a sweep that would be refused.
+        ConfigError: `wlora.run` would reject a sweep.
     """
     cells: dict[tuple[str, ...], Cell] = {}
     for words in sweeps:
@@ -225,13 +228,13 @@ def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
 
 
 def expand(words: Sequence[str]) -> Iterator[tuple[list[str], list[dict[str, str]]]]:
-    """Yield the overrides of every cell of a sweep, and the values of lr, warm-up and seed that it runs each over."""
+    """Yield, for every cell of a sweep, its overrides and the values of the keys in `_POINT` for each of its runs."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     ours = [word for word in words if not word.startswith("hydra")]
-    # Of a key given twice the last counts, as in Hydra.
+    # If a key is given twice, the last value is used, as in Hydra.
     try:
         parsed = OverridesParser.create().parse_overrides([*_brought_along(words), *ours])
     except HydraException as error:
@@ -245,7 +248,7 @@ def expand(words: Sequence[str]) -> Iterator[tuple[list[str], list[dict[str, str
 
 
 def _brought_along(words: Sequence[str]) -> list[str]:
-    """Return the sweep that an experiment brings along (`hydra.sweeper.params`)."""
+    """Return the sweep that is defined in an experiment file (`hydra.sweeper.params`)."""
     return [found for word in words if word.startswith("experiment=") for found in _params_of(word)]
 
 
@@ -261,10 +264,10 @@ def _params_of(experiment: str) -> list[str]:
 
 
 def compose(overrides: Sequence[str]) -> Config:
-    """Compose and resolve a configuration as the entry point does.
+    """Compose and resolve a configuration in the same way as `wlora.run`.
 
     Raises:
-        ConfigError: it would be refused.
+        ConfigError: the configuration is invalid.
     """
     composed = _compose(overrides)
     apply_presets(composed, overrides)
@@ -274,9 +277,9 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
-    """Compose a configuration as Hydra does, which chooses the groups first: each choice of them is composed once.
+    """Compose a configuration as Hydra does: first the group choices, which are cached, then the other overrides.
 
-    What is returned may be handed out again with other values: nobody keeps it.
+    The next call may reuse and overwrite the returned object, so callers must not keep it.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.errors import HydraException
@@ -285,7 +288,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         parsed = [_parse(word) for word in overrides]
         groups = tuple(p.input_line for p in parsed if _chooses_group(p))
         rest = [p for p in parsed if not _chooses_group(p)]
-        # Copying is most of the time. The cells of a sweep set the same keys: what one has set the next one overwrites.
+        # Copying takes most of the time. The cells of a sweep set the same keys, so one copy can be overwritten each time.
         again = all(map(_overwrites, rest)) and not _has_preset(_compose_groups(groups))
         composed = _shared_copy(groups, tuple(p.key_or_group for p in rest)) if again else _copy(groups)
         ConfigLoaderImpl._apply_overrides_to_config(rest, composed)
@@ -295,7 +298,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def _overwrites(override: Override) -> bool:
-    """Tell whether a word sets one value in the place of another; presets go on to set others, and are forgotten then."""
+    """Tell whether an override replaces only one value. A preset does not: it sets more keys and is then reset to null."""
     from hydra.core.override_parser.types import OverrideType
 
     single = override.type == OverrideType.CHANGE and not isinstance(override.value(), dict | list)
@@ -312,7 +315,7 @@ def _copy(groups: tuple[str, ...]) -> DictConfig:
 
 @functools.lru_cache(maxsize=64)
 def _shared_copy(groups: tuple[str, ...], keys: tuple[str, ...]) -> DictConfig:
-    """Return the copy for all words that choose these groups and set these keys."""
+    """Return the shared copy for all argument lists that choose these groups and set these keys."""
     return _copy(groups)
 
 
@@ -325,7 +328,7 @@ def _parse(word: str) -> Override:
 
 
 def _chooses_group(override: Override) -> bool:
-    """Tell whether a word chooses a file, as `task=sst2` does, rather than setting a key; by Hydra's rule."""
+    """Tell whether an override chooses a file of a group (`task=sst2`) instead of setting a key. This is Hydra's rule."""
     return _is_group(override.key_or_group) and not isinstance(override.value(), dict)
 
 
@@ -336,7 +339,7 @@ def _is_group(name: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _compose_groups(words: tuple[str, ...]) -> DictConfig:
-    """Compose what words that choose groups stand for; to be copied before it is changed."""
+    """Compose the given group choices. The result is cached, so callers must copy it before changing it."""
     return _compose_by_hydra(words)
 
 
@@ -351,7 +354,7 @@ def _compose_by_hydra(words: Sequence[str], **options: bool) -> DictConfig:
 
 
 def duration(seconds: float) -> str:
-    """Write a duration: `3 h 20 min`, `2 min`, `40 s`."""
+    """Format a duration: `3 h 20 min`, `2 min`, `40 s`."""
     minutes = round(seconds / 60)
     if seconds < 60:
         return f"{seconds:.0f} s"

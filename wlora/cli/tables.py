@@ -27,40 +27,44 @@ from wlora.storage.atomic_write import check_folders, staged
 USAGE = """\
 usage: python -m wlora.tables 1|2|3|4|5|6|all|demo|summary [key=value ...]
 
-Reads the records of one study and writes, to <results_dir>/tables, tableN.csv, .md and .tex; tableN_paper.* (the paper's
-figures and the differences), tableN_comparisons.* (WLoRA against RLoRA and LoRA), and runs.csv (one line per run).
-summary.* has a line per task and setting, of runs that fit no table of the paper, too: score, parameters, seconds, memory.
-`all` writes it where runs fit no table, and alone where none does. Rows of your own under a benchmark's name stand as
-NAME_own, never in the benchmark's column.
+Reads the records of one study and writes to <results_dir>/tables: tableN.csv, .md and .tex; tableN_paper.* (the paper's
+numbers and our differences from them); tableN_comparisons.* (WLoRA against RLoRA and LoRA); runs.csv (one line per run).
+summary.* has one line per task and setting: score, parameters, seconds, memory. It includes runs that fit no table of the
+paper. `all` also writes the summary if some runs fit no table, and only the summary if no run fits one. Runs on your own
+data with a benchmark's name are listed as NAME_own, never in the benchmark's column.
 
-  results_dir=results     the study; results/paper sets the paper's own figures
-  model=NAME              whose runs; default: of each table the paper's model if it has runs there, else that of most runs
-  score=last|best         scores after the last step, or at the best evaluation of each run, which the dev set chooses;
-                          the CSV has both
-  seeds=N                 runs expected per cell; default: the paper's 5, on another model as many as the fullest cell has
-  bootstrap_seed=0        seed of the intervals
-  task=..  method=..      the columns and rows to keep, as in task=sst2,mrpc
-  key=value,value         any other key of a run's configuration keeps the runs that have one of the values:
+  results_dir=results     folder of the study; results/paper prints the paper's own numbers
+  model=NAME              only runs of this model; default for each table: the paper's model if it has runs, else the model
+                          with most runs
+  score=last|best         scores after the last step, or at the best evaluation of each run on the dev set; the CSV has both
+  seeds=N                 expected runs per cell; default: 5 as in the paper; for another model, the largest number in a cell
+  bootstrap_seed=0        random seed of the bootstrap intervals
+  task=..  method=..      only these columns and rows, for example task=sst2,mrpc
+  key=value,value         only runs with one of these values, for any other key of the configuration:
                           compat=paper  train.max_steps=512"""
 
 
 def main(words: Sequence[str] | None = None, runs: Sequence[Run] | None = None) -> None:
-    """Write the tables asked for; exits with 0, or 2 after a mistake in the request.
+    """Write the requested tables. Exit codes: 0 success, 2 wrong request.
 
     Args:
-        words: what is asked for; None for the command line.
-        runs: all of the study, where they have been read already.
+        words: the arguments; None for those of the command line.
+        runs: all runs of the study, if they have been read already.
     """
     serve(lambda given: _write(given, runs), USAGE, words)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a command asks of a study besides the tables.
+    """Options of a tables command.
 
     Attributes:
-        folder: where the files go.
-        best: the metrics of runs at their best evaluation.
+        folder: output folder.
+        model: name of the model; None for the default.
+        score: `last` or `best`.
+        seeds: expected runs per cell; None for the default.
+        bootstrap_seed: random seed of the intervals.
+        best: metrics of the runs at their best evaluation.
     """
 
     folder: Path
@@ -85,7 +89,7 @@ def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
         return
     everything = read_runs(results) if known is None else known
     _check_model(options["model"], everything)
-    # `single` is one adapter per run, for Figure 2.
+    # Methods in NOT_COMPARED, such as `single` (one adapter per run, for Figure 2), belong in no table.
     runs = [run for run in select(everything, filters) if run.method not in NOT_COMPARED]
     mine = [run for run in runs if options["model"] in (None, run.model)]
     request = Request(results / "tables", options["model"], score, seeds, bootstrap_seed or 0, read_best(results, mine))
@@ -96,7 +100,7 @@ def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
     left = [run for run in done if not any(belongs(run, layout) for layout in layouts)]
     alone = len(layouts) > 1 and bool(left) and len(left) == len(done)
     if alone:
-        print("no table of the paper has a place for these runs; their summary:")
+        print("these runs fit no table of the paper; summary:")
     else:
         for layout in _restrict(layouts, filters):
             _write_table(layout, runs, request, shown=len(layouts) == 1)
@@ -131,7 +135,7 @@ def _layouts(names: Sequence[str]) -> list[Layout]:
 
 
 def _restrict(layouts: Sequence[Layout], filters: dict[str, str]) -> list[Layout]:
-    """Leave the columns of `task=...` and the rows of `method=...`, and the tables that have any of them."""
+    """Keep the columns of `task=...` and the rows of `method=...`, and drop tables without remaining columns."""
     tasks, methods = (filters[key].split(",") if key in filters else None for key in ("task", "method"))
     found = []
     for layout in layouts:
@@ -157,14 +161,14 @@ def _integer(key: str, text: str | None, least: int) -> int | None:
 
 
 def _check_model(model: str | None, runs: Sequence[Run]) -> None:
-    """Refuse the name of a model that neither a record nor a configuration has."""
+    """Reject a model name that is in no record and no configuration file."""
     known = {run.model for run in runs} | {file.stem for file in (config_folder() / "model").glob("*.yaml")}
     if model is not None and model not in known:
         raise unknown_name(f"model={model}", model, known)
 
 
 def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown: bool) -> None:
-    """Write one table with its companions; print it, or (of several) a line about it."""
+    """Write one table and its companion files. Print the table if `shown`, and always one line about it."""
     fitting = [run for run in runs if belongs(run, layout)]
     model = request.model or main_model(fitting, layout.model) or main_model(runs) or layout.model
     folder, bootstrap_seed = request.folder, request.bootstrap_seed
@@ -202,7 +206,7 @@ def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown
 
 
 def _write_summary(runs: Sequence[Run], request: Request, *, shown: bool) -> None:
-    """Write a line per task and setting; print them, or a line about them."""
+    """Write the summary, one line per task and setting. Print it if `shown`, otherwise one line about it."""
     lines = summarize_study(runs, bootstrap_seed=request.bootstrap_seed, best=request.best)
     grid, said, below = draw_summary(lines, request.score), caption_summary(runs, request.score), machines(runs)
     page = "\n\n".join([said, to_markdown(grid).strip(), *below])
@@ -219,7 +223,7 @@ def _model_note(table: Table) -> str:
 
 
 def _row_notes(layout: Layout) -> list[str]:
-    """List the notes on the paper's rows, and the averages that do not follow from their cells."""
+    """List the notes on the paper's rows, and the printed averages that differ from the mean of their cells."""
     found: dict[str, list[str]] = {}
     for row, line in read_printed(layout).items():
         if line.note:
@@ -230,7 +234,7 @@ def _row_notes(layout: Layout) -> list[str]:
 
 
 def _write_paper(layout: Layout, folder: Path) -> None:
-    """Set the paper's own figures, with ALL computed anew, and list the averages that do not follow."""
+    """Write a table of the paper's own numbers with recomputed ALL, and list printed averages that differ from it."""
     printed = read_printed(layout, folder)
     if not printed:
         raise ConfigError(f"results_dir={folder}: no table{layout.name}.csv there")
@@ -247,7 +251,7 @@ def _write_paper(layout: Layout, folder: Path) -> None:
 
 
 def _save(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically; ConfigError if it cannot be written."""
     try:
         with staged(file) as staging:
             staging.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The identity of a run: a hash of all that decides its numbers, and of nothing else."""
+"""The identity of a run (`run_id`): a hash of exactly those settings that influence its numerical results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ RUN_ID_VERSION = 1
 
 
 def method_revision(method: dict[str, Any], *, release: bool) -> int:
-    """Return which revision of its policy's numerics a method's keys stand for: 2 where they mean other numbers than once.
+    """Return the revision of a method's numerics: 2 if the same keys gave other numbers in earlier versions, else 1.
 
-    It stands in the configuration as `method.revision`, but for 1, and so in `run_id`. Revision 2 of the selecting methods
-    has another default of T; of `wlora_plus` another second halving, and other ranks where n is no multiple of K; of `rlora`
-    the set acts from the first projection on; of `alora` components that stay keep their moments.
+    Revision 2 is stored in the configuration as `method.revision` and is therefore part of `run_id`; revision 1 is not
+    stored. Revision 2 means:
+
+    - `wlora`, `wlora_depth`: the default of T (`select_steps`) has changed.
+    - `wlora_plus`: the second halving has changed, and so have the ranks if n is not a multiple of K.
+    - `rlora`: the random set is used from the first projection on.
+    - `alora`: rank components that remain keep their optimiser moments.
     """
     match method["name"]:
         case "wlora" | "wlora_depth":
@@ -35,7 +39,7 @@ def method_revision(method: dict[str, Any], *, release: bool) -> int:
 
 
 def scientific_fields(config: Config, *, task_data: str | None, model_data: str | None, precision: str) -> dict[str, Any]:
-    """Collect what decides the numbers of a run, and nothing else (no path, device or logging).
+    """Collect the settings that influence the results of a run, without paths, devices or logging.
 
     Args:
         config: a resolved configuration.
@@ -46,7 +50,7 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
     train = _identifying(config.train)
     stored = train.pop("prefix_cache", "off"), train.pop("prefix_cache_dtype", config.train.prefix_cache_dtype)
     if stored[0] != "off":
-        train["prefix_cache"] = stored[1]  # in memory or on disk is the same
+        train["prefix_cache"] = stored[1]  # only the dtype matters: memory and disk give the same numbers
     start = {"adapter": {"data": config.adapter.fingerprint, "head": config.adapter.head}} if config.adapter.path else {}
     return {
         **start,
@@ -61,7 +65,11 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
 
 
 def _identifying(section: Config | TaskConfig | ModelConfig | TrainConfig, *, content_known: bool = False) -> dict[str, Any]:
-    """Return the keys of a section, its own sections aside, that decide numbers."""
+    """Return the keys of a section that influence results, without its nested sections.
+
+    Args:
+        content_known: whether the content of the data or model has a fingerprint; keys of its origin are then left out.
+    """
     found = {}
     for part in dataclasses.fields(section):
         decides, later = part.metadata["decides"], part.metadata["later"]
@@ -79,16 +87,16 @@ _SECTIONS = ("task", "model", "method", "train", "adapter")
 
 
 def _identifying_method(method: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's keys, those added later left out that stand for what there was before."""
+    """Return a method's keys, without later added keys that still have the value of the earlier behaviour."""
     later = later_keys(method["name"])
     return {key: value for key, value in method.items() if key not in later or value != later[key]}
 
 
 @functools.cache
 def later_keys(method: str) -> dict[str, Any]:
-    """Return the keys of a method that were added after records were published, with what a record without them stands for.
+    """Return the keys that a method got after records were published, each with the value that older records imply.
 
-    A method that is not known here, such as that of a record of a later version, has none.
+    The result is empty for an unknown method, for example one in a record of a newer version.
     """
     file = config_folder() / "method" / f"{method}.yaml"
     if not file.is_file():
@@ -106,8 +114,8 @@ def run_id(fields: dict[str, Any]) -> str:
 def stream_seed(seed: int, stream: str) -> int:
     """Return a 63-bit seed for one named random stream of a run.
 
-    The streams `init`, `order`, `dropout` and `choice` are independent: drawing more from one never moves
-    another, so two methods on one seed share initialisation and data order.
+    The streams `init`, `order`, `dropout` and `choice` are independent: drawing more numbers from one does not change
+    another. Two methods with the same seed therefore share initialisation and data order.
     """
     digest = hashlib.sha256(f"wlora/{seed}/{stream}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

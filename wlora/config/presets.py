@@ -1,8 +1,8 @@
-"""`method.preset` and `task.preset`: published values, as they stand under `presets` in the YAML of a method or task.
+"""`method.preset` and `task.preset`: published hyperparameters, listed under `presets` in the YAML file of a method or task.
 
-A preset has values for `all` and, before these, for single tasks (a method's preset) or single methods (a task's), by the
-full keys of the configuration; `source` says where they are from and `left_out` what has no key here, or is not set.
-Nothing here imports torch.
+A preset maps full configuration keys to values. The section `all` always applies. Sections for single tasks (in a method's
+preset) or single methods (in a task's preset) override it. `source` names the publication, and `left_out` lists published
+settings that have no key here or are not set. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -17,31 +17,30 @@ from wlora.errors import unknown_name, wrong_value
 
 TEXTS = ("source", "left_out")
 KEYED_BY = {"task": "method", "method": "task"}
-"""The groups that have presets, and by which other group their values differ. Of two presets the method's wins."""
+"""Groups with presets, and the group that selects their sections. The method's preset overrides the task's."""
 
 
 def explicit_keys(overrides: Iterable[str]) -> set[str]:
-    """Return the keys that words of the command line name: `lr` of `lr=1e-3`, `task` of `task=rte`."""
+    """Return the keys that command-line arguments set: `lr` for `lr=1e-3`, `task` for `task=rte`."""
     return {word.lstrip("+~").partition("=")[0] for word in overrides}
 
 
 def apply_presets(composed: DictConfig, overrides: Iterable[str]) -> dict[str, Any]:
-    """Replace defaults by the values of `task.preset` and `method.preset`, in place.
+    """Replace default values by those of `task.preset` and `method.preset`, in place.
 
-    A key that an override names stays as it is. Works on the composed configuration before its interpolations are
-    resolved, so that `${alpha}` follows `alpha`, and sets both keys to null: from here on the run is the one with the same
-    values spelled out.
+    Keys set by an override are not changed. This function must run before interpolations are resolved, so that `${alpha}`
+    follows `alpha`. Afterwards both preset keys are null: the run is identical to one with the same values given explicitly.
 
     Args:
-        composed: the configuration as Hydra composes it.
-        overrides: the words of the command line, or of one run of a sweep.
+        composed: the configuration composed by Hydra.
+        overrides: the command-line arguments, or those of one run of a sweep.
 
     Returns:
-        What was set, by key.
+        The values that were set, by full key.
 
     Raises:
-        ConfigError: the task or method has no such preset, or the method's preset no values for the task; or an override
-            would change what a preset is.
+        ConfigError: the task or method has no such preset, the method's preset has no values for this task, or an override
+            tries to change the content of a preset.
     """
     explicit = explicit_keys(overrides)
     for key in sorted(explicit):
@@ -54,7 +53,7 @@ def apply_presets(composed: DictConfig, overrides: Iterable[str]) -> dict[str, A
             values |= _find_values(composed, group, str(name))
             composed[group].preset = None
     if "task.epochs" in explicit:
-        explicit.add("train.max_steps")  # which would overrule the epochs asked for
+        explicit.add("train.max_steps")  # a preset's max_steps would override the requested epochs
     chosen = {key: value for key, value in values.items() if key not in explicit}
     for key, value in chosen.items():
         OmegaConf.update(composed, key, value)
@@ -64,7 +63,7 @@ def apply_presets(composed: DictConfig, overrides: Iterable[str]) -> dict[str, A
 def _find_values(composed: DictConfig, group: str, name: str) -> dict[str, Any]:
     """Return the values of a group's preset for the composed task and method.
 
-    A method's preset that has values for single tasks is refused for any other task. A task's holds for every method.
+    If a method's preset has sections for single tasks, any other task is an error. A task's preset applies to every method.
     """
     other = KEYED_BY[group]
     owner, chosen = composed[group].name, composed[other].name

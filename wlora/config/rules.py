@@ -1,8 +1,8 @@
-"""What values a key may have. Nothing here imports torch.
+"""Checks of configuration values against rules. This module does not import torch.
 
-A rule is a short text that is also the message: `int >= 1`, `float >= 0, < 1`, `int >= 1 or null`,
-`float > 0 or tuned`, `single | halvings`. The rules of the shared keys stand in the schema; a method's stand in its own
-YAML under `allowed`.
+A rule is a short text that error messages also show: `int >= 1`, `float >= 0, < 1`, `int >= 1 or null`,
+`float > 0 or tuned`, `single | halvings`. Rules of shared keys are declared in the schema, rules of a method's own keys
+under `allowed` in the method's YAML file.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from wlora.config.schema import Config, walk
 from wlora.errors import wrong_value
 
-_DIGITS = 6  # of a layer's number
+_DIGITS = 6  # maximum number of digits of a layer index
 
 RULES: dict[str, str] = {name: part.metadata["rule"] for name, part in walk() if part.metadata["rule"]}
-"""The rules of the shared keys, by their full names."""
+"""Rules of the shared keys, by full key."""
 
 _COMPARISONS = {
     ">=": lambda value, bound: value >= bound,
@@ -29,9 +29,10 @@ _COMPARISONS = {
 
 
 def canonical(value: Any, rule: str) -> Any:
-    """Return the one spelling of a value under a rule of choices; any other value as it is.
+    """Return the canonical spelling of a value whose rule lists choices; return other values unchanged.
 
-    Choices are in lower case, `true` and `false` are booleans, and YAML's booleans stand for `on` and `off`.
+    Choices are lower case. `true` and `false` become booleans if the rule lists them; otherwise YAML's booleans mean `on`
+    and `off`.
     """
     if "|" not in rule or value is None:
         return value
@@ -52,7 +53,7 @@ def _choices(rule: str) -> list[str]:
 
 
 def satisfies(value: Any, rule: str) -> bool:
-    """Tell whether a value, in any spelling, obeys a rule; raises ValueError for a rule that cannot be read."""
+    """Tell whether a value, in any accepted spelling, satisfies a rule; ValueError if the rule has a syntax error."""
     rule, *words = rule.split(" or ")
     if ("null" if value is None else value) in words:
         return True
@@ -79,13 +80,13 @@ def satisfies(value: Any, rule: str) -> bool:
 
 
 def check_rules(config: Config, rewritten: Container[str] = tuple(RULES)) -> None:
-    """Check the shared keys against their rules, and put choices into their one spelling.
+    """Check the shared keys against their rules and replace choices by their canonical spelling.
 
     Args:
-        rewritten: the keys whose spelling may change; what a record's run was asked for keeps its own.
+        rewritten: keys whose value may be replaced. Values that come from a record keep their recorded spelling.
 
     Raises:
-        ConfigError: a value outside its rule.
+        ConfigError: a value violates its rule.
     """
     for key, rule in RULES.items():
         value = check(key, look_up(config, key), rule)
@@ -95,7 +96,7 @@ def check_rules(config: Config, rewritten: Container[str] = tuple(RULES)) -> Non
 
 
 def look_up(config: Config, key: str) -> Any:
-    """Return the value of a key by its full name."""
+    """Return the value of a full key such as `task.epochs`."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
@@ -103,7 +104,7 @@ def look_up(config: Config, key: str) -> Any:
 
 
 def check(key: str, value: Any, rule: str) -> Any:
-    """Return the canonical value of a key; ConfigError for one outside its rule."""
+    """Return the canonical value of a key; ConfigError if the value violates the rule."""
     if not satisfies(value, rule):
         raise wrong_value(key, "null" if value is None else value, rule)
     return canonical(value, rule)

@@ -1,6 +1,8 @@
-"""The words of the command line: mistakes in them, and keys that the chosen method does not read.
+"""Checks of command-line arguments: syntax errors, unknown keys, and keys that the chosen method does not read.
 
-Every mistake is told in one or two lines, with the word that was probably meant. Nothing here imports torch.
+Every error is one or two lines and suggests what was probably meant. This module does not import torch.
+
+In this module a *word* is one command-line argument, such as `lr=1e-3`.
 """
 
 from __future__ import annotations
@@ -16,12 +18,19 @@ from omegaconf import DictConfig, OmegaConf
 from wlora.config.schema import METHOD_NOTES, Config, config_folder
 from wlora.errors import ConfigError, unknown_name
 
-# The keys at the top that a method reads only where its configuration interpolates them.
+# Top-level keys that a method reads only if its configuration interpolates them.
 SHORT = ("rank", "alpha", "dropout", "k", "targets")
 
 
 class Idle(NamedTuple):
-    """Keys that a method does not read while one of its own keys has certain values."""
+    """Keys that a method ignores while one of its own keys has certain values.
+
+    Attributes:
+        method: name of the method.
+        own: the method's own key that decides.
+        holds: tells whether `keys` are ignored, given the value of `own`.
+        keys: full names of the ignored keys.
+    """
 
     method: str
     own: str
@@ -37,7 +46,7 @@ _IDLE = (
     Idle("lora_drop", "threshold", lambda threshold: threshold is not None, ("method.keep",)),
 )
 
-# Other names of keys, by their last component, as in transformers, PEFT and the paper.
+# Names of keys in transformers, PEFT and the paper, with our names (last component).
 SYNONYMS = {
     "learning_rate": "lr",
     "r": "rank",
@@ -57,10 +66,10 @@ SYNONYMS = {
 
 
 def check_form(words: Sequence[str]) -> None:
-    """Refuse words that are neither flags of Hydra nor `key=value`.
+    """Reject arguments that are neither Hydra flags nor `key=value`.
 
     Raises:
-        ConfigError: the first of them, and how it should be written.
+        ConfigError: names the first wrong argument and its correct form.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -72,7 +81,7 @@ def check_form(words: Sequence[str]) -> None:
     given, unknown = parser.parse_known_args(list(words))
     for word in unknown:
         if not word.startswith("-"):
-            raise ConfigError(f"{word}: flags such as -m stand before all keys or behind them, not between")
+            raise ConfigError(f"{word}: flags such as -m must come before or after all keys, not between them")
         name, _, value = word.lstrip("-").partition("=")
         following = words[words.index(word) + 1 :][:1]
         if not value and following and "=" not in following[0] and not following[0].startswith("-"):
@@ -85,7 +94,7 @@ def check_form(words: Sequence[str]) -> None:
 
 
 def _not_an_assignment(words: Sequence[str], index: int) -> ConfigError:
-    """Build the message for a word without `=`, of which spaces have often cut off the rest."""
+    """Build the error for a word without `=`. Often the user has typed spaces around `=` or after a comma."""
     word, before, (after, beyond) = words[index], words[index - 1] if index else "", [*words[index + 1 :], "", ""][:2]
     if before.endswith((",", "=")):
         return ConfigError(f"{before} {word}: write {before}{word}, without spaces")
@@ -103,16 +112,16 @@ def _not_an_assignment(words: Sequence[str], index: int) -> ConfigError:
 
 
 def _sample(key: str) -> str:
-    """Return what stands for a value that the user has not given."""
+    """Return an example value for a key whose value the user has omitted."""
     default = OmegaConf.select(OmegaConf.structured(Config), key, default=None) if re.fullmatch(r"[\w.]+", key) else None
     return "true" if isinstance(default, bool) else "VALUE"
 
 
 def swept_keys(config: DictConfig) -> frozenset[str]:
-    """Return the keys that a sweep varies: by its words, or by those that an experiment brings along.
+    """Return the keys that a sweep varies, set on the command line or in the experiment file.
 
     Args:
-        config: the sweep's own, as Hydra composes it.
+        config: the configuration of the sweep, composed by Hydra.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -127,14 +136,14 @@ def swept_keys(config: DictConfig) -> frozenset[str]:
 
 
 def check_read(runs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> list[str]:
-    """Find keys that a command sets and its runs do not read. A forced key, `++k=3`, is meant for the runs that read it.
+    """Find keys that a command sets but its runs do not read. Forced keys (`++k=3`) are not checked.
 
     Args:
-        runs: the words of each run of the command.
-        compose: returns the configuration of a run, with its interpolations, given its words.
+        runs: the command-line arguments of each run.
+        compose: returns the configuration of a run, interpolations unresolved, given the run's arguments.
 
     Returns:
-        What to tell the user: keys that only some of the runs read.
+        Notices for the user about keys that only some of the runs read.
 
     Raises:
         ConfigError: a key that no run reads.
@@ -142,7 +151,7 @@ def check_read(runs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]],
     watched = {*SHORT, *(key for rule in _IDLE for key in rule.keys)}
     deciding = {"experiment", "method", "method.preset", *(f"method.{rule.own}" for rule in _IDLE)}
     kinds: dict[tuple[str, ...], Sequence[str]] = {}
-    for words in runs:  # those with the same deciding words read the same keys, and composing is slow
+    for words in runs:  # composing is slow, and runs that agree in `deciding` read the same keys
         kinds.setdefault(tuple(word for word in words if word.partition("=")[0] in deciding), words)
     read: set[str] = set()
     unread: dict[str, dict[str, str]] = {}
@@ -158,17 +167,15 @@ def check_read(runs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]],
     for key, reasons in unread.items():
         if key not in read:
             word = next(iter(reasons.values()))
-            raise ConfigError(
-                f"{word}: {key} is not read by {', '.join(reasons)}\nway out: leave it out; it changes nothing"
-            )
+            raise ConfigError(f"{word}: {key} is not read by {', '.join(reasons)}\nway out: remove it; it has no effect")
     return [f"{key} is not read by {', '.join(reasons)}" for key, reasons in unread.items()]
 
 
 def _why_unread(composed: DictConfig, key: str) -> str | None:
-    """Return what keeps a run from reading a key, None for one that it reads."""
+    """Return the setting because of which a run ignores a key; None if the run reads the key."""
     name = composed.method.get("name")
     content: Any = OmegaConf.to_container(composed, resolve=False)
-    content.pop("hydra", None)  # which quotes the words of the command line
+    content.pop("hydra", None)  # it repeats the command line, which would look like an interpolation
     if key in SHORT and f"${{{key}}}" not in str(content):
         return f"method={name}"
     for rule in _IDLE:
@@ -178,11 +185,11 @@ def _why_unread(composed: DictConfig, key: str) -> str | None:
 
 
 def explain(error: Exception, words: Sequence[str] = ()) -> str:
-    """Bring an error of Hydra or OmegaConf to one or two lines: the key, the value, what is allowed.
+    """Shorten an error of Hydra or OmegaConf to one or two lines: the key, the value and what is allowed.
 
     Args:
-        error: what was raised.
-        words: the words of the command line, where they are known.
+        error: the exception of Hydra or OmegaConf.
+        words: the command-line arguments, if known.
     """
     text = f"{error}\n{error.__cause__ or ''}"
     missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
@@ -205,11 +212,11 @@ def explain(error: Exception, words: Sequence[str] = ()) -> str:
 
 
 def unknown_key(key: str, words: Sequence[str] = ()) -> ConfigError:
-    """Build the message for a key that does not exist: the key that was meant, else those beside it.
+    """Build the error for an unknown key. It suggests the key that was probably meant, else lists the keys of its section.
 
     Args:
-        key: as it was written.
-        words: the words of the command line; the methods that they choose decide which of `method`'s keys there are.
+        key: the key as the user wrote it.
+        words: the command-line arguments; the methods chosen there determine which `method` keys exist.
     """
     owners = method_keys()
     chosen = [name for word in words if word.startswith("method=") for name in word[len("method=") :].split(",")]
@@ -232,9 +239,9 @@ def unknown_key(key: str, words: Sequence[str] = ()) -> ConfigError:
 
 
 def find_keys(key: str) -> list[str]:
-    """Return the keys that have the same name elsewhere, in another case, or by the field's other name for it.
+    """Return existing keys with the same last component, in any case, or of which this is a known synonym.
 
-    Of those the short ones, at the top, stand for all: `rank` for `method.rank`.
+    Only the keys with the fewest components are returned: `rank` rather than `method.rank`.
     """
     name = key.rpartition(".")[2].lower().replace("-", "_")
     bare = re.sub(r"^(lora|num)_|_(name|steps)$", "", name)
@@ -248,16 +255,16 @@ def find_keys(key: str) -> list[str]:
 
 
 def _likeness(known: str, key: str) -> float:
-    """Compare two keys by their last components; of equals the one in the same place is nearer."""
+    """Return the similarity of the last components of two keys (0 to 1), plus 0.1 if they are in the same section."""
     (place, _, name), (other_place, _, other) = known.rpartition("."), key.rpartition(".")
     return difflib.SequenceMatcher(None, name, other).ratio() + (0.1 if place == other_place else 0)
 
 
 def _schema_keys() -> list[str]:
-    """Return the full keys of the schema, groups among them; a method's are in its YAML."""
+    """Return the full keys of the schema, sections included, without the methods' own keys."""
 
     def walk(node: DictConfig, path: str) -> Iterator[str]:
-        # keys(): a missing value is still a key. What authors published is none to set.
+        # keys() also yields keys whose value is missing. The content of presets cannot be set.
         for name in (name for name in node.keys() if name != "presets"):  # noqa: SIM118
             yield f"{path}{name!s}"
             child = None if OmegaConf.is_missing(node, name) else node[name]
@@ -268,7 +275,7 @@ def _schema_keys() -> list[str]:
 
 
 def method_keys() -> dict[str, list[str]]:
-    """Return the full keys of all methods, with the methods that have them."""
+    """Map every method's own full keys to the names of the methods that have them."""
     owners: dict[str, list[str]] = {}
     for file in sorted((config_folder() / "method").glob("*.yaml")):
         content: Any = OmegaConf.load(file)
@@ -279,7 +286,7 @@ def method_keys() -> dict[str, list[str]]:
 
 
 def _expected(key: str, text: str) -> str:
-    """Say what a key takes: its rule where it has one, else the type that OmegaConf asked for."""
+    """Return the allowed values of a key: its rule if it has one, else the type that OmegaConf expected."""
     from wlora.config.rules import RULES
 
     if key in RULES:

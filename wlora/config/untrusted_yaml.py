@@ -1,8 +1,9 @@
-"""YAML files from outside the package (`--config-dir`, `hydra.searchpath`): settings of a run, and nothing else.
+"""Checks of YAML files from outside the package (`--config-dir`, `hydra.searchpath`): they may only contain run settings.
 
-Hydra calls what `_target_` names, sets the process's environment and configures logging from the same files that hold a
-run's settings. A file that somebody passed on may only set keys of our own groups, so everything else is refused. The check
-stands where Hydra opens a file: what is read is what was checked, whichever way Hydra found it. Nothing here imports torch.
+In Hydra's YAML files, `_target_` can call any function, and other keys set environment variables or configure logging. A
+file from another person could therefore run arbitrary code. This module restricts external files to the keys of our own
+groups. The check runs where Hydra opens a file, so the checked content is exactly the content that is used, no matter how
+Hydra found the file. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from wlora.reading import open_file
 
 SECTIONS = ("task", "model", "method", "train")
 GLOBAL = ("experiment", "hardware")
-"""The groups whose files set keys of all sections: their package is `_global_`."""
+"""Groups whose files may set keys of all sections (Hydra package `_global_`)."""
 MOST_BYTES, MOST_DEPTH = 1 << 16, 12
 
-# What a job may ask of a launcher. `setup`, `python` and the like are commands, `additional_parameters` has some.
+# Launcher settings that external files may set. Settings that contain commands are excluded: `setup`, `python`,
+# `additional_parameters` and others.
 RESOURCES = (
     *("timeout_min", "signal_delay_s", "max_num_timeout", "array_parallelism", "nodes", "tasks_per_node", "cpus_per_task"),
     *("gpus_per_node", "gpus_per_task", "cpus_per_gpu", "mem_gb", "mem_per_cpu", "mem_per_gpu", "gres", "constraint"),
     *("exclude", "partition", "account", "qos", "n_jobs", "ray.remote.num_cpus", "ray.remote.num_gpus"),
 )
-# Where results go is for the command line to say. A preset's keys are full keys of the whole configuration.
+# Output locations may only be set on the command line. Presets are excluded because they can set any key.
 _NEVER = ("results_dir", "track", "task.presets", "method.presets")
 _ALLOWED = f"keys of {', '.join((*SECTIONS, *GLOBAL))}, hydra.sweeper.params and resources in hydra.launcher"
 _REFERENCE = re.compile(r"\$\{(\w+)(?:\.(?:\w+|\$\{(?:task|model|method)\.name\}))*\}")
@@ -44,10 +46,10 @@ _KEYS = {field.name for field in dataclasses.fields(Config)}
 
 
 def refuse_words(words: Sequence[str]) -> None:
-    """Refuse flags that lead Hydra away from this program's own configuration.
+    """Reject Hydra flags that replace this program's configuration.
 
     Raises:
-        ConfigError: a pickle to start from, or another configuration in the place of the program's.
+        ConfigError: `--experimental-rerun` (loads a pickle), `--config-path`, or a `--config-name` other than `config`.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -64,17 +66,21 @@ def refuse_words(words: Sequence[str]) -> None:
 
 
 def guard_files() -> None:
-    """Let Hydra read YAML files through the classes below, in this process and in those of launchers."""
+    """Make Hydra read YAML files through the checking classes below, in this process and in launcher processes."""
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins
 
-    Plugins.instance()  # which registers Hydra's own classes first
+    Plugins.instance()  # registers Hydra's own classes, which the next line replaces
     SourcesRegistry.instance().types.update(file=FileConfigSource, pkg=ImportlibResourcesConfigSource)
 
 
-# Both are named as Hydra's own: its registry, which launchers carry to other processes, compares the names.
+# Both classes have the names of Hydra's own classes, because Hydra's registry compares class names when launchers restore it
+# in another process.
 class ImportlibResourcesConfigSource(importlib_resources_config_source.ImportlibResourcesConfigSource):  # type: ignore[misc]
-    """Reads Hydra's files and its plugins', but no package that a search path names: looking into one imports it."""
+    """Config source for the files of Hydra and its plugins.
+
+    Packages named in `hydra.searchpath` are rejected, because listing their files would import them.
+    """
 
     def __init__(self, provider: str, path: str) -> None:
         if provider.startswith("hydra.searchpath"):
@@ -83,18 +89,18 @@ class ImportlibResourcesConfigSource(importlib_resources_config_source.Importlib
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
-    """Reads the package's files as they are, and others only if they are settings. Where a link leads decides."""
+    """Config source for folders. Packaged files are read unchecked, all others are checked. Symbolic links are resolved."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Read one file, given by its group and name.
 
         Raises:
-            ConfigError: a file from elsewhere that cannot be read, is too large or sets what it may not.
+            ConfigError: an external file cannot be read, is too large, or sets a key that it must not set.
         """
         file = Path(self.path, self._normalize_file_name(config_path))
         target = file.resolve()
         if target.is_relative_to(config_folder().resolve()):
-            # Read by where it is: a link could lead elsewhere by the time that it is followed again.
+            # Read the resolved path: the target of a link could change between the check and the read.
             own = file_config_source.FileConfigSource(provider=self.provider, path=f"file://{target.parent}")
             found = own.load_config(target.name)
             return dataclasses.replace(found, path=f"{self.scheme()}://{self.path}")
@@ -122,7 +128,7 @@ def _refuse(file: Path, found: str, allowed: str) -> NoReturn:
 
 
 def _check_form(file: Path, text: str) -> None:
-    """Refuse what could take for ever to build, and what would be filled in from outside the configuration."""
+    """Reject YAML that could expand without bound (deep nesting, aliases) or that interpolates anything but our keys."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -137,12 +143,12 @@ def _check_form(file: Path, text: str) -> None:
 
 
 def _check_content(file: Path, place: Sequence[str], package: str | None, content: Any) -> None:
-    """Refuse a file that is in no group of ours, or sets other keys than it may.
+    """Reject a file that is outside our groups or sets keys that it must not set.
 
     Args:
-        place: group and name, as Hydra looks for them.
-        package: where the file's header says that its keys belong.
-        content: of the file, interpolations unresolved.
+        place: group and name in Hydra's search.
+        package: the value of `# @package` in the file's header; None without a header.
+        content: the file's content with unresolved interpolations.
     """
     group = place[0]
     if group not in (*SECTIONS, *GLOBAL) or len(place) < 2 or ".." in place:
@@ -164,7 +170,7 @@ def _check_content(file: Path, place: Sequence[str], package: str | None, conten
 def _may_choose(entry: Any, group: str) -> bool:
     """Tell whether an entry of a defaults list is allowed.
 
-    Foreign files never include each other: a chain of them could branch without end.
+    External files must not include each other, because a chain of includes could grow exponentially.
     """
     if isinstance(entry, str):
         return entry == "_self_" or _packaged(group, entry)
@@ -183,7 +189,7 @@ def _packaged(group: str, name: str | None) -> bool:
 
 
 def _leaves(content: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield every value that is no mapping, or an empty one, by its path of keys."""
+    """Yield (path of keys, value) for every value that is not a non-empty mapping."""
     if isinstance(content, dict) and content:
         for key, value in content.items():
             yield from _leaves(value, (*path, str(key)))
@@ -192,22 +198,22 @@ def _leaves(content: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
 
 
 def _may_set(path: tuple[str, ...], value: Any) -> bool:
-    """Tell whether a file from elsewhere may set a key to a value."""
+    """Tell whether an external file may set the key at `path` to `value`."""
     if path[:2] == ("hydra", "launcher"):
         safe = isinstance(value, str) and re.fullmatch(r"[\w.,:&|*+@%()\[\]/-]*", value)
         return ".".join(path[2:]) in RESOURCES and (value is None or bool(safe) or isinstance(value, int | float))
     if path[:3] == ("hydra", "sweeper", "params") and len(path) == 4:
-        # Its values are words of the command line, in whose grammar a backslash can hide an interpolation.
+        # These values are parsed by the command-line grammar, in which a backslash can hide an interpolation.
         plain = not isinstance(value, dict | list) and not re.search(r"[$\\]", str(value))
         return plain and (path[3] == "hardware" or _is_setting(path[3].split("."), Config))
     free = path[0] == "per_task" or path[:2] == ("model", "architecture") or (path[0] == "method" and len(path) > 2)
     if "${" in str(value) and (free or not isinstance(value, str)):
-        return False  # whose copies could be copied in their turn, without end
+        return False  # interpolated copies could be interpolated again and grow exponentially
     return _is_setting(path, Config)
 
 
 def _is_setting(path: Sequence[str], kind: Any) -> bool:
-    """Tell whether a path of keys is one of the schema; of `method` the keys are those of the packaged methods."""
+    """Tell whether a path of keys exists in the schema or, for `method`, in a packaged method."""
     if kind is Config and ".".join(path[:2]) in _NEVER:
         return False
     field = next((field for field in dataclasses.fields(kind) if field.name == path[0]), None)

@@ -1,4 +1,4 @@
-"""What all kinds of tasks share in making features: compact columns, rows of them, and padding these to a batch."""
+"""Encoded features shared by all kinds of tasks: compact storage by column, access by row, and padding to batches."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import pyarrow as pa
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-# Small integers: the tokens of the whole training set stay in memory.
+# Small integer types, because the tokens of the whole training set are kept in memory.
 INPUT_TYPES = {"input_ids": pa.int32(), "token_type_ids": pa.int8(), "attention_mask": pa.int8()}
 ROWS_AT_ONCE = 2048
-"""Rows to tokenise in one call: enough for all cores, without a second copy of everything in Python objects."""
+"""Rows tokenised per call: enough to use all cores, without converting the whole data set to Python objects at once."""
 
 
 class Features:
-    """Rows as the model reads them, in memory by column: numbers, or lists of numbers.
+    """Encoded rows in memory, stored by column. Values are numbers or lists of numbers.
 
-    A GPU waits for every batch that is read: rows are views of whole columns, where a `Dataset` decodes them anew each time,
-    which takes longer than a layer of the model.
+    The GPU waits while a batch is read. Rows are therefore views of whole columns. A `Dataset` would decode them on each
+    access, which takes longer than one layer of the model.
 
     Args:
-        pieces: tables with the same columns, one below the other; `length` (tokens) is among them.
-        truncated_share: share of the rows of which something was cut off.
-        lost_answers: training rows whose answer stands whole in no window; 0 for tasks without answers in texts.
+        pieces: tables with equal columns, to be concatenated; `length` (tokens) is one of the columns.
+        truncated_share: share of the rows that were truncated.
+        lost_answers: training rows whose answer lies completely in no window; 0 for tasks without answer spans.
     """
 
     def __init__(self, pieces: Sequence[pa.Table], *, truncated_share: float = 0.0, lost_answers: int = 0) -> None:
@@ -37,7 +37,7 @@ class Features:
         return int(self.table.num_rows)
 
     def array(self, name: str) -> pa.Array:
-        """Return a column in one piece."""
+        """Return a column as one contiguous array of length [rows]."""
         return self.table[name].combine_chunks()
 
     def column(self, name: str) -> list[Any]:
@@ -46,19 +46,19 @@ class Features:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of every row."""
+        """Number of tokens of each row."""
         return self.column("length")
 
     @cached_property
     def loss_weights(self) -> list[int]:
-        """What each row counts in a mean over batches, so that it is the same however they are cut.
+        """Weight of each row in a mean loss over batches, so that the mean does not depend on the split into batches.
 
-        The loss of a text is a mean over its tokens (column `loss_tokens`); any other counts once per row.
+        For text targets the loss is a mean over tokens, so the weight is the column `loss_tokens`; otherwise it is 1.
         """
         return self.column("loss_tokens") if "loss_tokens" in self.table.column_names else [1] * len(self)
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return rows by index: numbers, and lists as numpy arrays, which are views that must not be written to."""
+        """Return rows by index. Lists are numpy arrays; they are views and must not be modified."""
         found: list[dict[str, Any]] = [{} for _ in indices]
         for name, (values, ends) in self._columns.items():
             for row, index in zip(found, indices, strict=True):
@@ -67,7 +67,7 @@ class Features:
 
     @cached_property
     def _columns(self) -> dict[str, tuple[Any, list[int] | None]]:
-        """By name, numbers and None, or the numbers of all lists and where each of these ends, from 0 on."""
+        """By column name: (values, None) for numbers, or (concatenated values, offsets [rows + 1]) for lists."""
         columns: dict[str, tuple[Any, list[int] | None]] = {}
         for name in self.table.column_names:
             column = self.array(name)
@@ -79,13 +79,13 @@ class Features:
 
 
 def input_columns(encoded: Mapping[str, Any]) -> dict[str, pa.Array]:
-    """Return the model's inputs that a tokenizer gave, as lists of small integers, and `length` (tokens, int32)."""
+    """Return a tokenizer's output as columns of lists of small integers, and `length` (number of tokens, int32)."""
     columns = {key: pa.array(encoded[key], pa.list_(kind)) for key, kind in INPUT_TYPES.items() if key in encoded}
     return {**columns, "length": columns["input_ids"].value_lengths()}
 
 
 def find_truncated(encoded: BatchEncoding, max_length: int | None) -> list[bool]:
-    """Tell which rows were cut; a tokenizer written in Python does not say, so full rows count as cut there."""
+    """Tell which rows were truncated. A tokenizer in Python does not report this, so rows of maximum length count."""
     if encoded.encodings is not None:
         return [bool(row.overflowing) for row in encoded.encodings]
     return [len(ids) == max_length for ids in encoded["input_ids"]]
@@ -94,12 +94,12 @@ def find_truncated(encoded: BatchEncoding, max_length: int | None) -> list[bool]
 def pad(
     features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, side: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return the model's inputs of a batch, padded to the longest, each of shape [features, tokens], int64.
+    """Return the model's inputs of a batch, padded to the longest row; each has shape [features, tokens], int64.
 
-    As `tokenizer.pad` does, which takes some thirty times as long.
+    The result equals that of `tokenizer.pad`, which takes about thirty times as long.
 
     Args:
-        side: `right` where positions matter; None for the tokenizer's own.
+        side: `right` if token positions matter; None for the padding side of the tokenizer.
     """
     fillers = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0}
     names = [name for name in INPUT_TYPES if name in features[0]]
@@ -107,7 +107,7 @@ def pad(
 
 
 def stack(rows: Sequence[Sequence[int]], filler: int, side: str) -> torch.Tensor:
-    """Return lists of numbers as one int64 tensor, filled up at a side: shape [rows, longest]."""
+    """Return lists of numbers as one int64 tensor of shape [rows, longest], padded with `filler` on the given side."""
     block = np.full((len(rows), max(map(len, rows))), filler, dtype=np.int64)
     for line, row in zip(block, rows, strict=True):
         line[len(line) - len(row) if side == "left" else 0 :][: len(row)] = row

@@ -1,4 +1,4 @@
-"""What has to come from the model and data hub, and whether it can: answered within seconds, before torch."""
+"""Check which models and data must come from the hub and whether they are available. It takes seconds and needs no torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ PROBE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class HubSource:
-    """Something that a run takes from the hub.
+    """A model or data set that a run loads from the hub.
 
     Attributes:
-        key: what chose it, as the user writes it.
+        key: the argument that selects it, as the user writes it.
         repository: its hub id.
-        cached: whether it is in a local cache.
-        file: of a model, the file that is asked for first, at `revision`.
+        cached: whether it is in the local cache.
+        file: for a model, the first file that is requested; None for data.
+        revision: the revision of `file`.
     """
 
     key: str
@@ -35,10 +36,10 @@ class HubSource:
 
 
 def require_sources(config: Config) -> None:
-    """Refuse a run whose model or data are neither at hand nor reachable.
+    """Check that the model and data of a run are cached or can be downloaded.
 
-    Where everything is cached and the hub cannot be reached, the libraries are put in offline mode so that they do
-    not wait for it.
+    If everything is cached and the hub cannot be reached, the hub libraries are switched to offline mode, so that they do
+    not wait for a timeout.
 
     Raises:
         ConfigError: something is missing and the network is off (`offline`, `HF_HUB_OFFLINE`) or down, or the model's
@@ -65,7 +66,7 @@ def require_sources(config: Config) -> None:
 
 
 def go_offline() -> None:
-    """Make the hub libraries use their caches only, whether they are imported yet or not."""
+    """Make the hub libraries use only their caches, even if they have already been imported."""
     import huggingface_hub.constants
 
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -74,12 +75,12 @@ def go_offline() -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets = sys.modules.get("datasets")
     if datasets is not None:
-        # It has read the environment already: an earlier run of the sweep had the network.
+        # The library has already read the environment, for example in an earlier run of the sweep.
         datasets.config.HF_HUB_OFFLINE = True
 
 
 def _wanted(config: Config) -> list[HubSource]:
-    """List what is neither local nor generated."""
+    """List the model and data of a run that are neither local nor generated."""
     task, model = config.task, config.model
     found: list[HubSource] = []
     if model.path is None and model.source == "hub" and model.hub_id:
@@ -92,7 +93,7 @@ def _wanted(config: Config) -> list[HubSource]:
 
 
 def _refuse_gated(source: HubSource) -> None:
-    """Ask for a file as transformers will; any answer but `gated` is left to the load to deal with.
+    """Request a file as transformers will do. Errors other than `gated` are ignored here; loading will report them.
 
     Raises:
         ConfigError: the repository is gated, and there is no token or one without access.
@@ -109,12 +110,12 @@ def _refuse_gated(source: HubSource) -> None:
             f"{source.key}: {source.repository} is gated: accept its licence on the repository's page and set HF_TOKEN or "
             "run `hf auth login`, or give a local copy as model.path=DIR"
         ) from None
-    except Exception:  # of the network, of two libraries
+    except Exception:  # network errors have different classes in the libraries
         return
 
 
 def _told_to_stay_offline() -> bool:
-    """Tell whether the user's environment says so, in the words the hub's library takes."""
+    """Tell whether environment variables of the hub libraries request offline mode."""
     named = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return named.lower() in ("1", "true", "yes", "on")
 
@@ -126,9 +127,9 @@ def _model_is_cached(repo: str, file: str, revision: str) -> bool:
 
 
 def _dataset_is_cached(repo: str, subset: str | None) -> bool:
-    """Tell whether the datasets library has prepared the subset: off the network it reads nothing else.
+    """Tell whether the datasets library has prepared the subset in its cache; offline, it can read only prepared subsets.
 
-    What the hub's own cache holds (the card, or another subset's files) does not help it.
+    Files in the cache of huggingface_hub (the data set card, or files of other subsets) are not sufficient.
     """
     from huggingface_hub import constants
 
@@ -138,7 +139,7 @@ def _dataset_is_cached(repo: str, subset: str | None) -> bool:
 
 
 def _reachable() -> bool:
-    """Ask the hub for an answer, any answer; a name look-up that hangs counts as none."""
+    """Tell whether the hub responds within `PROBE_SECONDS`, with any status. The thread also limits slow DNS look-ups."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     answered = threading.Event()
 
@@ -147,7 +148,7 @@ def _reachable() -> bool:
             urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS)
         except urllib.error.HTTPError:
             pass
-        except Exception:  # besides OSError those of http.client, which have no class in common with it
+        except Exception:  # OSError, and exceptions of http.client, which have no common base class
             return
         answered.set()
 

@@ -1,4 +1,4 @@
-"""The local files of a task: found, hashed and read. Every fault names `task.path` and the file."""
+"""Finding and reading the local files of a task. Every error message names `task.path` and the file."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ EXTENSIONS = ("parquet", "json", "jsonl", "csv", "tsv")
 _NAMES_SHOWN = 8
 _LINE = 160
 _CSV_BLOCK = 1 << 24
-"""Bytes; the CSV reader refuses a row longer than a block."""
+"""Block size in bytes. The CSV reader rejects rows longer than one block."""
 _SPACE = re.compile(r"\s*")
 
 
 def fault(file: Path, text: str) -> ConfigError:
-    """Build the message for a file of the folder `task.path` that cannot be used."""
+    """Build the error for an unusable file in the folder `task.path`."""
     return ConfigError(f"task.path={file.parent}: {file.name}: {text}")
 
 
 def line_of(error: BaseException) -> str:
-    """Return the message of an error as one line of bounded length."""
+    """Return the message of an exception as one line of at most 160 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LINE else text[:_LINE] + "…"
 
@@ -39,7 +39,7 @@ def find_files(folder: Path, split: str) -> list[Path]:
     """Return the file of a split, or its shards in order (`train-00000-of-00002.parquet`, as on the hub).
 
     Raises:
-        ConfigError: there is no such folder or file, more than one, or a shard is missing or empty.
+        ConfigError: the folder or file is missing, there are several files, or a shard is missing or empty.
     """
     if not os.path.isdir(folder):
         what = "is a file" if os.path.exists(folder) else "does not exist"
@@ -68,14 +68,14 @@ def read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:
     """Read one file into memory.
 
     Args:
-        file: parquet, JSON, CSV (quoted as in RFC 4180) or TSV (not quoted: those of GLUE have unbalanced quotes).
-            JSON is objects one after the other (one a line or not), an array of objects, such an array under the key
-            `data`, or SQuAD's own nested form. All columns of CSV and TSV are read as text, so that text made of
-            digits stays text. Texts are UTF-8, with or without a byte order mark.
-        columns: the columns to read, None for all.
+        file: parquet, JSON, CSV (quoting as in RFC 4180) or TSV (no quoting, because GLUE's files have unbalanced quotes).
+            JSON may be a sequence of objects (such as JSON lines), an array of objects, an object with such an array under
+            `data`, or the nested format of SQuAD. All columns of CSV and TSV are read as text, so that text consisting of
+            digits remains text. The encoding is UTF-8, with or without a byte order mark.
+        columns: the columns to read; None for all.
 
     Raises:
-        ConfigError: the file is unreadable or corrupt, or lacks a column.
+        ConfigError: the file is unreadable or corrupt, or a column is missing.
     """
     import pyarrow as pa
 
@@ -114,7 +114,7 @@ def _read_csv(file: Path, columns: Sequence[str] | None) -> pa.Table:
 
 
 def _read_json(file: Path, columns: Sequence[str] | None) -> pa.Table:
-    # Not with pyarrow.json: it takes strings that look like dates for dates, and reads no arrays.
+    # pyarrow.json is not used, because it converts date-like strings to dates and cannot read arrays.
     import pyarrow as pa
 
     rows = _unwrap(_parse_values(read_file(file).decode("utf-8-sig")))
@@ -128,7 +128,7 @@ def _read_json(file: Path, columns: Sequence[str] | None) -> pa.Table:
 
 
 def _parse_values(text: str) -> list[Any]:
-    """Return the JSON values of a text, which stand one after the other: one a line, or over any number of lines."""
+    """Return the consecutive JSON values of a text. Each value may span any number of lines."""
     decoder, values, position = json.JSONDecoder(), [], 0
     try:
         while (position := _SPACE.match(text, position).end()) < len(text):  # type: ignore[union-attr]
@@ -140,7 +140,7 @@ def _parse_values(text: str) -> list[Any]:
 
 
 def _unwrap(values: list[Any]) -> list[Any]:
-    """Return the rows of a document that is one array, or one object with an array under `data`; else the values."""
+    """Return the rows of a single array, or of a single object with an array under `data`; otherwise return the values."""
     if len(values) != 1:
         return values
     document = values[0]
@@ -152,7 +152,7 @@ def _unwrap(values: list[Any]) -> list[Any]:
 
 
 def _unnest(articles: list[Any]) -> list[Any]:
-    """Turn SQuAD's own distribution, articles of paragraphs of questions, into rows as on the hub."""
+    """Convert SQuAD's nested format (articles, paragraphs, questions) to rows as on the hub."""
     try:
         return [
             {

@@ -1,4 +1,4 @@
-"""Checks of loaded rows, a whole column at once: the columns are there, texts are text, labels in range."""
+"""Checks of loaded rows by column: all columns exist, texts are strings, and labels are in range."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ if TYPE_CHECKING:
 LABEL = "label"
 ANSWERS = "answers"
 MOST_BYTES = 1 << 20
-"""Of a text: one much longer is no row but a whole file, and keeps a tokenizer busy for minutes."""
+"""Maximum bytes of a text. A longer text is probably a whole file by mistake, and tokenising it would take minutes."""
 _SHOWN = 40
 _LIST_SHOWN = 80
 
 
 def needed_columns(task: TaskConfig) -> list[str] | None:
-    """Return the columns a task reads and keeps, None for all."""
+    """Return the columns that a task uses; None for all."""
     further = {"classification": [LABEL], "question_answering": [ANSWERS], "summarization": []}
     return [*task.columns, *further[task.kind]] if task.kind in further else None
 
 
 def check_rows(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
-    """Return the needed columns, text as strings, labels as int64 class numbers or float64 values, answers as SQuAD's.
+    """Return the needed columns in canonical types.
+
+    Texts become strings. Labels become int64 class indices or float64 values. Answers get the format of SQuAD.
 
     Args:
-        table: the rows as loaded.
-        task: names the text columns and the classes.
-        where: the key, its value and the file or split, for messages.
+        table: the loaded rows.
+        task: defines the text columns and the classes.
+        where: the key with its value and the file or split, for error messages.
 
     Raises:
-        ConfigError: no rows, a missing column, or a cell that is not as expected.
+        ConfigError: there are no rows, a column is missing, or a cell is invalid.
     """
     import pyarrow as pa
 
@@ -81,12 +83,12 @@ def _check_text(column: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
 
 
 def _check_answers(column: pa.ChunkedArray, contexts: pa.ChunkedArray, at: str, *, required: bool) -> pa.ChunkedArray:
-    """Return answers as `{text: [strings], answer_start: [int64]}`, each of which stands in its row's context.
+    """Return answers as `{text: [strings], answer_start: [int64]}`, after checking that each occurs in its context.
 
     Args:
         column: the answers.
-        contexts: the texts that they are spans of.
-        at: for messages.
+        contexts: the texts that contain the answers.
+        at: location for error messages.
         required: whether every row must have an answer.
     """
     import pyarrow as pa
@@ -109,9 +111,9 @@ def _check_answers(column: pa.ChunkedArray, contexts: pa.ChunkedArray, at: str, 
 
 
 def _find_fault(texts: list[str] | None, starts: list[int] | None, context: str) -> str | None:
-    """Say what is wrong with the answers of one row."""
+    """Return a description of the first error in the answers of one row; None if they are valid."""
     if not context.strip():
-        return "has an empty context; expected is the text that its answers stand in"
+        return "has an empty context; expected is the text that contains the answers"
     if texts is None or starts is None or None in texts or None in starts:
         return "is empty (null); expected are text and answer_start, both [] where there is no answer"
     if len(texts) != len(starts):
@@ -128,9 +130,9 @@ def _find_fault(texts: list[str] | None, starts: list[int] | None, context: str)
 
 
 def _name_classes(labels: pa.ChunkedArray, schema: pa.Schema) -> pa.ChunkedArray:
-    """Replace class numbers by their names where the file says which number means which class.
+    """Replace class indices by names if the file's schema contains class names.
 
-    The order of the file's classes, and their spelling, may differ from the task's and from those of other files.
+    The order and spelling of classes in the file may differ from those of the task or of other files.
     """
     import pyarrow as pa
 
@@ -142,7 +144,7 @@ def _name_classes(labels: pa.ChunkedArray, schema: pa.Schema) -> pa.ChunkedArray
 
 
 def _classes(labels: pa.ChunkedArray, names: Sequence[str], at: str) -> np.ndarray:
-    """Return class numbers [rows], int64, from numbers, names, or numbers in text."""
+    """Return class indices of shape [rows], int64, from integers, class names, or integers as text."""
     import pyarrow as pa
 
     allowed = f"allowed is 0..{len(names) - 1} ({', '.join(names)})"
@@ -160,7 +162,7 @@ def _classes(labels: pa.ChunkedArray, names: Sequence[str], at: str) -> np.ndarr
 
 
 def _parse_classes(labels: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
-    """Return class numbers [rows], with -1 for what is neither the name of a class, in any case, nor its number."""
+    """Return class indices of shape [rows], int64. Names are compared case-insensitively; -1 marks unknown values."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -169,14 +171,14 @@ def _parse_classes(labels: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
 
     texts, known = labels.cast(pa.string()), pa.array(names, pa.string())
     numbers = pa.array([str(number) for number in range(len(names))])
-    found = pc.index_in(texts, value_set=known)  # first of all as it is: two classes may differ in case only
+    found = pc.index_in(texts, value_set=known)  # exact matches first: two classes may differ only in case
     for values in (fold(known), numbers):
         found = pc.coalesce(found, pc.index_in(fold(texts), value_set=values))
     return np.asarray(found.fill_null(-1).to_numpy(), dtype=np.int64)
 
 
 def _values(labels: pa.ChunkedArray, at: str) -> np.ndarray:
-    """Return finite values [rows], float64, from integers, floats, or numbers in text."""
+    """Return finite values of shape [rows], float64, from integers, floats, or numbers as text."""
     import pyarrow as pa
 
     if _is_text(labels):
@@ -200,7 +202,7 @@ def _parse_float(text: str) -> float:
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Undo dictionary encoding, which is how categories arrive from pandas."""
+    """Decode a dictionary-encoded column, which pandas writes for categories."""
     import pyarrow as pa
 
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
@@ -219,7 +221,7 @@ def _refuse_nulls(column: pa.ChunkedArray, at: str) -> None:
 
 
 def _stored_names(schema: pa.Schema) -> list[str] | None:
-    """Return the class names that the datasets library writes into the schema of its files."""
+    """Return the class names that the datasets library stores in the schema of its files; None if there are none."""
     try:
         info: Any = read_json((schema.metadata or {})[b"huggingface"])
         return [str(name) for name in info["info"]["features"][LABEL]["names"]]

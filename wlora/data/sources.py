@@ -1,4 +1,4 @@
-"""Where rows come from: a local folder, a generator, or the hub, in this order. Never imports torch."""
+"""Loading of task data from a local folder, a generator or the hub, in this order of priority. Never imports torch."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Splits:
     Attributes:
         rows: `train` and every validation split by its name. A classification task has its text columns
             (strings) and `label` (int64 class number, or float64 for regression); others keep all columns.
-        fingerprint: what `fingerprint` returns, or `hub_id@commit`.
-        revision: resolved commit on the hub; None for local and generated rows.
+        fingerprint: the value of `fingerprint(task)`; for the hub, `hub_id@commit`.
+        revision: resolved commit on the hub; None for local and generated data.
     """
 
     rows: dict[str, Dataset]
@@ -44,9 +44,9 @@ class Splits:
 
 
 def fingerprint(task: TaskConfig) -> str | None:
-    """Return 16 hex digits for the content of local files or of a generator, None for the hub.
+    """Return a content hash of 16 hex digits for local files or a generator; None for the hub.
 
-    Reads the files' bytes and nothing else: no network, no rows.
+    This function only hashes the files' bytes. It parses no rows and needs no network.
 
     Raises:
         ConfigError: a local file is missing or empty.
@@ -64,7 +64,7 @@ def fingerprint(task: TaskConfig) -> str | None:
 
 
 def find_local(task: TaskConfig) -> list[Path]:
-    """Return the files of `task.path`, split by split; none without it.
+    """Return the files in `task.path` for all splits in order; an empty list if `task.path` is null.
 
     Raises:
         ConfigError: a folder, file or shard is missing, or empty.
@@ -75,16 +75,16 @@ def find_local(task: TaskConfig) -> list[Path]:
 def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
     """Load and check `train` and the validation splits.
 
-    With `task.max_train_rows` the training rows are the first n of one fixed permutation: the same for every
-    seed and method, and a smaller subset is part of a larger one. With `task.max_eval_rows` each validation
-    split is its first n rows. A limit above the number of rows means all of them.
+    `task.max_train_rows` selects the first n training rows of one fixed permutation. The subset is the same for every seed
+    and method, and a smaller subset is contained in a larger one. `task.max_eval_rows` selects the first n rows of each
+    validation split. A limit larger than the number of rows selects all rows.
 
     Args:
-        task: what to load.
-        offline: use only what the hub's caches hold.
+        task: the task to load.
+        offline: use only the hub's local caches.
 
     Raises:
-        ConfigError: a file, split, column or cell is not as expected, or the hub's data are out of reach.
+        ConfigError: a file, split, column or cell is invalid, or the data on the hub are not available.
     """
     content, revision = fingerprint(task), None
     if task.path is not None:
@@ -117,7 +117,7 @@ def _check_all(tables: dict[str, pa.Table], task: TaskConfig, where: str) -> dic
 
 
 def _read_local(task: TaskConfig, split: str) -> pa.Table:
-    """Read and check the rows of a split: each shard by itself, as its class names and types may be its own."""
+    """Read and check the rows of a split. Shards are checked separately, because their class names and types may differ."""
     import pyarrow as pa
 
     read = {file: files.read_table(file, needed_columns(task)) for file in _local_files(task, split)}
@@ -135,7 +135,7 @@ def _generate(generator: str, split: str) -> pa.Table:
 
 
 def _load_hub(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], str | None]:
-    """Return the tables of all splits and the commit they were made from (None in caches of old versions)."""
+    """Return the tables of all splits and their commit (None for caches of old versions of the datasets library)."""
     if offline:
         from wlora.data.hub import go_offline
 
@@ -143,20 +143,20 @@ def _load_hub(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], 
     import datasets
 
     if offline:
-        # It reads the environment when it is imported, which may have been earlier.
+        # The library reads the environment at import, which may have happened earlier.
         datasets.config.HF_HUB_OFFLINE = True
     try:
         builder = _find_builder(task)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
-    except Exception as error:  # those of four libraries, without a common class
+    except Exception as error:  # four libraries raise exceptions without a common base class
         raise ConfigError(
             f"task={task.name}: {task.hub_id} cannot be loaded: {files.line_of(error)}\n"
             "ways out: task.path=DIR with local copies, a filled cache (HF_HOME), experiment=demo"
         ) from error
     commit = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
     if _COMMIT.fullmatch(task.revision) and commit != task.revision:
-        # Off the network the library takes whatever commit its cache holds.
+        # Offline, the library uses any commit in its cache.
         raise ConfigError(f"task.revision={task.revision}: the cache holds {commit or 'another one'}")
     absent = [split for split in _split_names(task) if split not in loaded]
     if absent:
@@ -166,9 +166,10 @@ def _load_hub(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], 
 
 
 def _find_builder(task: TaskConfig) -> DatasetBuilder:
-    """Return what builds the data: from the files of the revision, or from the hub's own Parquet copy of them.
+    """Return the dataset builder for the requested revision, or for the hub's Parquet conversion.
 
-    Repositories that come with a loading script, which the library has ceased to run, have such a copy of `main`.
+    The library no longer supports repositories with a loading script. For these, the hub provides a Parquet conversion of
+    `main`.
     """
     import datasets
 
@@ -186,14 +187,14 @@ def _limit(table: pa.Table, task: TaskConfig, split: str) -> pa.Table:
         return table
     if split != "train":
         return table.slice(0, limit)
-    # RandomState, because of all of numpy's generators only it is promised to keep its sequence.
+    # Only RandomState guarantees the same random sequence in all versions of numpy.
     return table.take(np.random.RandomState(_SUBSET_SEED).permutation(table.num_rows)[:limit])
 
 
 def _wrap(table: pa.Table, identity: str) -> Dataset:
     from datasets import Dataset
 
-    # Without a given fingerprint the library would hash the whole table.
+    # Without an explicit fingerprint the library would hash the whole table.
     return Dataset(table, fingerprint=_digest(identity))
 
 

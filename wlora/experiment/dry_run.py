@@ -1,4 +1,4 @@
-"""What a run would do, told without weights and without network (`dry_run=true`)."""
+"""Description of a run without executing it (`dry_run=true`). It needs neither weights nor network."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from wlora.training.batch_growth import settle_growth
 from wlora.training.precision import Precision, choose_precision
 from wlora.training.run_length import make_plan
 
-# Stands for a run of unknown length, where a method's structure depends on it.
+# Assumed length of a run of unknown length, for methods whose structure depends on the length.
 LONG = Steps(total=100_000, per_epoch=10_000)
 
 
 def describe(config: Config) -> str:
-    """Say what a run would do (`dry_run`): adapters, parameters, steps, whether it is done. Needs no weights."""
+    """Return a description of a run: adapters, parameters, steps, memory, and whether a record exists. Needs no weights."""
     source = locate(config.model)
     device = Accelerator(cpu=not torch.cuda.is_available()).device
     config = settle_growth(config, device)
@@ -44,9 +44,9 @@ def describe(config: Config) -> str:
     counts = assemble(config, model, method).count_parameters()
     trainable = counts["adapter_initial"] + counts["base"]
     what = "base" if counts["base"] else "adapter"
-    steps = "unknown until the data are there"
+    steps = "unknown until the data are available"
     if plan is not None:
-        # Long texts are cut into windows, whose number only the tokenizer knows.
+        # Long texts are split into windows, and their number is unknown before tokenisation.
         least = "at least " if task.head == "question_answering" else ""
         steps = (
             f"{least}{plan.total_steps} ({rows:,} rows, {plan.steps_per_epoch} per epoch, batch {plan.batch_size} × "
@@ -71,10 +71,10 @@ def describe(config: Config) -> str:
 
 
 def _final(method: Method, counts: dict[str, int]) -> list[str]:
-    """Say how many adapter parameters are left at the end, if not all of the start."""
+    """Return a line with the number of adapter parameters at the end of the run, if it differs from the start."""
     found = method.final_count()
     if found is None:
-        return ["at the end adapter parameters are left as the run decides"]
+        return ["at the end the number of adapter parameters depends on the run"]
     least, most = found
     if least == most == counts["adapter_initial"]:
         return []
@@ -83,24 +83,24 @@ def _final(method: Method, counts: dict[str, int]) -> list[str]:
 
 
 def _foresee(config: Config, precision: Precision, steps: Steps) -> list[str]:
-    """Say how much memory a step will take; a method whose shapes depend on numbers shows that only when it runs."""
+    """Return lines about the memory of a training step. No estimate is possible if a method's shapes depend on values."""
     try:
         return tell(estimate(config, precision, steps), config)
     except RuntimeError as error:
-        return [f"not foreseen for method={config.method['name']} ({type(error).__name__})"]
+        return [f"no estimate for method={config.method['name']} ({type(error).__name__})"]
 
 
 def _known_status(results_dir: str, run_id: str) -> str:
-    """Say what there is of a run."""
+    """Return whether a run has a record, and its status."""
     try:
         done = RecordStore(results_dir).load(run_id)
     except ConfigError as damage:
-        return f"{damage}; it would be done again"
+        return f"{damage}; the run would be repeated"
     return f"record exists: {done.status}" if done else "no record yet"
 
 
 def _known_rows(config: Config) -> int | None:
-    """Return the number of training rows without touching the network, or None."""
+    """Return the number of training rows without using the network; None if it is unknown."""
     rows = config.task.train_rows
     if config.task.path is not None or config.task.generator is not None:
         return len(load_splits(config.task, offline=True).rows["train"])
@@ -110,7 +110,7 @@ def _known_rows(config: Config) -> int | None:
 
 
 def _countable(config: Config, source: ModelSource) -> dict[str, Any]:
-    """Return an architecture complete enough to be built; random models take the vocabulary of their tokenizer."""
+    """Return an architecture that is complete enough to build. Random models get the vocabulary size of their tokenizer."""
     architecture = read_architecture(config.model)
     if "vocab_size" not in architecture:
         architecture["vocab_size"] = len(load_tokenizer(config.model, source))

@@ -1,7 +1,7 @@
-"""The trained adapters of a run as others use them.
+"""Export of the trained adapters of a run.
 
-`peft` is a folder for `PeftModel.from_pretrained(base, folder)`, and for `adapter.path`; `merged` a plain transformers
-model, and `model.path`. Both carry a model card with the facts of the record.
+The format `peft` is a folder for `PeftModel.from_pretrained(base, folder)` and for `adapter.path`. The format `merged` is a
+plain transformers model, also for `model.path`. Both contain a model card with data from the record.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ OPTIONS = {"format": "peft", "results_dir": "results", "to": None, "model.path":
 
 
 def export(words: Sequence[str]) -> Path:
-    """Write what the words ask for; returns its folder.
+    """Export a run as requested by the arguments; return the folder.
 
     Raises:
-        ConfigError: no such run, one without adapters, a base that is not the run's.
+        ConfigError: the run does not exist or has no adapters, or the base is not the one of the run.
         RunFault: the folder cannot be written.
     """
     names, options, strange = read_words(words, dict(OPTIONS))
@@ -54,7 +54,7 @@ def export(words: Sequence[str]) -> Path:
     adapters = trained_adapters(results, record)
     target = Path(options["to"] or Path(results) / "exports" / f"{record.run_id}-{kind}")
     if options["to"] and os.path.lexists(target):
-        raise wrong_value("to", target, "a folder that is not there yet")
+        raise wrong_value("to", target, "a folder that does not exist yet")
     config = restore_config(record.config)
     config.model.path, config.offline = options["model.path"] or config.model.path, options["offline"] == "true"
     if kind == "merged":
@@ -77,10 +77,10 @@ def export(words: Sequence[str]) -> Path:
 
 
 def find_record(results_dir: str, run_id: str) -> Record:
-    """Return the record of a run that has succeeded.
+    """Return the record of a successful run.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: there is no such record, the run did not succeed, or the record is damaged.
     """
     if not os.path.isdir(results_dir):
         raise wrong_value("results_dir", results_dir, "a folder with the records of a study")
@@ -101,16 +101,18 @@ def find_record(results_dir: str, run_id: str) -> Record:
 
 
 def trained_adapters(results_dir: str, record: Record) -> dict[str, bytes]:
-    """Return the files of a run's adapters by name: the bytes that were hashed, since the files may change at any time.
+    """Return the content of a run's adapter files by name, checked against the hashes in the record.
+
+    The checked bytes are returned instead of paths, because the files could change after the check.
 
     Raises:
-        ConfigError: the run has kept none, or the files are not those that it wrote.
+        ConfigError: the run has saved no adapters, or the files differ from those that it wrote.
     """
     folder = Path(results_dir) / "adapters" / record.run_id
     if not record.adapters:
         raise ConfigError(
-            f"{record.run_id}: method={record.config['method']['name']} has left no adapters\n"
-            "way out: train.save_model=true writes the whole model of such a run"
+            f"{record.run_id}: method={record.config['method']['name']} has saved no adapters\n"
+            "way out: repeat the run with train.save_model=true, which saves the whole model"
         )
     try:
         files = {name: patiently((folder / name).read_bytes) for name in RECORDED}
@@ -131,7 +133,10 @@ def _run_again(record: Record, results_dir: str) -> str:
 
 
 def _refuse_unknown_scale(record: Record, results_dir: str) -> None:
-    """Refuse to fold in what the record does not vouch for: once it told of the weights alone, not of rank and alpha."""
+    """Reject merging if the record has no hash of the adapter configuration, which contains rank and alpha.
+
+    Older records contain only a hash of the weights.
+    """
     if record.model.get(RECORDED[CONFIG]) is None:
         raise ConfigError(
             f"format=merged: the record of {record.run_id} is from before {CONFIG} was hashed: allowed is format=peft\n"
@@ -147,7 +152,7 @@ def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
 def merge(
     config: Config, source: ModelSource, adapters: Mapping[str, bytes]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a run's base in float32, fold its adapters in and give it its head; the labels go along by their names."""
+    """Load the base of a run in float32, merge its adapters, and set its trained head and label names."""
     from peft import PeftModel
 
     from wlora.adapters.peft_format import fold_peft
@@ -164,7 +169,7 @@ def merge(
             _write_files(adapters, Path(folder))
             PeftModel.from_pretrained(base, folder)  # it changes the base in place
         fold_peft(base)
-    except Exception as error:  # whatever an odd configuration makes PEFT, safetensors or torch raise
+    except Exception as error:  # PEFT, safetensors and torch raise many kinds of exceptions for invalid files
         raise ConfigError(f"the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
     name_classes(base, config.task.labels, head=task.head)
     if isinstance(task, Summarization):
@@ -173,7 +178,7 @@ def merge(
 
 
 def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
-    """Put the base's tokenizer beside adapters, which are of use without it: a base that is not at hand is a notice."""
+    """Add the tokenizer of the base to exported adapters. If the base is not available, only print a notice."""
     from wlora.models.loading import load_tokenizer, quiet
 
     try:
@@ -186,19 +191,19 @@ def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
 
 
 def _refuse_packed(config: Config) -> None:
-    """Refuse a base that adapters cannot be folded into."""
+    """Reject quantised bases, into which adapters cannot be merged."""
     if config.model.quantization != "none" or config.model.gguf_file:
-        raise ConfigError("format=merged: packed weights cannot take adapters in: allowed is format=peft")
+        raise ConfigError("format=merged: adapters cannot be merged into quantised weights: allowed is format=peft")
 
 
 def _require_base(config: Config, record: Record) -> ModelSource:
-    """Return the base that the run's adapters were trained on; refuse another one, and one that is not at hand."""
+    """Return the base on which the run's adapters were trained; ConfigError if it is unavailable or has other content."""
     model = config.model
     if config.offline:
         go_offline()
     require_extras(model)
     model.revision = record.model.get("revision") or model.revision
-    # The data are not asked for.
+    # The data of the task are not needed.
     require_sources(dataclasses.replace(config, task=dataclasses.replace(config.task, hub_id=None)))
     source, trained_on = locate(model), record.model.get("fingerprint")
     if trained_on is not None and source.fingerprint != trained_on:

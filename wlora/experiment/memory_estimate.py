@@ -1,4 +1,4 @@
-"""The memory that a training step will take, from the architecture alone (`dry_run=true`)."""
+"""Estimate of the memory of a training step from the architecture alone (`dry_run=true`)."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from wlora.tasks.base import build_task
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
 from wlora.training.precision import Precision
 
-# float32 value, gradient and AdamW's two moments.
+# Bytes per trained parameter: float32 value, gradient, and the two moments of AdamW.
 TRAINED_BYTES = 16
-# bitsandbytes keeps a float32 scale per so many nf4 weights.
+# Number of nf4 weights that share one float32 scale in bitsandbytes.
 NF4_BLOCK = 64
-# Left free for the workspace of kernels and what an allocator cannot use.
+# Fraction of device memory reserved for kernel workspaces and fragmentation of the allocator.
 RESERVE = 0.1
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step at one number of adapters.
+    """Memory of a training step in bytes for a given number of adapters.
 
     Attributes:
-        adapters: how many are connected.
-        frozen: weights that do not train, as they are stored.
-        trained: weights that do, with gradients and the optimiser's moments.
-        activations: what a full micro-batch saves for its backward pass.
+        adapters: number of connected adapters.
+        frozen: frozen weights in their stored form.
+        trained: trained weights with their gradients and optimiser moments.
+        activations: tensors saved for the backward pass of a full micro-batch.
     """
 
     adapters: int
@@ -46,25 +46,27 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts in bytes."""
         return self.frozen + self.trained + self.activations
 
     def fits(self, gigabytes: float) -> bool:
-        """Tell whether a device of so many GB (10⁹ bytes) holds it, with a tenth to spare."""
+        """Tell whether the step fits on a device with this many GB (10⁹ bytes), leaving a tenth free."""
         return self.total <= (1 - RESERVE) * gigabytes * 1e9
 
 
 def estimate(config: Config, precision: Precision, steps: Steps) -> list[Memory]:
-    """Estimate a step with all adapters, then with the `k` highest and the `k` lowest where the method keeps k.
+    """Estimate a step with all adapters and, if the method keeps k of them, with the `k` highest and the `k` lowest.
 
-    The model runs once per estimate without memory or numbers, as the CPU's kernels would run it: a GPU's attention may
-    keep less. A quantised base is taken to save what a plain one does.
+    For each estimate the model runs once on fake tensors (shapes without data) with CPU kernels. A GPU's attention kernels
+    may save less. We assume that quantisation does not change the saved activations.
 
     Args:
-        steps: the length of the run, which some methods' structure depends on.
+        config: a resolved configuration.
+        precision: precision of the frozen base.
+        steps: length of the run; the structure of some methods depends on it.
 
     Raises:
-        RuntimeError: the method computes with numbers that are not there.
+        RuntimeError: the method needs tensor values, which fake tensors do not have.
     """
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization="none"))
     model = build_example(plain, "meta")
@@ -74,7 +76,8 @@ def estimate(config: Config, precision: Precision, steps: Steps) -> list[Memory]
         _give_shapes(model)
         batch = make_batch(model, config)
         if build_task(config.task).head != "seq2seq":
-            # Labels add next to nothing, and some heads look into them; a text's loss over the whole vocabulary counts.
+            # Labels need almost no memory, and some heads read their values, which fake tensors lack. For text generation
+            # the labels are kept, because the loss over the whole vocabulary needs much memory.
             batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
         found = [_measure(model, method.attached(), batch, config)]
         k = config.method.get("k")
@@ -88,7 +91,7 @@ def estimate(config: Config, precision: Precision, steps: Steps) -> list[Memory]
 
 
 def _give_shapes(model: nn.Module) -> None:
-    """Put tensors of the CPU that have a shape and no content in the place of those on the meta device."""
+    """Replace tensors on the meta device by fake CPU tensors of the same shape."""
     given: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -109,7 +112,7 @@ def _measure(model: PreTrainedModel, adapters: object, batch: dict[str, Tensor],
     try:
         with first_token_alone(model):
             activations = saved_bytes(body, batch)
-    except DynamicOutputShapeException:  # BART's classification head looks for the ends of the texts
+    except DynamicOutputShapeException:  # BART's classification head searches for end tokens, whose number is unknown
         body = model.base_model
         activations = saved_bytes(body, batch)
     return Memory(
@@ -121,7 +124,7 @@ def _measure(model: PreTrainedModel, adapters: object, batch: dict[str, Tensor],
 
 
 def _stored_bytes(model: nn.Module, parameters: set[nn.Parameter], quantization: str) -> int:
-    """Return the bytes of frozen weights; the linears of a quantised body are packed."""
+    """Return the bytes of frozen weights; the linear layers of a quantised model are stored packed."""
     packed: set[Tensor] = {module.weight for module in packed_linears(model)} if quantization != "none" else set()
     elements = sum(p.numel() for p in packed)
     dense = sum(p.numel() * p.element_size() for p in parameters - packed)
@@ -129,9 +132,9 @@ def _stored_bytes(model: nn.Module, parameters: set[nn.Parameter], quantization:
 
 
 def tell(found: list[Memory], config: Config) -> list[str]:
-    """Say what was estimated, in lines for the user."""
+    """Format the estimates as lines for the user."""
     first, *cuts = found
-    parts = f"frozen weights {_gib(first.frozen)}, what trains {_gib(first.trained)}"
+    parts = f"frozen weights {_gib(first.frozen)}, trained weights {_gib(first.trained)}"
     rows = f"{config.task.batch_size}×{config.task.max_length} tokens"
     parts += f", activations of {rows} {_gib(first.activations)}"
     lines = [f"{_gib(first.total)} GiB with {first.adapters} adapters: {parts}"]

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: the facts of its record, in the form that the hub reads."""
+"""The model card (README.md) of an exported model, generated from its record, with metadata for the hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROWS_SHOWN = 100
 
 
 def write_card(file: Path, record: Record, config: Config, *, merged: bool) -> None:
-    """Write the card of a run's model, merged or as an adapter of its base."""
+    """Write the model card of an exported run, either a merged model or an adapter of a base."""
     task, model, method = config.task, config.model, record.config["method"]
     head = {
         "library_name": "transformers" if merged else "peft",
@@ -27,7 +27,7 @@ def write_card(file: Path, record: Record, config: Config, *, merged: bool) -> N
         "datasets": [task.hub_id] if task.hub_id and record.config["task"]["path"] is None else None,
         "tags": list(dict.fromkeys(["wlora", method["name"], *([] if merged else ["lora"])])),
     }
-    # JSON is YAML, and needs no care for what stands in a value.
+    # JSON is valid YAML, and it escapes special characters.
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
     parts = [
         f"---\n{front}\n---",
@@ -84,7 +84,7 @@ def _scores(record: Record) -> list[tuple[str, Any]]:
 
 
 def _adapters(record: Record) -> str:
-    """Tell ω and rank of every adapter as they were in training: in the files ω is folded into B."""
+    """Return a table of ω and rank of every adapter in training. In the exported files, ω is multiplied into B."""
     rows = [(f"`{a['name']}`", "" if a["omega"] is None else f"{a['omega']:.4f}", a["rank"]) for a in record.adapters]
     left = f"\n\n… and {len(rows) - _ROWS_SHOWN} more." if len(rows) > _ROWS_SHOWN else ""
     return (

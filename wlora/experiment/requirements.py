@@ -1,4 +1,4 @@
-"""What a run needs that may not be there: extras, local files, the hub. Nothing here imports torch."""
+"""Checks of a run's requirements: optional packages, local files and the hub. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from wlora.storage.trackers import require_tracker
 
 
 def require_all(config: Config) -> None:
-    """Refuse a run for which something is not installed, or neither at hand nor reachable; a dry run needs only files.
+    """Check that packages, files and hub data of a run are available. A dry run needs only local files.
 
-    A wrong path, which only the user can mend, is told before anything else that is missing. Those of the model and of the
-    adapters have been looked at by `wlora.experiment.resolve.resolve`.
+    Missing local files are reported first, because only the user can correct a path. The paths of the model and adapters
+    have already been checked by `wlora.experiment.resolve.resolve`.
 
     Raises:
-        ConfigError: what is missing, and the way out.
+        ConfigError: names what is missing and how to provide it.
     """
-
     find_local(config.task)
     if config.offline:
         go_offline()

@@ -1,7 +1,7 @@
-"""`python -m wlora.run from=RUN_ID`: a record's run once more, and what came out differently.
+"""`python -m wlora.run from=RUN_ID`: repeat a recorded run and report which numbers differ.
 
-The repetition goes to `<results_dir>/reruns`, a study of its own: the record that it is compared with stays as it is, and
-no table counts the same run twice.
+The repetition is stored in `<results_dir>/reruns`, a separate study. The original record stays unchanged, and no table
+counts the same run twice.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from wlora.storage.environment import compare_environments
 from wlora.storage.records import Record, RecordStore
 
 ALLOWED = tuple(name for name, part in walk() if part.metadata["decides"] == "nothing")
-"""The keys that decide nothing."""
+"""Keys that do not influence the results and may therefore be changed for a repetition."""
 
 _SHOWN = 20
-# Of a record, what a repetition on the same machine gives again.
+# Fields of a record that a repetition on the same machine must reproduce.
 _COMPARED = ("metrics", "adapters", "events", "parameters", "steps")
 _INPUTS = ("task", "model")
 
 
 def prepare(words: Sequence[str]) -> tuple[Record, Config]:
-    """Return the record to repeat and the configuration to do so.
+    """Return the record to repeat and the configuration for the repetition.
 
-    Overrides may move files and change what decides no number; the precision is the one that the record's run chose.
+    Overrides may only change keys in `ALLOWED`, such as paths. The precision is the one that the recorded run used.
 
     Raises:
-        ConfigError: no such record, an override of what decides the numbers, files of other content.
+        ConfigError: there is no such record, an override would change results, or local files have other content.
     """
     origins = [word.removeprefix("from=") for word in words if word.startswith("from=")]
     overrides = [word for word in words if not word.startswith("from=")]
@@ -56,11 +56,11 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
             )
     results_dir = next((word.partition("=")[2] for word in overrides if word.startswith("results_dir=")), "results")
     record = find_record(results_dir, origins[0])
-    RecordStore(results_dir).read_curve(record)  # a damaged one is told before the run
+    RecordStore(results_dir).read_curve(record)  # report a damaged learning curve before the run starts
     if "${" in json.dumps(record.config):
-        # A run's configuration is resolved. Here it would be so again, with what this machine holds (`${oc.env:...}`).
+        # Records contain resolved values only. An interpolation such as `${oc.env:...}` would read data of this machine.
         raise ConfigError(f"from={origins[0]}: its record has an interpolation, ${{...}}, which no run has written")
-    # How the record's run was asked for is no wish of this one.
+    # These keys describe how the recorded run was started; they must not affect the repetition.
     recorded = dataclasses.replace(restore_config(record.config), force=False, offline=False, track="none")
     merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(overrides))
     config = OmegaConf.to_object(merged)
@@ -81,7 +81,7 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
 
 
 def _refuse_other_numerics(record: Record, config: Config) -> None:
-    """Refuse a record of a policy whose keys have come to mean other numbers since."""
+    """Reject a record of a method whose keys now give other numbers (`method_revision`)."""
     then = config.method.get("revision", 1)
     now = method_revision(config.method, release=config.compat == "release")
     if then != now:
@@ -92,7 +92,7 @@ def _refuse_other_numerics(record: Record, config: Config) -> None:
 
 
 def _refuse_other_content(record: Record, recorded: Config, config: Config) -> None:
-    """Refuse local or generated data and weights that are not those of the record."""
+    """Reject local or generated data, or weights, whose content differs from the record."""
     local_task = recorded.task.path is not None or recorded.task.generator is not None
     told = {"task": record.task.get("data") if local_task else None, "model": record.model.get("fingerprint")}
     found = {"task": fingerprint(config.task), "model": locate(config.model).fingerprint}
@@ -105,7 +105,7 @@ def _refuse_other_content(record: Record, recorded: Config, config: Config) -> N
 
 
 def compare(before: Record, now: Record, results_dir: str | Path) -> tuple[bool, str]:
-    """Compare a repetition with its record; returns whether all numbers are equal, bit for bit, and what to tell."""
+    """Compare a repetition with its record; return whether all numbers are bitwise equal, and a report for the user."""
     folders = (Path(results_dir), Path(results_dir) / "reruns")
     curves = [RecordStore(folder).read_curve(run) for folder, run in zip(folders, (before, now), strict=True)]
     pairs = {key: (getattr(before, key), getattr(now, key)) for key in _COMPARED}
@@ -127,11 +127,11 @@ def compare(before: Record, now: Record, results_dir: str | Path) -> tuple[bool,
 
 
 def repeat(words: Sequence[str]) -> bool:
-    """Repeat a run, say what is different, and return whether all numbers are equal.
+    """Repeat a run, print the differences, and return whether all numbers are equal.
 
     Raises:
-        ConfigError: it cannot be repeated here.
-        RunFault: the repetition failed, or another process is at it.
+        ConfigError: the run cannot be repeated with this code or on this machine.
+        RunFault: the repetition failed, or another process is executing it.
     """
     from wlora.experiment.requirements import require_all
 
@@ -154,12 +154,12 @@ def repeat(words: Sequence[str]) -> bool:
 
 
 def _input(record: Record, key: str) -> dict[str, Any]:
-    """Return what is noted of data or model; the trained adapters are no input."""
+    """Return the recorded facts about data or model, without the trained adapters, which are an output."""
     return {name: value for name, value in getattr(record, key).items() if name not in RECORDED.values()}
 
 
 def _differences(key: str, old: Any, new: Any) -> list[str]:
-    """Return a line per value that differs between two nested ones; keys of one side only are none of a number."""
+    """Return one line per differing value of two nested structures. Keys that exist on only one side are ignored."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [line for name in old.keys() & new.keys() for line in _differences(f"{key}.{name}", old[name], new[name])]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

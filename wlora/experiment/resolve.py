@@ -1,4 +1,4 @@
-"""Completing and checking a composed configuration, each mistake answered in one or two lines before torch is imported."""
+"""Completes and checks a composed configuration. Errors are one or two lines and are raised before torch is imported."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from wlora.tasks.base import find_kind
 
 
 def resolve(config: Config) -> Config:
-    """Check a composed configuration and fill in the defaults that depend on other keys.
+    """Check a composed configuration in place and fill in the defaults that depend on other keys.
 
-    Filled here: `k` from the number of adapters, `train.accumulation_steps` from model and task. What depends on
-    the number of rows (warm-up, selection steps) is planned once the data are loaded (`wlora.training.run_length`).
+    This function sets `k` from the number of adapters, and `train.accumulation_steps` from model and task. Values that
+    depend on the number of rows (warm-up, selection steps) are set after the data are loaded (`wlora.training.run_length`).
 
     Raises:
-        ConfigError: a value outside its rule, `k` above the number of adapters, an unusable results folder.
+        ConfigError: a value violates its rule, `k` exceeds the number of adapters, or the results folder is unusable.
     """
     check_rules(config)
     for key in ("lr", "head_lr"):
@@ -38,7 +38,7 @@ def resolve(config: Config) -> Config:
     _check_sharding(config)
     identify_adapter(config.adapter)
     check_results_folder(config.results_dir)
-    config.per_task = {}  # what an experiment took from it stands in the keys it set
+    config.per_task = {}  # its values have been interpolated into other keys
     config.task.presets = {}
     if config.compat == "release" and config.method["name"] == "probe":
         raise ConfigError("method=probe compat=release: the release's head is frozen, so nothing would train")
@@ -48,7 +48,7 @@ def resolve(config: Config) -> Config:
     if config.train.accumulation_steps is None:
         config.train.accumulation_steps = (config.model.accumulation_steps if glue else None) or 1
     if config.compat == "release" and config.method["name"] == "wlora_plus":
-        config.method["schedule"] = "halvings"  # the only one that the release has
+        config.method["schedule"] = "halvings"  # the only schedule of the published code
     if "targets" in config.method:
         _resolve_k(config)
     if (revision := method_revision(config.method, release=config.compat == "release")) > 1:
@@ -60,7 +60,7 @@ def identify_adapter(adapter: AdapterConfig) -> None:
     """Fill in the fingerprint of the adapters to start from.
 
     Raises:
-        ConfigError: no such adapters, or others than those the fingerprint is of.
+        ConfigError: there are no adapters in the folder, or their content differs from a given fingerprint.
     """
     if adapter.path is None:
         for key, value, unset in (("head", adapter.head, False), ("fingerprint", adapter.fingerprint, None)):
@@ -76,7 +76,7 @@ def identify_adapter(adapter: AdapterConfig) -> None:
 
 
 def _check_method(config: Config) -> None:
-    """Check the method's keys against the rules of the package's YAML; its notes then leave the configuration."""
+    """Check the method's keys against the rules in the packaged YAML file, and remove its descriptive entries."""
     assert config.method.get("preset") is None and config.task.preset is None, "apply_presets comes first"
     rules = {**RULES, **_method_rules(config.method.get("name"))}
     for note in METHOD_NOTES:
@@ -90,7 +90,7 @@ def _check_method(config: Config) -> None:
 
 
 def _method_rules(name: Any) -> dict[str, str]:
-    """Return the rules of a method's own keys, as the package's YAML has them."""
+    """Return the rules of a method's own keys from the packaged YAML file."""
     files = {file.stem: file for file in (config_folder() / "method").glob("*.yaml")}
     if not isinstance(name, str) or name not in files:
         raise unknown_name(f"method.name={name}", str(name), files)
@@ -105,7 +105,7 @@ def _read_rules(file: Path) -> dict[str, str]:
 
 
 def _check_model(model: ModelConfig) -> None:
-    """Refuse combinations of keys that no way of loading fits."""
+    """Reject combinations of model keys that cannot be loaded."""
     if model.gguf_file is not None:
         if model.path is None and model.source != "hub":
             raise wrong_value("model.gguf_file", model.gguf_file, f"null for model={model.name} without model.path=DIR")
@@ -116,22 +116,24 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_saving(config: Config) -> None:
-    """Refuse to save what adapters cannot be folded into."""
+    """Reject `train.save_model` for quantised bases, into which adapters cannot be merged."""
     model = config.model
     packed = f"model.gguf_file={model.gguf_file}" if model.gguf_file else f"model.quantization={model.quantization}"
     if config.train.save_model and packed != "model.quantization=none":
-        raise wrong_value("train.save_model", "true", f"false with {packed}: packed weights cannot take adapters in")
+        raise wrong_value(
+            "train.save_model", "true", f"false with {packed}: adapters cannot be merged into quantised weights"
+        )
 
 
 def _check_sharding(config: Config) -> None:
-    """Refuse under FSDP what has not been shown to work there: cuts and growths first of all."""
+    """Reject settings that are not tested under FSDP, in particular methods that cut or grow adapters."""
     if not config.train.fsdp:
         return
     method, model = config.method["name"], config.model
     if method != "lora":
         raise ConfigError(
             f"train.fsdp=true method={method}: allowed is method=lora\n"
-            "changes of structure in a sharded model have not been shown to work"
+            "changing the adapter structure of a sharded model is not supported"
         )
     for key, value, allowed in (
         ("model.quantization", model.quantization, "none"),
@@ -147,7 +149,7 @@ def _check_sharding(config: Config) -> None:
 
 
 def _check_head(config: Config) -> None:
-    """Refuse a task whose head the model's family does not have, or has nothing to train in."""
+    """Reject a task if the model family has no head for it, or if the method would train nothing."""
     head = find_kind(config.task.kind).head
     family = read_architecture(config.model)["model_type"]
     if head not in HEADS[family]:
@@ -163,7 +165,7 @@ def _check_head(config: Config) -> None:
 
 
 def _check_kept_head(config: Config, head: str) -> None:
-    """Refuse to keep a head where there is none, where another takes its place, or where its classes are others."""
+    """Reject `model.head=kept` if there is no stored head, another head would replace it, or its classes differ."""
     model = config.model
     if model.path is None or model.gguf_file is not None:
         raise wrong_value("model.head", "kept", "fresh without model.path=DIR of a transformers folder")
@@ -176,7 +178,7 @@ def _check_kept_head(config: Config, head: str) -> None:
 
 
 def _check_lengths(config: Config) -> None:
-    """Refuse lengths that the model's positions, or each other, do not allow."""
+    """Reject lengths that exceed the model's position embeddings, or that contradict each other."""
     generation = config.task.generation
     shortest, longest = generation.min_new_tokens, generation.max_new_tokens
     if shortest is not None and longest is not None and shortest > longest:
@@ -192,10 +194,10 @@ def _check_lengths(config: Config) -> None:
 
 
 def check_results_folder(results_dir: str) -> None:
-    """Refuse a results folder that cannot be written, before hours are spent on a run.
+    """Check that the results folder can be written, before time is spent on a run.
 
     Raises:
-        ConfigError: which part of its path cannot be written, or what is wrong with its name.
+        ConfigError: names the part of the path that cannot be written, or the error of the path itself.
     """
     folder = Path(results_dir).absolute()
     try:
@@ -208,9 +210,10 @@ def check_results_folder(results_dir: str) -> None:
 
 
 def _resolve_k(config: Config) -> None:
-    """Fill in `k` and check it against n: 5 for up to 48 adapters, 20 above, the model's own if it names one.
+    """Fill in `k` and check that it does not exceed n, the number of adapters.
 
-    WLoRA+ keeps n / 4, rounded up, as in the paper's rows "k = 15" of 60 and "k = 48" of 192.
+    The default is the model's own `k` if it has one, otherwise 5 for n <= 48 and 20 for larger n. WLoRA+ keeps n / 4,
+    rounded up, as in the paper's rows "k = 15" (n = 60) and "k = 48" (n = 192).
     """
     architecture = read_architecture(config.model)
     n = count_targets(architecture, config.targets)

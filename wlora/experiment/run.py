@@ -23,7 +23,7 @@ from wlora.errors import ConfigError, TakenOver
 from wlora.experiment.build import assemble, prepare_method, read_start
 from wlora.experiment.outcome import classify, complete, find_success, keep_results, out_of_memory, write_ending
 from wlora.experiment.saving import model_folder, save_model
-from wlora.experiment.shared_inputs import Stock
+from wlora.experiment.shared_inputs import SharedInputs
 from wlora.experiment.summary import announce, summarize
 from wlora.methods.base import Method, Steps
 from wlora.models.source import ModelSource, locate
@@ -90,13 +90,13 @@ class Job:
         return Guard(self.checkpoints, self.claim.lock, curve=self.curve, record=self.record, begin=self.begin)
 
 
-def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = None) -> Record:
+def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | None = None) -> Record:
     """Run one configuration, or return its record if it has already succeeded or another process is at it.
 
     Args:
         config: what `wlora.experiment.resolve.resolve` returned.
         overrides: the words of the command line that asked for it, for the record.
-        stock: what this run shares with others of its process; None for nothing.
+        shared: what this run shares with others of its process; None for nothing.
 
     Raises:
         ConfigError: the request cannot be run; nothing was written.
@@ -139,7 +139,7 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
             if done := find_success(store, record.run_id, config):
                 return done
             job = Job(config, accelerator, precision, source, record, claim)
-            trainer = prepare(job, stock or Stock(keep=False))
+            trainer = prepare(job, shared or SharedInputs(keep=False))
             if job.telling:
                 job.store.write(record)
             with job.guard.listening():
@@ -149,18 +149,18 @@ def run(config: Config, overrides: Sequence[str] = (), stock: Stock | None = Non
             return record
 
 
-def prepare(job: Job, stock: Stock) -> Trainer:
+def prepare(job: Job, shared: SharedInputs) -> Trainer:
     """Load data and model, and put together what will be trained.
 
     Raises:
         ConfigError: inputs that cannot be read, do not fit, or have changed since they were hashed.
     """
     config, record = job.config, job.record
-    material = stock.material(config, job.source)
+    material = shared.material(config, job.source)
     plan = make_plan(config, len(material.data.train))
     method = prepare_method(config, Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
     announce(config, record.run_id, plan, job.precision)
-    model = stock.model(
+    model = shared.model(
         config,
         job.source,
         material,

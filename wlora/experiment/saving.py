@@ -1,4 +1,4 @@
-"""What a run has trained, on disk: its adapters in PEFT's format, or the whole model as a plain transformers folder."""
+"""Saving the result of a run: its adapters in PEFT's format, or the whole model as a plain transformers folder."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ if TYPE_CHECKING:
 
 
 def model_folder(results_dir: str | Path, run_id: str) -> Path:
-    """Return where a run's model stands."""
+    """Return the folder of a run's saved model."""
     return Path(results_dir) / "models" / run_id
 
 
 def adapter_folder(results_dir: str | Path, run_id: str) -> Path:
-    """Return where a run's adapters stand."""
+    """Return the folder of a run's saved adapters."""
     return Path(results_dir) / "adapters" / run_id
 
 
 def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: str, put: Put = put) -> dict[str, str]:
-    """Write a trained model's adapters and head as a PEFT folder, whole or not at all (`train.save_adapter`).
+    """Write the adapters and head of a trained model atomically as a PEFT folder (`train.save_adapter`).
 
     Args:
-        folder: is replaced where it exists.
+        model: the trained model.
+        method: the method whose adapters are saved.
+        folder: target folder; it is replaced if it exists.
         kind: the kind of head (`Task.head`).
-        put: moves the folder to its place.
+        put: moves the finished folder to its final path.
 
     Returns:
-        What the record's `model` says of the two files; nothing if the method has no adapters or none is left.
+        Hashes of the two files for the record's `model`; empty if the method has no adapters or none is left.
 
     Raises:
-        RunFault: the disk is full or the folder cannot be written; an older folder stays.
+        RunFault: the disk is full or the folder cannot be written; an existing folder is kept.
     """
     described = method.to_peft()
     if described is None:
@@ -58,20 +60,20 @@ def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: 
 def save_model(
     model: PreTrainedModel, method: Method, tokenizer: PreTrainedTokenizerBase, folder: Path, put: Put = put
 ) -> None:
-    """Fold a trained model's adapters into its weights and write it with its tokenizer, whole or not at all.
+    """Merge the adapters of a trained model into its weights and write it atomically with its tokenizer.
 
-    It is folded and written in float32, whatever its base was run in, so that nothing of the adapters is rounded away.
-    Of an encoder-decoder the settings of its generation go along as the run left them. The model is used up.
+    Merging and saving use float32, independent of the precision of the base, so that the adapters are not rounded. For an
+    encoder-decoder the generation settings of the run are saved, too. The model is modified and must not be used afterwards.
 
     Args:
-        model: on any device; it ends on the CPU.
-        method: the policy whose adapters it carries.
-        tokenizer: goes into the folder, too.
-        folder: is replaced where it exists.
-        put: moves the folder to its place.
+        model: the trained model on any device; it is moved to the CPU.
+        method: the method whose adapters are merged.
+        tokenizer: tokenizer to save in the same folder.
+        folder: target folder; it is replaced if it exists.
+        put: moves the finished folder to its final path.
 
     Raises:
-        RunFault: the disk is full or the folder cannot be written; an older folder stays.
+        RunFault: the disk is full or the folder cannot be written; an existing folder is kept.
     """
     model.to(device=torch.device("cpu"), dtype=torch.float32)
     method.fold()
@@ -81,7 +83,7 @@ def save_model(
 
 @contextmanager
 def replacing(folder: Path, put: Put = put) -> Iterator[Path]:
-    """Give out a folder to be made and filled, which then takes the other's place; a failure leaves nothing of it.
+    """Context manager: yield a temporary folder path to fill; it then replaces `folder`. After an error it is removed.
 
     Raises:
         RunFault: the disk is full or the folder cannot be written.
@@ -90,17 +92,17 @@ def replacing(folder: Path, put: Put = put) -> Iterator[Path]:
         with staged(folder) as staging:
             yield staging
             put(staging, folder)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
         reason = getattr(error, "strerror", None) or error
-        raise RunFault(f"{folder} cannot be written ({reason}); an older one stays, and so does the run's record") from error
+        raise RunFault(f"{folder} cannot be written ({reason}); an older folder and the run's record are kept") from error
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a plain model with its tokenizer; of one that generates also the settings that it generates by."""
+    """Write a plain model with its tokenizer and, if it can generate texts, its generation settings."""
     generation = model.generation_config if model.can_generate() else None
     if generation is not None:
-        # transformers writes no settings that it would warn of, such as one beam beside the model's own early stopping,
-        # and then no weights either.
+        # transformers refuses to save the model if it considers the generation settings inconsistent, for example one beam
+        # with early stopping. Therefore default settings are saved first, and the real ones are written below.
         model.generation_config = GenerationConfig()
     with quiet():
         model.save_pretrained(folder)

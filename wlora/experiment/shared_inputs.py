@@ -1,4 +1,4 @@
-"""What the runs of one process have in common, loaded once and handed to each as if it were alone."""
+"""Data and base models shared by the runs of one process. They are loaded once; runs remain isolated from each other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from wlora.training.settings import Data
 
 @dataclass(frozen=True)
 class Material:
-    """A task's rows as a model's tokenizer encodes them; `unfit` is what a record says of rows that did not fit."""
+    """The encoded data of a task for one tokenizer. `unfit` is the record's information about rows that did not fit."""
 
     task: Task
     splits: Splits
@@ -36,15 +36,14 @@ class Material:
     unfit: dict[str, Any]
 
 
-class Stock:
-    """The last task and the last base model of a process; a run that asks for the same gets them without loading.
+class SharedInputs:
+    """Cache of the last task and the last base model of a process. A run with the same task or model need not load it again.
 
-    Nothing of one run reaches the next: each gets a model of its own, whose frozen parameters lie in the memory of the
-    stock's until the run casts them to another dtype or device. If something has written into that memory all the same,
-    the base is loaded again.
+    Runs are isolated: each gets its own model, which shares the memory of the frozen weights with the cache until the run
+    casts or moves them. If the shared weights were modified nevertheless, the base is loaded again.
 
     Args:
-        keep: false where only one run will ask: the base then is that run's, and there is no second one in memory.
+        keep: whether to keep the base for later runs. If false, the run gets the base itself and memory holds one copy only.
     """
 
     def __init__(self, *, keep: bool = True) -> None:
@@ -53,15 +52,15 @@ class Stock:
         self._base: tuple[str, PreTrainedModel, list[str], list[int]] | None = None
 
     def material(self, config: Config, source: ModelSource) -> Material:
-        """Return the encoded rows of a task.
+        """Return the encoded data of a task.
 
         Raises:
-            ConfigError: rows or a tokenizer that cannot be read.
+            ConfigError: the data or the tokenizer cannot be read.
         """
         content = fingerprint(config.task)
         key = _key(config.task, content, config.model, source, config.offline)
         if self._material is None or self._material[0] != key:
-            self._material = None  # before the next is loaded: two may not fit
+            self._material = None  # free the memory before loading, because two data sets may not fit
             task = build_task(config.task)
             splits = load_splits(config.task, offline=config.offline)
             if content not in (None, splits.fingerprint):
@@ -86,7 +85,7 @@ class Stock:
 
         Args:
             seed: seed of the head's initialisation.
-            own: the run changes the base's weights, so it needs them in memory of its own.
+            own: whether the run modifies the base's weights and therefore needs its own copy.
             device: as for `load_base`.
             dtype: as for `load_base`.
         """
@@ -97,20 +96,20 @@ class Stock:
             base, fresh = load_base(
                 config.model, source, material.tokenizer, head=head, num_labels=labels, device=device, dtype=dtype
             )
-            if not self._keep or config.model.quantization != "none":  # packed weights cannot be shared
+            if not self._keep or config.model.quantization != "none":  # quantised weights cannot be shared
                 return _with_head(base, fresh, config, seed, kind=head)
             self._base = key, base, fresh, _versions(base)
         return _with_head(_duplicate(self._base[1], own=own), self._base[2], config, seed, kind=head)
 
 
 @functools.cache
-def stock_of_process() -> Stock:
-    """Return the stock that all runs of this process share."""
-    return Stock()
+def inputs_of_process() -> SharedInputs:
+    """Return the cache that all runs of this process share."""
+    return SharedInputs()
 
 
 def _with_head(model: PreTrainedModel, fresh: list[str], config: Config, seed: int, *, kind: str) -> PreTrainedModel:
-    """Give a loaded model its head for a task: fresh or kept, its outputs in the order of the task's classes."""
+    """Initialise the head of a loaded model for a task (fresh or kept), with outputs in the order of the task's classes."""
     start_head(model, fresh, seed)
     if config.model.head == "kept" and kind == "sequence_classification":
         reorder_head(model, config.task.labels)
@@ -119,36 +118,36 @@ def _with_head(model: PreTrainedModel, fresh: list[str], config: Config, seed: i
 
 
 def _duplicate(base: PreTrainedModel, *, own: bool) -> PreTrainedModel:
-    """Return a model with its own modules, buffers, configuration and head, on the same frozen weights unless `own`."""
+    """Copy a model. Modules, buffers, configuration and head are copied; frozen weights are shared unless `own`."""
     if own:
         return copy.deepcopy(base)
     head = set(head_parameters(base).values())
-    # Detached, not `.data`: so a write through either shows in the version of both.
+    # `detach()` shares the version counter, so that writes through either tensor are detected; `.data` would not.
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters() if p not in head}
     return copy.deepcopy(base, shared)  # type: ignore[arg-type]
 
 
 def _versions(model: nn.Module) -> list[int]:
-    """Return how often each parameter has been written to in place."""
+    """Return the version counter of each parameter: the number of in-place modifications."""
     return [p._version for p in model.parameters()]
 
 
 def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, dict[str, Any]]:
-    """Tokenise all splits, and say so where something did not fit.
+    """Tokenise all splits, and print a notice if rows are truncated or answers are lost.
 
     Returns:
-        The features, and what the record says of the rows that did not fit: `truncated_share` by split, and
-        `lost_answers` among the training rows.
+        The features, and information for the record: `truncated_share` by split, and `lost_answers`, the number of training
+        rows whose answer is completely in no window.
     """
     features, shares, lost = {}, {}, 0
     for name, rows in splits.rows.items():
         found = features[name] = task.encode(rows, tokenizer, training=name == "train")
         shares[name] = found.truncated_share
         if found.truncated_share:
-            notice(f"{found.truncated_share:.1%} of the rows of {name} are cut: see task.max_length")
+            notice(f"{found.truncated_share:.1%} of the rows of {name} are truncated: see task.max_length")
         if name == "train" and found.lost_answers:
             lost = found.lost_answers
-            notice(f"{lost} of {len(rows)} rows of {name} have their answer whole in no window: see task.stride")
+            notice(f"{lost} of {len(rows)} rows of {name} have an answer that fits in no window: see task.stride")
     train = features.pop("train")
     validation = {name: Split(splits.rows[name], encoded) for name, encoded in features.items()}
     return Data(train=train, validation=validation), {"truncated_share": shares, "lost_answers": lost}

@@ -1,7 +1,7 @@
-"""The files of a results folder: written whole or not at all, read patiently, links in it never followed.
+"""File operations in a results folder: atomic writes, reads with retries, and no writing through symbolic links.
 
-What is written has a name of its own first, which only a killed process leaves behind, and is on the disk before it takes
-its place.
+A file or folder is first written under a temporary name, synced to disk, and then renamed to its final name. Only a killed
+process leaves temporary files behind.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import TypeVar
 from wlora.errors import ConfigError
 
 T = TypeVar("T")
-# Moves a finished file or folder, the first path, to its place.
+# Function that moves a finished file or folder (first path) to its final path (second).
 Put = Callable[[Path, Path], None]
 
-# The folders that a run writes into.
+# Subfolders of a results folder that a run writes into.
 PARTS = ("records", "checkpoints", "adapters", "models", "locks", "prefix_cache")
-# What says that a file is not there, and not that it cannot be read for now.
+# Errors which mean that a file does not exist, as opposed to a temporary read error.
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# Faults that may pass: those of a network's file system, and of too many open files.
+# Temporary errors: those of network file systems, and too many open files.
 _PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT}
 _PAUSES = (0.1, 0.5, 2.0)
 
 
 def patiently(read: Callable[[], T]) -> T:
-    """Return what a function reads; after a fault that may pass it is called again, for a few seconds.
+    """Return the result of a read function. After a temporary error it is retried for a few seconds.
 
     Raises:
-        OSError: the fault stays, or is none that passes.
+        OSError: the error is permanent, or persists after the retries.
     """
     for pause in _PAUSES:
         try:
@@ -49,12 +49,12 @@ def patiently(read: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Give out a path beside a target, for a file or a folder that the block puts there; what is left of it is removed.
+    """Context manager: yield a unique temporary path in the target's folder, and remove that path at the end.
 
-    No two processes get the same one, on whatever machines they run. Missing folders above the target are made.
+    The path is unique even across machines. Missing parent folders of the target are created.
 
     Raises:
-        OSError: the folder of the target cannot be made.
+        OSError: the target's folder cannot be created.
     """
     make_folder(target.parent)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:16]}")
@@ -65,10 +65,10 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing; each is on the disk with the entry that leads to it.
+    """Create a folder and its missing parents, and sync the new directory entries to disk.
 
     Raises:
-        OSError: one of them cannot be made.
+        OSError: a folder cannot be created.
     """
     if folder.is_dir():
         return
@@ -78,15 +78,15 @@ def make_folder(folder: Path) -> None:
 
 
 def put(staging: Path, target: Path) -> None:
-    """Move a finished file or folder to its place, in which a link is replaced, too; both are on the disk then.
+    """Sync a finished file or folder to disk and move it to its final path, replacing a file, folder or symbolic link there.
 
-    No other folder is written into than the two that `staging` and `target` stand in, and none is made.
+    Only the parent folders of `staging` and `target` are modified, and no folder is created.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; what stood there stays.
+        OSError: the disk is full or the folder cannot be written; the previous content of the target is kept.
     """
     _sync_all(staging)
-    if staging.is_dir() and os.path.lexists(target):  # no folder takes the place of another in one step
+    if staging.is_dir() and os.path.lexists(target):  # a folder cannot replace another in one step
         aside = staging.with_name(f"{staging.name}.old")
         os.replace(target, aside)
         try:
@@ -101,13 +101,13 @@ def put(staging: Path, target: Path) -> None:
 
 
 def write_whole(target: Path, content: bytes, put: Put = put) -> None:
-    """Write a file so that it holds the old content or the new one, never a part.
+    """Write a file atomically: it contains either the old or the new content, never a part.
 
     Args:
-        put: moves the written file to its place.
+        put: moves the written file to its final path.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; an older file stays.
+        OSError: the disk is full or the folder cannot be written; an existing file is kept.
     """
     with staged(target) as staging:
         with open(staging, "xb") as stream:
@@ -116,29 +116,29 @@ def write_whole(target: Path, content: bytes, put: Put = put) -> None:
 
 
 def check_folders(results_dir: str | Path, *parts: str) -> None:
-    """Refuse a results folder in which a link, or a file, stands for a folder that is written into.
+    """Reject a results folder if one of the given subfolders is a symbolic link or a file.
 
-    A link that stands for a file, or for a folder that is written as a whole, is replaced.
+    Links at other places (files, and folders that are written as a whole) need no check, because they are replaced.
 
     Raises:
-        ConfigError: which one is no folder.
+        ConfigError: names the path that is not a real folder.
     """
     for folder in (Path(results_dir) / part for part in parts):
         link = os.path.islink(folder)
         if link or (os.path.lexists(folder) and not os.path.isdir(folder)):
-            what = "a link" if link else "no folder"
-            raise ConfigError(f"results_dir={results_dir}: {folder} is {what}: allowed is a folder of its own")
+            what = "a link" if link else "not a folder"
+            raise ConfigError(f"results_dir={results_dir}: {folder} is {what}: allowed is a real folder")
 
 
 def leftovers(results_dir: str | Path, run_id: str) -> list[Path]:
-    """List what processes of a run have half-written by now beside the places that it is for; nothing reads it."""
+    """List the temporary files and folders that processes of a run have left unfinished. No code reads them."""
     results = Path(results_dir)
     return [path for part in ("models", "adapters", "records") for path in (results / part).glob(f".{run_id}.*")]
 
 
 def remove_path(path: Path) -> None:
-    """Remove a file, a folder with all in it, or a link and not what it points to; what cannot be removed stays."""
-    for _ in range(2):  # once more after a fault that has passed; none is waited for
+    """Remove a file, a folder with its content, or a symbolic link (not its target). Errors are ignored."""
+    for _ in range(2):  # one immediate retry after a temporary error
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -147,7 +147,7 @@ def remove_path(path: Path) -> None:
 
 
 def _sync_all(path: Path) -> None:
-    """Make a file, or a folder with all in it, durable."""
+    """Sync a file, or a folder with its content, to disk."""
     if path.is_dir():
         for entry in path.iterdir():
             _sync_all(entry)
@@ -158,10 +158,10 @@ def _sync_all(path: Path) -> None:
 
 
 def _sync_entries(folder: Path) -> None:
-    """Make a folder's entries durable, where the file system can; OSError where it can and fails."""
+    """Sync the entries of a folder to disk if the file system supports this; OSError if it supports this but fails."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders, and a folder may be closed to readers
+    except PermissionError:  # Windows cannot open folders, or the folder has no read permission
         return
     try:
         os.fsync(descriptor)

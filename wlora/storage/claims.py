@@ -1,11 +1,11 @@
-"""What makes a run one process's own: a folder named by the token of its lock, through which all passes that it writes.
+"""Exclusive write access of one process to a run, by a folder named after the token of its lock:
 
     <results_dir>/checkpoints/<run_id>/<token>/
 
-A process that was stopped for longer than the lock's lease may go on at any instruction, so that no look at the lock before
-a write excludes that another one has taken the run over. Whoever takes it over therefore removes the folder of the process
-before it. What a process writes has a name of its own until it is moved into its folder, and out of it to its place: two
-renames, which fail from then on, over a network's file system, too.
+Checking the lock before each write is not enough: a process can be suspended between the check and the write for longer than
+the lock's lease, while another process takes over the run. Therefore every output is first written under a temporary name,
+then renamed into the token folder, and then renamed to its final path. A process that takes over a run removes the token
+folder of the previous process. From then on the renames of the previous process fail, on network file systems, too.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from wlora.storage.atomic_write import leftovers, put, remove_path
 from wlora.storage.locks import RunLock
 
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
-# What a folder says in which another process makes and removes files at the same time.
+# Errors that occur if another process creates or removes files in the same folder at the same time.
 _MOVING = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}
-# How often a folder is emptied, into which a process that has woken up may just write.
+# Maximum attempts to create or empty a folder while a resumed process may still write into it.
 _TRIES = 100
 
 
 class Claim:
-    """The right of one process to write for a run, which ends for good when another one takes the run over.
+    """The right of one process to write the files of a run. It ends permanently when another process takes over the run.
 
     Args:
-        results_dir: the study's folder.
-        lock: the run's, held by this process or, where several run it, by their main one.
-        token: the lock's, as the main process has it.
+        results_dir: folder of the study.
+        lock: lock of the run, held by this process or, in a multi-process run, by the main process.
+        token: token of the lock, as known to the main process.
 
     Attributes:
-        folder: holds the checkpoints while the run is open; before and after they stand in `checkpoints/<run_id>`.
+        folder: contains the checkpoints while the claim is open; otherwise they are in `checkpoints/<run_id>`.
     """
 
     def __init__(self, results_dir: str | Path, lock: RunLock, token: str) -> None:
@@ -47,15 +47,15 @@ class Claim:
 
     @contextlib.contextmanager
     def opened(self, *, afresh: bool = False) -> Iterator[None]:
-        """Shut out the processes that had the run before, for the length of the block; for the lock's holder alone.
+        """Context manager: open the claim and end the claims of earlier processes. Only the lock's holder may call it.
 
-        Their checkpoints are this process's from here on, and what else they have left is removed.
+        The checkpoints of earlier processes are moved into this process's folder; their other leftovers are removed.
 
         Args:
-            afresh: their checkpoints are removed, too.
+            afresh: also remove the checkpoints of earlier processes.
 
         Raises:
-            TakenOver: another process has the lock by now.
+            TakenOver: another process has taken the lock.
             RunFault: the folder cannot be written; no checkpoint was removed.
         """
         try:
@@ -68,10 +68,10 @@ class Claim:
             self._close()
 
     def put(self, staging: Path, target: Path) -> None:
-        """Move a finished file or folder to its place while the run is this process's.
+        """Move a finished file or folder to its final path, if this process still owns the run.
 
         Raises:
-            TakenOver: another process has taken over; what stands in the place is as it was.
+            TakenOver: another process has taken over the run; the target is unchanged.
             OSError: the disk is full or the folder cannot be written.
         """
         inside = self.folder / staging.name
@@ -86,12 +86,12 @@ class Claim:
             remove_path(inside)
 
     def lost(self) -> bool:
-        """Tell whether another process has taken the run over."""
+        """Tell whether another process has taken over the run."""
         return _is_gone(self.folder)
 
     def _fault(self) -> TakenOver:
         if self.lock.ours():
-            return TakenOver(f"{self.folder} was removed, through which a run writes\nway out: the same command, once more")
+            return TakenOver(f"{self.folder} was removed while the run needed it\nway out: run the same command again")
         return TakenOver(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
 
     def _make(self) -> None:
@@ -102,17 +102,17 @@ class Claim:
                 return
             except OSError as error:
                 fault = error
-                if error.errno not in _MOVING:  # else a process that has just ended has removed the folders above
+                if error.errno not in _MOVING:  # otherwise a process that has just ended removed the parent folders: retry
                     break
-        raise RunFault(f"{self.folder} cannot be made ({fault.strerror})") from fault
+        raise RunFault(f"{self.folder} cannot be created ({fault.strerror})") from fault
 
     def _shut_out_others(self) -> list[Path]:
-        """Shut out the processes that had the run before; returns what they have half-written elsewhere."""
+        """End the claims of earlier processes; return the temporary files that they have left outside their folders."""
         base = self.folder.parent
         try:
             names = sorted(os.listdir(base))
             half_written = leftovers(self._results, self._run_id)
-            # Who takes the lock over after this look finds this process's folder; who had it before is in the lists.
+            # A process that takes the lock after this check will find our folder. Earlier holders are in the lists above.
             if not self.lock.confirm():
                 raise self._fault()
             for name in names:
@@ -130,7 +130,7 @@ class Claim:
         return half_written
 
     def _shut_out(self, other: Path) -> None:
-        """Take an earlier process's checkpoints and remove its folder, in which nothing can be made from then on."""
+        """Take over the checkpoints of an earlier process and remove its folder, so that it can no longer write."""
         if other.is_symlink() or not other.is_dir():
             remove_path(other)
             return
@@ -143,14 +143,15 @@ class Claim:
             except OSError as error:
                 if _is_gone(other):
                     return
-                if error.errno not in _MOVING:  # else that process has woken up and writes or removes there
+                if error.errno not in _MOVING:  # otherwise that process has resumed and changes the folder: retry
                     raise
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(other))
 
     def _take(self, path: Path, *, keep: bool) -> None:
-        """Move a checkpoint into the own folder; what is none, or is there already, under a name that is to be removed.
+        """Move a checkpoint into this process's folder. Other files and duplicates get a hidden name and are removed later.
 
-        It is moved out first, since a network's file system keeps a removed file in the folder while a process has it open.
+        Files are moved before they are removed, because a network file system keeps a removed file in its folder as long as
+        a process has it open.
         """
         target = self.folder / path.name
         if not keep or os.path.lexists(target):
@@ -158,20 +159,20 @@ class Claim:
         os.rename(path, target)
 
     def _close(self) -> None:
-        """Put the checkpoints where they stand while no process has the run, and remove the folder."""
-        with contextlib.suppress(OSError):  # another process has it, or what stays is the next one's
+        """Move the checkpoints back to `checkpoints/<run_id>` and remove the token folder."""
+        with contextlib.suppress(OSError):  # another process owns the run, or the next process will take over the rest
             for step in self.folder.glob("step-*"):
                 os.rename(step, self.folder.parent / step.name)
             for path in self.folder.glob(".*"):
                 remove_path(path)
             self.folder.rmdir()
-        with contextlib.suppress(OSError):  # checkpoints stand there, or it was not the last run's
+        with contextlib.suppress(OSError):  # the folders still contain checkpoints or other runs
             self.folder.parent.rmdir()
             self.folder.parent.parent.rmdir()
 
 
 def _is_gone(folder: Path) -> bool:
-    """Tell whether a folder is certainly not there, and not only out of reach for now."""
+    """Tell whether a folder certainly does not exist, as opposed to being temporarily unreachable."""
     try:
         os.stat(folder)
     except OSError as error:

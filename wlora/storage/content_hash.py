@@ -1,4 +1,4 @@
-"""Content hashes of files: what identifies local data and weights, wherever they lie, and that it is these that are read."""
+"""Content hashes of files. They identify local data and weights independently of their path, and detect later changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wlora.storage.atomic_write import patiently
 
 Stamp = tuple[int, int, int, int, int]
 
-# Two changes within so many seconds may leave a file with the same times, on the coarsest file systems in use.
+# On file systems with coarse timestamps, two changes within this many seconds may leave the same timestamps.
 _YOUNG = 2.0
 
 
@@ -42,7 +42,7 @@ def hash_bytes(content: bytes) -> str:
 
 
 def hash_files(files: Iterable[Path]) -> str:
-    """Return 16 hex digits of SHA-256 over the names and bytes of files; their folder has no part in it."""
+    """Return 16 hex digits of SHA-256 over the names and bytes of files, independent of their folder."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}:{hash_file(file)}\n".encode())
@@ -53,15 +53,15 @@ def hash_files(files: Iterable[Path]) -> str:
 def read_as_hashed(
     key: str, expected: str | None, identify: Callable[[], tuple[str | None, Sequence[Path]]]
 ) -> Iterator[None]:
-    """Read files in the block, and only those that a hash is of: what changes before the block ends is refused.
+    """Context manager: check before and after the block that the files read in it still have the expected hash.
 
     Args:
-        key: names the files in the message, as the user wrote them.
-        expected: their hash, as the run's identity has it; None where there is nothing local to read.
-        identify: returns their hash now, and the files.
+        key: names the files in error messages, as the user wrote them.
+        expected: hash of the files, as used in the run's identity; None if no local files are read.
+        identify: returns the current hash and the list of files.
 
     Raises:
-        ConfigError: they are not those that were hashed; what the block has read may be of either content.
+        ConfigError: the files have changed. The block may have read old or new content.
     """
     if expected is None:
         yield
@@ -75,12 +75,12 @@ def read_as_hashed(
 
 
 def changed(key: str) -> ConfigError:
-    """Build the message for files that are no longer those that were hashed."""
-    return ConfigError(f"{key}: the files changed between being hashed and being read\nway out: the same command again")
+    """Build the error for files that have changed since they were hashed."""
+    return ConfigError(f"{key}: the files changed between being hashed and being read\nway out: run the same command again")
 
 
 def _look(key: str, identify: Callable[[], tuple[str | None, Sequence[Path]]]) -> tuple[str | None, list[Stamp]]:
-    """Return the hash of files and their stamps: a change shows in the stamps, or in the hash where these are too coarse."""
+    """Return the hash and the stamps of files. A change shows in the stamps, or in the hash if timestamps are too coarse."""
     try:
         found, files = identify()
         return found, [_stamp(file) for file in files]
@@ -89,14 +89,14 @@ def _look(key: str, identify: Callable[[], tuple[str | None, Sequence[Path]]]) -
 
 
 def _stamp(file: Path) -> Stamp:
-    """Return what is different of a file that was written or replaced: its place, its size and its times."""
+    """Return metadata that changes when a file is written or replaced: device, inode, size and times."""
     stat = patiently(file.stat)
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @functools.lru_cache(maxsize=256)
 def _hash_file(file: str, stamp: Stamp) -> str:
-    """Hash a file once per process, as long as it is the same one."""
+    """Hash a file once per process, as long as its stamp does not change."""
     return _read_hash(file)
 
 

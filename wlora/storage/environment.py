@@ -1,4 +1,4 @@
-"""Where a run ran: all that is needed to run it again there, or to see what is different elsewhere."""
+"""Description of a run's environment: code, packages and hardware, to repeat the run or to compare environments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from wlora import NUMERICS_VERSION, __version__
 
-# What can move a number, or stands between the files and the tensors.
+# Packages that can influence results, including those that read data and weights.
 _PACKAGES = (
     "torch",
     "transformers",
@@ -42,7 +42,7 @@ _PACKAGES = (
     "triton",
     "filelock",
 )
-# What of the process's environment torch and its libraries compute by.
+# Environment variables that influence computation in torch and its libraries.
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_THREAD_LIMIT",
@@ -68,15 +68,18 @@ _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
-# What is of a process's command and not of where it ran, and where the environments of other processes stand.
+# Keys that are not compared: the command line, and the entries that hold environments of other processes.
 _NOT_COMPARED = ("overrides", "earlier", "until", "elsewhere", "process")
 
 
 def describe_environment(device: str, precision: str, processes: int, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what is needed to judge or repeat a run: code, versions, hardware, settings of torch.
+    """Return the information needed to judge or repeat a run: code, versions, hardware and settings of torch.
 
     Args:
-        overrides: the words of the command line that asked for the run.
+        device: device of the run, such as `cpu` or `cuda`.
+        precision: name of the precision of the base.
+        processes: number of processes of the run.
+        overrides: the command-line arguments of the run.
     """
     commit, dirty = _git_state()
     return {
@@ -99,7 +102,7 @@ def describe_environment(device: str, precision: str, processes: int, *, overrid
 
 
 def name_machine(environment: dict[str, Any]) -> str:
-    """Return what a recorded run computed on, in words: seconds of two names are not comparable."""
+    """Return a readable name of the hardware of a recorded run. Times of runs with different names are not comparable."""
     torch = environment.get("torch", {})
     if gpus := torch.get("gpus"):
         return f"{len(gpus)} × {gpus[0]}"
@@ -111,7 +114,7 @@ def name_machine(environment: dict[str, Any]) -> str:
 
 
 def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs between two environments, by dotted key; what only one of them notes is left out."""
+    """Return the values (before, now) that differ, by dotted key. Keys that exist in only one environment are ignored."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in (key for key in before if key in now and key not in _NOT_COMPARED):
         if isinstance(before[key], dict) and isinstance(now[key], dict):
@@ -123,15 +126,15 @@ def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> dict[st
 
 
 def join_environments(past: Sequence[dict[str, Any]], now: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return those environments of a run's earlier processes that the next one did not share, for `earlier` in a record.
+    """Return the environments of earlier processes of a resumed run that differ from their successor's (`earlier`).
 
     Args:
-        past: in order, each with the step `until` which it computed.
-        now: the last one.
+        past: environments of the earlier processes in order, each with its last step in `until`.
+        now: environment of the last process.
     """
 
     following = [_compared(environment) for environment in (*past[1:], now)]
-    # One from an older checkpoint may tell of less than the next.
+    # The environment of an older checkpoint may have fewer keys than the next one.
     return [
         environment
         for environment, after in zip(past, following, strict=True)
@@ -140,7 +143,7 @@ def join_environments(past: Sequence[dict[str, Any]], now: dict[str, Any]) -> li
 
 
 def name_elsewhere(environments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return those environments of a run's processes that are not the main one's, each with its `process`."""
+    """Return the environments of a run's processes that differ from the main process's, each with its rank in `process`."""
     differing = [{**_compared(environment), "device": None} for environment in environments]  # each process has its own GPU
     return [
         {"process": number, **environment}
@@ -154,9 +157,9 @@ def _compared(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_computing(environment: dict[str, Any]) -> str:
-    """Return how many threads and processes a recorded run's sums were spread over, in words; empty where it is not known.
+    """Return the numbers of processes and threads of a recorded run in words, which influence the order of summation.
 
-    On GPUs the threads of the CPU have no part in it.
+    CPU threads are left out for runs on GPUs. The result is empty if the numbers are unknown.
     """
     torch, processes = environment.get("torch", {}), environment.get("processes", 1)
     several = f"{processes} process{'' if processes == 1 else 'es'}"
@@ -180,7 +183,7 @@ def _versions() -> dict[str, str]:
 
 
 def _torch_settings() -> dict[str, Any]:
-    """Return what torch computes with: threads, deterministic switches, the GPU and its libraries."""
+    """Return torch settings that influence results: threads, determinism flags, GPU and its libraries."""
     import torch
 
     settings: dict[str, Any] = {
@@ -203,9 +206,9 @@ def _torch_settings() -> dict[str, Any]:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """Return commit and dirty flag of the checkout this package runs from; None for an installed wheel."""
+    """Return commit and dirty flag of the git checkout of this package; (None, None) for an installed wheel."""
     here = Path(__file__).parent
-    # The system's git before any other; GIT_DIR and its like, which mean another checkout, have no part in it.
+    # Prefer the system's git. Variables such as GIT_DIR are not passed on, because they may refer to another checkout.
     program = shutil.which("git", path=os.defpath) or "git"
     settings = {name: os.environ[name] for name in ("HOME", "PATH", "SYSTEMROOT") if name in os.environ}
 

@@ -1,9 +1,9 @@
-"""What the files of a study said when they were last read, so that thousands of them are not parsed at every command.
+"""A cache of the parsed files of a study, so that commands need not parse thousands of files again.
 
-A cache: `<results_dir>/records/.index` for records, `.curves` for learning curves. It may be deleted at any time, and a
-folder that cannot be written has none. An entry is valid only for the file that it was made from, known by its size, time
-of change and inode; all other files are read. An entry is one line with a checksum, so that damage costs an entry and not
-the index. Writers replace the whole file: of several at once the last one stays, and nothing is lost but time.
+The caches are `<results_dir>/records/.index` for records and `.curves` for learning curves. They may be deleted at any time,
+and do not exist in read-only folders. An entry is valid only while its file has the same size, modification time and inode;
+other files are read. An entry is one line with a checksum, so damage affects single entries. Writers replace the whole file;
+if several write at once, the last one wins, and the only loss is time.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from wlora.storage.atomic_write import remove_path, write_whole
 from wlora.storage.content_hash import hash_bytes
 from wlora.storage.records import RecordStore
 
-# Changes with the meaning of what is written.
+# Version of the format. Increase it when the meaning of entries changes.
 _HEADER = b"wlora index 2\n"
-# Reading so many files takes a twentieth of a second: a smaller study has no index, and a new record leaves it as it is.
+# Minimum number of new entries to write the index. Reading this many files takes only 0.05 seconds, so small studies have no
+# index, and single new records do not rewrite it.
 UNINDEXED = 200
-# A file that changed so shortly before it was looked at may change again within one tick of its file system's clock.
+# Files changed within this time before the check are not cached: a second change could have the same timestamp.
 RACY_NS = 2_000_000_000
 
 
 class Entry(NamedTuple):
-    """What one file said, as JSON texts.
+    """The content of one file as JSON texts.
 
     Attributes:
         name: the run_id.
-        frame: a text that many entries share; it is written once.
-        columns: the others.
+        frame: a text shared by many entries and stored once.
+        columns: the other texts.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Entry(NamedTuple):
 
 
 class Index:
-    """The entries that hold for the files of one suffix as they were when this was made.
+    """The entries that are valid for the files with one suffix at the time of construction.
 
     Args:
         store: the records of a study.
@@ -59,7 +60,7 @@ class Index:
         self._new: list[Entry] = []
 
     def __iter__(self) -> Iterator[Entry]:
-        """Iterate over the entries, as they are on the disk."""
+        """Iterate over the valid entries on disk."""
         frames, seen = {b"": b""}, set()
         for kind, name, stamp, frame, *columns in self._lines():
             if kind == b"frame":
@@ -69,7 +70,7 @@ class Index:
                 yield Entry(os.fsdecode(name), frames[frame], tuple(columns))
 
     def _lines(self) -> Iterator[list[bytes]]:
-        """Yield the columns of every line whose checksum holds; none where there is no index or it cannot be read."""
+        """Yield the columns of every line with a correct checksum; nothing if the index is missing or unreadable."""
         with contextlib.suppress(OSError):
             if self._file.is_file():
                 with open(self._file, "rb") as stream:
@@ -81,12 +82,12 @@ class Index:
                                 yield columns
 
     def add(self, entry: Entry) -> None:
-        """Enter what a file says that was read after this was made, unless it has changed a moment before."""
+        """Add an entry for a file read after construction of this index, unless the file was changed very recently."""
         if entry.name in self._settled and not {"\t", "\n"} & set(entry.name):
             self._new.append(entry)
 
     def write(self) -> None:
-        """Write the index anew, if enough was entered to be worth it; a folder that cannot be written has none."""
+        """Rewrite the index if at least `UNINDEXED` entries were added. Write errors are ignored."""
         if len(self._new) < UNINDEXED:
             return
         out, told = io.BytesIO(), {b""}  # one buffer: thousands of entries are tens of megabytes
@@ -104,7 +105,7 @@ class Index:
         self._new.clear()
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed writers have left half-written; no living one takes an hour."""
+        """Remove temporary files of killed writers: those older than an hour."""
         for path in self._file.parent.glob(f".{self._file.name}.*"):
             if time.time() - path.lstat().st_mtime > 3600:
                 remove_path(path)

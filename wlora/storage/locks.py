@@ -1,4 +1,4 @@
-"""One process at a time per run, also where several machines share a results folder."""
+"""A lock per run, so that only one process executes it, also if several machines share a results folder."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 from wlora.errors import ConfigError
 from wlora.storage.atomic_write import staged
 
-# A holder whose heartbeat is not seen for this long is taken to be dead; on the same machine a dead one shows at once.
+# A holder without a heartbeat for this long is considered dead. On the same machine a dead process is detected at once.
 LEASE_SECONDS = 90.0
-# A file that names no holder is a damaged one if it stays so for this long; filelock's own patience is 2 seconds.
+# A lock file without an owner for this long is considered damaged. filelock's own limit is 2 seconds.
 DAMAGED_SECONDS = 5.0
-# A contender that looks whether a lock is a dead process's puts its own in the place for an instant.
+# Attempts and pauses in `confirm`: a process that checks for a dead holder briefly replaces the lock file by its own.
 _LOOKS, _BETWEEN_LOOKS = 20, 0.1
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
 class RunLock:
-    """The right to run one run_id: a file with host, process and heartbeat.
+    """The lock of one run_id: a file with host, process id and heartbeat.
 
     Attributes:
         path: `<results_dir>/locks/<run_id>.lock`.
-        lost: another process has taken over, since this one was silent for too long; nothing may be written any more.
+        lost: whether another process has taken over, because this one sent no heartbeat for too long. This process must
+            then not write any more.
     """
 
     def __init__(self, results_dir: str | Path, run_id: str) -> None:
@@ -38,20 +39,21 @@ class RunLock:
         )
 
     def acquire(self) -> bool:
-        """Take the lock; False if a living process holds it.
+        """Take the lock; return False if a living process holds it.
 
-        A holder on another machine whose file is older than a lease is watched for one lease, and then taken over. A file
-        that names no holder, as a crash of the machine leaves one behind, is watched for a few seconds.
+        If the holder is on another machine and its last heartbeat is older than a lease, this method waits for up to one and
+        a half leases and then takes over the lock. A lock file without an owner, which a crash of the machine can leave
+        behind, is watched for `DAMAGED_SECONDS`.
 
         Raises:
-            ConfigError: the file is damaged so that it never ends by itself.
+            ConfigError: the file is damaged in such a way that the lock never expires.
             OSError: the folder cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if self._try(0):
                 return True
-            for _ in range(2):  # an empty file is one more time to wait for
+            for _ in range(2):  # an empty file needs one more round
                 if self._lease.owner is None and self.path.exists():
                     self._fill_empty()
                     if self._try(DAMAGED_SECONDS):
@@ -63,7 +65,7 @@ class RunLock:
         except LeaseSettingsMismatch as error:
             raise self._fault() from error
         if self._silent_for() < LEASE_SECONDS:
-            return False  # somebody else was faster
+            return False  # another process was faster
         raise self._fault()
 
     def _try(self, seconds: float) -> bool:
@@ -74,27 +76,27 @@ class RunLock:
         return True
 
     def _fill_empty(self) -> None:
-        """Write into an empty file that is older than the instant in which a holder fills it: only then is it ever ended."""
+        """Write a text into an old, empty lock file. filelock never breaks an empty lock: its owner may be writing it."""
         if self._silent_for() >= DAMAGED_SECONDS:
             with contextlib.suppress(OSError), open(os.open(self.path, os.O_RDWR | _NO_LINK), "r+b") as stream:
                 if not stream.read(1):
                     stream.write(b"damaged\n")
 
     def _fault(self) -> ConfigError:
-        return ConfigError(f"lock {self.path} is damaged\nway out: remove it, if nothing runs {self.path.stem} any more")
+        return ConfigError(f"lock {self.path} is damaged\nway out: remove it, if no process runs {self.path.stem}")
 
     @property
     def token(self) -> str | None:
-        """The name of this hold, 32 hex digits; None while the lock is not held."""
+        """Unique token of the current acquisition, 32 hex digits; None while the lock is not held."""
         return self._lease.token
 
     def ours(self) -> bool:
-        """Tell whether the lock file names this hold by now."""
+        """Tell whether the lock file currently contains this process's token."""
         owner = self._lease.owner
         return owner is not None and owner.token == self.token
 
     def confirm(self) -> bool:
-        """Tell whether the lock is still this process's; takes up to two seconds where it is not."""
+        """Tell whether this process still holds the lock. It takes up to two seconds if it does not."""
         for _ in range(_LOOKS):
             if self.ours():
                 return True
@@ -102,11 +104,11 @@ class RunLock:
         return False
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._lease.release()
 
     def holder(self) -> str:
-        """Name the process that holds the lock, as host and process number."""
+        """Return the process id and host of the lock's holder as text."""
         with contextlib.suppress(OSError):
             text = self.path.read_text(encoding="utf-8", errors="replace")
             told = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
@@ -115,14 +117,14 @@ class RunLock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Release the lock at the end of the block."""
+        """Context manager: release the lock at the end of the block."""
         try:
             yield
         finally:
             self.release()
 
     def _silent_for(self) -> float:
-        """Return the seconds since the holder's last heartbeat, by the file system's clock."""
+        """Return the seconds since the holder's last heartbeat, measured with the file system's clock."""
         try:
             with staged(self.path) as probe:
                 probe.touch(exist_ok=False)

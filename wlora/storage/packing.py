@@ -1,7 +1,7 @@
-"""A record as a few texts, of which only what is asked for is parsed: thousands fit in memory, and in an index.
+"""A compact form of records: a few JSON texts that are parsed on demand, so that thousands fit in memory and in an index.
 
-The frame is what runs of a study share; its text is kept, and parsed, once. The long lists are parsed whenever somebody
-looks into them. The rest is the record's own.
+The *frame* contains the parts that runs of a study share; it is stored and parsed once. Long lists are parsed on each
+access. The remaining fields belong to the single record.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, overload
 
 from wlora.storage.records import Record
 
-# Of a configuration, what differs between the runs of a setting.
+# Keys of the configuration that differ between the runs of a setting.
 _OWN = ("lr", "warmup", "head_lr", "seed")
-# The sections that the frame holds whole, and the long lists.
+# Record fields that are entirely part of the frame, and the long lists.
 _FRAMED = ("task", "model")
 _LONG = ("adapters", "events", "evaluations")
 
@@ -24,9 +24,9 @@ class Packed(NamedTuple):
     """A record as JSON texts.
 
     Attributes:
-        frame: configuration and environment without what is the run's own, and the sections on data and model.
-        own: the other fields, with what the frame lacks.
-        long: the long lists, and the words of the command line.
+        frame: configuration and environment without run-specific keys, and the fields `task` and `model`.
+        own: the other fields, and the run-specific keys of the configuration.
+        long: the long lists, and the command-line arguments.
     """
 
     frame: bytes
@@ -35,7 +35,7 @@ class Packed(NamedTuple):
 
 
 class Later(Sequence[Any]):
-    """A list that is parsed anew whenever it is looked into, and never kept."""
+    """A list stored as JSON text. It is parsed on each access and not cached, to save memory."""
 
     def __init__(self, text: bytes) -> None:
         self._text = text
@@ -67,15 +67,15 @@ class Later(Sequence[Any]):
 
 
 def pack(record: Record) -> Packed:
-    """Return a record's texts.
+    """Convert a record to its compact form.
 
     Raises:
-        TypeError, AttributeError: its configuration or environment is no mapping.
+        TypeError, AttributeError: configuration or environment is not a mapping.
     """
     content = {field.name: getattr(record, field.name) for field in fields(record)}
     config, environment = dict(content["config"]), dict(content.pop("environment"))
     content["config"] = {key: config[key] for key in _OWN if key in config}
-    # In the frame these keys keep their places, so that a record has one order of keys whichever way it was read.
+    # The frame keeps placeholders for these keys, so that the order of keys is the same after unpacking.
     config |= dict.fromkeys(content["config"])
     words = environment.get("overrides")
     environment |= {"overrides": None} if "overrides" in environment else {}
@@ -89,7 +89,7 @@ def _text(content: Any) -> bytes:
 
 
 class Unpacker:
-    """Makes records of texts; those of one frame share its sections, which nobody changes."""
+    """Converts compact forms back to records. Records with the same frame share its parts, which must not be modified."""
 
     def __init__(self) -> None:
         self._frames: dict[bytes, dict[str, Any]] = {}
@@ -99,7 +99,7 @@ class Unpacker:
         """Return the record.
 
         Raises:
-            ValueError, TypeError, KeyError, RecursionError: the texts are not those of one.
+            ValueError, TypeError, KeyError, RecursionError: the texts are not a valid compact record.
         """
         frame = self._frames.get(packed.frame)
         if frame is None:

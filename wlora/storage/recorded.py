@@ -1,4 +1,4 @@
-"""What stands in a record, by type: what readers of records rely on, and no more. Older records lack keys."""
+"""Types of the content of records, restricted to the parts that readers use. Older records lack some keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from wlora.config.schema import Config
 
 
 class Adapter(TypedDict):
-    """An adapter that was kept: its module, ω (None where there is none) and rank."""
+    """A kept adapter: module name, weight ω (None for methods without ω) and rank."""
 
     name: str
     omega: float | None
@@ -21,7 +21,7 @@ class _Happened(TypedDict):
 
 
 class Event(_Happened, total=False):
-    """A change of structure: ω and ranks are by the names of modules."""
+    """A change of the adapter structure during training. `omega` and `ranks` are keyed by module name."""
 
     kept: list[str]
     omega: dict[str, float]
@@ -31,7 +31,7 @@ class Event(_Happened, total=False):
 
 
 class Environment(TypedDict, total=False):
-    """Where a run ran (`wlora.storage.environment`)."""
+    """The environment of a run (`wlora.storage.environment`)."""
 
     wlora: str
     git_commit: str | None
@@ -46,7 +46,7 @@ class Environment(TypedDict, total=False):
 
 
 class Task(TypedDict, total=False):
-    """The data that a run read."""
+    """The data of a run."""
 
     name: str
     version: str | None
@@ -55,7 +55,7 @@ class Task(TypedDict, total=False):
 
 
 class Model(TypedDict, total=False):
-    """The weights that a run started from, and the adapters that it left."""
+    """The initial weights of a run, and the adapters that it saved."""
 
     name: str
     fingerprint: str | None
@@ -65,7 +65,7 @@ class Model(TypedDict, total=False):
 
 
 class Method(TypedDict, total=False):
-    """The keys of methods that readers look at."""
+    """The keys of methods that readers use."""
 
     name: str
     rank: int
@@ -76,7 +76,7 @@ class Method(TypedDict, total=False):
 
 
 class Chosen(TypedDict, total=False):
-    """Keys of the configuration that its schema leaves open; `tuned` has become a number by then."""
+    """Keys of the configuration with type `Any` in the schema; in a record, `tuned` has been replaced by a number."""
 
     method: Method
     lr: float
@@ -85,7 +85,7 @@ class Chosen(TypedDict, total=False):
 
 
 class Content(TypedDict, total=False):
-    """The parts of a record whose types `wlora.storage.records.Record` does not tell."""
+    """Types of the parts of a record that `wlora.storage.records.Record` does not declare precisely."""
 
     config: Config
     task: Task
@@ -108,7 +108,7 @@ class Point(_Scored, total=False):
 
 
 class Parameters(TypedDict):
-    """The counts of every finished run."""
+    """Parameter counts of a finished run."""
 
     adapter_initial: int
     adapter_final: int
@@ -118,20 +118,20 @@ class Parameters(TypedDict):
 
 
 class Seconds(TypedDict):
-    """The times of every finished run."""
+    """Durations of a finished run in seconds."""
 
     train: float
     total: float
 
 
 class Batch(TypedDict):
-    """What is filled in before a run begins."""
+    """Keys of `train` that are always filled in before a run starts."""
 
     accumulation_steps: int
 
 
 class Resolved(TypedDict):
-    """What of its configuration no run lacks."""
+    """Parts of the configuration that every run has."""
 
     task: dict[str, Any]
     model: dict[str, Any]
@@ -143,7 +143,7 @@ class Resolved(TypedDict):
 
 
 class Finished(TypedDict):
-    """What no record of a run that succeeded lacks."""
+    """Parts that every record of a successful run has."""
 
     config: Resolved
     parameters: Parameters

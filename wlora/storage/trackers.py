@@ -1,4 +1,4 @@
-"""The learning curve in an experiment tracker (`track`), through accelerate. It never stops a run."""
+"""Sending the learning curve to an experiment tracker (`track`) through accelerate. Tracker errors never stop a run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "mlflow": ("mlflow",),
     "trackio": ("trackio",),
 }
-"""The packages of each, any of which will do."""
+"""Packages of each tracker. One of them is sufficient."""
 
 PROJECT = "wlora"
 
 
 def require_tracker(track: str) -> None:
-    """Refuse a tracker that is not installed.
+    """Check that the tracker is installed.
 
     Raises:
         ConfigError: the package is missing.
@@ -37,16 +37,16 @@ def require_tracker(track: str) -> None:
 
 
 def tracking_folder(results_dir: str | Path) -> Path:
-    """Return where trackers that write files write them."""
+    """Return the folder for trackers that write files."""
     return Path(results_dir) / "tracking"
 
 
 class Tracker:
-    """Hands the points of a learning curve on; after the first failure it says so once and does nothing more.
+    """Sends the points of a learning curve to a tracker. After the first error it prints one notice and stops sending.
 
     Args:
-        accelerator: was made with `log_with`, if there is to be a tracker.
-        say: tells the user.
+        accelerator: created with `log_with` if a tracker is used.
+        say: prints a text for the user.
     """
 
     def __init__(self, accelerator: Accelerator, *, say: Callable[[str], None]) -> None:
@@ -54,24 +54,24 @@ class Tracker:
         self._broken = not accelerator.log_with
 
     def start(self, run_id: str, config: dict[str, Any]) -> None:
-        """Open the run under its `run_id`, where the tracker can so that a resumed run goes on in it.
+        """Start the tracker's run under the `run_id`. If the tracker supports it, a resumed run continues the same entry.
 
         Args:
             config: the resolved configuration.
         """
-        # TensorBoard knows no projects: there a run is a folder.
+        # TensorBoard has no projects; each run is a folder.
         project = run_id if "tensorboard" in map(str, self._accelerator.log_with) else PROJECT
         kwargs = {"wandb": {"id": run_id, "name": run_id, "resume": "allow"}, "trackio": {"name": run_id, "resume": "allow"}}
         kwargs["mlflow"] = {"run_name": run_id}
         self._try(lambda: self._accelerator.init_trackers(project, config=flatten(config), init_kwargs=kwargs))
 
     def __call__(self, point: dict[str, Any]) -> None:
-        """Hand on a point of the learning curve."""
+        """Send one point of the learning curve."""
         values = {k.replace(".", "/"): v for k, v in flatten(point).items() if isinstance(v, int | float) and k != "step"}
         self._try(lambda: self._accelerator.log(values, step=point["step"]))
 
     def finish(self) -> None:
-        """Close the run, however it ended."""
+        """Close the tracker's run, after success or failure."""
         self._try(lambda: [tracker.finish() for tracker in self._accelerator.trackers])
 
     def _try(self, act: Callable[[], object]) -> None:
@@ -79,14 +79,14 @@ class Tracker:
             return
         try:
             act()
-        except Exception as error:  # whatever a tracker's library raises
+        except Exception as error:  # trackers raise many kinds of exceptions
             self._broken = True
             reason = (str(error).strip().splitlines() or [""])[0][:200]
-            self._say(f"notice: the tracker fails and gets nothing more ({type(error).__name__}: {reason}); the run goes on")
+            self._say(f"notice: the tracker failed and is switched off ({type(error).__name__}: {reason}); the run goes on")
 
 
 def flatten(values: dict[str, Any], parent: str = "") -> dict[str, Any]:
-    """Return nested values by dotted keys, lists and null as text: what every tracker takes."""
+    """Flatten nested values to dotted keys. Lists and null become text, so that every tracker accepts the values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{parent}{key}"

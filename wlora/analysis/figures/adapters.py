@@ -1,4 +1,4 @@
-"""Figures of single adapters: which are kept (`adapters`), and how much each wants to be tuned (`dot_products`)."""
+"""Figures about single adapters: how often each is kept (`adapters`), and its product with the gradient (`dot_products`)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _selects(run: Run) -> bool:
 def targets_of(run: Run) -> list[Target]:
     """Return the modules that a run could adapt."""
     config = restore_config(run.record.config)
-    # The record need not lie on the machine that ran: shapes come from the architecture, not from the files.
+    # The model's files may not be on this machine, so shapes are read from the architecture.
     config.model.path = None
     return list_targets(read_architecture(config.model), config.method["targets"])
 

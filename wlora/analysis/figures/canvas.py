@@ -1,4 +1,4 @@
-"""What all figures share: size, colours, files."""
+"""Shared code of all figures: sizes, colours and files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ STYLE: dict[Any, Any] = {
 
 
 def nothing(figure: str, missing: str) -> ConfigError:
-    """Build the message for a figure without data."""
+    """Build the error for a figure without data."""
     return ConfigError(f"figure {figure}: {missing}")
 
 
@@ -74,7 +74,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     files = [folder / f"{name}.{kind}" for kind in ("png", "pdf")]
     try:
         for file in files:
-            # Without a date the same records give the same file.
+            # Omit the creation date, so that the same records give identical files.
             metadata = {"CreationDate": None} if file.suffix == ".pdf" else {"Software": None}
             with staged(file) as staging:
                 figure.savefig(staging, format=file.suffix[1:], metadata=metadata)
@@ -88,7 +88,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def style_of(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Give every label a colour, a marker and a dash of its own."""
+    """Assign a distinct colour, marker and line style to every label."""
     return {
         label: {
             "color": COLOURS[index % len(COLOURS)],

@@ -176,7 +176,7 @@ def rates(runs: Sequence[Run]) -> Figure:
     tasks, labels = tasks_of(run for group in groups.values() for run in group), list(dict.fromkeys(k for k, _ in found))
     styles = style_of(labels)
     wide = len(tasks) > 1 or len(labels) > 6
-    # Besides the panel the height has to hold the legend.
+    # The height includes the legend.
     height = 2.2 + 0.13 * len(labels) / (4 if wide else 2)
     figure, axes = new_figure(1, len(tasks), width=PAGE if wide else COLUMN, height=height)
     star: dict[str, Any] = {"marker": "*", "markersize": 6, "linestyle": "none"}

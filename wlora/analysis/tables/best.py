@@ -49,6 +49,6 @@ def read_best(results_dir: str | Path, runs: Iterable[Run]) -> Best:
 
 
 def _has(point: Any, metric: str) -> bool:
-    """Tell whether a point of a curve, which may be anything where no checksum vouches for it, holds a metric."""
+    """Tell whether a point of a learning curve contains a metric. Without a checksum, a point may be any JSON value."""
     value = point["metrics"].get(metric) if isinstance(point, dict) and isinstance(point.get("metrics"), dict) else None
     return isinstance(value, float | int) and math.isfinite(value)

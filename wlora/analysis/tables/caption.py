@@ -1,4 +1,4 @@
-"""What a reader must know to judge a table: model, split, rows, seeds, learning rates, what is missing."""
+"""Captions and notes of tables: model, split, rows, seeds, learning rates and missing runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVALUATION: dict[Score, str] = {
 
 
 def caption(table: Table) -> str:
-    """Return the caption, composed from the records alone."""
+    """Return the caption of a table, generated only from the records."""
     runs = table.runs()
     parts = [f"{table.layout.title}. {_model(table, runs)}: dev sets, {EVALUATION[table.score]}."]
     if runs:
@@ -32,7 +32,7 @@ def caption(table: Table) -> str:
 
 
 def notes(table: Table) -> list[str]:
-    """Return what stands below the table: missing and diverged runs, mixed commits and machines."""
+    """Return the notes below a table: missing and diverged runs, mixed commits and machines."""
     found = []
     missing = sum(cell.missing for cell in table.cells.values())
     if missing:
@@ -146,7 +146,7 @@ def _tuning(table: Table) -> list[str]:
 
 
 def _choices(table: Table) -> dict[tuple[str, str], Choice]:
-    """Return the choices of a table by row and column, as a reader sees them."""
+    """Return the tuning choices of a table by row and column, as displayed."""
     titles = {column.task: column.title for column in table.layout.columns}
     several = table.layout.ranks is None
     return {
@@ -183,7 +183,7 @@ def _tuned_elsewhere(run: Run) -> bool:
 
 
 def _mode(runs: Sequence[Run]) -> list[str]:
-    """Name target set, compat and precision."""
+    """Return a text with target set, compat and precision."""
     targets = sorted({str(run.setting["method.targets"]) for run in runs if "method.targets" in run.setting})
     words = [f"targets={_join(targets)}"] if targets else []
     words += [f"{key}={'/'.join(sorted({show(run.setting[key]) for run in runs}))}" for key in ("compat", "precision")]

@@ -1,4 +1,4 @@
-"""From runs to cells: which runs belong to a row and a column, at which learning rate, and what they say together."""
+"""Fills table cells from runs: selects the runs of each row and column at the chosen learning rate and summarises them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from wlora.analysis.tables.layouts import LAYOUTS, Column, Layout, Row, row_of
 from wlora.analysis.tuning import Choice, choose_point
 
 Score = Literal["last", "best"]
-"""Which evaluation of a run counts: after the last step, or the best one of its learning curve."""
+"""The evaluation of a run that is scored: after the last step, or the best one of its learning curve."""
 
 Best = Mapping[str, Mapping[str, float]]
 """The metrics of runs, by run_id, at the best evaluation (`wlora.analysis.tables.best`)."""
 
-# One adapter alone measures that adapter: it is no method of fine-tuning.
+# Runs of method=single measure one adapter for Figure 2. They are not a fine-tuning method to compare.
 NOT_COMPARED = ("single",)
 
 
@@ -89,11 +89,11 @@ class Table:
 
     @property
     def complete(self) -> bool:
-        """Whether ALL is over all tasks, so that it may be held against the paper's."""
+        """Whether ALL includes all tasks, so that it can be compared with the paper's."""
         return len(self.averaged) == len(LAYOUTS[self.layout.name].columns)
 
     def runs(self) -> list[Run]:
-        """Return the successful runs that stand in the table."""
+        """Return the successful runs in the table."""
         return [run for cell in self.cells.values() for run in cell.runs]
 
 
@@ -145,7 +145,7 @@ def fill(
 
 
 def belongs(run: Run, layout: Layout) -> bool:
-    """Tell whether a run's task, targets and rank are among a table's, and its method may stand there."""
+    """Tell whether a run fits a table by its task, targets, rank and method."""
     if run.task not in layout.tasks or run.method in NOT_COMPARED:
         return False
     targets = run.record.config["method"].get("targets")
@@ -156,7 +156,7 @@ def belongs(run: Run, layout: Layout) -> bool:
 
 
 def _rows(layout: Layout, runs: Sequence[Run], model: str) -> tuple[Row, ...]:
-    """Return the paper's rows and one for every further method, rank and K in the records.
+    """Return the paper's rows and one row for every other method, rank and K in the records.
 
     On another model than the paper's the K are those of the records, where there are any.
     """
@@ -197,7 +197,7 @@ def _fill_cell(
             for name in column.metrics
         )
 
-    # All runs or none: a mean over some of the seeds would be compared with means over all.
+    # Use all runs or none, because a mean over some seeds is not comparable with means over all seeds.
     peaks = [best[run.record.run_id] for run in good] if all(run.record.run_id in best for run in good) else []
     shown = peaks if score == "best" else [run.record.metrics for run in good]
     after_last, at_best = summaries([run.record.metrics for run in good]), summaries(peaks) if peaks else ()
@@ -220,7 +220,7 @@ def _parameters(table: Table) -> dict[Row, Parameters]:
     for row in table.rows:
         counts = [run.record.parameters for cell in table.row_cells(row) for run in cell.runs]
         if counts:
-            # The paper counts adapters without the head, and a fully trained model with it.
+            # The paper counts adapters without the head, but full fine-tuning with the head.
             base = [count["base"] + count["head"] if count["base"] else 0 for count in counts]
             final = [count["adapter_final"] + extra for count, extra in zip(counts, base, strict=True)]
             initial = [count["adapter_initial"] + extra for count, extra in zip(counts, base, strict=True)]
@@ -255,7 +255,7 @@ def _average_cell(cells: Sequence[Cell], *, generator_name: str, seed: int) -> C
     if not all(cell.scores for cell in cells):
         return Cell((Summary(mean),))
     strata = summarize_strata([list(cell.scores.values()) for cell in cells], generator(seed, generator_name))
-    # The spread is that of the average of each seed that has run on every task.
+    # The standard deviation is over the per-seed averages, of seeds that have runs on every task.
     complete = set.intersection(*(set(cell.scores) for cell in cells))
     per_seed = {seed: sum(cell.scores[seed] for cell in cells) / len(cells) for seed in sorted(complete)}
     spread = summarize(list(per_seed.values()), generator(seed, generator_name)).std if per_seed else None
@@ -263,7 +263,7 @@ def _average_cell(cells: Sequence[Cell], *, generator_name: str, seed: int) -> C
 
 
 def mark(table: Table) -> Table:
-    """Mark the best and the second of every column within each group, by the printed figure; ties share a mark."""
+    """Mark the best and second-best cell of every column within each group, by the printed number; ties share a mark."""
     digits = decimals(table.layout)
     groups: dict[object, list[Row]] = {}
     for row in table.rows:
@@ -290,5 +290,5 @@ def _rank(values: Mapping[Row, float], digits: int) -> dict[Row, str]:
 
 
 def decimals(layout: Layout) -> int:
-    """Return the digits that the paper prints after the point."""
+    """Return the number of decimal places that the paper prints."""
     return 2 if layout.percent else 4

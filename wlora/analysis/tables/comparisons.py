@@ -1,4 +1,4 @@
-"""Which methods of a table are compared with which, over all its tasks and seeds."""
+"""Pairwise comparisons of the methods of a table, over all its tasks and seeds."""
 
 from __future__ import annotations
 

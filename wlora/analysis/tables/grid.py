@@ -16,7 +16,7 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure: mean and spread as text (`0.9/0.8` for a pair), number of runs, mark, runs that diverged."""
+    """A displayed cell: mean and spread as text (`0.9/0.8` for a pair), number of runs, mark, number of diverged runs."""
 
     mean: str
     std: str = ""
@@ -33,12 +33,12 @@ class Grid:
     body: tuple[tuple[str | Entry, ...], ...]
     rules: frozenset[int] = frozenset()
     texts: int = 1
-    """How many columns, from the left, are text."""
+    """Number of leading text columns."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What stands at a row and task, and at a row under parameters and ALL."""
+    """The displayed cells: by row and task, and by row for the columns parameters and ALL."""
 
     cell: Callable[[Row, str], str | Entry]
     parameters: Callable[[Row], str]
@@ -56,7 +56,7 @@ def draw(table: Table, printed: dict[Row, PrintedRow] | None = None) -> Grid:
 
 
 def draw_companion(table: Table, printed: dict[Row, PrintedRow]) -> Grid:
-    """Draw the paper's figures, each with the difference ours - paper's in brackets."""
+    """Draw the paper's numbers, each with the difference ours - paper's in brackets."""
     layout, digits = table.layout, decimals(table.layout)
     columns = {column.task: column for column in layout.columns}
 

@@ -1,4 +1,4 @@
-"""The paper's Tables 1-6 as data: which runs stand in which row and column."""
+"""The layouts of the paper's Tables 1-6: the rows and columns, and the runs that belong to them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The method's name, with K where it reads one."""
+        """The method's name, with K if the method has one."""
         name = LABELS.get(self.method, self.method)
         return name if self.k is None else f"{name} K={self.k}"
 

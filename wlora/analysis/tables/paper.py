@@ -1,4 +1,4 @@
-"""The paper's printed figures (`results/paper`), and whether its averages follow from its cells."""
+"""The numbers printed in the paper (`results/paper`), and a check of its averages against its cells."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def paper_table(layout: Layout, folder: Path | None = None) -> Table:
 
 
 def unexplained_averages(layout: Layout, folder: Path | None = None) -> list[str]:
-    """List the rows whose printed ALL does not follow, to rounding, from their cells."""
+    """List the rows whose printed ALL differs from the mean of their cells by more than rounding."""
     table, printed = paper_table(layout, folder), read_printed(layout, folder)
     unit = 10.0 ** -decimals(layout)
     found = []

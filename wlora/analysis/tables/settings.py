@@ -1,4 +1,4 @@
-"""The runs of a study by setting, each with a label that tells it from the others."""
+"""The runs of a study grouped by setting, each with a unique label."""
 
 from __future__ import annotations
 

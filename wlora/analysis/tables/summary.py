@@ -1,4 +1,4 @@
-"""A study whatever its settings: one line per task and setting, with what it scored and what it cost."""
+"""Summary of any study: one line per task and setting with scores and costs."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _latex(cell: str | Entry) -> str:
 
 
 def escape(text: str) -> str:
-    """Return text that LaTeX prints as it stands."""
+    """Escape text for LaTeX."""
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
@@ -161,7 +161,7 @@ def to_csv(table: Table) -> str:
 def _summary_columns(name: str, summary: Summary | None, digits: int) -> dict[str, Any]:
     found = (summary.mean, summary.std, summary.low, summary.high) if summary else (None,) * 4
     names = (name, f"{name}_std", f"{name}_low", f"{name}_high")
-    # Two digits more than are printed, so that nothing is lost in a difference.
+    # Two digits more than printed, so that differences of values remain precise.
     return {key: None if value is None else f"{value:.{digits + 2}f}" for key, value in zip(names, found, strict=True)}
 
 
@@ -202,7 +202,7 @@ def companion_csv(table: Table, printed: Mapping[Row, PrintedRow]) -> str:
 
 
 def runs_csv(runs: Sequence[Run]) -> str:
-    """Write every run of a study, one per line, whatever its status: for people who bring their own tools."""
+    """Write every run of a study, one per line and with any status, for analysis with other tools."""
     settings: dict[int, dict[str, Any]] = {}  # runs of one setting share its columns, which are most of a line
     lines = []
     for run in runs:
