@@ -13,7 +13,7 @@ import pytest
 
 from tests.config.test_schema import METHODS, read, read_method
 from tests.conftest import ROOT
-from wlora.cli.help import read_comments, show
+from wlora.cli.help import list_keys, read_comments, show
 from wlora.config.rules import RULES
 from wlora.config.schema import METHOD_NOTES
 
@@ -111,3 +111,7 @@ def test_comments_are_read_from_behind_keys_only(tmp_path: Path) -> None:
         "# about all\na: 1  # first\nb: ${a}\nm:\n  c: null    # null: none\npresets:\n  x:\n    a: 2  # not this\n"
     )
     assert read_comments(file) == {"a": "first", "c": "null: none"}
+
+
+def test_the_page_of_keys_is_made_from_the_schema() -> None:
+    assert list_keys() in (ROOT / "docs" / "keys.md").read_text()

@@ -21,7 +21,7 @@ SHARED = [*TINY, "task.epochs=1", "precision=fp32"]
 
 
 def run(results: Path, stock: SharedInputs | None, *words: str) -> tuple[Record, list[Any]]:
-    record = experiment.run(compose(*SHARED, f"results_dir={results}", *words), stock=stock)
+    record = experiment.run(compose(*SHARED, f"results_dir={results}", *words), shared=stock)
     lines = (results / "records" / f"{record.run_id}.jsonl").read_text().splitlines()
     return record, [json.loads(line) for line in lines]
 

@@ -13,8 +13,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
-from wlora.distributed import mean, several
+from wlora.distributed import gather, mean, several
 from wlora.errors import ConfigError
+from wlora.methods.base import Method
 from wlora.models.architectures import FAMILIES
 
 
@@ -48,3 +49,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     parts = torch.split(averaged, [gradient.numel() for gradient in gradients])  # type: ignore[no-untyped-call]
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def check_same_adapters(method: Method, step: int) -> None:
+    """Assert that all processes have the same adapters: parameters of the same shape would be mixed up unseen."""
+    found = gather({name: adapter.rank for name, adapter in method.attached().items()})
+    if any(ranks != found[0] for ranks in found):
+        raise AssertionError(f"the processes have different adapters after step {step}: {found}")

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.data.features import Features
-from wlora.distributed import from_main, gather
+from wlora.distributed import from_main
 from wlora.errors import ran_out_of_memory
 from wlora.methods.base import Event, Method
 from wlora.methods.parameter_groups import ParameterGroup
@@ -34,9 +32,10 @@ from wlora.training.losses import Losses
 from wlora.training.optimizers import Optimizers
 from wlora.training.prefetch import Prefetcher, move
 from wlora.training.prefix_cache import PrefixCache
+from wlora.training.progress import advance, progress_bar
 from wlora.training.run_length import Plan
 from wlora.training.settings import Data, Result, Settings
-from wlora.training.sharding import average_gradients
+from wlora.training.sharding import average_gradients, check_same_adapters
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
 
 # Points of the learning curve over a whole run.
@@ -145,7 +144,11 @@ class Trainer:
         if self.step == 0:
             torch.manual_seed(self.settings.dropout_seed)
         log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
-        with self._progress() as bar, first_token_alone(self.bare_model), self._prefetch.running():
+        with (
+            progress_bar(self.plan.total_steps, shown=self.accelerator.is_main_process) as bar,
+            first_token_alone(self.bare_model),
+            self._prefetch.running(),
+        ):
             for step, batches in self._updates():
                 begin = time.perf_counter()
                 with self.losses.noticing_divergence(step):
@@ -161,7 +164,7 @@ class Trainer:
                         log(self._evaluate(step))
                 if on_step is not None:
                     on_step(self)
-                self._show(bar)
+                advance(bar, self.losses.values, self.result.metrics.get(self.task.primary_metric), self.method)
             self.result.memory |= {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
         return self.result
 
@@ -338,7 +341,7 @@ class Trainer:
             if any(event.reset for event in events):
                 self.optimizers.forget()
             self.optimizers.rebuild(self._groups())
-            self._check_processes()
+            check_same_adapters(self.method, self.step + 1)
             self.model = self._prepare()
             self.prefix = self._open_prefix()
 
@@ -373,12 +376,6 @@ class Trainer:
         wrapped: nn.Module = self.accelerator.prepare_model(self.bare_model)
         return wrapped
 
-    def _check_processes(self) -> None:
-        """Assert that all processes have the same adapters: parameters of the same shape would be mixed up unseen."""
-        found = gather({name: adapter.rank for name, adapter in self.method.attached().items()})
-        if any(ranks != found[0] for ranks in found):
-            raise AssertionError(f"the processes have different adapters after step {self.step + 1}: {found}")
-
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Evaluate the dev set; returns the point of the learning curve."""
         begin = time.perf_counter()
@@ -397,16 +394,3 @@ class Trainer:
         self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
         self.result.eval_seconds += time.perf_counter() - begin
         return {"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics}
-
-    def _progress(self) -> tqdm[Any]:
-        silent = not self.accelerator.is_main_process or not sys.stderr.isatty()
-        return tqdm(total=self.plan.total_steps, unit="step", dynamic_ncols=True, disable=silent)
-
-    def _show(self, bar: tqdm[Any]) -> None:
-        read = self.losses.values
-        shown: dict[str, Any] = {"loss": f"{read[-1]:.4f}"} if read else {}
-        if self.result.metrics:
-            shown[self.task.primary_metric] = f"{self.result.metrics[self.task.primary_metric]:.4f}"
-        shown["adapters"] = len(self.method.attached())
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
