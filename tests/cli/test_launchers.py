@@ -58,7 +58,7 @@ def test_a_process_that_is_lost_does_not_pass_for_a_run_that_went_well() -> None
             raise Killed("a worker was killed\nby the system")
 
     OUTCOMES.outcomes = [Outcome("before", "success", 1.0, 0)]
-    with pytest.raises(RunFault, match="launcher=some: Killed: a worker was killed\n.*the same command"):
+    with pytest.raises(RunFault, match="launcher=some: Killed: a worker was killed\n.*repeat the command"):
         Collecting(Launcher(), "some", Sweep(frozenset()), lambda _: OmegaConf.create()).launch([["seed=0"]], 0)
 
 
