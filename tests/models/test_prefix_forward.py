@@ -289,7 +289,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
 def test_a_folder_that_cannot_be_written_ends_in_a_line(run_tiny: Callable[..., Record], tmp_path: Path) -> None:
     (tmp_path / "prefix_cache").write_text("a file in the way")
-    with pytest.raises(Exception, match="prefix_cache is no folder"):
+    with pytest.raises(Exception, match="prefix_cache is not a folder"):
         run_tiny(*WLORA, "train.prefix_cache=disk")
     (tmp_path / "prefix_cache").unlink()
     shutil.rmtree(tmp_path / "records")

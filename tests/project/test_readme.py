@@ -22,9 +22,9 @@ import pytest
 
 from tests.conftest import ROOT, compose, enter_main
 from tests.support.llama_folder import build_llama_folder, write_gguf
+from wlora.cli import export as exports
 from wlora.cli import figures, memory, tables
 from wlora.config.schema import ModelConfig, config_folder
-from wlora.experiment import export as exports
 from wlora.experiment import run as experiment
 from wlora.models.source import locate
 from wlora.storage.records import Record, RecordStore

@@ -38,7 +38,7 @@ SWEEP = ["-m", *TINY, "method=probe", "train.max_steps=4", "precision=fp32", "of
 TOLD = {
     "mistake": "error: task.path: this process cannot see the file",
     "fault": "error: this process cannot write",
-    "disk": "error: file cannot be read or written (Input/output error)",
+    "disk": "error: file: Input/output error",
 }
 WHOLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
