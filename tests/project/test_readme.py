@@ -203,7 +203,7 @@ def test_what_is_done_with_a_run_afterwards(
     for line in AFTERWARDS:
         words = [word for word in shlex.split(line.replace("RUN_ID", record.run_id)) if not word.startswith("results_dir=")]
         words = [word.replace("to=DIR", f"to={export}") for word in words] + [f"results_dir={results}"]
-        if words[2] == "wlora.cli.run":
+        if words[2] == "wlora.run":
             assert enter(*words[3:]) == 0
         else:
             exports.main(words[3:])
