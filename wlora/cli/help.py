@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from wlora.config.presets import TEXTS, explicit_keys
 from wlora.config.rules import RULES
-from wlora.config.schema import config_folder, walk
+from wlora.config.schema import config_folder, read_method, walk
 
 WIDTH = 120
 MEANINGS = {name: part.metadata["meaning"] for name, part in walk()}
@@ -84,7 +84,7 @@ def describe_everything(root: DictConfig) -> str:
     groups = {name: sorted(file.stem for file in folder.glob("*.yaml")) for folder, name in names.items()}
     choices = [_wrap(f"  {name}=", ", ".join(groups[name])) for name in sorted(groups) if groups[name] and name != "method"]
     width = max(len(name) for name in groups["method"])
-    methods = [f"    {name:<{width}}  {_about(name)}" for name in groups["method"]]
+    methods = [f"    {name:<{width}}  {read_method(name)['about']}" for name in groups["method"]]
     shown = [(name, part) for name, part in walk() if name not in _UNSEEN]
     rows = [(name, OmegaConf.select(root, name), allowed(part), part.metadata["meaning"]) for name, part in shown]
     rows.append(
@@ -144,12 +144,6 @@ def _describe_presets(root: DictConfig, group: str) -> Iterator[str]:
         width = max(len(key) for key in rows)
         lines = [_wrap(f"  {key:<{width}}  ", text) for key, text in rows.items()]
         yield f"{group}.preset={name} sets what is not given explicitly:\n\n" + "\n".join(lines)
-
-
-def _about(name: str) -> str:
-    """Return the one-sentence description of a method."""
-    content: Any = OmegaConf.load(config_folder() / "method" / f"{name}.yaml")
-    return str(content.get("method", content).about)
 
 
 def _align(rows: list[tuple[Any, Any, str, str]]) -> str:

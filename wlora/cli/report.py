@@ -11,7 +11,6 @@ import contextlib
 import html
 import importlib.util
 import io
-import os
 import re
 import shlex
 import sys
@@ -26,7 +25,7 @@ from wlora.analysis.study_reader import read_study
 from wlora.analysis.tables.cells import NOT_COMPARED
 from wlora.cli.entry import serve
 from wlora.errors import ConfigError
-from wlora.storage.atomic_write import check_folders, staged
+from wlora.storage.atomic_write import check_folders, write_whole
 
 USAGE = """\
 usage: python -m wlora.report [key=value ...]
@@ -143,9 +142,7 @@ def write(words: Sequence[str]) -> Path:
     )
     target = results / "report.html"
     try:
-        with staged(target) as staging:
-            staging.write_text(page, encoding="utf-8")
-            os.replace(staging, target)
+        write_whole(target, page.encode())
     except OSError as error:
         raise ConfigError(f"results_dir: {results} cannot be written ({error.strerror})") from error
     return target

@@ -22,7 +22,7 @@ from wlora.analysis.tables.writing import companion_csv, comparisons_csv, runs_c
 from wlora.cli.entry import serve
 from wlora.config.schema import config_folder
 from wlora.errors import ConfigError, unknown_name, wrong_value
-from wlora.storage.atomic_write import check_folders, staged
+from wlora.storage.atomic_write import check_folders, write_whole
 
 USAGE = """\
 usage: python -m wlora.tables 1|2|3|4|5|6|all|demo|summary [key=value ...]
@@ -253,8 +253,6 @@ def _write_paper(layout: Layout, folder: Path) -> None:
 def _save(file: Path, text: str) -> None:
     """Write a file atomically; ConfigError if it cannot be written."""
     try:
-        with staged(file) as staging:
-            staging.write_text(text, encoding="utf-8")
-            os.replace(staging, file)
+        write_whole(file, text.encode())
     except OSError as error:
         raise ConfigError(f"results_dir: {file} cannot be written ({error.strerror})") from error

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from wlora.config.schema import Config, ModelConfig, TaskConfig, TrainConfig, config_folder
+from wlora.config.schema import Config, ModelConfig, TaskConfig, TrainConfig, read_method
 
 RUN_ID_VERSION = 1
 
@@ -92,17 +89,9 @@ def _identifying_method(method: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in method.items() if key not in later or value != later[key]}
 
 
-@functools.cache
 def later_keys(method: str) -> dict[str, Any]:
-    """Return the keys that a method got after records were published, each with the value that older records imply.
-
-    The result is empty for an unknown method, for example one in a record of a newer version.
-    """
-    file = config_folder() / "method" / f"{method}.yaml"
-    if not file.is_file():
-        return {}
-    content: Any = OmegaConf.load(file)
-    return dict(content.get("method", content).get("later") or {})
+    """Return the keys that a method got after records were published, each with the value that older records imply."""
+    return read_method(method).get("later") or {}
 
 
 def run_id(fields: dict[str, Any]) -> str:

@@ -9,12 +9,13 @@ This module does not import torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 TARGET_SETS = ("qkv", "attention", "all", "release")
 QUANTIZATIONS = ("none", "nf4", "int8")
@@ -261,3 +262,21 @@ def config_folder() -> Path:
     package = Path(__file__).parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
+
+
+@functools.cache
+def method_names() -> tuple[str, ...]:
+    """Return the names of all methods, sorted."""
+    return tuple(sorted(file.stem for file in (config_folder() / "method").glob("*.yaml")))
+
+
+@functools.cache
+def read_method(name: str) -> dict[str, Any]:
+    """Return the content of a method's YAML file with unresolved interpolations. Callers must not modify it.
+
+    The result is empty for an unknown method, for example one in a record of a newer version.
+    """
+    if name not in method_names():
+        return {}
+    content: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "method" / f"{name}.yaml"))
+    return dict(content.get("method", content))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from wlora.config.schema import METHOD_NOTES, Config, config_folder
+from wlora.config.schema import METHOD_NOTES, Config, config_folder, method_names, read_method
 from wlora.errors import ConfigError, unknown_name
 
 # Top-level keys that a method reads only if its configuration interpolates them.
@@ -277,11 +277,10 @@ def _schema_keys() -> list[str]:
 def method_keys() -> dict[str, list[str]]:
     """Map every method's own full keys to the names of the methods that have them."""
     owners: dict[str, list[str]] = {}
-    for file in sorted((config_folder() / "method").glob("*.yaml")):
-        content: Any = OmegaConf.load(file)
-        for name in content.get("method", content):
+    for method in method_names():
+        for name in read_method(method):
             if name not in METHOD_NOTES:
-                owners.setdefault(f"method.{name}", []).append(file.stem)
+                owners.setdefault(f"method.{name}", []).append(method)
     return owners
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from wlora.data import local_files as files
 from wlora.data.row_checks import check_rows, needed_columns
 from wlora.errors import ConfigError
-from wlora.storage.content_hash import hash_files, read_as_hashed
+from wlora.storage.content_hash import hash_bytes, hash_files, read_as_hashed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,7 +58,7 @@ def fingerprint(task: TaskConfig) -> str | None:
     if task.generator is not None:
         from wlora.data.synthetic.story import GENERATOR_VERSION
 
-        return _digest(f"{task.generator}@{GENERATOR_VERSION}")
+        return hash_bytes(f"{task.generator}@{GENERATOR_VERSION}".encode())
     return None
 
 
@@ -195,8 +194,4 @@ def _wrap(table: pa.Table, identity: str) -> Dataset:
     from datasets import Dataset
 
     # Without an explicit fingerprint the library would hash the whole table.
-    return Dataset(table, fingerprint=_digest(identity))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Dataset(table, fingerprint=hash_bytes(identity.encode()))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from wlora.adapters.peft_format import fingerprint
 from wlora.config.identity import method_revision
 from wlora.config.rules import RULES, check, check_rules, look_up
-from wlora.config.schema import METHOD_NOTES, AdapterConfig, Config, ModelConfig, config_folder
+from wlora.config.schema import METHOD_NOTES, AdapterConfig, Config, ModelConfig, method_names, read_method
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.models.architectures import HEADS, LEARNT_POSITIONS, count_targets, order_classes, read_architecture
 from wlora.tasks.base import find_kind
@@ -91,17 +88,9 @@ def _check_method(config: Config) -> None:
 
 def _method_rules(name: Any) -> dict[str, str]:
     """Return the rules of a method's own keys from the packaged YAML file."""
-    files = {file.stem: file for file in (config_folder() / "method").glob("*.yaml")}
-    if not isinstance(name, str) or name not in files:
-        raise unknown_name(f"method.name={name}", str(name), files)
-    return _read_rules(files[name])
-
-
-@functools.cache
-def _read_rules(file: Path) -> dict[str, str]:
-    content: Any = OmegaConf.load(file)
-    rules: Any = OmegaConf.to_container(content.get("method", content).get("allowed") or OmegaConf.create())
-    return dict(rules)
+    if name not in method_names():
+        raise unknown_name(f"method.name={name}", str(name), method_names())
+    return read_method(name).get("allowed") or {}
 
 
 def _check_model(model: ModelConfig) -> None:

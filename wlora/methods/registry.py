@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from wlora.config.schema import config_folder
+from wlora.config.schema import method_names
 from wlora.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ def build_method(
     from wlora.methods.base import Method
     from wlora.methods.release import RELEASES
 
-    known = [file.stem for file in (config_folder() / "method").glob("*.yaml")]
-    if settings["name"] not in known:
-        raise unknown_name(f"method.name={settings['name']}", str(settings["name"]), known)
+    if settings["name"] not in method_names():
+        raise unknown_name(f"method.name={settings['name']}", str(settings["name"]), method_names())
     module = importlib.import_module(f"wlora.methods.{settings['name']}")
     (policy,) = [
         value

@@ -164,7 +164,9 @@ class Trainer:
                         log(self._evaluate(step))
                 if on_step is not None:
                     on_step(self)
-                advance(bar, self.losses.values, self.result.metrics.get(self.task.primary_metric), self.method)
+                primary = self.task.primary_metric
+                scores = {name: score for name, score in self.result.metrics.items() if name == primary}
+                advance(bar, self.losses.values, scores, self.method)
             self.result.memory |= {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
         return self.result
 
