@@ -30,6 +30,29 @@ sweep() {
     queue+=("results_dir=$RESULTS task=$1 ${DATA:+task.path=$DATA/$1} method=$2$words")
 }
 
+# The small studies: MiniLM (K out of 18 adapters on query, key and value, or 36 on all linears) on samples. small TASK prints
+# the words that all their runs have. tune_small SEEDS TASK METHOD OVERRIDE...: four rates on TUNE_SEED, a fifth where the best is
+# at an edge, then the reported seeds 0 to SEEDS - 1 at the best rate; call it once per phase of PHASES, with a stage after it.
+PHASES="grid beyond seeds"
+small() {
+    echo "model=minilm precision=bf16 task.batch_size=32 train.accumulation_steps=1 train.checkpoint_every=0" \
+        "train.save_adapter=false"
+    case $1 in
+    sst2) echo "task.max_train_rows=4000 task.epochs=3" ;;
+    mrpc) echo "task.epochs=3" ;;
+    qnli) echo "task.max_train_rows=4000 task.epochs=2" ;;
+    esac
+}
+tune_small() {
+    local seeds=$1 task=$2 method=$3 rates=3e-4,1e-3,3e-3,1e-2
+    [ "$method" = full ] && rates=1e-5,3e-5,1e-4,3e-4
+    case $PHASE in
+    grid) sweep "$task" "$method" $(small "$task") "${@:4}" "seed=$TUNE_SEED" "lr=$rates" ;;
+    beyond) sweep "$task" "$method" $(small "$task") "${@:4}" "seed=$TUNE_SEED" lr=beyond ;;
+    seeds) sweep "$task" "$method" $(small "$task") "${@:4}" "seed=range($seeds)" lr=tuned ;;
+    esac
+}
+
 run_sweep() {
     [ -z "$GPUS" ] || export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
     # Exit code 1: some runs failed and will be missing in the table. Other codes (wrong request, interrupt) end the study.

@@ -19,17 +19,13 @@ paper)
     finish wlora.tables 6 model=deberta_v3_base ${protocol%% *}
     ;;
 cpu)
-    setting="model=minilm precision=bf16 task.batch_size=32 train.accumulation_steps=1"
-    sst2="task.max_train_rows=4000 task.epochs=1" mrpc="task.epochs=2" qnli="task.max_train_rows=4000 task.epochs=1"
-    tuned="lr=tuned tune_on=sst2 seed=range(3)"
-    for method in wlora rlora; do sweep sst2 $method $setting $sst2 k=1,3,5 seed=$TUNE_SEED lr=3e-4,1e-3,3e-3; done
-    stage
-    for method in wlora rlora; do
-        sweep sst2 $method $setting $sst2 k=1,3,5 $tuned
-        sweep mrpc $method $setting $mrpc k=1,3,5 $tuned
-        sweep qnli $method $setting $qnli k=5 $tuned
+    for PHASE in $PHASES; do
+        for task in sst2 mrpc qnli; do
+            tune_small 5 $task wlora k=1,3,5
+            tune_small 5 $task rlora k=1,3,5
+        done
+        stage
     done
-    stage
     finish wlora.tables 6 model=minilm
     ;;
 esac

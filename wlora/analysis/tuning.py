@@ -1,4 +1,7 @@
-"""The value `tuned`: learning rates and warm-up chosen among the recorded runs of a setting. Never imports torch."""
+"""The values `tuned` and `beyond`: learning rates and warm-up chosen among the recorded runs of a setting.
+
+Never imports torch.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from wlora.errors import ConfigError
 
 # The seed that the scripts use for tuning. Its runs are not reported.
 TUNE_SEED = 100
+
+# What may stand in place of a value: the best recorded one, or the next rate of a grid whose best is at an edge.
+WORDS = ("tuned", "beyond")
 
 _ENVIRONMENT = ("precision", "task.version", "numerics")
 
@@ -52,6 +58,23 @@ class Choice:
             if len(tried) > 1 and value in (min(tried), max(tried)):
                 found[key] = "smallest" if value == min(tried) else "largest"
         return found
+
+    def beyond(self) -> float:
+        """Return the learning rate that widens the grid where its best value is at an edge; otherwise that best value.
+
+        The grid continues with its last ratio but one, so that 3e-4, 1e-3, 3e-3 is followed by 1e-2.
+        """
+        rates = sorted({point.lr for point in self.tried})
+        if len(rates) < 2 or "lr" not in self.edges():
+            return self.point.lr
+        if self.point.lr == rates[0]:
+            rates.reverse()
+        ratio = rates[-2] / rates[-3] if len(rates) > 2 else rates[-1] / rates[-2]
+        return float(f"{rates[-1] * ratio:.2g}")
+
+    def value(self, key: str, word: str) -> Any:
+        """Return what a key is set to where the user wrote `word`, which is `tuned` or `beyond`."""
+        return self.beyond() if word == "beyond" else getattr(self.point, key)
 
     def describe(self, keys: Iterable[str]) -> str:
         """Format the chosen values as command-line arguments, with a note if a value is the smallest or largest tried."""
@@ -97,8 +120,8 @@ def choose_point(runs: Iterable[Run]) -> Choice | None:
 
 
 def wanted_keys(config: Config) -> list[str]:
-    """Return the keys of a configuration whose value is `tuned`."""
-    return [key for key in Point._fields if getattr(config, key) == "tuned"]
+    """Return the keys of a configuration whose value is one of `WORDS`."""
+    return [key for key in Point._fields if getattr(config, key) in WORDS]
 
 
 class Settings:
@@ -147,7 +170,7 @@ class Settings:
 
 
 def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
-    """Replace `tuned` by the best recorded values (`Settings.choose`); return None if no key is `tuned`.
+    """Replace `tuned` and `beyond` by recorded values (`Settings.choose`); return None if no key has one of them.
 
     Raises:
         ConfigError: there is no record to choose from, a record is damaged (it may be the best one), or the records on
@@ -163,17 +186,17 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
     runs, faults = read_study(config.results_dir, kinds) if os.path.isdir(config.results_dir) else ([], [])
     if faults:
         raise ConfigError(
-            f"{wanted[0]}=tuned: {faults[0]}, so the best is not known\n"
+            f"{wanted[0]}={getattr(config, wanted[0])}: {faults[0]}, so the best is not known\n"
             "way out: repeat that run with the command of its study, or remove its files"
         )
     choice = Settings(runs).choose(config, task_data=task_data, model_data=model_data)
     if choice is None:
         raise ConfigError(
-            f"{wanted[0]}=tuned: {config.results_dir} has no finished run of method={method} in this "
+            f"{wanted[0]}={getattr(config, wanted[0])}: {config.results_dir} has no finished run of method={method} in this "
             f"setting on task={task}\nway out: run a grid first, as in -m task={task} lr=5e-5,5e-4,5e-3"
         )
     for key in wanted:
-        setattr(config, key, getattr(choice.point, key))
+        setattr(config, key, choice.value(key, getattr(config, key)))
     return choice
 
 

@@ -301,6 +301,8 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     if choice is not None:
         where = config.tune_on or config.task.name
         _tell(f"tuned: {choice.describe(wanted)}, best of {choice.compared} on {where} seed={choice.seed}")
+        if "lr" in wanted and config.lr != choice.point.lr:
+            _tell(f"beyond: lr={config.lr}")
 
     if config.dry_run:
         from wlora.experiment.dry_run import describe

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wlora.analysis.study import Point, name_rows, read_value
 from wlora.analysis.study_reader import read_runs
-from wlora.analysis.tuning import Choice, Settings, wanted_keys
+from wlora.analysis.tuning import WORDS, Choice, Settings, wanted_keys
 from wlora.cli.entry import serve
 from wlora.config.presets import KEYED_BY, apply_presets
 from wlora.config.rules import RULES, satisfies
@@ -46,7 +46,7 @@ class Cell:
 
     Attributes:
         config: the resolved configuration of any run of the cell.
-        wanted: the requested runs. A value `tuned` means that the records do not determine it yet.
+        wanted: the requested runs. A value `tuned` or `beyond` means that the records do not determine it yet.
         done: the requested runs with a successful record.
         seconds: expected duration of one run on one process; None if no run of the model is recorded.
     """
@@ -87,9 +87,9 @@ class Cell:
                 choice = self._choose(config)
                 own = config.tune_on in (None, config.task.name)
                 if choice is None and own and self._covers(config):
-                    continue  # `tuned` will be a point of the grid that is requested anyway
+                    continue  # `tuned` will be a point of the grid that is requested anyway, `beyond` perhaps one more
             if choice is not None:
-                config = dataclasses.replace(config, **{key: getattr(choice.point, key) for key in wanted})
+                config = dataclasses.replace(config, **{key: choice.value(key, values[key]) for key in wanted})
             _check(config)
             self.wanted.add((_point(config), config.seed))
 
@@ -102,7 +102,7 @@ class Cell:
     def _covers(self, config: Config) -> bool:
         """Tell whether an already requested run with the same seed may become identical once `tuned` is replaced."""
         asked = (point for point, seed in self.wanted if seed == config.seed)
-        return any(all(own in ("tuned", value) for own, value in zip(_point(config), point, strict=True)) for point in asked)
+        return any(all(own in (*WORDS, value) for own, value in zip(_point(config), point, strict=True)) for point in asked)
 
 
 def _point(config: Config) -> Point:
@@ -115,7 +115,7 @@ def _check(config: Config) -> None:
         if not satisfies(getattr(config, key), RULES[key]):
             raise wrong_value(key, getattr(config, key), RULES[key])
     rows = _rows(config)
-    if rows is not None and config.warmup != "tuned":
+    if rows is not None and config.warmup not in WORDS:
         make_plan(config, rows)
 
 

@@ -185,7 +185,11 @@ class Config:
     rank: int = key(8, "int >= 1", "rank of each adapter", "course")
     alpha: float = key(32.0, "float > 0", "the scale of an adapter is alpha / rank", "course")
     dropout: float = key(0.05, "float >= 0, < 1", "dropout probability on the input of an adapter", "course")
-    lr: Any = key(5e-4, "float > 0 or tuned", "peak of the linear schedule; tuned: the best recorded value of this setting")
+    lr: Any = key(
+        5e-4,
+        "float > 0 or tuned or beyond",
+        "peak of the linear schedule; tuned: the best recorded value of this setting; beyond: the next one if that is an edge",
+    )
     head_lr: Any = key(None, "float > 0 or null or tuned", "peak for head and pooler; null: lr; tuned: see lr", later=True)
     warmup: Any = key(
         None,

@@ -27,7 +27,7 @@ def resolve(config: Config) -> Config:
     """
     check_rules(config)
     for key in ("lr", "head_lr"):
-        if getattr(config, key) not in (None, "tuned"):
+        if isinstance(getattr(config, key), (int, float)):
             setattr(config, key, float(getattr(config, key)))
     _check_method(config)
     _check_model(config.model)
