@@ -188,7 +188,7 @@ class Config:
     lr: Any = key(
         5e-4,
         "float > 0 or tuned or beyond",
-        "peak of the linear schedule; tuned: the best recorded value of this setting; beyond: the next one if that is an edge",
+        "peak of the schedule; tuned: the best recorded value of this setting; beyond: the next one if that is an edge",
     )
     head_lr: Any = key(None, "float > 0 or null or tuned", "peak for head and pooler; null: lr; tuned: see lr", later=True)
     warmup: Any = key(
