@@ -21,6 +21,8 @@ from wlora import distributed as processes
 from wlora.cli import job as jobs
 from wlora.storage.records import Record, RecordStore
 
+pytestmark = pytest.mark.slow
+
 METHODS = ["wlora", "wlora_plus", "increlora", "lora_drop"]
 # A launcher for GPUs; without any it starts the same processes on the CPU.
 ACCELERATE = [
