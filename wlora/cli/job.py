@@ -20,7 +20,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from wlora.analysis.study import Run
 from wlora.cli.help import show_values
+from wlora.cli.racing import is_raced, race
 from wlora.config.presets import apply_presets
 from wlora.config.schema import Config
 from wlora.config.spelling import check_read, explain, swept_keys, unknown_key
@@ -202,11 +204,40 @@ class Collecting:
         """
         for notice in check_read(job_overrides, self._compose):
             _tell(f"notice: {notice}")
+        before = len(OUTCOMES.outcomes)
+        first = self._compose(job_overrides[0])
+        if is_raced(first, swept=self._sweep.keys, in_batches=self._sweep.in_batches):
+            returned = self._race(job_overrides, initial_job_idx)
+        else:
+            returned = self._run(job_overrides, initial_job_idx)
+        found = [job for job in returned if isinstance(getattr(job, "_return_value", None), Outcome)]
+        OUTCOMES.outcomes[before:] = [job._return_value for job in found]
+        for job in found:
+            job.return_value = job._return_value.score
+        return list(returned)
+
+    def _race(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        from hydra.core.utils import JobReturn, JobStatus
+
+        before = len(OUTCOMES.outcomes)
+
+        def advance(jobs: list[list[str]]) -> Sequence[Any]:
+            del OUTCOMES.outcomes[before:]  # those of the round before: a run has one outcome
+            return self._run(jobs, initial_job_idx)
+
+        returned = race(job_overrides, self._compose, advance)
+        for index, run in enumerate(returned):
+            if isinstance(run, Run):  # decided by an earlier command
+                name, score = self._sweep.label(job_overrides[index]), run.score if run.status == "success" else None
+                outcome = Outcome(name, run.status, score, 0, run.record.error or "")
+                returned[index] = JobReturn(_return_value=outcome, status=JobStatus.COMPLETED)
+        return returned
+
+    def _run(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         if not self._sweep.in_batches:
             self._sweep.total = len(job_overrides)
-        before = len(OUTCOMES.outcomes)
         try:
-            returned = self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
+            return list(self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx))
         except (ConfigError, OSError, ValueError, TypeError, AttributeError, KeyError, OmegaConfBaseException):
             raise
         except Exception as error:  # each launcher raises its own exception classes
@@ -215,11 +246,6 @@ class Collecting:
                 f"hydra/launcher={self._name}: {type(error).__name__}: {reason}\n"
                 "way out: repeat the command; it skips finished runs and continues with the others"
             ) from error
-        found = [job for job in returned if isinstance(getattr(job, "_return_value", None), Outcome)]
-        OUTCOMES.outcomes[before:] = [job._return_value for job in found]
-        for job in found:
-            job.return_value = job._return_value.score
-        return list(returned)
 
 
 @contextmanager
@@ -291,6 +317,8 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     _refuse_added_keys(composed)
     if not in_sweep:
         check_read([overrides], lambda _: composed)
+        if config.race != "off":
+            raise wrong_value("race", config.race, "off for a single run: a sweep (-m) is raced")
     if preset:
         _tell(f"preset: {show_values(preset)}")
     resolve(config)
@@ -314,7 +342,8 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
 
     record = run(config, overrides, inputs_of_process() if in_sweep else None)
     seconds = record.seconds["total"] if record.trained else None
-    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
+    told = record.error or "" if record.status == "stopped" else ""
+    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, told, seconds)
 
 
 def _refuse_foreign_task(composed: DictConfig) -> None:

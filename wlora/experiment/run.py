@@ -37,7 +37,7 @@ from wlora.storage.records import Record, RecordStore
 from wlora.storage.trackers import Tracker, tracking_folder
 from wlora.training.batch_growth import settle_growth
 from wlora.training.checkpoints import CheckpointStore
-from wlora.training.interruption import Guard, Interrupted
+from wlora.training.interruption import Guard, Interrupted, Stopped
 from wlora.training.precision import Precision, choose_precision
 from wlora.training.prefix_cache import Storage
 from wlora.training.run_length import make_plan
@@ -93,6 +93,8 @@ class Job:
 def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | None = None) -> Record:
     """Run one configuration, or return its record if it has already succeeded or another process is at it.
 
+    With `train.until` below 1 the run may end with the status `stopped`; the same configuration goes on from there.
+
     Args:
         config: what `wlora.experiment.resolve.resolve` returned.
         overrides: the words of the command line that asked for it, for the record.
@@ -143,8 +145,10 @@ def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | No
             if job.telling:
                 job.store.write(record)
             with job.guard.listening():
-                result = train(job, trainer)
-                finish(job, trainer, result)
+                try:
+                    finish(job, trainer, train(job, trainer))
+                except Stopped as stop:
+                    say(f"stopped    {stop}")
                 job.guard.answer(trainer)
             return record
 
@@ -207,6 +211,8 @@ def train(job: Job, trainer: Trainer) -> Result:
     except BaseException as error:
         record.status, record.error = classify(error)
         record.seconds = {"total": job.guard.seconds()}
+        if isinstance(error, Stopped):
+            record.steps["stopped"] = error.step
         if job.telling and not isinstance(error, TakenOver):
             write_ending(job.store, record)
         if isinstance(error, Interrupted):
