@@ -4,9 +4,9 @@
 # those of scripts/study.sh:
 #   RATES=A,B,..  WARMUPS=A,B,..   the grid                      [10 rates, 5 warm-ups]
 #   METHOD="wlora k=5"             the method and its words      [lora]
-#   RESULTS=DIR                    raced/ and unraced/ go there  [results/race_bench]
+#   RESULTS=DIR                    raced/ and unraced/ go there  [outputs/race_bench]
 # Arguments are added to every run: scripts/race_bench.sh task.max_train_rows=1000
-RESULTS=${RESULTS:-results/race_bench}
+RESULTS=${RESULTS:-outputs/race_bench}
 . "$(dirname "$0")/study.sh"
 
 rates=${RATES:-1e-4,2e-4,3e-4,5e-4,7e-4,1e-3,2e-3,3e-3,5e-3,1e-2} warmups=${WARMUPS:-0,10,37,60,100}

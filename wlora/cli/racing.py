@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
+from time import sleep
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -138,7 +138,7 @@ def race(jobs: Sequence[Words], compose: Compose, launch: Callable[[list[list[st
         if "interrupted" in statuses:
             break
         if set(statuses) == {"running"}:
-            time.sleep(WAIT_SECONDS)
+            sleep(WAIT_SECONDS)
     return [results.get(first, field.recorded(first)) for first in map(field.first, range(len(jobs)))]
 
 

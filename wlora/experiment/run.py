@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -145,10 +145,8 @@ def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | No
             if job.telling:
                 job.store.write(record)
             with job.guard.listening():
-                try:
+                with stopping():
                     finish(job, trainer, train(job, trainer))
-                except Stopped as stop:
-                    say(f"stopped    {stop}")
                 job.guard.answer(trainer)
             return record
 
@@ -192,6 +190,15 @@ def prepare(job: Job, shared: SharedInputs) -> Trainer:
         settings=_settings(config, method, job.precision, job.accelerator.process_index),
         accelerator=job.accelerator,
     )
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Context manager: a run that stops where `train.until` says so has ended in order."""
+    try:
+        yield
+    except Stopped as stop:
+        say(f"stopped    {stop}")
 
 
 def train(job: Job, trainer: Trainer) -> Result:
