@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from wlora.training.run_length import step_at
 
 WITHIN, SHARE = 0.002, 0.4  # the bar: final score, and share of the steps
 Race = Sequence[tuple[Run, Entrant]]  # runs that have ended, lower rates first
-Races = dict[tuple[str, str, int], Race]  # by task, setting and seed
+Races = Mapping[tuple[str, str, int], Race]  # by task, setting and seed
 
 
 class Outcome(NamedTuple):
@@ -48,7 +48,8 @@ def read_races(folder: Path) -> tuple[Races, int]:
 
     These were evaluated at their end only, or not all runs at the same steps.
     """
-    store, races, uneven = RecordStore(folder), Races(), 0
+    store, uneven = RecordStore(folder), 0
+    races: dict[tuple[str, str, int], Race] = {}
     for (label, task), group in runs_by_setting(read_runs(folder)).items():
         ended = {(run.point, run.seed): run for run in group if run.status != "stopped"}
         for asked, _ in divide(ended, {}):
@@ -58,7 +59,8 @@ def read_races(folder: Path) -> tuple[Races, int]:
                 steps = {tuple(step for step, _ in entrant.marks) for run, entrant in race if run.status == "success"}
                 fit = len(steps) == 1 and len(next(iter(steps))) > 1
                 uneven += not fit
-                races |= {(task, label, runs[0].seed): race} if fit else {}
+                if fit:
+                    races[task, label, runs[0].seed] = race
     return races, uneven
 
 
