@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.conftest import TINY
 from wlora.cli import racing
@@ -132,6 +133,20 @@ def test_every_seed_and_setting_is_a_race_and_tuned_takes_the_winner(run_main: M
     assert f"lr={winner['lr']}" in out and f"warmup={winner['warmup']}" in out
 
 
+def test_survivors_refill_a_pack_and_end_as_in_a_pack_without_a_race(run_main: Main, tmp_path: Path) -> None:
+    packed = ["hydra/launcher=packed", "pack=3"]
+    code, out, err = run_main("-m", *packed, *GRID, f"results_dir={tmp_path / 'raced'}")
+    assert code == 0 and "race: 2 runs to 1/4" in out, err
+    found = records(tmp_path / "raced")
+    assert sorted(record.status for record in found.values()) == ["stopped"] * 3 + ["success"]
+    code, out, err = run_main("-m", *packed, *UNRACED, RATES, f"results_dir={tmp_path / 'unraced'}")
+    (winner,) = (record for record in found.values() if record.status == "success")
+    twin = records(tmp_path / "unraced")[winner.config["lr"]]
+    assert code == 0 and winner.resumed_at == [4, 8], err
+    assert [adapter["name"] for adapter in winner.adapters] == [adapter["name"] for adapter in twin.adapters]
+    assert winner.metrics == pytest.approx(twin.metrics, abs=1e-4) and winner.run_id == twin.run_id
+
+
 def test_the_dry_run_shows_a_race(run_main: Main, tmp_path: Path) -> None:
     words = [*GRID, f"results_dir={tmp_path}"]
     (cell,) = survey([words])
@@ -150,16 +165,16 @@ def test_the_dry_run_shows_a_race(run_main: Main, tmp_path: Path) -> None:
 def test_a_run_that_fails_leaves_its_race_to_the_others(
     run_main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Trainer._train_step
+    step = Trainer._take_step
 
-    def fail(trainer: Trainer, number: int, batches: list[list[int]]) -> None:
+    def fail(trainer: Trainer, number: int, loss: Tensor) -> None:
         if trainer.settings.lr == 1e-3:
             raise OSError(28, "No space left on device", "file")
         if trainer.settings.lr == 3e-3 and number == 2:
             raise FloatingPointError("the loss is nan")
-        step(trainer, number, batches)
+        step(trainer, number, loss)
 
-    monkeypatch.setattr(Trainer, "_train_step", fail)
+    monkeypatch.setattr(Trainer, "_take_step", fail)
     code, out, err = run_main("-m", *GRID, f"results_dir={tmp_path}")
     assert code == 1 and "No space left" in err
     found = {rate: record.status for rate, record in records(tmp_path).items()}
