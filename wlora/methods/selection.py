@@ -67,5 +67,5 @@ def project(adapters: Collection[LowRankAdapter], choose: Callable[[Tensor], Ten
     if not gradients:
         return
     uninformed = torch.stack(gradients).norm() <= MIN_GRADIENT_NORM
-    for omega, kept in zip(omegas, choose(torch.stack(omegas)) | uninformed, strict=True):
-        omega.mul_(kept)
+    kept = choose(torch.stack(omegas)) | uninformed
+    torch._foreach_mul_(omegas, list(kept.to(omegas[0].dtype).unbind()))
