@@ -75,11 +75,8 @@ def add_adapters(out: Tensor, x: Tensor, adapters: Sequence[LowRankAdapter | Non
         chosen = [adapter for index in members if (adapter := adapters[index]) is not None]
         some = None if len(members) == runs else _constant(tuple(members), torch.int64, out.device)
         rows = drop(_rows_of(x, some, runs), dropout, some)
-        found = _multiply(rows, chosen, stack).to(out.dtype)
-        if some is None:
-            summed = summed + found
-        else:
-            summed = summed.index_add(0, some, found.expand(len(members), *found.shape[1:]))
+        found = _multiply(rows, chosen, stack).to(out.dtype).expand(len(members), -1, -1)
+        summed = summed + found if some is None else summed.index_add(0, some, found)
     return summed.reshape(out.shape)
 
 
