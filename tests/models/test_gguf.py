@@ -20,11 +20,12 @@ from wlora.adapters.adapter_set import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import ConfigError
 from wlora.methods.milora import decompose_base
-from wlora.models.architectures import Target, count_targets, read_architecture
+from wlora.models.architectures import read_architecture
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.quantization import count_model
 from wlora.models.source import locate
+from wlora.models.targets import Target, count_targets
 
 FILE = "model.Q8_0.gguf"
 

@@ -125,7 +125,7 @@ def _measure(model: PreTrainedModel, adapters: object, batch: dict[str, Tensor],
 
 def _stored_bytes(model: nn.Module, parameters: set[nn.Parameter], quantization: str) -> int:
     """Return the bytes of frozen weights; the linear layers of a quantised model are stored packed."""
-    packed: set[Tensor] = {module.weight for module in packed_linears(model)} if quantization != "none" else set()
+    packed = {module.get_parameter("weight") for module in packed_linears(model)} if quantization != "none" else set()
     elements = sum(p.numel() for p in packed)
     dense = sum(p.numel() * p.element_size() for p in parameters - packed)
     return dense + (elements // 2 + 4 * elements // NF4_BLOCK if quantization == "nf4" else elements)

@@ -16,7 +16,7 @@ from wlora.adapters.peft_format import Factors, describe_lora
 from wlora.errors import ConfigError
 from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.training_data import Phase, TrainingData
-from wlora.models.architectures import Target
+from wlora.models.targets import Target
 
 
 @dataclass(frozen=True)

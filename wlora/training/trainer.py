@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from wlora.console import notice
 from wlora.data.features import Features
 from wlora.distributed import from_main
 from wlora.errors import ran_out_of_memory
@@ -354,7 +355,11 @@ class Trainer:
             return None
         if self.prefix and self.prefix.prefix.depth == depth:
             return self.prefix
-        return PrefixCache(Prefix(self.bare_model, depth), self.settings.prefix, self._collate)
+        prefix, rows = Prefix(self.bare_model, depth), range(min(2, len(self.data.train)))
+        if not prefix.reproduces(self._collate(self.data.train, [*rows])):
+            notice("train.prefix_cache is off: the layers of this model cannot be skipped one by one")
+            return None
+        return PrefixCache(prefix, self.settings.prefix, self._collate)
 
     def _collate(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
         """Return rows of features as the model's inputs, on its device."""
