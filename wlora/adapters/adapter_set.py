@@ -40,6 +40,10 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
         self._targets[target.name] = target
         return adapter
 
+    def base(self, name: str) -> nn.Module:
+        """Return the frozen module that an adapter is attached to."""
+        return self._adapted(name).base
+
     def disconnect(self, name: str) -> None:
         """Remove an adapter: the base module returns to its place, unchanged."""
         self._replace(name, self._adapted(name).base)

@@ -83,10 +83,13 @@ def _final(method: Method, counts: dict[str, int]) -> list[str]:
 
 
 def _foresee(config: Config, precision: Precision, steps: Steps) -> list[str]:
-    """Return lines about the memory of a training step. No estimate is possible if a method's shapes depend on values."""
+    """Return lines about the memory of a training step.
+
+    No estimate is possible if shapes depend on values, of a method or of a discovered model.
+    """
     try:
         return tell(estimate(config, precision, steps), config)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         return [f"no estimate for method={config.method['name']} ({type(error).__name__})"]
 
 

@@ -112,9 +112,10 @@ def _measure(model: PreTrainedModel, adapters: object, batch: dict[str, Tensor],
     try:
         with first_token_alone(model):
             activations = saved_bytes(body, batch)
-    except DynamicOutputShapeException:  # BART's classification head searches for end tokens, whose number is unknown
+    except DynamicOutputShapeException:  # heads of encoder-decoders search for end tokens, whose number is unknown
         body = model.base_model
-        activations = saved_bytes(body, batch)
+        # BART makes the decoder's inputs from those of the encoder, T5's bare model does not.
+        activations = saved_bytes(body, {**batch, "decoder_input_ids": batch["input_ids"]})
     return Memory(
         adapters=len(adapters),  # type: ignore[arg-type]
         frozen=_stored_bytes(model, frozen, config.model.quantization),

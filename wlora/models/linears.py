@@ -12,6 +12,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) or getattr(module, "adapts", False) or hasattr(module, "base_layer")
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a linear module stores its weight as [d_in, d_out]."""
+    return isinstance(module, Conv1D)
+
+
 def widths(module: nn.Module) -> tuple[int, int]:
     """Return the widths of input and output of a linear module."""
     if isinstance(module, Conv1D):

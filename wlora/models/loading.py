@@ -270,7 +270,15 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only the inputs of layers for the backward pass, which computes the rest again (`train.gradient_checkpointing`).
 
     Dropout draws the same numbers both times, so losses and gradients do not change.
+
+    Raises:
+        ConfigError: transformers cannot do this for the model's family.
     """
+    if not model.supports_gradient_checkpointing:
+        family = model.config.model_type
+        raise ConfigError(
+            f"train.gradient_checkpointing=true: allowed is false for {family} models, of which it is not supported"
+        )
     with quiet():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # transformers makes the embeddings' output require a gradient, for reentrant checkpointing's sake. Ours needs none,

@@ -41,11 +41,11 @@ def settle_model(model: ModelConfig, *, offline: bool) -> None:
             model.name = _as_name(Path(model.path).absolute().name) if named else model.name
             model.architecture = _strip(found)
             model.sha256 = model.accumulation_steps = model.k = None
-    elif model.source == "hub" and not model.architecture:
+    elif model.source == "hub":
         if model.hub_id is None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.hub_id):
             given = "null" if model.hub_id is None else model.hub_id
             raise wrong_value("model.hub_id", given, "OWNER/NAME, a repository of the hub; or set model.path=DIR")
-        model.architecture = _strip(_read_hub_config(model, offline=offline))
+        model.architecture = model.architecture or _strip(_read_hub_config(model, offline=offline))
         model.name = _as_name(model.hub_id.rpartition("/")[2]) if model.name == ANY else model.name
 
 

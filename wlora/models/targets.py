@@ -109,10 +109,9 @@ def tell_layout(family: str, layout: Layout) -> str:
     parts["other"] = set(kinds) - parts["qkv"] - parts["output"]
     stacks = " and ".join(f"{len(stack.layers)} of {stack.prefix}" for stack in layout.stacks)
     named = "; ".join(f"{part}: {_join(kinds, names)}" for part, names in parts.items())
-    return (
-        f"the layers of a {family} model were discovered, not described: {stacks}; {named}; "
-        f"head: {', '.join(layout.head) or 'the model’s own'}. Its last layer runs for all tokens"
-    )
+    head = ", ".join(layout.head) or "the pretrained one"
+    slower = ". The last layer is computed for all tokens" if layout.reads == "first" else ""
+    return f"layers found in this model (model_type {family}): {stacks}; {named}; head: {head}{slower}"
 
 
 def _join(kinds: Iterable[str], names: set[str]) -> str:
