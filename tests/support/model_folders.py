@@ -32,6 +32,7 @@ _BART: dict[str, Any] = {
     **{"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 512, "init_std": 0.1},
 }
 _T5: dict[str, Any] = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+_DEBERTA = {**_SMALL, "type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 _ROBERTA = {**_SMALL, "max_position_embeddings": 514, "type_vocab_size": 1}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -42,8 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "electra": {**_SMALL, "embedding_size": 16},
     "albert": {**_SMALL, "embedding_size": 16},
     "mpnet": {**_SMALL, "max_position_embeddings": 514},
-    "deberta": {**_SMALL, "type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-    "deberta-v2": {**_SMALL, "type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta": _DEBERTA,
+    "deberta-v2": {**_DEBERTA, "share_att_key": True, "position_biased_input": False},
     "modernbert": {**_SMALL, "global_attn_every_n_layers": 2},
     "t5": _T5,
     "mt5": _T5,

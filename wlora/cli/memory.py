@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from wlora.analysis.study_reader import read_runs
@@ -31,7 +32,7 @@ from wlora.storage.environment import describe_environment
 from wlora.storage.sealing import seal
 from wlora.tasks.base import find_kind
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
-from wlora.training.precision import choose_precision
+from wlora.training.precision import choose_precision, has_accelerator
 
 # Number of steps between zero adapters and all adapters at which memory is measured.
 STOPS = 12
@@ -61,7 +62,7 @@ def write(config: Config) -> Path:
         )
     check_folders(config.results_dir, "memory")
     file = Path(config.results_dir) / "memory" / f"{name}.json"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = Accelerator(cpu=not has_accelerator()).device
     precision = choose_precision(config.precision, device)
     config.method = {"name": "lora", "rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
     method = prepare_method(config, None)

@@ -217,14 +217,15 @@ def _resolve_k(config: Config) -> None:
     targets = config.method["targets"]
     layout = find_layout(read_architecture(config.model), find_kind(config.task.kind).head)
     n = len(select_targets(layout, targets))
+    key = "targets" if targets == config.targets else "method.targets"
     if unmatched := unmatched_words(layout, targets):
         raise ConfigError(
-            f"targets={unmatched[0]}: allowed is {' | '.join(TARGET_SETS)}, or names of linear modules in the layers of "
+            f"{key}={unmatched[0]}: allowed is {' | '.join(TARGET_SETS)}, or names of linear modules in the layers of "
             f"model={config.model.name}: {', '.join(name_kinds(layout))}"
         )
     if n == 0:
         layers = sum(len(stack.layers) for stack in layout.stacks)
-        raise ConfigError(f"targets={targets}: allowed is a layer from 0 to {layers - 1} of model={config.model.name}")
+        raise ConfigError(f"{key}={targets}: allowed is a layer from 0 to {layers - 1} of model={config.model.name}")
     if config.k is not None and config.k > n and "k" in config.method:
         raise wrong_value("k", config.k, f"1 to {n}, the adapters of targets={targets} on {config.model.name}")
     if config.k is None and config.method["name"] == "wlora_plus" and config.compat != "release":

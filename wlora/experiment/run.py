@@ -38,7 +38,7 @@ from wlora.storage.trackers import Tracker, tracking_folder
 from wlora.training.batch_growth import settle_growth
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.interruption import Guard, Interrupted
-from wlora.training.precision import Precision, choose_precision
+from wlora.training.precision import Precision, choose_precision, has_accelerator
 from wlora.training.prefix_cache import Storage
 from wlora.training.run_length import make_plan
 from wlora.training.settings import Result, Settings
@@ -104,7 +104,7 @@ def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | No
     """
     accelerator = Accelerator(
         mixed_precision="no",
-        cpu=not torch.cuda.is_available(),
+        cpu=not has_accelerator(),
         log_with=None if config.track == "none" else config.track,
         project_dir=str(tracking_folder(config.results_dir)),
     )

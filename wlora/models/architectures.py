@@ -43,11 +43,9 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
         raise ConfigError(f"model.path={model.path}: allowed is a folder with config.json, tokenizer and weights")
     try:
         architecture = read_json(read_file(file))
-        family = architecture["model_type"]
+        architecture["model_type"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"model.path={model.path}: config.json cannot be read or has no model_type ({error})") from None
-    if not isinstance(family, str):
-        raise ConfigError(f"model.path={model.path}: model_type {family} is unknown: allowed is the name of a family")
     return _check_sizes(architecture, model)
 
 
@@ -59,8 +57,8 @@ def _check_sizes(architecture: dict[str, Any], model: ModelConfig) -> dict[str, 
     """
     family = architecture.get("model_type")
     where = f"model.path={model.path}: config.json" if model.path else "model.architecture"
-    if family not in FAMILIES:
-        _require_known(family, f"{where} has model_type" if model.path else "model.architecture.model_type", model)
+    if not isinstance(family, str) or family not in FAMILIES:
+        _require_known(family, f"model.path={model.path}: model_type " if model.path else "model.architecture.model_type=")
     try:
         json.dumps(architecture, allow_nan=False)
     except ValueError:
@@ -68,8 +66,9 @@ def _check_sizes(architecture: dict[str, Any], model: ModelConfig) -> dict[str, 
     for key, most in _bounded_keys(architecture).items():
         size = architecture.get(key)
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
-            told = f"model.path={model.path}: {key} in config.json is" if model.path else f"model.architecture.{key} is"
-            raise ConfigError(f"{told} {size}; allowed is int >= 1, <= {most}")
+            in_folder = f"model.path={model.path}: {key} in config.json is {size};"
+            told = in_folder if model.path else f"model.architecture.{key}={size}:"
+            raise ConfigError(f"{told} allowed is int >= 1, <= {most}")
     return dict(architecture)
 
 
@@ -88,16 +87,18 @@ def _bounded_keys(architecture: dict[str, Any]) -> dict[str, int]:
     return dict.fromkeys(sizes, LARGEST_SIZE) | dict.fromkeys(depths, MOST_LAYERS)
 
 
-def _require_known(family: Any, given: str, model: ModelConfig) -> None:
+def _require_known(family: Any, given: str) -> None:
     """Check that transformers has this family; code that comes with a model is never run."""
+    if not isinstance(family, str):
+        raise ConfigError(f"{given}{shorten(family)} is unknown: allowed is the name of a family")
     from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if not isinstance(family, str) or family not in CONFIG_MAPPING_NAMES:
-        near = difflib.get_close_matches(str(family), CONFIG_MAPPING_NAMES, n=1)
+    if family not in CONFIG_MAPPING_NAMES:
+        near = difflib.get_close_matches(family, CONFIG_MAPPING_NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
-            f"{given} {shorten(family)}, which is unknown{hint}\n"
+            f"{given}{shorten(family)} is unknown{hint}\n"
             f"allowed is a family that transformers {__version__} has: code that comes with a model is not run"
         )
 

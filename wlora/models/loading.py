@@ -100,8 +100,8 @@ def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> No
         # Discovered families may put another token in this place: mBART its language, XLNet none at all.
         if (ids[place] != mark) if layout.described else mark is None or ids.count(mark) != 1:
             raise ConfigError(
-                f"{_origin(model)}: the tokenizer puts no {name} {where} a text, which the heads of a "
-                f"{architecture['model_type']} model need"
+                f"{_origin(model)}: the tokenizer puts no {name} {where} a text, which a "
+                f"{architecture['model_type']} model's heads need"
             )
     elif not layout.described:
         tokenizer.padding_side = "right"

@@ -42,7 +42,7 @@ def settle_model(model: ModelConfig, *, offline: bool) -> None:
             model.architecture = _strip(found)
             model.sha256 = model.accumulation_steps = model.k = None
     elif model.source == "hub":
-        if model.hub_id is None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.hub_id):
+        if model.hub_id is None or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model.hub_id):
             given = "null" if model.hub_id is None else model.hub_id
             raise wrong_value("model.hub_id", given, "OWNER/NAME, a repository of the hub; or set model.path=DIR")
         model.architecture = model.architecture or _strip(_read_hub_config(model, offline=offline))

@@ -37,6 +37,11 @@ class Precision:
         return _DTYPES[self.name]
 
 
+def has_accelerator() -> bool:
+    """Tell whether there is a device to train on besides the CPU: a GPU of Nvidia, AMD or Intel, or Apple's (`mps`)."""
+    return any(kind.is_available() for kind in (torch.cuda, torch.backends.mps, torch.xpu))
+
+
 def choose_precision(requested: str, device: torch.device) -> Precision:
     """Choose the precision for a device. `auto` chooses low precision if the hardware has fast products for it."""
     if requested == "bf16" and device.type == "cpu" and not _cpu_multiplies_bf16():
