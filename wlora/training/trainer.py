@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wlora.console import notice
 from wlora.data.features import Features
 from wlora.distributed import from_main
 from wlora.errors import ran_out_of_memory
@@ -32,7 +31,7 @@ from wlora.training.evaluation import Evaluation, evaluate
 from wlora.training.losses import Losses
 from wlora.training.optimizers import Optimizers
 from wlora.training.prefetch import Prefetcher, move
-from wlora.training.prefix_cache import PrefixCache
+from wlora.training.prefix_cache import PrefixCache, open_cache
 from wlora.training.progress import advance, progress_bar
 from wlora.training.run_length import Plan
 from wlora.training.settings import Data, Result, Settings
@@ -355,11 +354,7 @@ class Trainer:
             return None
         if self.prefix and self.prefix.prefix.depth == depth:
             return self.prefix
-        prefix, rows = Prefix(self.bare_model, depth), range(min(2, len(self.data.train)))
-        if not prefix.reproduces(self._collate(self.data.train, [*rows])):
-            notice("train.prefix_cache is off: the layers of this model cannot be skipped one by one")
-            return None
-        return PrefixCache(prefix, self.settings.prefix, self._collate)
+        return open_cache(Prefix(self.bare_model, depth), self.settings.prefix, self._collate, self.data.train)
 
     def _collate(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
         """Return rows of features as the model's inputs, on its device."""
