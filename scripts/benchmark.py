@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
 from wlora.experiment.build import assemble, prepare_method
-from wlora.models.architectures import FAMILIES
 from wlora.models.deberta_attention import restore_attention
+from wlora.models.discovery import layout_of
 from wlora.models.first_token import first_token_alone
 from wlora.models.heads import head_parameters
 from wlora.models.prefix_forward import Prefix, frozen_depth
@@ -215,7 +215,7 @@ def build_peft(case: Case, precision: str) -> Contender:
 
     model, batch = build_model(compose(case.words_of("lora")))
     restore_attention(model)  # as transformers hands it out
-    stacks = FAMILIES[model.config.model_type]
+    stacks = layout_of(model).stacks
     suffixes = sorted({suffix.rpartition(".")[2] for stack in stacks for suffix in stack.qkv})
     head = sorted({name.split(".")[0] if "pooler" not in name else "pooler" for name in head_parameters(model)})
     adapted = get_peft_model(
