@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class Pack:
         self._now: list[Member] = []
         self._dropout = KeyedDropout([0], 1, self.device)
         self._stacks = Stacks()
+        self._calls: Counter[str] = Counter()
         self.carrier = _strip(first.bare_model).train()
         self._depth = int(self.carrier.config.num_hidden_layers)
         self._patched: set[str] = set()
@@ -185,7 +187,7 @@ class Pack:
             for member, piece in zip(members, pieces, strict=True)
         ]
         weighting = inputs.pop("shares")
-        self._now, self._stacks = members, Stacks()
+        self._now, self._stacks, self._calls = members, Stacks(), Counter()
         with KeyedDropout(keys, rows, self.device) as self._dropout:
             losses = self.task.row_losses(self.carrier, inputs).view(len(members), rows)
         each = (losses.to(self._dtype) * weighting).sum(1)
@@ -208,8 +210,11 @@ class Pack:
         """Apply a base module to all rows, and each run's adapter to the rows of that run."""
         adapters = [member.adapters.get(name) for member in self._now]
 
+        self._calls[name] += 1  # a module may be called more than once in a pass, as in ALBERT's shared layers
+        place = f"{name}/{self._calls[name]}"
+
         def drop(rows: Tensor, p: float, index: Tensor | None) -> Tensor:
-            return self._dropout.drop(rows, p, name, index)
+            return self._dropout.drop(rows, p, place, index)
 
         return add_adapters(base(x), x, adapters, drop, self._stacks)
 
