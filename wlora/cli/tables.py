@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wlora.analysis.examples import Predictions
-from wlora.analysis.study import Run, main_model, read_words, select
+from wlora.analysis.study import Run, read_words, select
 from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tables.best import read_best
 from wlora.analysis.tables.caption import EVALUATION, caption, machines, notes
@@ -86,7 +86,7 @@ def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
     names, options, filters = read_words(words, defaults)
     layouts = [] if names == ["summary"] else _layouts(["all"] if names == ["claims"] else names)
     seeds, bootstrap_seed = _integer("seeds", options["seeds"], 1), _integer("bootstrap_seed", options["bootstrap_seed"], 0)
-    score = _score(options["score"])
+    score = read_score(options["score"])
     results = Path(options["results_dir"] or "results")
     check_folders(results, "tables")
     if os.path.isfile(results / "table1.csv") and not os.path.isdir(results / "records"):
@@ -94,7 +94,7 @@ def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
             _write_paper(layout, results)
         return
     everything = read_runs(results) if known is None else known
-    _check_model(options["model"], everything)
+    check_model(options["model"], everything)
     # Methods in NOT_COMPARED, such as `single` (one adapter per run, for Figure 2), belong in no table.
     runs = [run for run in select(everything, filters) if run.method not in NOT_COMPARED]
     mine = [run for run in runs if options["model"] in (None, run.model)]
@@ -125,7 +125,8 @@ def _where(runs: Sequence[Run]) -> str:
     return f"{len(runs)} runs on {', '.join(tasks)} are"
 
 
-def _score(text: str | None) -> Score:
+def read_score(text: str | None) -> Score:
+    """Read the option `score`; ConfigError for a wrong value."""
     if text == "best":
         return "best"
     if text != "last":
@@ -171,8 +172,8 @@ def _integer(key: str, text: str | None, least: int) -> int | None:
     return int(text)
 
 
-def _check_model(model: str | None, runs: Sequence[Run]) -> None:
-    """Reject a model name that is in no record and no configuration file."""
+def check_model(model: str | None, runs: Sequence[Run]) -> None:
+    """Reject a model name that is in no record and no configuration file; ConfigError with a similar one."""
     known = {run.model for run in runs} | {file.stem for file in (config_folder() / "model").glob("*.yaml")}
     if model is not None and model not in known:
         raise unknown_name(f"model={model}", model, known)
@@ -215,11 +216,8 @@ def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown
 
 
 def _fill(layout: Layout, runs: Sequence[Run], request: Request) -> Table:
-    """Fill a layout with the runs of the requested model, by default of the paper's or else of the one with most runs."""
-    fitting = [run for run in runs if belongs(run, layout)]
-    model = request.model or main_model(fitting, layout.model) or main_model(runs) or layout.model
     options: dict[str, Any] = {"seeds": request.seeds, "best": request.best, "score": request.score}
-    return fill(layout, runs, model=model, bootstrap_seed=request.bootstrap_seed, **options)
+    return fill(layout, runs, model=request.model, bootstrap_seed=request.bootstrap_seed, **options)
 
 
 def _write_claims(layouts: Sequence[Layout], runs: Sequence[Run], request: Request) -> None:
@@ -227,9 +225,7 @@ def _write_claims(layouts: Sequence[Layout], runs: Sequence[Run], request: Reque
     tables: dict[str, Table] = {}
     for layout in layouts:
         table = _fill(layout, runs, request)
-        found = {run.record.run_id for run in table.runs()}
-        # A study of one model fills the layout of another model with the same runs.
-        if found and not any(found <= {run.record.run_id for run in other.runs()} for other in tables.values()):
+        if table.runs() and not table.repeats(tables.values()):
             tables[layout.name] = table
     parts = claim_parts(tables, Predictions(RecordStore(request.folder.parent)), request.bootstrap_seed)
     if not parts:

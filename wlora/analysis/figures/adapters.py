@@ -14,8 +14,7 @@ from matplotlib.patches import Patch
 from wlora.analysis.figures.canvas import COLOURS, COLUMN, PAGE, new_figure, nothing
 from wlora.analysis.study import Run, require_one_setting
 from wlora.analysis.tables.settings import TITLES, chosen_runs, tasks_of
-from wlora.config.schema import restore_config
-from wlora.models.architectures import Target, list_targets, read_architecture
+from wlora.analysis.targets import selects, short_kind, targets_of
 
 # At least this share of the runs keeps a starred adapter.
 STARRED = 0.5
@@ -28,7 +27,7 @@ def adapters(runs: Sequence[Run]) -> Figure:
     One panel per task and method that selects. A cell is dark if every run keeps the adapter; its text is the mean ω of
     the runs that do and, where ranks have grown, the mean rank.
     """
-    chosen = {key: group for key, group in chosen_runs(runs).items() if _selects(group[0])}
+    chosen = {key: group for key, group in chosen_runs(runs).items() if selects(group[0])}
     if not chosen:
         raise nothing("adapters", "no successful run of a method that selects adapters, as wlora does")
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
@@ -47,24 +46,6 @@ def adapters(runs: Sequence[Run]) -> Figure:
     height = min(0.8, 2 / len(axes))
     figure.colorbar(image, ax=panels, label="share of runs that keep the adapter", shrink=height, aspect=15)
     return figure
-
-
-def _selects(run: Run) -> bool:
-    return any(event.get("kind") in ("cut", "select") for event in run.record.events)
-
-
-def targets_of(run: Run) -> list[Target]:
-    """Return the modules that a run could adapt."""
-    config = restore_config(run.record.config)
-    # The model's files may not be on this machine, so shapes are read from the architecture.
-    config.model.path = None
-    return list_targets(read_architecture(config.model), config.method["targets"])
-
-
-def short_kind(kind: str) -> str:
-    """Shorten a module's name for an axis: `attention.self.query` is `query`."""
-    words = kind.split(".")
-    return ".".join(words[-2:]) if words[-1] == "dense" else words[-1].removesuffix("_proj")
 
 
 def _draw_kept(axis: Axes, runs: Sequence[Run]) -> AxesImage:

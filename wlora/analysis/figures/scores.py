@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from wlora.analysis.figures.canvas import COLUMN, PAGE, count_axis, new_figure, nothing, style_of
+from wlora.analysis.series import smooth
 from wlora.analysis.statistics import Summary, generator, summarize
 from wlora.analysis.study import Run
 from wlora.analysis.study_reader import read_curve
@@ -129,17 +130,9 @@ def _read_bands(group: Sequence[Run], store: RecordStore) -> tuple[np.ndarray, n
     metric, losses, scores = group[0].record.primary_metric, [], []
     for run in group:
         curve = read_curve(store, run)
-        losses.append(_smooth([(p["step"], p["loss"]) for p in curve if "loss" in p]))
+        losses.append(smooth([(p["step"], p["loss"]) for p in curve if "loss" in p]))
         scores.append([(p["step"], p["metrics"][metric]) for p in curve if metric in p.get("metrics", {})])
     return (_band(losses), _band(scores)) if any(losses) or any(scores) else None
-
-
-def _smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average each point with those around it, a tenth of the curve in all."""
-    half, count = len(curve) // 20, len(curve)
-    sums = np.concatenate([[0.0], np.cumsum([value for _, value in curve])])
-    edges = ((max(0, index - half), min(count, index + half + 1)) for index in range(count))
-    return [(step, (sums[high] - sums[low]) / (high - low)) for (step, _), (low, high) in zip(curve, edges, strict=True)]
 
 
 def _band(series: Sequence[Sequence[tuple[int, float]]]) -> np.ndarray:

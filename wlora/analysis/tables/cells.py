@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from wlora.analysis.statistics import Summary, generator, summarize, summarize_strata
-from wlora.analysis.study import ENDED, Point, Run, require_distinct_seeds, require_one_setting
+from wlora.analysis.study import ENDED, Point, Run, main_model, require_distinct_seeds, require_one_setting
 from wlora.analysis.tables.layouts import LAYOUTS, Column, Layout, Row, row_of
 from wlora.analysis.tuning import Choice, choose_point
 
@@ -98,12 +98,17 @@ class Table:
         """Return the successful runs in the table."""
         return [run for cell in self.cells.values() for run in cell.runs]
 
+    def repeats(self, others: Iterable[Table]) -> bool:
+        """Tell whether all runs stand in another table, as those of a study of one model in the table of another model."""
+        mine = {run.record.run_id for run in self.runs()}
+        return any(mine <= {run.record.run_id for run in other.runs()} for other in others)
+
 
 def fill(
     layout: Layout,
-    runs: Iterable[Run],
+    runs: Sequence[Run],
     *,
-    model: str,
+    model: str | None = None,
     seeds: int | None = None,
     bootstrap_seed: int = 0,
     best: Best | None = None,
@@ -114,7 +119,7 @@ def fill(
     Args:
         layout: the table.
         runs: a study's runs, filtered as the user asked.
-        model: whose runs to take.
+        model: whose runs to take; None: the paper's model if it has runs, else the one with most runs.
         seeds: runs expected per cell; None: the paper's with the paper's model, else as many as the fullest cell has.
         bootstrap_seed: seed of all intervals.
         best: the metrics of runs at their best evaluation, as far as they are known.
@@ -123,7 +128,9 @@ def fill(
     Raises:
         ConfigError: runs of different settings, or a seed twice, where they would be averaged or compared.
     """
-    mine = [run for run in runs if run.model == model and belongs(run, layout)]
+    fitting = [run for run in runs if belongs(run, layout)]
+    model = model or main_model(fitting, layout.model) or main_model(runs) or layout.model
+    mine = [run for run in fitting if run.model == model]
     rows = _rows(layout, mine, model)
     groups: dict[tuple[Row, str], list[Run]] = {(row, column.task): [] for row in rows for column in layout.columns}
     for run in mine:
