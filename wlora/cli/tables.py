@@ -14,7 +14,7 @@ from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tables.best import read_best
 from wlora.analysis.tables.caption import EVALUATION, caption, machines, notes
 from wlora.analysis.tables.cells import NOT_COMPARED, Best, Score, Table, belongs, fill
-from wlora.analysis.tables.claims import TESTED
+from wlora.analysis.tables.claims import TESTED, check_claims
 from wlora.analysis.tables.claims_text import claim_parts
 from wlora.analysis.tables.comparisons import compare_rows
 from wlora.analysis.tables.grid import draw, draw_companion, draw_comparisons
@@ -227,7 +227,8 @@ def _write_claims(layouts: Sequence[Layout], runs: Sequence[Run], request: Reque
         table = _fill(layout, runs, request)
         if table.runs() and not table.repeats(tables.values()):
             tables[layout.name] = table
-    parts = claim_parts(tables, Predictions(RecordStore(request.folder.parent)), request.bootstrap_seed)
+    findings = check_claims(tables.values(), bootstrap_seed=request.bootstrap_seed)
+    parts = claim_parts(findings, tables, Predictions(RecordStore(request.folder.parent)), request.bootstrap_seed)
     if not parts:
         raise ConfigError("claims: no two methods of a claim have runs on a common task")
     said = f"{', '.join(sorted({table.model for table in tables.values()}))}: dev sets, {EVALUATION[request.score]}."

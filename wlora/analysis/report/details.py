@@ -15,7 +15,7 @@ from wlora.analysis.targets import selects, short_kind, targets_of
 from wlora.storage.records import RecordStore
 
 # Limits that keep the page small: runs with details, points of a curve, and predicted examples over all runs.
-RUNS = 1_000
+RUNS = 600
 POINTS = 48
 EXAMPLES = 2_000_000
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -33,8 +33,9 @@ def curves(runs: Sequence[Run], store: RecordStore) -> dict[str, dict[str, list[
         primary = run.record.primary_metric
         metric = [(point["step"], point["metrics"][primary]) for point in points if primary in point.get("metrics", {})]
         if loss or metric:
-            events = sorted({event["step"] for event in run.record.events if event["kind"] != "dot_product"})
-            found[run.record.run_id] = {"loss": _thin(smooth(loss)), "metric": _thin(metric), "events": events[:8]}
+            moments = sorted({event["step"] for event in run.record.events if event["kind"] != "dot_product"})
+            moments = moments if len(moments) <= 4 else [moments[0], moments[-1]]
+            found[run.record.run_id] = {"loss": _thin(smooth(loss)), "metric": _thin(metric), "events": moments}
     return found
 
 

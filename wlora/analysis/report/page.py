@@ -6,6 +6,7 @@ import base64
 import gzip
 import html
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -21,6 +22,7 @@ from wlora.analysis.tables.best import read_best
 from wlora.analysis.tables.cells import NOT_COMPARED, Score
 from wlora.analysis.tables.layouts import LABELS
 from wlora.analysis.tables.settings import TITLES, chosen_runs, runs_by_setting, tasks_of
+from wlora.analysis.tables.summary import summarize_study
 from wlora.errors import ConfigError
 from wlora.storage.records import RecordStore
 
@@ -54,9 +56,11 @@ def build_page(
     others = [run for run in compared if run.status == "success" and run.record.run_id not in names]
     detailed = [*reported, *others][:RUNS]
     filled = [fill_tables(runs, model=model, best=best, score=one, predictions=predicted) for one in SCORES]
+    summary = summarize_study(runs, best=best) if reported else []
     data = {
         "score": score,
         "titles": {task: TITLES.get(task, task) for task in tasks_of(runs)},
+        "methods": list(LABELS.values()),
         "notCompared": [LABELS.get(name, name) for name in NOT_COMPARED],
         "runs": columns_of(runs, labels, names, best),
         "adapters": adapters(detailed),
@@ -68,7 +72,7 @@ def build_page(
         "SUMMARY": html.escape(_summary(runs)),
         "NOTICES": "".join(f"<p class=notice>{html.escape(line)}</p>" for line in notices),
         "CLAIMS": _switched({one.score: page_of_claims(one) for one in filled}),
-        "TABLES": _switched({one.score: page_of_tables(runs, one, best) for one in filled}),
+        "TABLES": _switched({one.score: page_of_tables(runs, one, summary) for one in filled}),
         "ENVIRONMENTS": _environments(runs),
         "COMMAND": html.escape(command),
         "DATA": _packed(json.dumps(data, separators=(",", ":"), allow_nan=False)),
@@ -78,10 +82,7 @@ def build_page(
         "SCRIPT": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
     page = (ASSETS / "page.html").read_text(encoding="utf-8")
-    for name, text in parts.items():
-        before, _, after = page.partition(f"@{name}@")
-        page = f"{before}{text}{after}"
-    return page
+    return re.sub(r"@([A-Z]+)@", lambda found: parts[found[1]], page)
 
 
 @cache
@@ -118,8 +119,8 @@ def _environments(runs: Sequence[Run]) -> str:
     for run in runs:
         environment: dict[str, Any] = run.record.environment
         versions = environment.get("packages", {})
-        values = [environment.get(key) for key in keys] + [versions.get(name) for name in packages] + [run.machine]
-        found[tuple("" if value is None else str(value)[:40] for value in values)] += 1
+        values = [environment.get(key) for key in keys] + [versions.get(name) for name in packages]
+        found[(*("" if value is None else str(value)[:12] for value in values), run.machine)] += 1
     head = "".join(f'<th scope="col">{name.replace("_", " ")}</th>' for name in ("runs", *keys, *packages, "machine"))
     lines = (
         "".join(f"<td>{html.escape(str(value))}</td>" for value in (count, *values)) for values, count in found.most_common()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wlora.analysis.examples import Predictions
@@ -17,7 +17,7 @@ from wlora.analysis.tables.comparisons import compare_rows
 from wlora.analysis.tables.grid import Entry, Grid, draw, draw_companion, draw_comparisons
 from wlora.analysis.tables.layouts import LAYOUTS
 from wlora.analysis.tables.paper import read_printed
-from wlora.analysis.tables.summary import caption_summary, draw_summary, summarize_study
+from wlora.analysis.tables.summary import caption_summary, draw_summary
 from wlora.analysis.tables.writing import DASH
 from wlora.errors import ConfigError
 
@@ -54,21 +54,20 @@ def fill_tables(runs: Sequence[Run], *, model: str | None, best: Best, score: Sc
         if table.runs() and not (name in TESTED and table.repeats(tables.values())):
             tables[name] = table
     tested = {name: table for name, table in tables.items() if name in TESTED}
-    findings = [finding for table in tested.values() for finding in check_claims(table)]
-    return Filled(score, tables, refused, findings, claim_parts(tested, predictions, 0))
+    findings = check_claims(tested.values())
+    return Filled(score, tables, refused, findings, claim_parts(findings, tested, predictions))
 
 
-def page_of_tables(runs: Sequence[Run], filled: Filled, best: Best) -> str:
-    """Return the summary and all filled tables as HTML."""
+def page_of_tables(runs: Sequence[Run], filled: Filled, summary: Sequence[dict[str, Any]]) -> str:
+    """Return all filled tables and the summary (`summarize_study`) as HTML."""
     parts = [_section(f"Table {name}: {table.layout.title}", _table(table)) for name, table in filled.tables.items()]
     parts += [
         _section(f"Table {name}: {LAYOUTS[name].title}", _note(f"Not made: {reason}"))
         for name, reason in filled.refused.items()
     ]
     shown = [run for run in runs if run.method not in NOT_COMPARED]
-    if any(run.status == "success" for run in shown):
-        lines = summarize_study(runs, best=best)
-        body = [_caption(caption_summary(runs, filled.score)), to_html(draw_summary(lines, filled.score))]
+    if summary:
+        body = [_caption(caption_summary(runs, filled.score)), to_html(draw_summary(summary, filled.score))]
         body += [_note(line) for line in machines(shown)]
         # Studies that fit a table of the paper have their results there.
         parts.append(_section("Summary: every task and setting", "\n".join(body), opened=not filled.tables))
@@ -107,9 +106,12 @@ def claims_data(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     return found
 
 
-def _table(table: Table) -> str:
-    grid = draw(table)
-    parts = [_caption(caption(table)), to_html(grid), *(_note(line) for line in notes(table))]
+def _table(whole: Table) -> str:
+    # Only rows and columns with runs: a study of a few tasks would else be mostly dashes.
+    columns = tuple(one for one in whole.layout.columns if any(whole.cells[row, one.task].runs for row in whole.rows))
+    rows = tuple(row for row in whole.rows if any(cell.runs or cell.diverged for cell in whole.row_cells(row)))
+    table = replace(whole, rows=rows, layout=replace(whole.layout, columns=columns))
+    parts = [_caption(caption(table)), to_html(draw(table)), *(_note(line) for line in notes(table))]
     answers = compare_rows(table)
     if answers:
         compared = to_html(draw_comparisons(answers, table.layout))
@@ -127,12 +129,14 @@ def _table(table: Table) -> str:
 
 def to_html(grid: Grid) -> str:
     """Write a grid as an HTML table; the best is bold, the second underlined."""
-    upper = "".join(f"<th>{html.escape(first)}</th>" for first, _ in grid.headings)
-    lower = "".join(f'<th scope="col">{html.escape(second)}</th>' for _, second in grid.headings)
+    classes = ["" if at < grid.texts else " class=n" for at in range(len(grid.headings))]
+    headings = list(zip(classes, grid.headings, strict=True))
+    upper = "".join(f"<th{kind}>{html.escape(first)}</th>" for kind, (first, _) in headings)
+    lower = "".join(f'<th scope="col"{kind}>{html.escape(second)}</th>' for kind, (_, second) in headings)
     head = (f"<tr>{upper}</tr>" if any(first for first, _ in grid.headings) else "") + f"<tr>{lower}</tr>"
     lines = []
     for index, line in enumerate(grid.body):
-        cells = "".join(f"<td{'' if at < grid.texts else ' class=n'}>{_cell(cell)}</td>" for at, cell in enumerate(line))
+        cells = "".join(f"<td{kind}>{_cell(cell)}</td>" for kind, cell in zip(classes, line, strict=True))
         lines.append(f"<tr{' class=rule' if index in grid.rules else ''}>{cells}</tr>")
     body = "\n".join(lines)
     return f'<div class="wide" tabindex="0"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,11 +120,13 @@ def judge(kind: Kind, found: Difference) -> Verdict:
     return "holds" if holds else "does not hold" if fails else "undecided"
 
 
-def check_claims(table: Table, *, bootstrap_seed: int = 0) -> list[Finding]:
-    """Test every claim on a filled table: for each pair of rows per task, then over its tasks if there are several."""
+def check_claims(tables: Iterable[Table], *, bootstrap_seed: int = 0) -> list[Finding]:
+    """Test every claim on filled tables: for each pair of rows per task, then over its tasks if there are several."""
+    known = list(tables)
     return [
         finding
         for claim in CLAIMS
+        for table in known
         for a, b in pairs(table, claim)
         for finding in _findings(table, claim, a, b, bootstrap_seed)
     ]

@@ -10,7 +10,7 @@ from wlora.analysis.examples import Disagreement, Predictions
 from wlora.analysis.statistics import Difference, Summary, generator, interquartile_mean, performance_profile
 from wlora.analysis.study import Point
 from wlora.analysis.tables.cells import Table
-from wlora.analysis.tables.claims import CLAIMS, LEVEL, MARGIN, Finding, check_claims, order, points
+from wlora.analysis.tables.claims import LEVEL, MARGIN, Finding, order, points
 from wlora.analysis.tables.grid import MINUS, Grid, with_ends
 from wlora.analysis.tables.layouts import Row
 
@@ -37,12 +37,12 @@ class Part:
     lines: list[dict[str, Any]]
 
 
-def claim_parts(tables: Mapping[str, Table], predictions: Predictions, bootstrap_seed: int) -> list[Part]:
-    """Test the claims on filled tables, by name; return the tables to show, none without any comparison."""
-    findings = [one for table in tables.values() for one in check_claims(table, bootstrap_seed=bootstrap_seed)]
+def claim_parts(
+    findings: Sequence[Finding], tables: Mapping[str, Table], predictions: Predictions, bootstrap_seed: int = 0
+) -> list[Part]:
+    """Return the tables to show of the claims tested on filled tables, by name; none without any comparison."""
     if not findings:
         return []
-    findings.sort(key=lambda finding: CLAIMS.index(finding.claim))
     found = [verdicts(findings), rates(findings), examples(findings, tables, predictions)]
     found += [methods(table, bootstrap_seed) for table in tables.values()]
     return [part for part in found if part is not None]
@@ -84,7 +84,7 @@ def verdicts(findings: Sequence[Finding]) -> Part:
         before = (claim, pair)
         lines.append(_line(finding))
     grid = Grid(tuple(("", heading) for heading in headings), tuple(body), frozenset(rules), texts=4)
-    return Part("claims", "Claims", about.replace("−", MINUS), grid, lines)
+    return Part("claims", "Verdicts", about.replace("−", MINUS), grid, lines)
 
 
 def _line(finding: Finding) -> dict[str, Any]:

@@ -29,16 +29,17 @@ function theme() {
 // A chart in an element: `spec` without data, and the rows of its data set. The view is kept while the spec is the same.
 async function draw(element, spec, rows, onClick) {
   await loadVega();
+  await new Promise((resolve) => setTimeout(resolve)); // between two charts the page answers to the reader
   const text = JSON.stringify([spec, theme()]);
   const chart = element.chart;
   if (chart && chart.text === text) {
-    await chart.view.change("rows", vega.changeset().remove(() => true).insert(structuredClone(rows))).runAsync();
+    await chart.view.data("rows", structuredClone(rows)).runAsync();
     return;
   }
   if (chart) chart.finalize();
   const whole = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", config: theme(),
-    autosize: { type: "fit", contains: "padding" }, data: { name: "rows", values: structuredClone(rows) }, ...spec };
-  const result = await vegaEmbed(element, whole, { actions: false, renderer: "svg", tooltip: { theme: "custom" } });
+    ...(typeof spec.height === "number" ? { autosize: { type: "fit", contains: "padding" } } : {}), data: { name: "rows", values: structuredClone(rows) }, ...spec };
+  const result = await vegaEmbed(element, whole, { actions: false, renderer: "svg", tooltip: { theme: "custom" }, logLevel: 1 });
   element.chart = { text, view: result.view, finalize: () => result.finalize() };
   if (onClick) result.view.addEventListener("click", (_, item) => item && item.datum && onClick(item.datum));
 }
@@ -94,13 +95,18 @@ function section(id, render) {
   }, { rootMargin: "200px" }).observe(one.element);
 }
 
-async function refresh(some = sections) {
-  for (const one of some)
-    if (one.near && one.stale) {
-      one.stale = false;
-      await one.render();
-      one.element.dataset.drawn = "yes";
-    }
+// Sections are drawn one after the other: what changes meanwhile makes them stale again.
+let drawing = Promise.resolve();
+
+function refresh(some = sections) {
+  return (drawing = drawing.then(async () => {
+    for (const one of some)
+      if (one.near && one.stale) {
+        one.stale = false;
+        await one.render();
+        one.element.dataset.drawn = "yes";
+      }
+  }));
 }
 
 function invalidate() {

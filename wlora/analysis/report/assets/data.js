@@ -19,10 +19,20 @@ async function loadData() {
     run.text = `${run.id} ${run.setting} ${run.title} ${run.task} ${run.command}`.toLowerCase();
     run.compared = !data.notCompared.includes(run.method);
   }
+  const place = (run) => [taskOrder(run.task), methodOrder(run.method)];
+  runs.sort((a, b) => {
+    const [s, t] = [place(a), place(b)];
+    return s[0] - t[0] || s[1] - t[1] || (a.rank ?? 0) - (b.rank ?? 0) || (a.k ?? 0) - (b.k ?? 0) || a.setting.localeCompare(b.setting) ||
+      a.lr - b.lr || a.seed - b.seed;
+  });
   byId = new Map(runs.map((run) => [run.id, run]));
-  palette = methodStyles([...new Set(runs.filter((run) => run.compared).map((run) => run.method))]);
+  const methods = [...new Set(runs.filter((run) => run.compared).map((run) => run.method))];
+  palette = methodStyles(methods.sort((a, b) => methodOrder(a) - methodOrder(b)));
   state.score = data.score;
 }
+
+const taskOrder = (task) => Object.keys(data.titles).indexOf(task);
+const methodOrder = (method) => (data.methods.indexOf(method) + 1 || 999);
 
 // Curves and predictions are unpacked when they are first looked at.
 const loadMore = () => (moreLoading ||= unpack("more").then(JSON.parse));

@@ -13,6 +13,9 @@ async function drawClaims() {
     return;
   }
   const groups = [...groupBy(found, (one) => one.claim)];
+  // The zeros of all claims stand below each other.
+  const longest = Math.max(...found.map((one) => claimRow(one, each).label.length));
+  const extent = innerWidth < 600 ? 130 : Math.min(330, 20 + 6 * longest);
   if (box.children.length !== groups.length)
     box.innerHTML = groups.map(() => `<div class="claim"><h3></h3><p class="verdicts"></p><div class="chart"></div></div>`).join("");
   for (const [index, [claim, all]] of groups.entries()) {
@@ -23,8 +26,16 @@ async function drawClaims() {
       shown.filter((one) => one.verdict === verdict).length]).filter(([, , count]) => count).map(([verdict, name, count]) =>
       `<span><b class="${name}">${verdict}</b> ${count} of ${shown.length}</span>`).join("") +
       `<span>holds if the interval is ${KINDS[all[0].kind]}</span>`;
-    await draw(element.querySelector(".chart"), claimSpec(shown, each), shown.map((one) => claimRow(one, each)));
+    const rows = shown.map((one) => claimRow(one, each));
+    await draw(element.querySelector(".chart"), claimSpec(rows, reach(found), each, extent), rows);
   }
+}
+
+// Where the axis of all claims ends, in points. A few very wide intervals would leave no room for the others: they run out.
+function reach(found) {
+  const upTo = (values, share) => values.sort((a, b) => a - b)[Math.floor(share * (values.length - 1))] ?? 1;
+  const ends = found.map((one) => Math.max(Math.abs(one.low ?? one.mean), Math.abs(one.high ?? one.mean)));
+  return Math.ceil(Math.max(2, Math.min(upTo(ends, 1), 1.6 * upTo(ends, 0.75), 20)));
 }
 
 function claimRow(one, each) {
@@ -37,16 +48,11 @@ function claimRow(one, each) {
     "Order turns at the common rate": one.turned.join(", ") || "none" };
 }
 
-function claimSpec(shown, each) {
-  const halves = shown.filter((one) => one.low !== null).map((one) => (one.high - one.low) / 2).sort((a, b) => a - b);
-  const usual = halves.length ? halves[Math.floor(0.75 * (halves.length - 1))] : 1;
-  // A few very wide intervals would leave no room for the others: they run out of the picture.
-  const end = Math.max(2, Math.min(Math.max(...shown.map((one) => Math.max(Math.abs(one.low ?? one.mean), Math.abs(one.high ?? one.mean)))),
-    2.2 * usual + Math.max(...shown.map((one) => Math.min(Math.abs(one.mean), 6)))));
-  const x = (field) => ({ field, type: "quantitative", title: "difference, points", scale: { domain: [-end, end] } });
-  const narrow = innerWidth < 600;
-  const y = { field: "label", type: "nominal", sort: null, title: null, axis: { labelLimit: narrow ? 150 : 320, ticks: false, domain: false,
-    labelPadding: 8, labelFontSize: narrow ? 10 : 11 } };
+function claimSpec(rows, end, each, extent) {
+  const x = (field) => ({ field, type: "quantitative", title: "difference, points", scale: { domain: [-end, end] }, axis: { tickCount: extent > 130 ? 9 : 5 } });
+  const y = { field: "label", type: "nominal", sort: rows.map((row) => row.label), title: null,
+    axis: { labelLimit: extent, minExtent: extent, maxExtent: extent, ticks: false, domain: false, grid: true, gridDash: [1, 3],
+      labelPadding: 8, labelFontSize: extent > 130 ? 11 : 9.5 } };
   const color = { field: "verdict", type: "nominal", legend: null,
     scale: { domain: Object.keys(CLASSES), range: [tint("holds"), tint("fails"), tint("open")] } };
   const fields = ["Comparison", "Task", "Difference", "Verdict", "p", "P(improvement)", "Pairs", "Share of parameters",
@@ -160,7 +166,7 @@ async function drawExamples() {
     </tr></thead><tbody><tr><th scope="row">first right</th><td>${rows.both.length}</td><td>${rows.a.length}</td></tr>
     <tr><th scope="row">first wrong</th><td>${rows.b.length}</td><td>${rows.neither.length}</td></tr></tbody></table>
     <p class="about">They disagree in correctness on ${rows.a.length + rows.b.length} of ${set.gold.length} examples. McNemar's exact test:
-    p = ${chance(mcnemar(rows.a.length, rows.b.length))}.</p>
+    p ${chance(mcnemar(rows.a.length, rows.b.length)).replace(/^(?!<)/, "= ").replace("<", "< ")}.</p>
     <p class="rows"><b>Only the first is right</b> (${escaped(first.setting)}), rows: ${list(rows.a)}</p>
     <p class="rows"><b>Only the second is right</b> (${escaped(second.setting)}), rows: ${list(rows.b)}</p>`;
   const shown = set.labels.length ? ["first", "second"] : [];

@@ -10,7 +10,7 @@ function buildFilters() {
     if (counts.size < 2) continue;
     state.filters[key] = new Set();
     const values = [...counts.keys()].sort((a, b) => (typeof a === "number" && typeof b === "number" ? a - b :
-      a === null ? -1 : b === null ? 1 : key === "task" ? taskOrder(a) - taskOrder(b) : String(a).localeCompare(String(b))));
+      a === null ? -1 : b === null ? 1 : key === "task" ? taskOrder(a) - taskOrder(b) : key === "method" ? methodOrder(a) - methodOrder(b) : String(a).localeCompare(String(b))));
     const facet = document.createElement("details");
     facet.className = "facet";
     facet.innerHTML = `<summary>${title} <b>all</b></summary><div>${values.map((value, index) =>
@@ -50,17 +50,16 @@ function buildFilters() {
   });
 }
 
-const taskOrder = (task) => Object.keys(data.titles).indexOf(task);
-
-// How long the last filter took is kept for tests: until the list and all charts near the screen are drawn.
+// How long the last filter took is kept for tests: until the list is there, and until the charts near the screen are.
 async function filterChanged() {
-  const begin = performance.now();
+  const begin = performance.now(), past = () => (performance.now() - begin).toFixed(1);
   state.page = 0;
   applyFilters();
   drawRuns();
   drawLegends();
+  document.body.dataset.filterMs = past();
   await invalidate();
-  document.body.dataset.filterMs = (performance.now() - begin).toFixed(1);
+  document.body.dataset.chartsMs = past();
 }
 
 const COLUMNS = [
@@ -140,11 +139,13 @@ async function openRun(id) {
   if (!dialog.open) dialog.showModal();
   const curve = (await loadMore()).curves[id];
   if (!curve) return;
-  const parts = ["metric", "loss"].filter((part) => curve[part][0].length);
+  const parts = ["metric", "loss"].filter((part) => curve[part][0].length > 1); // a single point is among the numbers above
   const titles = { metric: `${run.metric} on the dev set`, loss: "Training loss, smoothed" };
   const charts = panels(dialog.querySelector(".panels"), parts, (part) => titles[part]);
-  for (const [index, part] of parts.entries())
-    await draw(charts[index], lineSpec("step", null, 150), lineRows(run, curve, part, run.id));
+  for (const [index, part] of parts.entries()) {
+    const rows = lineRows(run, curve, part, run.id);
+    await draw(charts[index], lineSpec("step", rows, 150), rows);
+  }
 }
 
 const lineRows = (run, curve, part, line) =>
@@ -152,13 +153,14 @@ const lineRows = (run, curve, part, line) =>
 
 const tip = (run) => ({ Setting: run.setting, Rate: rate(run.lr), Seed: run.seed, Run: run.id, Command: run.command });
 
-function lineSpec(field, title, height = 230) {
-  const x = { field, type: "quantitative", title: title || "optimiser step", axis: { tickCount: 5, format: "~s" } };
+function lineSpec(field, rows, height = 230) {
+  const x = { field, type: "quantitative", title: "optimiser step", axis: { tickCount: 5, format: "~s" } };
   const y = { field: "value", type: "quantitative", title: null, scale: { zero: false } };
   const names = ["Setting", "Rate", "Seed", "Run", "Command"];
-  return { height, layer: [
+  const events = rows.some((row) => row.event) ? [
     { mark: { type: "rule", strokeDash: [2, 3], opacity: 0.5 }, transform: [{ filter: "datum.event" }],
-      encoding: { x, color: methodScale("colour") } },
+      encoding: { x, color: methodScale("colour") } }] : [];
+  return { height, layer: [...events,
     { mark: { type: "line", strokeWidth: 1.6, opacity: 0.9 }, transform: [{ filter: "!datum.event" }],
       encoding: { x, y, detail: { field: "line" }, color: methodScale("colour") } },
     { mark: { type: "point", filled: true, size: 22 }, transform: [{ filter: "!datum.event" }],
@@ -216,7 +218,7 @@ async function drawCost() {
     const here = some.filter((run) => run.task === task);
     const groups = single ? here.map((run) => [run]) : [...settings(here).values()];
     const rows = groups.map((group) => mark(group, x, y)).filter((row) => row.x !== null && row.y !== null);
-    await draw(charts[index], costSpec(x, y), [...rows, ...front(rows, x, y)], (datum) => datum.Run && openRun(datum.Run));
+    await draw(charts[index], costSpec(x, y, rows), [...rows, ...front(rows, x, y)], (datum) => datum.Run && openRun(datum.Run));
   }
 }
 
@@ -239,10 +241,11 @@ function front(rows, x, y) {
   return kept.map((row) => ({ x: row.x, y: row.y, front: true }));
 }
 
-function costSpec(x, y) {
-  const axis = (key) => ({ field: "", type: "quantitative", title: AXES[key][0], scale: { zero: false, nice: true,
-    ...(AXES[key][1] === "log" ? { type: "symlog", constant: 1000 } : {}) }, axis: { tickCount: 5, format: isScore(key) ? ".3f" : "~s" } });
-  const [across, up] = [{ ...axis(x), field: "x" }, { ...axis(y), field: "y" }];
+function costSpec(x, y, rows) {
+  const zero = (key, name) => rows.some((row) => !row[name]) && { type: "symlog", constant: 1000 };
+  const axis = (key, name) => ({ field: "", type: "quantitative", title: AXES[key][0], scale: AXES[key][1] === "log" ?
+    zero(key, name) || { type: "log", nice: false, padding: 16 } : { zero: false, nice: true }, axis: { tickCount: 4, labelOverlap: "greedy", format: isScore(key) ? ".3f" : "~s" } });
+  const [across, up] = [{ ...axis(x, "x"), field: "x" }, { ...axis(y, "y"), field: "y" }];
   const names = ["Setting", "Rate", "Seeds", "Runs", "Run", "Command"];
   const tooltip = [...names.slice(0, 1).map((field) => ({ field })), { field: "y", title: AXES[y][0], format: isScore(y) ? ".4f" : ".4s" },
     { field: "x", title: AXES[x][0], format: isScore(x) ? ".4f" : ".4s" }, ...names.slice(1).map((field) => ({ field }))];
@@ -262,7 +265,7 @@ async function drawCurves() {
   const part = $("curve-value").value, single = $("curve-lines").value === "runs";
   const { curves } = await loadMore();
   const finished = filtered.filter((run) => usable(run) && (single || run.reported));
-  const some = finished.filter((run) => curves[run.id]?.[part][0].length);
+  const some = finished.filter((run) => curves[run.id]?.[part][0].length > 1);
   const missing = finished.length - some.length;
   const tasks = tasksOf(some), charts = panels($("curve-charts"), tasks, (task) => data.titles[task]);
   let left = 0;
@@ -271,7 +274,7 @@ async function drawCurves() {
     const groups = single ? here.map((run) => [run]) : [...settings(here).values()];
     left += Math.max(0, groups.length - MOST_LINES);
     const rows = groups.slice(0, MOST_LINES).flatMap((group) => curveRows(group, curves, part));
-    await draw(charts[index], lineSpec("step"), rows, (datum) => datum.Run && openRun(datum.Run));
+    await draw(charts[index], lineSpec("step", rows), rows, (datum) => datum.Run && openRun(datum.Run));
   }
   say("curve-note", some.length ? "" : finished.length ? "The page has no curve of this choice." :
     filtered.some(usable) ? NO_TUNED : NO_RUNS, missing && some.length ? `${missing} runs have no curve on this page.` : "",
@@ -284,7 +287,8 @@ function curveRows(group, curves, part) {
   const run = group[0], about = { ...tip(run), Seed: group.map((one) => one.seed).join(", "), method: run.method };
   const whole = [...steps].filter(([, values]) => values.length === group.length).sort(([a], [b]) => a - b);
   const line = `${run.setting} ${group.length === 1 ? run.id : ""}`;
-  const moments = [...new Set(group.flatMap((one) => curves[one.id].events))].slice(0, 4);
+  const every = [...new Set(group.flatMap((one) => curves[one.id].events))].sort((a, b) => a - b);
+  const moments = every.length > 4 ? [every[0], every[every.length - 1]] : every;
   return [...whole.map(([step, values]) => ({ step, value: mean(values.map(([, value]) => value)), line, ...about })),
     ...moments.map((step) => ({ step, event: true, method: run.method }))];
 }
@@ -296,7 +300,7 @@ async function drawRates() {
   const lines = [...settings(some).values()].map(rateRows).filter((rows) => rows.length > 1);
   const tasks = tasksOf(lines.flat()), charts = panels($("rate-charts"), tasks, (task) => data.titles[task]);
   for (const [index, task] of tasks.entries())
-    await draw(charts[index], rateSpec(), lines.flat().filter((row) => row.task === task), (datum) => datum.Run && openRun(datum.Run));
+    await draw(charts[index], rateSpec(some), lines.flat().filter((row) => row.task === task), (datum) => datum.Run && openRun(datum.Run));
   say("rate-note", lines.length ? "" : "No setting of this choice has run at several learning rates.");
 }
 
@@ -315,8 +319,11 @@ function rateRows(group) {
   return reported.length ? [...found, row(reported, { tuned: true })] : found;
 }
 
-function rateSpec() {
-  const x = { field: "lr", type: "quantitative", scale: { type: "log" }, title: "learning rate", axis: { format: ".0e", tickCount: 4 } };
+function rateSpec(some) {
+  const values = [...new Set(some.map((run) => run.lr))].sort((a, b) => a - b);
+  const domain = [values[0] / 1.3, values[values.length - 1] * 1.3];
+  const x = { field: "lr", type: "quantitative", scale: { type: "log", domain, nice: false }, title: "learning rate",
+    axis: { values, labelExpr: "replace(format(datum.value, '.2~e'), 'e−', 'e-')", labelOverlap: "parity" } };
   const y = { field: "value", type: "quantitative", title: null, scale: { zero: false } };
   const color = methodScale("colour");
   const tooltip = ["Setting", "Rate", "Seeds", "Run", "Command"].map((field) => ({ field }));
