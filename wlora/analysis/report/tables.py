@@ -62,7 +62,7 @@ def page_of_tables(runs: Sequence[Run], filled: Filled, summary: Sequence[dict[s
     """Return all filled tables and the summary (`summarize_study`) as HTML."""
     parts = [_section(f"Table {name}: {table.layout.title}", _table(table)) for name, table in filled.tables.items()]
     parts += [
-        _section(f"Table {name}: {LAYOUTS[name].title}", _note(f"Not made: {reason}"))
+        _section(f"Table {name}: {LAYOUTS[name].title}", _note(f"Not made: {'; '.join(reason.splitlines())}."))
         for name, reason in filled.refused.items()
     ]
     shown = [run for run in runs if run.method not in NOT_COMPARED]
@@ -75,7 +75,10 @@ def page_of_tables(runs: Sequence[Run], filled: Filled, summary: Sequence[dict[s
 
 
 def page_of_claims(filled: Filled) -> str:
-    """Return the tested claims as HTML tables, each folded."""
+    """Return the tested claims as HTML tables, each folded, or why none was tested."""
+    if not filled.parts:
+        mixed = [f"Table {name} would mix settings" for name in filled.refused if name in TESTED]
+        return _note(f"Not tested: {', '.join(mixed) or 'no two methods of a claim have runs on a common task'}.")
     return "\n".join(_section(part.title, _caption(part.about) + to_html(part.grid), opened=False) for part in filled.parts)
 
 

@@ -92,7 +92,7 @@ function section(id, render) {
   new IntersectionObserver(([entry]) => {
     one.near = entry.isIntersecting;
     if (one.near) refresh([one]);
-  }, { rootMargin: "200px" }).observe(one.element);
+  }, { rootMargin: "100px" }).observe(one.element);
 }
 
 // Sections are drawn one after the other: what changes meanwhile makes them stale again.

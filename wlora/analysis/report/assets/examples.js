@@ -8,10 +8,8 @@ const KINDS = { better: "above 0", worse: "below 0", equivalent: "inside the ban
 async function drawClaims() {
   const found = data.claims[state.score], box = $("claim-charts");
   const each = document.querySelector("[name=claim-tasks]:checked").value === "each";
-  if (!found.length) {
-    box.innerHTML = `<p class="caption">No two methods of a claim have runs on a common task.</p>`;
-    return;
-  }
+  $("claim-tasks").hidden = !found.length;
+  if (!found.length) return;
   const groups = [...groupBy(found, (one) => one.claim)];
   // The zeros of all claims stand below each other.
   const longest = Math.max(...found.map((one) => claimRow(one, each).label.length));

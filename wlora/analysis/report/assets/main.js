@@ -44,6 +44,8 @@ async function start() {
   // On paper everything is there: folded tables open, and charts that were not on the screen yet.
   addEventListener("beforeprint", () => {
     for (const one of document.querySelectorAll("section details")) one.open = true;
+    for (const one of sections) one.near = true;
+    refresh();
   });
   document.body.dataset.ready = "yes";
 }
