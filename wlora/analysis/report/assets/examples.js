@@ -101,7 +101,7 @@ async function drawAdapters() {
       text: kept.length ? `${kept.length}/${group.length}` : "", "Mean ω": omegas.length ? mean(omegas).toFixed(2) : "",
       "Mean rank": kept.length ? mean(kept.map(([, one]) => one)).toFixed(0) : "" };
   });
-  say("adapter-note", `${group.length} runs, seeds ${group.map((run) => run.seed).join(", ")}, learning rate ${
+  say("adapter-note", `${group.length === 1 ? "1 run, seed" : `${group.length} runs, seeds`} ${group.map((run) => run.seed).join(", ")}, learning rate ${
     [...new Set(group.map((run) => rate(run.lr)))].join(", ")}.`);
   await draw($("adapter-chart"), heatSpec({ field: "Module", sort: grid.kinds }, { field: "Layer", sort: "descending" },
     ["Layer", "Module", "Kept", "Mean ω", "Mean rank"], grid.layers > 16 ? 14 : 26, grid.layers * grid.kinds.length <= 160), rows);

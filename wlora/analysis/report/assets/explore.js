@@ -151,16 +151,25 @@ async function openRun(id) {
 const lineRows = (run, curve, part, line) =>
   curve[part][0].map((step, i) => ({ step, value: curve[part][1][i], line, method: run.method, ...tip(run) }));
 
+// The last point of a line says which K it is of, as one method has one colour.
+function ended(rows, run) {
+  if (rows.length && run.k !== null) rows[rows.length - 1].end = `K=${run.k}`;
+  return rows;
+}
+
+const endLabels = (x, y) => ({ transform: [{ filter: "datum.end" }], mark: { type: "text", align: "left", dx: 6, fontSize: 9 },
+  encoding: { x, y, text: { field: "end" }, color: methodScale("colour") } });
+
 const tip = (run) => ({ Setting: run.setting, Rate: rate(run.lr), Seed: run.seed, Run: run.id, Command: run.command });
 
 function lineSpec(field, rows, height = 230) {
-  const x = { field, type: "quantitative", title: "optimiser step", axis: { tickCount: 5, format: "~s" } };
+  const x = { field, type: "quantitative", title: "optimiser step", scale: { padding: 12 }, axis: { tickCount: 5, format: "~s" } };
   const y = { field: "value", type: "quantitative", title: null, scale: { zero: false } };
   const names = ["Setting", "Rate", "Seed", "Run", "Command"];
   const events = rows.some((row) => row.event) ? [
     { mark: { type: "rule", strokeDash: [2, 3], opacity: 0.5 }, transform: [{ filter: "datum.event" }],
       encoding: { x, color: methodScale("colour") } }] : [];
-  return { height, layer: [...events,
+  return { height, layer: [...events, endLabels(x, y),
     { mark: { type: "line", strokeWidth: 1.6, opacity: 0.9 }, transform: [{ filter: "!datum.event" }],
       encoding: { x, y, detail: { field: "line" }, color: methodScale("colour") } },
     { mark: { type: "point", filled: true, size: 22 }, transform: [{ filter: "!datum.event" }],
@@ -286,10 +295,11 @@ function curveRows(group, curves, part) {
   const steps = groupBy(group.flatMap((run) => curves[run.id][part][0].map((step, i) => [step, curves[run.id][part][1][i]])), ([s]) => s);
   const run = group[0], about = { ...tip(run), Seed: group.map((one) => one.seed).join(", "), method: run.method };
   const whole = [...steps].filter(([, values]) => values.length === group.length).sort(([a], [b]) => a - b);
+  if (whole.length < 2) return []; // the seeds share a single step
   const line = `${run.setting} ${group.length === 1 ? run.id : ""}`;
   const every = [...new Set(group.flatMap((one) => curves[one.id].events))].sort((a, b) => a - b);
   const moments = every.length > 4 ? [every[0], every[every.length - 1]] : every;
-  return [...whole.map(([step, values]) => ({ step, value: mean(values.map(([, value]) => value)), line, ...about })),
+  return [...ended(whole.map(([step, values]) => ({ step, value: mean(values.map(([, value]) => value)), line, ...about })), run),
     ...moments.map((step) => ({ step, event: true, method: run.method }))];
 }
 
@@ -315,13 +325,14 @@ function rateRows(group) {
     const kept = at.filter((run) => common.includes(run.seed));
     return row(kept.length ? kept : at, {});
   });
+  ended(found, group[0]);
   const reported = group.filter((run) => run.reported);
   return reported.length ? [...found, row(reported, { tuned: true })] : found;
 }
 
 function rateSpec(some) {
   const values = [...new Set(some.map((run) => run.lr))].sort((a, b) => a - b);
-  const domain = [values[0] / 1.3, values[values.length - 1] * 1.3];
+  const domain = [values[0] / 1.3, values[values.length - 1] * 1.6];
   const x = { field: "lr", type: "quantitative", scale: { type: "log", domain, nice: false }, title: "learning rate",
     axis: { values, labelExpr: "replace(format(datum.value, '.2~e'), 'e−', 'e-')", labelOverlap: "parity" } };
   const y = { field: "value", type: "quantitative", title: null, scale: { zero: false } };
@@ -329,7 +340,7 @@ function rateSpec(some) {
   const tooltip = ["Setting", "Rate", "Seeds", "Run", "Command"].map((field) => ({ field }));
   tooltip.splice(1, 0, { field: "value", title: "score", format: ".4f" });
   const plain = [{ filter: "!datum.tuned" }];
-  return { height: 250, layer: [
+  return { height: 250, layer: [endLabels(x, y),
     { transform: plain, mark: { type: "line", strokeWidth: 1.4, opacity: 0.8 }, encoding: { x, y, color, detail: { field: "line" } } },
     { transform: plain, mark: { type: "point", filled: true, size: 40 }, encoding: { x, y, color, shape: methodScale("shape"), tooltip } },
     { transform: [{ filter: "datum.tuned" }], encoding: { x, y, color, tooltip }, mark: { type: "point", filled: true, size: 170, opacity: 1,
