@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -33,12 +34,16 @@ def adapters(runs: Sequence[Run]) -> Figure:
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
     layers = max(target.layer for group in chosen.values() for target in targets_of(group[0])) + 1
     width = max(COLUMN, min(PAGE, 1.9 * len(tasks)))
-    figure, axes = new_figure(len(labels), len(tasks), width=width, height=0.45 + 0.17 * layers)
+    titles = {
+        key: textwrap.fill(f"{TITLES.get(key[1], key[1])}, {key[0]}", round(14 * width / len(tasks))) for key in chosen
+    }
+    lines = max(title.count("\n") for title in titles.values())
+    figure, axes = new_figure(len(labels), len(tasks), width=width, height=0.45 + 0.17 * layers + 0.11 * lines)
     for line, label in zip(axes, labels, strict=True):
         for axis, task in zip(line, tasks, strict=True):
             if (label, task) in chosen:
                 image = _draw_kept(axis, chosen[label, task])
-                axis.set_title(f"{TITLES.get(task, task)}, {label}")
+                axis.set_title(titles[label, task], fontsize=7)
             else:
                 axis.set_axis_off()
     panels = [axis for line in axes for axis in line]
