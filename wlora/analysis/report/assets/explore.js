@@ -286,7 +286,7 @@ async function drawCurves() {
     await draw(charts[index], lineSpec("step", rows), rows, (datum) => datum.Run && openRun(datum.Run));
   }
   say("curve-note", some.length ? "" : finished.length ? "The page has no curve of this choice." :
-    filtered.some(usable) ? NO_TUNED : NO_RUNS, missing && some.length ? `${missing} runs have no curve on this page.` : "",
+    filtered.some(usable) ? NO_TUNED : NO_RUNS, missing && some.length ? `${missing} runs have no curve of several points on this page.` : "",
     left ? `${left} more lines are left out: filter to see them.` : "",
     some.length ? "Dotted: adapters cut or grown. Means are over seeds." : "");
 }
