@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from wlora.analysis.study import Run
 from wlora.config.schema import restore_config
-from wlora.models.architectures import Target, list_targets, read_architecture
+from wlora.models.architectures import read_architecture
+from wlora.models.targets import Target, list_targets
+from wlora.tasks.base import find_kind
 
 
 def targets_of(run: Run) -> list[Target]:
@@ -12,7 +14,8 @@ def targets_of(run: Run) -> list[Target]:
     config = restore_config(run.record.config)
     # The model's files may not be on this machine, so shapes are read from the architecture.
     config.model.path = None
-    return list_targets(read_architecture(config.model), config.method["targets"])
+    head = find_kind(config.task.kind).head
+    return list_targets(read_architecture(config.model), config.method["targets"], head)
 
 
 def short_kind(kind: str) -> str:
