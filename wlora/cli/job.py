@@ -24,8 +24,8 @@ from wlora.cli.help import show_values
 from wlora.config.presets import apply_presets
 from wlora.config.schema import Config
 from wlora.config.spelling import check_read, explain, swept_keys, unknown_key
-from wlora.console import protect_output, put
-from wlora.distributed import all_failed, first_time, is_main, lost_another, several
+from wlora.console import protect_output, put, tell
+from wlora.distributed import all_failed, is_main, lost_another, several
 from wlora.errors import ConfigError, RunFault, as_fault, wrong_value
 
 # The schema of a launcher plugin has the same name as our file in conf/hydra/launcher, so that it checks our file; Hydra
@@ -201,7 +201,7 @@ class Collecting:
             RunFault: a process of the launcher has ended without a result.
         """
         for notice in check_read(job_overrides, self._compose):
-            _tell(f"notice: {notice}")
+            tell(f"notice: {notice}")
         if not self._sweep.in_batches:
             self._sweep.total = len(job_overrides)
         before = len(OUTCOMES.outcomes)
@@ -292,7 +292,7 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     if not in_sweep:
         check_read([overrides], lambda _: composed)
     if preset:
-        _tell(f"preset: {show_values(preset)}")
+        tell(f"preset: {show_values(preset)}")
     resolve(config)
     require_all(config)
     source, data = locate(config.model), fingerprint(config.task)
@@ -300,9 +300,9 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
     if choice is not None:
         where = config.tune_on or config.task.name
-        _tell(f"tuned: {choice.describe(wanted)}, best of {choice.compared} on {where} seed={choice.seed}")
+        tell(f"tuned: {choice.describe(wanted)}, best of {choice.compared} on {where} seed={choice.seed}")
         if "lr" in wanted and config.lr != choice.point.lr:
-            _tell(f"beyond: lr={config.lr}")
+            tell(f"beyond: lr={config.lr}")
 
     if config.dry_run:
         from wlora.experiment.dry_run import describe
@@ -346,12 +346,6 @@ def _refuse_added_keys(composed: DictConfig) -> None:
 def _node(config: DictConfig, parent: str) -> DictConfig:
     node: DictConfig = OmegaConf.select(config, parent) if parent else config
     return node
-
-
-def _tell(text: str) -> None:
-    """Print a text once per command, even if several runs of a sweep repeat it."""
-    if is_main() and first_time(text):
-        put(text)
 
 
 def fail(error: Exception) -> None:

@@ -171,7 +171,7 @@ def merge(
         fold_peft(base)
     except Exception as error:  # PEFT, safetensors and torch raise many kinds of exceptions for invalid files
         raise ConfigError(f"the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
-    name_classes(base, config.task.labels, head=task.head)
+    name_classes(base, config.task.labels, head=task.head, several=config.task.kind == "multi_label")
     if isinstance(task, Summarization):
         task.set_generation(base)
     return base, tokenizer

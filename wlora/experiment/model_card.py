@@ -12,6 +12,7 @@ from wlora.tasks.base import find_kind
 
 _CLASSES = {
     "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
     "question_answering": "AutoModelForQuestionAnswering",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
@@ -65,7 +66,7 @@ def _usage(record: Record, config: Config, *, merged: bool) -> str:
         lines = [f"from transformers import {name}", f'model = {name}.from_pretrained("DIR")']
     else:
         classes = f", id2label={dict(enumerate(config.task.labels))}" if config.task.labels else ", num_labels=1"
-        labels = classes if head == "sequence_classification" else ""
+        labels = classes if head in ("sequence_classification", "token_classification") else ""
         revision = f', revision="{record.model["revision"]}"' if record.model.get("revision") else ""
         base = config.model.hub_id if config.model.source == "hub" and config.model.path is None else "BASE"
         lines = [

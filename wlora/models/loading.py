@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -45,6 +46,7 @@ _RANDOM_BASE_SEED = 0
 _CPU = torch.device("cpu")
 _AUTO = {
     "sequence_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
     "question_answering": AutoModelForQuestionAnswering,
     "seq2seq": AutoModelForSeq2SeqLM,
 }

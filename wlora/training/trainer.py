@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -200,8 +201,10 @@ class Trainer:
 
     def _training_data(self) -> TrainingData:
         """Offer the method batches of training rows."""
-        # Spans and texts are no classes that a sample could be stratified by.
-        labels = self.data.train.column("labels") if self.task.head == "sequence_classification" else None
+        # Spans, texts and sets of classes are nothing that a sample could be stratified by.
+        table = self.data.train.table
+        single = "labels" in table.column_names and not pa.types.is_list(table.schema.field("labels").type)
+        labels = self.data.train.column("labels") if single else None
         return TrainingData(
             self.bare_model,
             lengths=self.data.train.lengths,
