@@ -106,8 +106,8 @@ def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
         with read_as_hashed(f"task.path={task.path}", content, lambda: (fingerprint(task), find_local(task))):
             tables = {split: _read_local(task, split) for split in _loaded_names(task)}
     elif task.generator is not None:
-        made = {split: _generate(task.generator, split) for split in _loaded_names(task)}
-        tables = _check_all(made, task, f"task.generator={task.generator}")
+        generated = {split: _generate(task.generator, split) for split in _loaded_names(task)}
+        tables = _check_all(generated, task, f"task.generator={task.generator}")
     else:
         loaded, revision = load_hub(task, _loaded_names(task), offline=offline)
         tables = _check_all({split: loaded[split] for split in _loaded_names(task)}, task, _where(task))

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from wlora.tasks.base import Task
 from wlora.training.activation_memory import activation_bytes, saved_bytes
 from wlora.training.batch_growth import BatchGrowth
 from wlora.training.batch_order import share, step_batches
+from wlora.training.best import Best
 from wlora.training.evaluation import Evaluation, evaluate
 from wlora.training.losses import Losses
 from wlora.training.optimizers import Optimizers
@@ -73,6 +73,7 @@ class Trainer:
         self.prefix: PrefixCache | None = None
         self.result = Result()
         self.evaluation: Evaluation | None = None  # the last
+        self.best = Best(settings.best, settings.patience, task.primary_metric)
         self.step = 0
         self.parts = 1  # in which a micro-batch is computed, one after the other
         self.growth = BatchGrowth(
@@ -83,7 +84,7 @@ class Trainer:
         )
         self._before = 0  # the step before the present one
         self._upcoming: list[list[int]] = []  # the micro-batches of the plan's next step
-        self._prefetch = Prefetcher(lambda rows: self._collate_on_cpu(self.data.train, rows))
+        self._prefetch = Prefetcher(lambda rows: task.collate(data.train.rows(rows), tokenizer))
 
     def begin(self) -> None:
         """Draw what the method draws, and build the optimisers; called once, before `restore` or `run`.
@@ -91,7 +92,13 @@ class Trainer:
         Raises:
             ConfigError: the method asks for more training rows than there are.
         """
-        self.phases = self.method.phases(self._training_data(), self.plan.total_steps)
+        data = TrainingData(
+            self.bare_model,
+            lengths=self.data.train.lengths,
+            labels=self.data.train.single_labels,
+            collate=lambda rows: self._collate(self.data.train, list(rows)),
+        )
+        self.phases = self.method.phases(data, self.plan.total_steps)
         self.optimizers = Optimizers(
             self._groups(), weight_decay=self.settings.weight_decay, release=self.method.release_adamw
         )
@@ -113,6 +120,7 @@ class Trainer:
         state.facts |= {"step": self.step, "losses": self.losses.values, "result": dataclasses.asdict(self.result)}
         state.facts |= {"parts": self.parts, "growth": self.growth.factor, "bytes": self.growth.before}
         state.facts["scaler"] = self.scaler.state_dict() if self.scaler else None
+        self.best.save(state)
         return state
 
     def restore(self, state: State) -> None:
@@ -128,6 +136,7 @@ class Trainer:
         self.result = Result(**{**state.facts["result"], "events": events})
         if self.scaler:
             self.scaler.load_state_dict(state.facts["scaler"])
+        self.best.load(state)
 
     def run(self, log: Callable[[dict[str, Any]], None], on_step: Callable[[Trainer], None] | None = None) -> Result:
         """Train to the end of the plan; the last evaluation's metrics are the result's.
@@ -150,7 +159,7 @@ class Trainer:
             first_token_alone(self.bare_model),
             self._prefetch.running(),
         ):
-            for step, batches in self._updates():
+            for step, batches in self.best.until_exhausted(self._updates()):
                 begin = time.perf_counter()
                 with self.losses.noticing_divergence(step):
                     self._train_step(step, batches)
@@ -165,9 +174,10 @@ class Trainer:
                         log(self._evaluate(step))
                 if on_step is not None:
                     on_step(self)
-                primary = self.task.primary_metric
-                scores = {name: score for name, score in self.result.metrics.items() if name == primary}
-                advance(bar, self.losses.values, scores, self.method)
+                advance(bar, self.losses.values, self.result.metrics, self.task.primary_metric, self.method)
+            if self.best.put_back(self.step, self.bare_model, self.method):
+                self._score()
+            self.result.events += self.best.events(self.step, self.plan.total_steps)
             self.result.memory |= {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
         return self.result
 
@@ -198,19 +208,6 @@ class Trainer:
             if count >= self.growth.steps or step % self.plan.steps_per_epoch == 0 or step == self.plan.total_steps:
                 yield step, gathered
                 gathered, count = [], 0
-
-    def _training_data(self) -> TrainingData:
-        """Offer the method batches of training rows."""
-        # Spans, texts and sets of classes are nothing that a sample could be stratified by.
-        table = self.data.train.table
-        single = "labels" in table.column_names and not pa.types.is_list(table.schema.field("labels").type)
-        labels = self.data.train.column("labels") if single else None
-        return TrainingData(
-            self.bare_model,
-            lengths=self.data.train.lengths,
-            labels=labels,
-            collate=lambda rows: self._collate(self.data.train, list(rows)),
-        )
 
     def _train_step(self, step: int, batches: list[list[int]]) -> None:
         """Take one optimiser step; the mean loss over its rows stays on the device, unread."""
@@ -361,10 +358,7 @@ class Trainer:
 
     def _collate(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
         """Return rows of features as the model's inputs, on its device."""
-        return move(self._collate_on_cpu(features, rows), self.accelerator.device)
-
-    def _collate_on_cpu(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
-        return self.task.collate(features.rows(rows), self.tokenizer)
+        return move(self.task.collate(features.rows(rows), self.tokenizer), self.accelerator.device)
 
     def _groups(self) -> list[ParameterGroup]:
         return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.head_lr)]
@@ -383,6 +377,12 @@ class Trainer:
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Evaluate the dev set; returns the point of the learning curve."""
+        metrics = self._score()
+        self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
+        self.best.observe(step, metrics, self.bare_model, self.method)
+        return {"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics}
+
+    def _score(self) -> dict[str, float]:
         begin = time.perf_counter()
         with self._autocast():
             self.evaluation = evaluate(
@@ -395,7 +395,6 @@ class Trainer:
                 prefix=self.prefix,
                 together=self.settings.sharded,
             )
-        metrics = self.result.metrics = self.evaluation.metrics
-        self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
+        self.result.metrics = self.evaluation.metrics
         self.result.eval_seconds += time.perf_counter() - begin
-        return {"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics}
+        return self.result.metrics
