@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
@@ -41,6 +42,9 @@ ENDED = ("success", "diverged")
 """A run with one of these has its result: more steps or another try would not change it."""
 
 _NAMES = ("task", "model", "method")
+
+FOLD_STRIDE = 1000
+"""The runs of `task.validation=folds=N` count as seeds: fold 2 of seed 0 as 2, and of seed 1 as 1002."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
-        return int(self.record.config["seed"])
+        """What tells the run from others of its setting and point: its seed; with folds, also its fold."""
+        seed, fold = int(self.record.config["seed"]), self.record.config["task"].get("fold")
+        return seed if fold is None else seed * FOLD_STRIDE + int(fold)
 
     @property
     def point(self) -> Point:
@@ -129,10 +134,14 @@ _SOURCE = ("hub_id", "subset", "generator")
 def name_rows(task: Mapping[str, Any]) -> str:
     """Return the name under which the rows of a task's configuration stand: NAME, or NAME_own where they are not NAME's.
 
+    An own table without a name of its own has that of its file or repository.
+
     They are not where schema or source differ from the task's YAML, as after `task.columns=...`: a table would print
     such rows as the benchmark's.
     """
     name = str(task["name"])
+    if task.get("benchmark") == "table" and shipped_task(name):
+        return Path(str(task.get("path") or task.get("hub_id") or name)).stem
     benchmark = shipped_task(name)
     keys = _SCHEMA if task.get("path") else _SCHEMA + _SOURCE
     own = benchmark and any(key in task and task[key] != benchmark[key] for key in keys)
@@ -290,7 +299,9 @@ def _lookup(run: Run, key: str) -> tuple[bool, Any]:
 
 
 def without_point(fields: dict[str, Any]) -> dict[str, Any]:
-    return flatten({key: value for key, value in fields.items() if key not in ("version", "seed", *Point._fields)})
+    flat = flatten({key: value for key, value in fields.items() if key not in ("version", "seed", *Point._fields)})
+    flat.pop("task.fold", None)  # folds are averaged, as seeds are
+    return flat
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ torch is imported only after the configuration of the run has been checked.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -277,11 +278,9 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
         overrides: the command-line arguments, or those of this run of a sweep. Presets do not change their keys.
         in_sweep: whether the run belongs to a sweep, whose runs share loaded models and data.
     """
-    from wlora.analysis.tuning import fill_tuned, wanted_keys
-    from wlora.data.sources import fingerprint
+    from wlora.data.held_out import count_folds
     from wlora.experiment.requirements import require_all
     from wlora.experiment.resolve import resolve
-    from wlora.models.source import locate
 
     _refuse_removed_keys(composed)
     _refuse_foreign_task(composed)
@@ -295,6 +294,42 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
         tell(f"preset: {show_values(preset)}")
     resolve(config)
     require_all(config)
+    if (folds := count_folds(config.task)) and config.task.fold is None and not config.dry_run:
+        return _run_folds(name, config, overrides, folds)
+    return _run_resolved(name, config, overrides, shared=in_sweep)
+
+
+def _run_folds(name: str, config: Config, overrides: list[str], folds: int) -> Outcome:
+    """Train once per fold, and print and return the mean score. Each fold has a record."""
+    found = []
+    for fold in range(folds):
+        put(f"fold {fold + 1} of {folds}")
+        own = copy.deepcopy(config)
+        own.task.fold = fold
+        found.append(_run_resolved(name, own, overrides, shared=True))
+    scores = [outcome.score for outcome in found if outcome.score is not None]
+    mean = sum(scores) / len(scores) if scores else None
+    if mean is not None and len(scores) == folds:
+        spread = (sum((score - mean) ** 2 for score in scores) / (folds - 1)) ** 0.5
+        put(f"folds      {config.task.primary_metric} {mean:.4f}, standard deviation {spread:.4f}, over {folds} folds")
+    seconds = [outcome.seconds for outcome in found if outcome.seconds is not None]
+    worst = next((outcome for outcome in found if outcome.status != "success"), found[-1])
+    return dataclasses.replace(worst, score=mean, seconds=sum(seconds) if seconds else None)
+
+
+def _run_resolved(name: str, config: Config, overrides: list[str], *, shared: bool) -> Outcome:
+    """Run a resolved configuration, or describe it (`dry_run`).
+
+    Args:
+        name: label of the run in its sweep.
+        config: the configuration; words such as `tuned` are filled in here.
+        overrides: the command-line arguments, for the record.
+        shared: whether other runs of this process may use the same data and model.
+    """
+    from wlora.analysis.tuning import fill_tuned, wanted_keys
+    from wlora.data.sources import fingerprint
+    from wlora.models.source import locate
+
     source, data = locate(config.model), fingerprint(config.task)
     wanted = wanted_keys(config)
     choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
@@ -312,7 +347,7 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     from wlora.experiment.run import run
     from wlora.experiment.shared_inputs import inputs_of_process
 
-    record = run(config, overrides, inputs_of_process() if in_sweep else None)
+    record = run(config, overrides, inputs_of_process() if shared else None)
     seconds = record.seconds["total"] if record.trained else None
     return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
 

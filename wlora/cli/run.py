@@ -15,7 +15,7 @@ from yaml import YAMLError
 from wlora.cli.help import register_help
 from wlora.cli.job import OUTCOMES, Outcome, attempt, collecting, fail, run_one
 from wlora.config.schema import config_folder, register_schema
-from wlora.config.spelling import check_form, explain
+from wlora.config.spelling import check_form, explain, quote_folds
 from wlora.config.untrusted_yaml import guard_files, refuse_words
 from wlora.console import protect_output
 from wlora.distributed import TOLD, is_main, require_launch
@@ -47,6 +47,8 @@ def _run(words: Sequence[str]) -> int:
         if any(word.startswith("from=") for word in words):
             OUTCOMES.outcomes.append(attempt("", lambda: _repeat(words)))
         else:
+            words = quote_folds(words)
+            sys.argv[1:] = words  # read by Hydra
             check_form(words)
             refuse_words(words)
             guard_files()

@@ -49,6 +49,11 @@ class Evaluation:
             tables.append(table.add_column(0, "split", pa.array([name] * len(table)).dictionary_encode()))
         return pa.concat_tables(tables)
 
+    def describe_classes(self, task: Task, splits: dict[str, Split]) -> dict[str, Any]:
+        """Return the scores of every class on the reported split, the first (see `Task.describe_classes`)."""
+        name, predictions = next(iter(self.predictions.items()))
+        return task.describe_classes(predictions, splits[name].features, splits[name].rows)
+
 
 @torch.no_grad()
 def evaluate(
