@@ -120,7 +120,7 @@ def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
     for split, table in tables.items():
         chosen = _limit(table, task, split)
         part = f"{split}/{made[0]}/{task.fold}/{task.split_seed}" if made else split
-        rows[split] = _wrap(chosen, f"{identity}/{task.subset}/{part}/{chosen.num_rows}")
+        rows[split] = wrap(chosen, f"{identity}/{task.subset}/{part}/{chosen.num_rows}")
     empty = {split: texts for split, table in tables.items() if (texts := count_empty(table, task))}
     return Splits(rows=rows, fingerprint=identity, revision=revision, empty=empty)
 
@@ -275,7 +275,8 @@ def _limit(table: pa.Table, task: TaskConfig, split: str) -> pa.Table:
     return table.take(np.random.RandomState(_SUBSET_SEED).permutation(table.num_rows)[:limit])
 
 
-def _wrap(table: pa.Table, identity: str) -> Dataset:
+def wrap(table: pa.Table, identity: str) -> Dataset:
+    """Return rows as a data set, whose fingerprint is a hash of `identity`."""
     from datasets import Dataset
 
     # Without an explicit fingerprint the library would hash the whole table.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.data.features import Features
 from wlora.distributed import gather
+from wlora.errors import RunFault
 from wlora.metrics.glue import merge_shards
 from wlora.tasks.base import Task
 from wlora.training.batch_order import evaluation_batches, share
@@ -113,6 +114,30 @@ def evaluate(
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
     return Evaluation(metrics, found)
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    task: Task,
+    features: Features,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> list[Any]:
+    """Return one prediction per feature (see `Task.predict`), for rows that need no labels.
+
+    Raises:
+        RunFault: logits are not finite.
+    """
+    model.eval()
+    found, _, finite = _predict(
+        model, task, features, tokenizer, batch_size, accelerator, lambda *_: contextlib.nullcontext(), False
+    )
+    if not finite:
+        raise RunFault("the logits are not finite")
+    return found
 
 
 def _predict(
