@@ -23,7 +23,7 @@ WIDTH = 120
 MEANINGS = {name: part.metadata["meaning"] for name, part in walk()}
 # Keys that are set in the YAML file of a task or model, not on the command line.
 _FILES = {
-    "task": "name kind benchmark hub_id subset generator columns labels validation metrics primary_metric",
+    "task": "name kind benchmark hub_id subset generator columns labels validation_path metrics primary_metric",
     "model": "name hub_id package sha256 architecture accumulation_steps k",
 }
 _UNSEEN = (
@@ -35,6 +35,7 @@ _UNSEEN = (
 )
 _TYPES = {
     "dict[str, Any]": "mapping",
+    "Any": "text, number or list",
     "bool": "true | false",
     "str": "text",
     "list[str]": "list of texts",

@@ -118,7 +118,7 @@ def _named_texts(table: pa.Table, kind: str, without: str | None) -> list[str]:
     if kind in _TEXTS:
         found = [_by_name(names, usual, [without]) for usual in _TEXTS[kind]]
         return [name for name in found if name is not None] if None not in found else []
-    known = {_plain_name(name): name for name in reversed(names) if is_text(plain(table.column(name)).type)}
+    known = {_plain_name(name): name for name in reversed(names) if _may_be_text(table.column(name))}
     for first, second in _PAIRS:
         if first in known and second in known:
             return [known[first], known[second]]
@@ -129,6 +129,13 @@ def _named_texts(table: pa.Table, kind: str, without: str | None) -> list[str]:
             return [known[name], known[second]]
     single = _by_name(list(known.values()), _SENTENCES, [without])
     return [single] if single else []
+
+
+def _may_be_text(column: pa.ChunkedArray) -> bool:
+    """Tell whether a column holds strings, or only nulls, which the check of the rows will refuse."""
+    from pyarrow import types
+
+    return is_text(plain(column).type) or bool(types.is_null(column.type))
 
 
 def _only(names: list[str]) -> list[str]:

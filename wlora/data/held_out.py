@@ -74,8 +74,8 @@ def hold_out(table: pa.Table, labels: Sequence[Any] | None, task: TaskConfig, wh
         chosen = position % folds == (task.fold or 0)
     else:
         share = float(spec)
-        # Every position at which the running total passes a whole number; 1e-9 absorbs rounding.
-        chosen = np.floor((position + 1) * share + 1e-9) > np.floor(position * share + 1e-9)
+        # Every position at which the running total, rounded, grows by one.
+        chosen = np.floor((position + 1) * share + 0.5) > np.floor(position * share + 0.5)
     held = np.zeros(rows, dtype=bool)
     held[order[chosen]] = True
     if not held.any() or held.all():

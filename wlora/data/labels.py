@@ -46,7 +46,7 @@ def refuse_nulls(column: pa.ChunkedArray, at: str) -> None:
         raise ConfigError(f"{at}: all {len(column)} rows are empty (null); expected is a value in every row")
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy())[0])
-        more = f", one of {column.null_count}" if column.null_count > 1 else ""
+        more = f", one of {column.null_count}," if column.null_count > 1 else ""
         raise ConfigError(f"{at}: row {row}{more} is empty (null); expected is a value in every row")
 
 

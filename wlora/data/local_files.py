@@ -57,7 +57,7 @@ def find_files(task: TaskConfig, split: str) -> list[Path]:
         ConfigError: the folder or file is missing, there are several files, or a shard is missing or empty.
     """
     place = Path(task.path or "").expanduser()
-    if task.validation_path is not None and split != "train":
+    if task.validation_path is not None and split in task.validation:
         found = [Path(task.validation_path).expanduser()]
     elif os.path.isfile(place) and split == "train":
         found = [place]

@@ -156,9 +156,9 @@ def _predict_glue(config: Config, record: Record, results: str, folder: Path) ->
 
 def _label(trained: Trained, inputs: pa.Table) -> pa.Table:
     """Return the predictions of checked rows, one line per row (see `Task.answer`)."""
+    import torch
     from accelerate import Accelerator
 
-    import torch  # isort: skip
     from wlora.training.evaluation import predict as predict_rows
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
