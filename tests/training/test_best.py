@@ -72,15 +72,15 @@ def test_patience_stops_after_evaluations_without_a_better_one(scripted: Any, ru
 def test_an_interrupted_run_keeps_the_best_of_before(
     scripted: Any, run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    step = training.Trainer._train_step
+    step = training.Trainer._take_step
 
-    def stop(self: training.Trainer, number: int, batches: list[list[int]]) -> None:
+    def stop(self: training.Trainer, number: int, loss: torch.Tensor) -> None:
         if number == 27 and stopped.pop():
             raise KeyboardInterrupt
-        step(self, number, batches)
+        step(self, number, loss)
 
     stopped = [True]
-    monkeypatch.setattr(training.Trainer, "_train_step", stop)
+    monkeypatch.setattr(training.Trainer, "_take_step", stop)
     words = [*WORDS, "train.best=accuracy", "train.checkpoint_every=8"]
     with pytest.raises((KeyboardInterrupt, Interrupted)):
         run_tiny(*words)
@@ -123,9 +123,9 @@ def test_methods_that_change_their_structure_end_with_a_whole_model(method: str,
 
 
 def test_balanced_weights_raise_the_rare_class(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
-    from wlora.experiment.shared_inputs import balanced_weights
+    from wlora.tasks.classification import balance_classes
 
-    weights = balanced_weights([0, 0, 0, 1], 3)
+    weights = balance_classes([0, 0, 0, 1], 3)
     assert weights == pytest.approx([2 / 3, 2.0, 0.0]) and sum(weights[n] for n in [0, 0, 0, 1]) == pytest.approx(4)
     lines = "".join(f"{'Anna' if n % 6 else 'Ben'} left,{'many' if n % 6 else 'few'}\n" for n in range(60))
     (tmp_path / "t.csv").write_text(f"text,label\n{lines}")

@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import functools
 import json
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,18 +115,10 @@ def _with_head(model: PreTrainedModel, fresh: list[str], config: Config, materia
     if config.model.head == "kept" and kind == "sequence_classification":
         reorder_head(model, config.task.labels)
     name_classes(model, config.task.labels, head=kind, several=config.task.kind == "multi_label")
-    if config.task.class_weights == "balanced":
-        weigh_classes(model, balanced_weights(material.data.train.column("labels"), len(config.task.labels)))
+    weights = getattr(material.task, "class_weights", None)
+    if weights is not None:
+        weigh_classes(model, weights)
     return model
-
-
-def balanced_weights(labels: Sequence[int], classes: int) -> list[float]:
-    """Return a weight per class that is inversely proportional to its frequency, with mean 1 over the rows.
-
-    A class without rows has weight 0. This is `class_weight="balanced"` of scikit-learn for the classes that occur.
-    """
-    counts = Counter(labels)
-    return [len(labels) / (len(counts) * counts[number]) if number in counts else 0.0 for number in range(classes)]
 
 
 def _duplicate(base: PreTrainedModel, *, own: bool) -> PreTrainedModel:

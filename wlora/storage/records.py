@@ -35,6 +35,7 @@ class Record:
     Attributes:
         classes: scores of every class on the reported split (`wlora.metrics.classes`); empty for tasks without classes.
         error: what ended a run that did not succeed; of one that did, which of its files could not be written.
+        packed: of a run that trained in a pack, `with`: the run_ids of the others, and `dropout`: how masks were made.
         trained: whether this process trained it to the end, rather than found it recorded. Not written.
     """
 
@@ -62,6 +63,7 @@ class Record:
     error: str | None = None
     curve: str | None = None
     predictions: str | None = None
+    packed: dict[str, Any] = field(default_factory=dict)
 
 
 def _find_misfit(content: dict[str, Any]) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +29,8 @@ class SequenceClassification:
         head: the kind of model head.
         num_labels: number of outputs of the head; 1 for regression.
         primary_metric: the reported metric, one of `task.metrics`.
+        class_weights: the weight of each class in the training loss, once the training rows are encoded; None for equal
+            ones. Their mean over the rows is 1.
 
     Raises:
         ConfigError: `task.labels` has a single name or a duplicate, or a metric is not defined for this number of
@@ -34,6 +38,7 @@ class SequenceClassification:
     """
 
     head = "sequence_classification"
+    any_padding = True
 
     def __init__(self, config: TaskConfig) -> None:
         classes = len(config.labels)
@@ -48,6 +53,7 @@ class SequenceClassification:
         self.regression = not config.labels
         self.num_labels = len(config.labels) or 1
         self.primary_metric = config.primary_metric
+        self.class_weights: list[float] | None = None
 
     def _check_metrics(self, config: TaskConfig) -> None:
         classes = len(config.labels)
@@ -72,6 +78,8 @@ class SequenceClassification:
             truncated += sum(find_truncated(encoded, self.config.max_length))
             labels = {"labels": self._label_array(texts[LABEL])} if LABEL in texts else {}
             pieces.append(pa.table({**input_columns(encoded), **labels}))
+        if training and self.config.class_weights == "balanced":
+            self.class_weights = balance_classes(rows[LABEL][:], self.num_labels)
         return Features(pieces, truncated_share=truncated / len(rows))
 
     def _label_array(self, labels: Sequence[Any]) -> pa.Array:
@@ -84,6 +92,17 @@ class SequenceClassification:
         if "labels" in features[0]:
             batch["labels"] = torch.tensor([feature["labels"] for feature in features], dtype=dtype)
         return batch
+
+    def row_losses(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the cross-entropy of each row, or (regression) its squared error, [rows]."""
+        labels = inputs["labels"]
+        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        if self.regression:
+            return F.mse_loss(logits.view(-1), labels.to(logits.dtype), reduction="none")
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        if self.class_weights is not None and model.training:
+            losses = losses * torch.tensor(self.class_weights, device=losses.device, dtype=losses.dtype)[labels]
+        return losses
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
@@ -139,3 +158,12 @@ class SequenceClassification:
         logits = np.stack(predictions)
         decided: np.ndarray = logits[:, 0] if self.regression else logits.argmax(axis=1)
         return decided
+
+
+def balance_classes(labels: Sequence[int], classes: int) -> list[float]:
+    """Return a weight per class that is inversely proportional to its frequency, with mean 1 over the rows.
+
+    A class without rows has weight 0. This is `class_weight="balanced"` of scikit-learn for the classes that occur.
+    """
+    counts = Counter(labels)
+    return [len(labels) / (len(counts) * counts[number]) if number in counts else 0.0 for number in range(classes)]

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config.schema import TaskConfig
 from wlora.data.features import Features, pad
@@ -36,6 +37,11 @@ class MultiLabel(SequenceClassification):
         if "labels" in features[0]:
             batch["labels"] = torch.from_numpy(self._sets([feature["labels"] for feature in features])).float()
         return batch
+
+    def row_losses(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the mean binary cross-entropy over the classes of each row, [rows]."""
+        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        return F.binary_cross_entropy_with_logits(logits, inputs["labels"].to(logits.dtype), reduction="none").mean(1)
 
     def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
         """Return `task.metrics` of a split. Keys of all splits except the first end with the split's name."""

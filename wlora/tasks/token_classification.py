@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +42,7 @@ class TokenClassification:
     """
 
     head = "token_classification"
+    any_padding = True
 
     def __init__(self, config: TaskConfig) -> None:
         if len(config.labels) < 2 or len(set(config.labels)) < len(config.labels):
@@ -90,6 +92,13 @@ class TokenClassification:
         if "labels" in features[0]:
             batch["labels"] = stack([feature["labels"] for feature in features], IGNORED, "right")
         return batch
+
+    def row_losses(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the mean cross-entropy over the labelled pieces of each row, [rows]."""
+        labels = inputs["labels"]
+        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1)
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
