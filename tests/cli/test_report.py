@@ -34,6 +34,19 @@ def test_the_page_has_tables_figures_environments_and_runs_and_nothing_outside(t
     assert "Left out: dot_products (no successful run of method=single;" in page
 
 
+def test_classes_are_shown_per_task_and_method(tmp_path: Path) -> None:
+    for seed, confusion in enumerate(([[3, 1], [0, 2]], [[4, 0], [1, 1]])):
+        block = {"names": ["<no>", "yes"], "precision": [1.0, 0.5 + seed / 10], "recall": [0.5, 1.0], "f1": [0.8, 0.7]}
+        block |= {"support": [4, 2], "macro_f1": 0.75, "weighted_f1": 0.77, "confusion": confusion}
+        make_record(tmp_path, "method=lora", "task=rte", f"seed={seed}", classes=block)
+    make_record(tmp_path, "method=wlora", "task=stsb", "k=5")
+    report.main([f"results_dir={tmp_path}"])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "method=lora: 2 runs" in page and page.count("<h3>rte") == 1
+    assert "<td>yes</td><td>0.5500</td><td>1.0000</td><td>0.7000</td><td>4</td>" in page
+    assert "<td>&lt;no&gt;</td><td>7</td><td>1</td>" in page, "summed over runs"
+
+
 def test_a_study_of_other_tasks_shows_its_summary(tmp_path: Path) -> None:
     make_record(tmp_path, "method=lora", "task=story_nli", metrics=0.7123)
     (tmp_path / "tables").mkdir()

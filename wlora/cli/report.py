@@ -20,6 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from wlora.analysis.classes import summarize_classes
 from wlora.analysis.study import Run, read_words, select
 from wlora.analysis.study_reader import read_study
 from wlora.analysis.tables.cells import NOT_COMPARED
@@ -71,12 +72,13 @@ nav a { margin-right: 1rem; }
 <h1>$title</h1>
 <p>$summary</p>
 $notices
-<nav><a href="#tables">Tables</a><a href="#figures">Figures</a><a href="#environments">Environments</a>
+<nav><a href="#tables">Tables</a><a href="#figures">Figures</a>$classes_link<a href="#environments">Environments</a>
 <a href="#commands">Commands</a><a href="#runs">Runs</a></nav>
 <h2 id="tables">Tables</h2>
 $tables
 <h2 id="figures">Figures</h2>
 $figures
+$classes
 <h2 id="environments">Environments</h2>
 $environments
 <h2 id="commands">Commands</h2>
@@ -136,6 +138,8 @@ def write(words: Sequence[str]) -> Path:
         notices="\n".join(f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(notices)),
         tables="\n".join(_tables(map(Path, pages))),
         figures="\n".join([*_figures(map(Path, images)), _left_out(printed)]),
+        classes_link='<a href="#classes">Classes</a>' if any(run.record.classes for run in runs) else "",
+        classes="\n".join(_classes(runs)),
         environments=_table(*_environments(runs)),
         commands=html.escape("\n".join(shlex.join(["python", "-m", *command]) for command in made)),
         runs=_table(*_runs(runs)),
@@ -206,6 +210,18 @@ def _left_out(printed: str) -> str:
     """Return an HTML note that lists the figures which `wlora.figures` has left out, with reasons; empty if none."""
     listed = [f"{name} ({reason})" for name, reason in re.findall(r"^(\w+): left out \((.+)\)$", printed, re.MULTILINE)]
     return f'<p class="faint">Left out: {html.escape(", ".join(listed))}.</p>' if listed else ""
+
+
+def _classes(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield precision, recall and F1 of every class, and the confusion matrix, for each task and method that has them."""
+    for number, found in enumerate(summarize_classes(runs)):
+        if number == 0:
+            yield '<h2 id="classes">Classes</h2>'
+        yield f"<h3>{html.escape(found.title)}</h3>{_table(found.head, found.rows)}"
+        if found.confusion:
+            named = [[name, *row] for name, row in zip(found.names, found.confusion, strict=True)]
+            yield '<p class="faint">Rows by true class (line) and predicted class (column)</p>'
+            yield _table(["", *found.names], named)
 
 
 def _environments(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
