@@ -1,0 +1,49 @@
+"""The README's promise: a CSV file trains with no other key, and a second file is labelled. With the real MiniLM."""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from wlora.cli import predict
+
+WORDS = {
+    "bug": ["It crashes", "The page fails", "Error, code 7", "It is broken"],
+    "praise": ["Great work", 'I "love" it, really', "Thank you so much", "Very good"],
+    "question": ["How do I\nstart", "Where is it", "Can you, please, help", "When does it open"],
+}
+
+
+def write(file: Path, rows: int, *, labels: bool) -> list[str]:
+    """Write an unbalanced table with quotes, commas and line breaks; returns the classes."""
+    draw = random.Random(rows)
+    kinds = draw.choices(list(WORDS), [6, 3, 2], k=rows)
+    with file.open("w", newline="", encoding="utf-8-sig") as stream:
+        writer = csv.writer(stream, delimiter=";")
+        writer.writerow(["id", "text", *(["category"] if labels else [])])
+        for number, kind in enumerate(kinds):
+            text = f"{draw.choice(WORDS[kind])}; {draw.choice(WORDS[kind])} ({number})"
+            writer.writerow([number, text, *([kind] if labels else [])])
+    return kinds
+
+
+@pytest.mark.slow
+def test_a_file_trains_and_a_second_one_is_labelled(
+    run_main: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "FILE.csv", 240, labels=True)
+    kinds = write(tmp_path / "new.csv", 30, labels=False)
+    code, told, error = run_main("task=text_classification", "task.path=FILE.csv", "model=minilm")
+    assert code == 0, error
+    assert "<- predicted" in told and re.search(r"labels     bug \d+, praise \d+, question \d+", told)
+    run_id = told[told.index("record ") :].split("records/")[1][:16]
+    predict.main([run_id, "new.csv", "to=out.csv"])
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as stream:
+        found = [row["prediction"] for row in csv.DictReader(stream)]
+    assert sum(a == b for a, b in zip(found, kinds, strict=True)) > 24
