@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from wlora.cli import predict
+from tests.conftest import enter_main
+from wlora.cli import predict, sweep, tables
+from wlora.storage.records import RecordStore
 
 WORDS = {
     "bug": ["It crashes", "The page fails", "Error, code 7", "It is broken"],
@@ -47,3 +49,25 @@ def test_a_file_trains_and_a_second_one_is_labelled(
     with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as stream:
         found = [row["prediction"] for row in csv.DictReader(stream)]
     assert sum(a == b for a, b in zip(found, kinds, strict=True)) > 24
+
+
+def test_folds_are_runs_of_one_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, results = tmp_path / "t.csv", tmp_path / "r"
+    file.write_text("text,label\n" + "".join(f"Anna left {n},{'ab'[n % 2]}\n" for n in range(30)))
+    words = ["task=text_classification", f"task.path={file}", "model=tiny_bert", "method=lora", "train.max_steps=16"]
+    words += ["task.validation=folds=3", f"results_dir={results}"]
+
+    def counted() -> str:
+        sweep._read.cache_clear()
+        sweep.main([*words, "seed=0,1"])
+        return capsys.readouterr().out
+
+    assert "0 of 6 runs done" in counted()
+    assert enter_main(monkeypatch, *words) == 0
+    assert re.search(r"^folds      accuracy 0\.\d+, standard deviation 0\.\d+, over 3 folds$", capsys.readouterr().out, re.M)
+    assert "3 of 6 runs done" in counted()
+    assert sorted(record.config["task"]["fold"] for record in RecordStore(results)) == [0, 1, 2]
+    tables.main(["summary", f"results_dir={results}", "model=tiny_bert"])
+    assert re.search(r"\| t \| LoRA.* \| 0\.\d+ ± 0\.\d+ \(3\)", (results / "tables" / "summary.md").read_text())

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from wlora.config.identity import later_keys, scientific_fields
-from wlora.config.schema import TaskConfig, config_folder, restore_config
+from wlora.config.schema import Config, TaskConfig, config_folder, restore_config
+from wlora.data.held_out import count_folds
 from wlora.errors import ConfigError, unknown_name
 from wlora.models.architectures import count_targets
 from wlora.storage.environment import name_machine
@@ -83,8 +84,7 @@ class Run:
     @property
     def seed(self) -> int:
         """What tells the run from others of its setting and point: its seed; with folds, also its fold."""
-        seed, fold = int(self.record.config["seed"]), self.record.config["task"].get("fold")
-        return seed if fold is None else seed * FOLD_STRIDE + int(fold)
+        return _with_fold(int(self.record.config["seed"]), self.record.config["task"].get("fold"))
 
     @property
     def point(self) -> Point:
@@ -124,6 +124,16 @@ class Run:
     def score(self) -> float:
         """The primary metric of a run that succeeded."""
         return self.record.metrics[self.record.primary_metric]
+
+
+def _with_fold(seed: int, fold: int | None) -> int:
+    return seed if fold is None else seed * FOLD_STRIDE + fold
+
+
+def seeds_of(config: Config) -> list[int]:
+    """Return what `Run.seed` will be for the runs of a configuration: one, or one per fold."""
+    folds = count_folds(config.task) if config.task.fold is None else None
+    return [_with_fold(config.seed, fold) for fold in (range(folds) if folds else [config.task.fold])]
 
 
 # What a task's rows are. Where the rows come from counts only without `task.path`, which may be a copy.

@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wlora.analysis.study import Point, name_rows, read_value
+from wlora.analysis.study import Point, name_rows, read_value, seeds_of
 from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tuning import WORDS, Choice, Settings, wanted_keys
 from wlora.cli.entry import serve
 from wlora.config.presets import KEYED_BY, apply_presets
 from wlora.config.rules import RULES, satisfies
 from wlora.config.schema import Config, config_folder, register_schema
-from wlora.config.spelling import check_read, explain
+from wlora.config.spelling import check_read, explain, quote_folds
 from wlora.config.untrusted_yaml import guard_files
+from wlora.data.own_tables import require_source
 from wlora.data.sources import fingerprint
 from wlora.errors import ConfigError, wrong_value
 from wlora.experiment.resolve import resolve
@@ -91,7 +92,7 @@ class Cell:
             if choice is not None:
                 config = dataclasses.replace(config, **{key: choice.value(key, values[key]) for key in wanted})
             _check(config)
-            self.wanted.add((_point(config), config.seed))
+            self.wanted |= {(_point(config), seed) for seed in seeds_of(config)}
 
     def _choose(self, config: Config) -> Choice | None:
         """Return the values for `tuned`. Within a cell they depend only on `tune_on`, so they are cached."""
@@ -101,7 +102,7 @@ class Cell:
 
     def _covers(self, config: Config) -> bool:
         """Tell whether an already requested run with the same seed may become identical once `tuned` is replaced."""
-        asked = (point for point, seed in self.wanted if seed == config.seed)
+        asked = (point for point, seed in self.wanted if seed in seeds_of(config))
         return any(all(own in (*WORDS, value) for own, value in zip(_point(config), point, strict=True)) for point in asked)
 
 
@@ -217,7 +218,7 @@ def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
     """
     cells: dict[tuple[str, ...], Cell] = {}
     for words in sweeps:
-        parts = list(expand(words))
+        parts = list(expand(quote_folds(words)))
         check_read([overrides for overrides, _ in parts], _compose)
         for overrides, points in parts:
             key = tuple(sorted(overrides))
@@ -273,6 +274,7 @@ def compose(overrides: Sequence[str]) -> Config:
     apply_presets(composed, overrides)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    require_source(config.task)
     return resolve(config)
 
 

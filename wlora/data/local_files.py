@@ -64,8 +64,8 @@ def find_files(task: TaskConfig, split: str) -> list[Path]:
     elif os.path.isdir(place):
         found = _find_named(place, split) or (_find_others(place) if split == "train" else [])
     else:
-        what = "is a file" if os.path.exists(place) else "does not exist"
-        raise ConfigError(f"task.path={place} {what}: expected is a folder with {_names_of(split)}")
+        what = "is a file: expected is" if os.path.exists(place) else "does not exist: expected is a file, or"
+        raise ConfigError(f"task.path={place} {what} a folder with {_names_of(split)}")
     if not found:
         raise ConfigError(
             f"task.path={place}: no file for the split {split}: looked for {_names_of(split)}\n"

@@ -35,8 +35,8 @@ def write_card(file: Path, record: Record, config: Config, *, merged: bool) -> N
         f"# {model.name} on {task.name} by {method['name']}",
         _introduction(record, config, merged=merged),
         _usage(record, config, merged=merged),
-        "## Scores\n\nOn the dev set, after the last step; nothing was chosen by an earlier evaluation. If settings were "
-        "tuned, they were tuned on this same set.\n\n" + _table(("metric", "dev set"), _scores(record)),
+        f"## Scores\n\nOn the dev set, {_moment(config)}. If settings were tuned, they were tuned on this same set.\n\n"
+        + _table(("metric", "dev set"), _scores(record)),
         "## Parameters\n\n" + _table(("what", "elements"), list(record.parameters.items())),
         "## Adapters\n\n" + _adapters(record),
         "## Training\n\n" + _table(("", ""), _training(record)),
@@ -76,6 +76,12 @@ def _usage(record: Record, config: Config, *, merged: bool) -> str:
             'model = PeftModel.from_pretrained(base, "DIR")  # its head comes along',
         ]
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _moment(config: Config) -> str:
+    if config.train.best is None:
+        return "after the last step; nothing was chosen by an earlier evaluation"
+    return f"at the evaluation with the best {config.train.best}, which was chosen on this same set"
 
 
 def _scores(record: Record) -> list[tuple[str, Any]]:
