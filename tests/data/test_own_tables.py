@@ -208,6 +208,7 @@ def test_the_split_is_seeded_and_part_of_the_identity(tmp_path: Path) -> None:
     several = [fields(*words) for words in ([], ["task.validation=0.2"], ["task.split_seed=1"])]
     several += [fields('task.validation="folds=3"', f"task.fold={fold}") for fold in range(2)]
     assert all(several[i] != several[j] for i in range(5) for j in range(i))
+    assert fields("task.text=[text]", "task.label=category") == several[0], "named or found, it is the same run"
     moved = tmp_path / "renamed.csv"
     file.rename(moved)
     before, file = several[0], moved

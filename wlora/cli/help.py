@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from wlora.config.presets import TEXTS, explicit_keys
 from wlora.config.rules import RULES
@@ -127,7 +127,7 @@ def read_comments(file: Path) -> dict[str, str]:
 
 def show(value: Any) -> str:
     """Format a value as it is typed on the command line."""
-    if isinstance(value, list):
+    if isinstance(value, list | ListConfig):
         return f"[{','.join(show(item) for item in value)}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -58,6 +58,8 @@ def predict(words: Sequence[str]) -> list[Path]:
     record = find_record(results, names[0])
     config = restore_config(record.config)
     config.task.path = options["task.path"] or config.task.path
+    if config.task.path is None:
+        config.task.revision = record.task.get("version") or config.task.revision
     config.model.path, config.offline = options["model.path"] or config.model.path, options["offline"] == "true"
     if split == "test" and config.task.benchmark == "glue":
         return _predict_glue(config, record, results, Path(to or Path(results) / "glue"))
