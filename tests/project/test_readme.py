@@ -185,7 +185,7 @@ def test_command_runs(line: str, enter: Enter, data: Path, tmp_path: Path) -> No
     assert enter(*words) == 0
     records = records_in(tmp_path / "results")
     assert bool(records) != any(word in (*LOOKS, "dry_run=true") for word in words)
-    assert all(record.status == "success" for record in records)
+    assert {record.status for record in records} <= {"success", "stopped" if "race=halving" in words else "success"}
 
 
 @pytest.mark.parametrize("line", LAUNCHED)

@@ -42,6 +42,9 @@ class Point(NamedTuple):
 ENDED = ("success", "diverged")
 """A run with one of these has its result: more steps or another try would not change it."""
 
+TRIED = (*ENDED, "stopped")
+"""A run with one of these counts as tried where points are compared: one that a race has stopped was beaten."""
+
 _NAMES = ("task", "model", "method")
 
 FOLD_STRIDE = 1000

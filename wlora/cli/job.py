@@ -226,7 +226,8 @@ def _run_folds(name: str, config: Config, overrides: list[str], folds: int) -> O
 def outcome_of(name: str, record: Record) -> Outcome:
     """Return the outcome of a run with a record."""
     seconds = record.seconds["total"] if record.trained else None
-    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
+    told = record.error or "" if record.status == "stopped" else ""
+    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, told, seconds)
 
 
 def settle(composed: DictConfig, overrides: Sequence[str], *, in_sweep: bool) -> Config:
@@ -254,6 +255,8 @@ def settle(composed: DictConfig, overrides: Sequence[str], *, in_sweep: bool) ->
     _refuse_added_keys(composed)
     if not in_sweep:
         check_read([overrides], lambda _: composed)
+        if config.race != "off":
+            raise wrong_value("race", config.race, "off for a single run: a sweep (-m) is raced")
     if preset:
         tell(f"preset: {show_values(preset)}")
     resolve(config)

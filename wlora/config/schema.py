@@ -178,6 +178,12 @@ class TrainConfig:
         "optimiser steps between checkpoints; null: at every evaluation; 0: only on a stop signal",
         "nothing",
     )
+    until: float = key(
+        1.0,
+        "float > 0, <= 1",
+        "share of the steps to train now; below 1 the run stops there with a checkpoint, and the same command goes on",
+        "nothing",
+    )
     keep: int = key(2, "int >= 1", "number of newest checkpoints to keep", "nothing")
     keep_after: bool = key(False, "", "keep the checkpoints after a successful run", "nothing")
     save_adapter: bool = key(
@@ -240,6 +246,12 @@ class Config:
     track: str = key("none", " | ".join(TRACKERS), "experiment tracker that also receives the learning curve", "nothing")
     offline: bool = key(False, "", "do not use the network", "nothing")
     dry_run: bool = key(False, "", "only print adapters, parameters and steps, without training", "nothing")
+    race: str = key(
+        "off",
+        "off | halving",
+        "in a sweep (-m): halving stops learning rates and warm-ups that fall behind, half of them at each of three rungs",
+        "nothing",
+    )
     force: bool = key(False, "", "run again even if a record exists", "nothing")
     experiment: str | None = key(None, "", "name of the experiment file", "course")
     per_task: dict[str, Any] = key(dict, "", "task-specific values that an experiment's keys interpolate", "course")

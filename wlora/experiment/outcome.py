@@ -14,6 +14,7 @@ from wlora.storage.atomic_write import Put
 from wlora.storage.environment import peak_memory
 from wlora.storage.records import Record, RecordStore
 from wlora.training.checkpoints import CheckpointStore
+from wlora.training.interruption import Stopped
 from wlora.training.losses import Diverged
 from wlora.training.run_length import Plan
 from wlora.training.settings import Result
@@ -101,6 +102,8 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "diverged", text
     if ran_out_of_memory(error):
         return "oom", text
+    if isinstance(error, Stopped):
+        return "stopped", str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", text
     return "failed", text

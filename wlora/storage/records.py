@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA = 1
-STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed")
+STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed", "stopped")
 
 
 @dataclass

@@ -185,7 +185,7 @@ class Trainer:
                 self.result.train_seconds += time.perf_counter() - begin
                 if self.passed(log_every):
                     log({"step": step, "loss": self.losses.take_mean()})
-                if self.passed(self.plan.eval_every):
+                if self.passed(self.plan.eval_every) or self.plan.stops(step):
                     with self.losses.noticing_divergence(step):
                         log(self._evaluate(step))
                 if on_step is not None:

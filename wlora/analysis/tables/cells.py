@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from wlora.analysis.statistics import Summary, generator, summarize, summarize_strata
-from wlora.analysis.study import ENDED, Run, require_distinct_seeds, require_one_setting
+from wlora.analysis.study import ENDED, TRIED, Run, require_distinct_seeds, require_one_setting
 from wlora.analysis.tables.layouts import LAYOUTS, Column, Layout, Row, row_of
 from wlora.analysis.tuning import Choice, choose_point
 
@@ -178,10 +178,11 @@ def _rows(layout: Layout, runs: Sequence[Run], model: str) -> tuple[Row, ...]:
 def _fill_cell(
     runs: Sequence[Run], column: Column, layout: Layout, where: str, bootstrap_seed: int, best: Best, score: Score
 ) -> Cell:
-    ended = [run for run in runs if run.status in ENDED]
-    require_one_setting(ended, where)
-    require_distinct_seeds(ended, where)
-    choice = choose_point(ended)
+    tried = [run for run in runs if run.status in TRIED]
+    require_one_setting(tried, where)
+    require_distinct_seeds(tried, where)
+    choice = choose_point(tried)
+    ended = [run for run in tried if run.status in ENDED]
     if choice is None:
         return Cell(diverged=len({run.seed for run in ended}))
     chosen = choice.reported(ended)
