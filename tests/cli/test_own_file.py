@@ -60,7 +60,7 @@ def test_folds_are_runs_of_one_setting(
     words += ["task.validation=folds=3", f"results_dir={results}"]
 
     def counted() -> str:
-        sweep._read.cache_clear()
+        sweep.read_records.cache_clear()
         sweep.main([*words, "seed=0,1"])
         return capsys.readouterr().out
 

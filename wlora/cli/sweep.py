@@ -29,7 +29,6 @@ from wlora.config.rules import RULES, satisfies
 from wlora.config.schema import Config, config_folder, register_schema
 from wlora.config.spelling import check_read, explain, quote_folds
 from wlora.config.untrusted_yaml import guard_files
-from wlora.data.own_tables import require_source
 from wlora.data.sources import fingerprint
 from wlora.errors import ConfigError, wrong_value
 from wlora.experiment.resolve import resolve
@@ -304,7 +303,6 @@ def compose(overrides: Sequence[str]) -> Config:
     apply_presets(composed, overrides)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    require_source(config.task)
     return resolve(config)
 
 
