@@ -17,7 +17,8 @@ from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.registry import build_method
 from wlora.methods.selection import project, top_k, top_k_above
 from wlora.methods.wlora import WLoRA
-from wlora.models.architectures import Target, list_targets, read_architecture
+from wlora.models.architectures import read_architecture
+from wlora.models.targets import Target, list_targets
 from wlora.training.optimizers import Optimizers
 
 N, WIDTH, ROWS = 6, 16, 32

@@ -22,6 +22,7 @@ import pytest
 
 from tests.conftest import ROOT, compose, enter_main
 from tests.support.llama_folder import build_llama_folder, write_gguf
+from tests.support.model_folders import build_model_folder
 from wlora.cli import export as exports
 from wlora.cli import figures, memory, tables
 from wlora.cli import predict as predictions
@@ -144,6 +145,8 @@ def shrink(line: str, data: Path, results: Path) -> list[str]:
     if "model.path=MODEL" in words:
         words[words.index("model.path=MODEL")] = f"model.path={minilm()}"
         words.append("model=minilm")
+    elif "model.path=ROBERTA" in words:
+        words[words.index("model.path=ROBERTA")] = f"model.path={build_model_folder('roberta', results.parent / 'roberta')}"
     elif "model.gguf_file=NAME.gguf" in words:
         write_gguf(results.parent / "NAME.gguf")
         words[words.index("model.path=DIR")] = f"model.path={results.parent}"

@@ -16,7 +16,8 @@ from wlora.config.identity import later_keys, scientific_fields
 from wlora.config.schema import Config, TaskConfig, config_folder, restore_config
 from wlora.data.held_out import count_folds
 from wlora.errors import ConfigError, unknown_name
-from wlora.models.architectures import count_targets
+from wlora.models.layout import FAMILIES
+from wlora.models.targets import count_targets
 from wlora.storage.environment import name_machine
 from wlora.storage.records import Record
 
@@ -116,7 +117,9 @@ class Run:
         targets = self.record.config["method"].get("targets")
         # Not that of the model's folder, which need not be on this machine.
         architecture = self.record.config["model"].get("architecture")
-        return count_targets(architecture, targets) if targets and architecture else None
+        # A family that is not described would have to be built by torch.
+        known = targets and architecture and architecture.get("model_type") in FAMILIES
+        return count_targets(architecture, targets) if known else None
 
     @property
     def machine(self) -> str:

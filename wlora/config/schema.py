@@ -18,6 +18,8 @@ from typing import Any, Literal
 from omegaconf import MISSING, OmegaConf
 
 TARGET_SETS = ("qkv", "attention", "all", "release")
+# A choice in the rule of `targets`: names of modules.
+MODULE_NAMES = "[NAME,...]"
 QUANTIZATIONS = ("none", "nf4", "int8")
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 # Descriptive entries of a method's YAML file. They are removed from the configuration before `run_id` is computed.
@@ -234,10 +236,11 @@ class Config:
     k: int | None = key(
         None, "int >= 1 or null", "adapters to keep; null: 5 if n <= 48, else 20; wlora_plus: n/4; Llama 3 8B: 100", "course"
     )
-    targets: str = key(
+    targets: Any = key(
         "qkv",
-        " | ".join((*TARGET_SETS, "SET@LAYER")),
-        "linear layers with adapters; attention: qkv and output; release: as the published code; qkv@3: layers 3 and above",
+        " | ".join((*TARGET_SETS, "SET@LAYER", MODULE_NAMES)),
+        "linear layers with adapters; attention: qkv and output; release: as the published code; qkv@3: layers 3 and above; "
+        "or a list of module names or their ends, with * for anything",
         "course",
     )
     precision: str = key("auto", "auto | fp32 | bf16 | fp16", "dtype of the frozen base; auto: by hardware", "course")

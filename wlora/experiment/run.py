@@ -40,7 +40,7 @@ from wlora.training.checkpoints import CheckpointStore
 from wlora.training.gradients import compute_gradients
 from wlora.training.interruption import Guard, Interrupted, Stopped, StopSignals
 from wlora.training.pack import Pack
-from wlora.training.precision import Precision, choose_precision
+from wlora.training.precision import Precision, choose_precision, has_accelerator
 from wlora.training.prefix_cache import Storage
 from wlora.training.run_length import make_plan
 from wlora.training.settings import Computed, Result, Settings
@@ -219,7 +219,7 @@ def open_job(config: Config, overrides: Sequence[str], signals: StopSignals | No
     """Open a run and its record; nothing is loaded or written. Arguments as for `course`."""
     accelerator = Accelerator(
         mixed_precision="no",
-        cpu=not torch.cuda.is_available(),
+        cpu=not has_accelerator(),
         log_with=None if config.track == "none" else config.track,
         project_dir=str(tracking_folder(config.results_dir)),
     )

@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from wlora.models.architectures import order_classes
-from wlora.models.quantization import HEAD_MODULES
+
+AUTO: dict[str, Any] = {
+    "sequence_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+"""transformers' class for every kind of head (`Task.head`)."""
+
+HEAD_NAMES = ("pooler", "classifier", "classification_head", "score", "qa_outputs")
+# The output embeddings of text generation; tied to the input embeddings in most families, and never trained.
+LM_HEAD = "lm_head"
+
+
+def make_config(architecture: Mapping[str, Any], *, num_labels: int) -> PretrainedConfig:
+    """Return transformers' configuration of an architecture, without what its last training left of classes and loss.
+
+    Raises:
+        Exception: whatever transformers raises for values that it does not take.
+    """
+    left_out = ("model_type", "id2label", "label2id", "problem_type")
+    settings = {key: value for key, value in architecture.items() if key not in left_out}
+    return AutoConfig.for_model(architecture["model_type"], **settings, num_labels=num_labels)
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that make up head and pooler, by name: what every method but the release's trains."""
+    """Return the modules that make up head and pooler, by name: what every method but the release's trains.
+
+    These are the children of the model beside the bare model, except for the output embeddings, and a pooler in it.
+    """
+    base = getattr(model, "base_model", model)
+    beside = {name for name, child in model.named_children() if base is not model and child is not base and name != LM_HEAD}
     return {
         name: module
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in HEAD_MODULES and not name.rpartition(".")[0].count(".")
+        if name in beside or (name.rpartition(".")[2] in HEAD_NAMES and not name.rpartition(".")[0].count("."))
+        if next(module.parameters(), None) is not None
     }
 
 

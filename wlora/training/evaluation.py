@@ -158,6 +158,7 @@ def _predict(
     finite = [torch.ones((), dtype=torch.bool, device=accelerator.device)]
     found: list[torch.Tensor | Sequence[Any]] = []
     losses: list[torch.Tensor] = []
+    weights: list[int] = []
     for batch in evaluation_batches(features.lengths, batch_size):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
         if not mine:
@@ -172,10 +173,12 @@ def _predict(
             found.append(task.predict(model, picked, inputs, outputs))
         indices += mine
         if outputs.get("loss") is not None:
-            losses.append(outputs.loss.double() * sum(features.loss_weights[index] for index in mine))
+            losses.append(outputs.loss.float())
+            weights.append(sum(features.loss_weights[index] for index in mine))
     # Tensors stay on the device until here, so that a batch does not wait for the previous one.
     predictions = [item for part in found for item in (part.cpu().numpy() if isinstance(part, torch.Tensor) else part)]
-    total = float(torch.stack(losses).sum()) if losses else None
+    # In float64, which Apple's GPU does not have.
+    total = float((torch.stack(losses).cpu().double() * torch.tensor(weights)).sum()) if losses else None
     shards, totals = gather((indices, predictions)), [part for part in gather(total) if part is not None]
     loss = sum(totals) / sum(features.loss_weights) if totals else None
     return merge_shards(shards, count=len(features)), loss, all(gather(bool(torch.stack(finite).all())))

@@ -31,7 +31,7 @@ from wlora.training.evaluation import Evaluation, evaluate
 from wlora.training.losses import Losses
 from wlora.training.optimizers import Optimizers
 from wlora.training.prefetch import Prefetcher, move
-from wlora.training.prefix_cache import PrefixCache
+from wlora.training.prefix_cache import PrefixCache, open_cache
 from wlora.training.progress import advance, progress_bar
 from wlora.training.run_length import Plan
 from wlora.training.settings import Computed, Data, Result, Settings
@@ -311,7 +311,7 @@ class Trainer:
             return None
         if self.prefix and self.prefix.prefix.depth == depth:
             return self.prefix
-        return PrefixCache(Prefix(self.bare_model, depth), self.settings.prefix, self._collate)
+        return open_cache(Prefix(self.bare_model, depth), self.settings.prefix, self._collate, self.data.train)
 
     def _collate(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
         """Return rows of features as the model's inputs, on its device."""

@@ -15,7 +15,9 @@ from wlora.analysis.figures.canvas import COLOURS, COLUMN, PAGE, new_figure, not
 from wlora.analysis.study import Run, require_one_setting
 from wlora.analysis.tables.settings import TITLES, chosen_runs, tasks_of
 from wlora.config.schema import restore_config
-from wlora.models.architectures import Target, list_targets, read_architecture
+from wlora.models.architectures import read_architecture
+from wlora.models.targets import Target, list_targets
+from wlora.tasks.base import find_kind
 
 # At least this share of the runs keeps a starred adapter.
 STARRED = 0.5
@@ -58,7 +60,8 @@ def targets_of(run: Run) -> list[Target]:
     config = restore_config(run.record.config)
     # The model's files may not be on this machine, so shapes are read from the architecture.
     config.model.path = None
-    return list_targets(read_architecture(config.model), config.method["targets"])
+    head = find_kind(config.task.kind).head
+    return list_targets(read_architecture(config.model), config.method["targets"], head)
 
 
 def short_kind(kind: str) -> str:
