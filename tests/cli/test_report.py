@@ -111,6 +111,19 @@ def test_predictions_are_on_the_page_as_classes(tmp_path: Path) -> None:
     assert found["runs"] == {record.run_id: [0, "001"]}
 
 
+def test_classes_are_shown_per_task_and_method(tmp_path: Path) -> None:
+    for seed, confusion in enumerate(([[3, 1], [0, 2]], [[4, 0], [1, 1]])):
+        block = {"names": ["<no>", "yes"], "precision": [1.0, 0.5 + seed / 10], "recall": [0.5, 1.0], "f1": [0.8, 0.7]}
+        block |= {"support": [4, 2], "macro_f1": 0.75, "weighted_f1": 0.77, "confusion": confusion}
+        make_record(tmp_path, "method=lora", "task=rte", f"seed={seed}", classes=block)
+    make_record(tmp_path, "method=wlora", "task=stsb", "k=5")
+    report.main([f"results_dir={tmp_path}"])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "method=lora: 2 runs" in page and page.count("<h3>rte") == 1
+    assert "<td>yes</td><td>0.5500</td><td>1.0000</td><td>0.7000</td><td>4</td>" in page
+    assert "<td>&lt;no&gt;</td><td>7</td><td>1</td>" in page, "summed over runs"
+
+
 def test_a_study_of_other_tasks_shows_its_summary(tmp_path: Path) -> None:
     make_record(tmp_path, "method=lora", "task=rte", "task.columns=[a,b]", "model=tiny_bert", metrics=0.6123)
     page = write_page(tmp_path)
