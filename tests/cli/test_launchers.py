@@ -13,7 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, TINY, run_cli
-from wlora.cli.job import OUTCOMES, Collecting, Outcome, Sweep
+from wlora.cli.job import OUTCOMES, Outcome, Sweep
+from wlora.cli.launching import Collecting
 from wlora.config.schema import config_folder
 from wlora.storage.records import RecordStore
 

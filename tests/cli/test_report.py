@@ -117,9 +117,8 @@ def test_classes_are_shown_per_task_and_method(tmp_path: Path) -> None:
         block |= {"support": [4, 2], "macro_f1": 0.75, "weighted_f1": 0.77, "confusion": confusion}
         make_record(tmp_path, "method=lora", "task=rte", f"seed={seed}", classes=block)
     make_record(tmp_path, "method=wlora", "task=stsb", "k=5")
-    report.main([f"results_dir={tmp_path}"])
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "method=lora: 2 runs" in page and page.count("<h3>rte") == 1
+    page = write_page(tmp_path)
+    assert "method=lora: 2 runs" in page and page.count("<h3>rte, ") == 1
     assert "<td>yes</td><td>0.5500</td><td>1.0000</td><td>0.7000</td><td>4</td>" in page
     assert "<td>&lt;no&gt;</td><td>7</td><td>1</td>" in page, "summed over runs"
 

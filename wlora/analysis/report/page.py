@@ -16,7 +16,7 @@ from typing import Any
 from wlora.analysis.examples import Predictions
 from wlora.analysis.report.details import RUNS, adapters, curves, predictions
 from wlora.analysis.report.rows import columns_of
-from wlora.analysis.report.tables import claims_data, fill_tables, page_of_claims, page_of_tables
+from wlora.analysis.report.tables import claims_data, fill_tables, page_of_claims, page_of_classes, page_of_tables
 from wlora.analysis.study import Run
 from wlora.analysis.tables.best import read_best
 from wlora.analysis.tables.cells import NOT_COMPARED, Score
@@ -73,6 +73,7 @@ def build_page(
         "NOTICES": "".join(f"<p class=notice>{html.escape(line)}</p>" for line in notices),
         "CLAIMS": _switched({one.score: page_of_claims(one) for one in filled}),
         "TABLES": _switched({one.score: page_of_tables(runs, one, summary) for one in filled}),
+        "CLASSES": page_of_classes(runs),
         "ENVIRONMENTS": _environments(runs),
         "COMMAND": html.escape(command),
         "DATA": _packed(json.dumps(data, separators=(",", ":"), allow_nan=False)),

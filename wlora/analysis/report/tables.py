@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from wlora.analysis.classes import summarize_classes
 from wlora.analysis.examples import Predictions
 from wlora.analysis.study import Run
 from wlora.analysis.tables.caption import caption, machines, notes
@@ -80,6 +81,30 @@ def page_of_claims(filled: Filled) -> str:
         mixed = [f"Table {name} would mix settings" for name in filled.refused if name in TESTED]
         return _note(f"Not tested: {', '.join(mixed) or 'no two methods of a claim have runs on a common task'}.")
     return "\n".join(_section(part.title, _caption(part.about) + to_html(part.grid), opened=False) for part in filled.parts)
+
+
+def page_of_classes(runs: Sequence[Run]) -> str:
+    """Return the scores of single classes and the confusion matrices (`summarize_classes`) as HTML, each folded."""
+    found = summarize_classes(runs)
+    if not found:
+        return _note("No run has recorded scores of single classes.")
+    parts = []
+    for scores in found:
+        body = _plain(scores.head, scores.rows)
+        if scores.confusion:
+            lines = [[name, *map(str, counts)] for name, counts in zip(scores.names, scores.confusion, strict=True)]
+            body += _caption("Rows of the dev set, summed over runs: true class by line, predicted class by column.")
+            body += _plain(["true", *scores.names], lines)
+        parts.append(_section(scores.title, body, opened=False))
+    return "\n".join(parts)
+
+
+def _plain(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table whose first column is text."""
+    headings = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in head)
+    rows = ("".join(f"<td>{html.escape(value)}</td>" for value in line) for line in lines)
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{headings}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def claims_data(findings: Sequence[Finding]) -> list[dict[str, Any]]:
