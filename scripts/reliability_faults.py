@@ -227,7 +227,7 @@ class Bench:
 
     def newest(self) -> int:
         """Return the step of the newest checkpoint, 0 without any."""
-        return max((int(path.name.removeprefix("step-")) for path in self.results.glob("checkpoints/*/step-*")), default=0)
+        return max((int(path.name.removeprefix("step-")) for path in self.results.glob("checkpoints/**/step-*")), default=0)
 
 
 def _be_run(words: list[str], arm: Callable[[], Shim] | None, calls: Path | None) -> int:
