@@ -11,20 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import run_cli
+from tests.conftest import RunMain, run_cli
 from wlora.storage.environment import compare_environments, describe_environment
 from wlora.storage.records import RecordStore
 
 
 @pytest.fixture
-def enter(run_main: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def enter(run_main: RunMain, tmp_path: Path) -> Callable[..., Any]:
     """Return a function that calls the entry point in this process; it returns exit code, output and errors."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return run_main(*words, f"results_dir={tmp_path}")  # type: ignore[no-any-return]
-
-    return call
+    return lambda *words: run_main(*words, f"results_dir={tmp_path}")
 
 
 @pytest.mark.parametrize("method", ["wlora", "adalora", "full"])

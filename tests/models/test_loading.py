@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.conftest import compose, run_cli
+from tests.support.bombs import Bomb
 from tests.support.hub_folder import (
     CONFIG,
     VOCABULARY,
@@ -163,16 +162,6 @@ def test_the_papers_command_runs_from_local_copies_without_a_hub(
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    """Unpickling this opens a file for writing."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
-        return open, (str(self.file), "w")
 
 
 def write_bomb(folder: Path, kind: str) -> Path:

@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 
 from tests.conftest import ROOT, TINY
+from tests.support.outputs import losses
 from tests.support.two_processes import LONG, SETTING, SHARDED, STILL, STOPPED
 from wlora import distributed as processes
 from wlora.cli import job as jobs
@@ -69,12 +70,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
             out, _ = process.communicate(timeout=600)
             assert process.returncode == 0, out
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-def losses(folder: Path, run_id: str) -> list[float]:
-    """Return the training losses of a learning curve."""
-    points = [json.loads(line) for line in (folder / "records" / f"{run_id}.jsonl").read_text().splitlines()]
-    return [point["loss"] for point in points if "loss" in point]
 
 
 def record_of(folder: Path, method: str) -> Record:
