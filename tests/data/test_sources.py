@@ -282,7 +282,7 @@ def test_a_split_that_the_hub_does_not_have_is_refused(asked: dict[str, Any]) ->
 def test_offline_without_a_cache_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path[:0] = ['.', 'tests']\n"
-        "from tests.data.test_sources import make_task\n"
+        "from tests.support.mnli_files import make_task\n"
         "from wlora.errors import ConfigError\n"
         "from wlora.data.sources import load_splits\n"
         "try: load_splits(make_task(None), offline=True)\n"
