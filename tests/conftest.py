@@ -34,6 +34,18 @@ TINY = [
 ]
 
 
+# What a test asks for if it needs a whole run or command.
+WHOLE = {"run_tiny", "run_main"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put every test that is not slow into one of the tiers `unit` and `integration`."""
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in ("slow", "integration")):
+            whole = WHOLE & set(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.integration if whole else pytest.mark.unit)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _single_thread() -> None:
     """Tiny models run faster on one thread, and results do not depend on the number of cores."""

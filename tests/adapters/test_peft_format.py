@@ -26,6 +26,8 @@ from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import locate
 from wlora.tasks.base import build_task
 
+pytestmark = pytest.mark.integration
+
 SPECIAL = {
     **FITTING,
     "single": ["method.index=4"],

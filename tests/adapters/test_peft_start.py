@@ -28,13 +28,25 @@ from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import locate
 from wlora.storage.records import RecordStore
 
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The results of a run whose adapters have ranks of their own, and its `run_id`."""
+    results = tmp_path_factory.mktemp("first")
+    record = experiment.run(
+        compose(*TINY, "method=increlora", "rank=4", "lr=1e-2", "precision=fp32", f"results_dir={results}")
+    )
+    assert len({adapter["rank"] for adapter in record.adapters}) > 1
+    return results, str(record.run_id)
+
 
 @pytest.fixture
-def trained(run_tiny: Callable[..., Any], tmp_path: Path) -> Path:
-    """The folder of a run whose adapters have ranks of their own."""
-    record = run_tiny("method=increlora", "rank=4", "lr=1e-2", "precision=fp32", results=tmp_path / "first")
-    assert len({adapter["rank"] for adapter in record.adapters}) > 1
-    return tmp_path / "first" / "adapters" / str(record.run_id)
+def trained(first: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the adapters of `first`, which a test may spoil, in its results folder."""
+    results, run_id = first
+    return shutil.copytree(results, tmp_path / "first") / "adapters" / run_id
 
 
 def start(folder: Path, *words: str) -> list[str]:

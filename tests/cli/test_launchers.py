@@ -19,6 +19,8 @@ from wlora.cli.job import OUTCOMES, Collecting, Outcome, Sweep
 from wlora.config.schema import config_folder
 from wlora.storage.records import RecordStore
 
+pytestmark = pytest.mark.integration
+
 LAUNCHERS = sorted(file.stem for file in (config_folder() / "hydra" / "launcher").glob("*.yaml"))
 
 

@@ -28,6 +28,8 @@ from wlora.models.source import locate
 from wlora.storage.atomic_write import Put
 from wlora.storage.records import RecordStore
 
+pytestmark = pytest.mark.integration
+
 STORY = ["task=story_summary", "model=tiny_bart", "targets=all", "task.max_train_rows=64", "task.max_eval_rows=16"]
 STORY += ["task.generation.max_new_tokens=12", "precision=fp32", "lr=1e-2"]
 SPECIAL = {**FITTING, "single": ["method.index=4"]}

@@ -29,6 +29,8 @@ from wlora.experiment import run as experiment
 from wlora.models.source import locate
 from wlora.storage.records import Record, RecordStore
 
+pytestmark = pytest.mark.integration
+
 # A command that stands on several pages is checked once.
 LINES = list(dict.fromkeys(line for page in PAGES.values() for block in blocks(page, "bash") for line in block.splitlines()))
 SETUP = [line for line in LINES if line.startswith("pip install")]

@@ -13,6 +13,8 @@ import pytest
 from tests.conftest import ROOT
 from wlora.config.schema import config_folder
 
+pytestmark = pytest.mark.integration
+
 TABLES = [
     name
     for name in "123456"
