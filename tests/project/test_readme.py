@@ -290,6 +290,7 @@ def test_table_scripts_are_there_and_list_their_cells(line: str, tmp_path: Path)
     assert done.returncode == 0 and " runs done; " in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_comparison_of_whole_runs_with_peft_runs_once(
     enter: Enter, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,7 @@ def test_mistakes_in_the_settings_are_told(name: str, options: dict[str, str], s
     assert done.returncode == 2 and done.stderr.startswith(said) and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_small_study_runs_resumes_and_makes_its_table(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
