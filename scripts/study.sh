@@ -10,8 +10,8 @@
 #   JOBS=N            sweeps at once; with GPUS=N each takes one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
 #
-# PHASE and PHASES are shared with the scripts:
-# shellcheck shell=bash disable=SC2034,SC2153
+# PHASE and PHASES are shared with the scripts; the words of `small` are split on purpose:
+# shellcheck shell=bash disable=SC2034,SC2046,SC2153
 
 set -euo pipefail
 export SCALE=${SCALE:-paper}
@@ -51,9 +51,9 @@ tune_small() {
     local seeds=$1 task=$2 method=$3 rates=3e-4,1e-3,3e-3,1e-2
     [ "$method" = full ] && rates=1e-5,3e-5,1e-4,3e-4
     case $PHASE in
-    grid) sweep "$task" "$method" "$(small "$task")" "${@:4}" "seed=$TUNE_SEED" "lr=$rates" ;;
-    beyond) sweep "$task" "$method" "$(small "$task")" "${@:4}" "seed=$TUNE_SEED" lr=beyond ;;
-    seeds) sweep "$task" "$method" "$(small "$task")" "${@:4}" "seed=range($seeds)" lr=tuned ;;
+    grid) sweep "$task" "$method" $(small "$task") "${@:4}" "seed=$TUNE_SEED" "lr=$rates" ;;
+    beyond) sweep "$task" "$method" $(small "$task") "${@:4}" "seed=$TUNE_SEED" lr=beyond ;;
+    seeds) sweep "$task" "$method" $(small "$task") "${@:4}" "seed=range($seeds)" lr=tuned ;;
     esac
 }
 

@@ -102,7 +102,7 @@ class LowRankAdapter(nn.Module):
     def _gating(self, weighting: Tensor | float) -> Tensor | float:
         """Return a number multiplied by ω and the gates."""
         if self.omega is not None:
-            weighting = weighting * (_positive_part(self.omega) if self.positive else self.omega)
+            weighting = weighting * (positive_part(self.omega) if self.positive else self.omega)
         if self.gates is not None:
             weighting = weighting * self.gates
         return weighting
@@ -238,6 +238,6 @@ def _extend_moment(name: str, moment: Tensor, count: int, *, dim: int) -> Tensor
     return torch.cat([moment, fresh.repeat_interleave(count, dim)], dim)
 
 
-def _positive_part(omega: Tensor) -> Tensor:
+def positive_part(omega: Tensor) -> Tensor:
     """Return max(ω, 0) with a gradient of 1 everywhere with respect to ω (straight-through estimator)."""
     return omega - omega.detach().clamp(max=0)

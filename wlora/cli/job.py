@@ -6,16 +6,13 @@ torch is imported only after the configuration of the run has been checked.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,17 +20,17 @@ from omegaconf.errors import OmegaConfBaseException
 from wlora.cli.help import show_values
 from wlora.config.presets import apply_presets
 from wlora.config.schema import Config
-from wlora.config.spelling import check_read, explain, swept_keys, unknown_key
+from wlora.config.spelling import check_read, explain, unknown_key
 from wlora.console import protect_output, put
 from wlora.distributed import all_failed, first_time, is_main, lost_another, several
 from wlora.errors import ConfigError, RunFault, as_fault, wrong_value
 
+if TYPE_CHECKING:
+    from wlora.storage.records import Record
+
 # The schema of a launcher plugin has the same name as our file in conf/hydra/launcher, so that it checks our file; Hydra
 # warns about this. The filter is set in this module because launcher processes import it before composing.
 warnings.filterwarnings("ignore", r"(?s).*is validated against ConfigStore schema", UserWarning)
-
-# Launchers with a file in conf/hydra/launcher, and the extra of wlora that installs each.
-EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
 
 
 @dataclass(frozen=True)
@@ -180,94 +177,6 @@ def _end_run(name: str, fault: RunFault) -> Outcome:
     return Outcome(name, type(fault).__name__, None, fault.exit_code, str(fault))
 
 
-class Collecting:
-    """A wrapper of a Hydra launcher that collects the outcomes of its jobs and returns their scores to the sweeper.
-
-    Args:
-        launcher: the Hydra launcher.
-        name: its name in the configuration, for messages.
-        sweep: information for the headings of the runs.
-        compose: returns the configuration of a run, given its arguments.
-    """
-
-    def __init__(self, launcher: Any, name: str, sweep: Sweep, compose: Callable[[Sequence[str]], DictConfig]) -> None:
-        self._launcher, self._name, self._sweep, self._compose = launcher, name, sweep, compose
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        """Launch jobs and wait for them.
-
-        Raises:
-            ConfigError: a key that no job reads.
-            RunFault: a process of the launcher has ended without a result.
-        """
-        for notice in check_read(job_overrides, self._compose):
-            _tell(f"notice: {notice}")
-        if not self._sweep.in_batches:
-            self._sweep.total = len(job_overrides)
-        before = len(OUTCOMES.outcomes)
-        try:
-            returned = self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
-        except (ConfigError, OSError, ValueError, TypeError, AttributeError, KeyError, OmegaConfBaseException):
-            raise
-        except Exception as error:  # each launcher raises its own exception classes
-            reason = (str(error).strip().splitlines() or [""])[0][:200]
-            raise RunFault(
-                f"hydra/launcher={self._name}: {type(error).__name__}: {reason}\n"
-                "way out: repeat the command; it skips finished runs and continues with the others"
-            ) from error
-        found = [job for job in returned if isinstance(getattr(job, "_return_value", None), Outcome)]
-        OUTCOMES.outcomes[before:] = [job._return_value for job in found]
-        for job in found:
-            job.return_value = job._return_value.score
-        return list(returned)
-
-
-@contextmanager
-def collecting() -> Iterator[None]:
-    """Context manager: wrap every launcher that Hydra creates in `Collecting`, to collect the outcomes of all jobs.
-
-    Raises:
-        ConfigError: raised within the block if the launcher is not installed.
-    """
-    from hydra.core.plugins import Plugins
-
-    before = Plugins.instantiate_launcher
-
-    def instantiate(self: Plugins, hydra_context: Any, task_function: Any, config: DictConfig) -> Collecting:
-        name = _require_launcher(config)
-        whole = config.hydra.sweeper._target_.endswith(".BasicSweeper") and config.hydra.sweeper.max_batch_size is None
-        sweep = Sweep(swept_keys(config), in_batches=not whole)
-        launcher = before(self, hydra_context, functools.partial(task_function, sweep=sweep), config)
-
-        def compose(words: Sequence[str]) -> DictConfig:
-            composed: DictConfig = hydra_context.config_loader.load_sweep_config(config, list(words))
-            with suppress(ConfigError):  # the run itself will raise it again
-                apply_presets(composed, words)
-            return composed
-
-        return Collecting(launcher, name, sweep, compose)
-
-    Plugins.instantiate_launcher = instantiate
-    try:
-        yield
-    finally:
-        Plugins.instantiate_launcher = before
-
-
-def _require_launcher(config: DictConfig) -> str:
-    """Return the name of the chosen launcher; ConfigError if its plugin is not installed."""
-    name = str(config.hydra.runtime.choices["hydra/launcher"])
-    package = str(config.hydra.launcher._target_).split(".")[:2]
-    extra = EXTRAS.get(name.partition("_")[0])
-    try:
-        there = importlib.util.find_spec(".".join(package)) is not None
-    except ModuleNotFoundError:
-        there = False
-    if extra and not there:
-        raise ConfigError(f"hydra/launcher={name}: its plugin is not installed: pip install 'wlora[{extra}]'")
-    return name
-
-
 def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_sweep: bool) -> Outcome:
     """Run one composed configuration.
 
@@ -276,6 +185,35 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
         composed: the configuration composed by Hydra.
         overrides: the command-line arguments, or those of this run of a sweep. Presets do not change their keys.
         in_sweep: whether the run belongs to a sweep, whose runs share loaded models and data.
+    """
+    config = settle(composed, overrides, in_sweep=in_sweep)
+    if config.dry_run:
+        from wlora.experiment.dry_run import describe
+
+        print(describe(config))
+        return Outcome(name, "described", None, 0)
+    from wlora.experiment.run import run
+    from wlora.experiment.shared_inputs import inputs_of_process
+
+    return outcome_of(name, run(config, overrides, inputs_of_process() if in_sweep else None))
+
+
+def outcome_of(name: str, record: Record) -> Outcome:
+    """Return the outcome of a run with a record."""
+    seconds = record.seconds["total"] if record.trained else None
+    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
+
+
+def settle(composed: DictConfig, overrides: Sequence[str], *, in_sweep: bool) -> Config:
+    """Return the checked configuration of a run, with presets and tuned values filled in.
+
+    Args:
+        composed: the configuration composed by Hydra.
+        overrides: its command-line arguments.
+        in_sweep: whether the run belongs to a sweep.
+
+    Raises:
+        ConfigError: a value is not allowed, or an input is missing.
     """
     from wlora.analysis.tuning import fill_tuned, wanted_keys
     from wlora.data.sources import fingerprint
@@ -292,7 +230,7 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     if not in_sweep:
         check_read([overrides], lambda _: composed)
     if preset:
-        _tell(f"preset: {show_values(preset)}")
+        tell(f"preset: {show_values(preset)}")
     resolve(config)
     require_all(config)
     source, data = locate(config.model), fingerprint(config.task)
@@ -300,21 +238,10 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     choice = fill_tuned(config, task_data=data, model_data=source.fingerprint)
     if choice is not None:
         where = config.tune_on or config.task.name
-        _tell(f"tuned: {choice.describe(wanted)}, best of {choice.compared} on {where} seed={choice.seed}")
+        tell(f"tuned: {choice.describe(wanted)}, best of {choice.compared} on {where} seed={choice.seed}")
         if "lr" in wanted and config.lr != choice.point.lr:
-            _tell(f"beyond: lr={config.lr}")
-
-    if config.dry_run:
-        from wlora.experiment.dry_run import describe
-
-        print(describe(config))
-        return Outcome(name, "described", None, 0)
-    from wlora.experiment.run import run
-    from wlora.experiment.shared_inputs import inputs_of_process
-
-    record = run(config, overrides, inputs_of_process() if in_sweep else None)
-    seconds = record.seconds["total"] if record.trained else None
-    return Outcome(name, record.status, record.metrics.get(record.primary_metric), 0, seconds=seconds)
+            tell(f"beyond: lr={config.lr}")
+    return config
 
 
 def _refuse_foreign_task(composed: DictConfig) -> None:
@@ -348,7 +275,7 @@ def _node(config: DictConfig, parent: str) -> DictConfig:
     return node
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     """Print a text once per command, even if several runs of a sweep repeat it."""
     if is_main() and first_time(text):
         put(text)

@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from wlora.cli.help import register_help
-from wlora.cli.job import OUTCOMES, Outcome, attempt, collecting, fail, run_one
+from wlora.cli.job import OUTCOMES, Outcome, attempt, fail, run_one
+from wlora.cli.launching import collecting
 from wlora.config.schema import config_folder, register_schema
 from wlora.config.spelling import check_form, explain
 from wlora.config.untrusted_yaml import guard_files, refuse_words

@@ -196,6 +196,9 @@ class Config:
         "int >= 0 or null or tuned",
         "warm-up in optimiser steps; null: 100, at most a tenth of the run; tuned: see lr",
     )
+    pack: Any = key(
+        "auto", "int >= 1 or auto", "runs at once with hydra/launcher=packed; auto: as many as memory holds", "nothing"
+    )
     tune_on: str | None = key(None, "", "task whose records are used for tuned; null: the task of the run", "course")
     seed: int = key(0, "int >= 0", "random seed of initialisation, data order, dropout and random selection")
     k: int | None = key(

@@ -10,7 +10,6 @@ from wlora.console import notice, say
 from wlora.distributed import from_main
 from wlora.errors import ConfigError, RunFault, TakenOver, ran_out_of_memory
 from wlora.experiment.saving import adapter_folder, model_folder, save_adapter
-from wlora.methods.base import Method
 from wlora.storage.atomic_write import Put
 from wlora.storage.environment import peak_memory
 from wlora.storage.records import Record, RecordStore
@@ -45,9 +44,11 @@ def find_success(store: RecordStore, identity: str, config: Config) -> Record | 
     return done
 
 
-def complete(record: Record, result: Result, method: Method, seconds: float) -> None:
+def complete(record: Record, trainer: Trainer, result: Result, seconds: float) -> None:
     """Fill in what a finished training left behind."""
-    kept = method.kept()
+    kept = trainer.method.kept()
+    if trainer.keyed:
+        record.packed = {"dropout": "keyed", "with": sorted(trainer.companions)}
     record.status, record.trained = "success", True
     record.metrics = {key: float(value) for key, value in result.metrics.items()}
     record.parameters["adapter_final"] = count_elements(kept.values())

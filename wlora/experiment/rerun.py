@@ -145,7 +145,7 @@ def repeat(words: Sequence[str]) -> bool:
     from wlora.console import say
     from wlora.experiment.run import run
 
-    now = run(config, words)
+    now = run(config, words, keyed=bool(before.packed))
     if now.status != "success":
         raise RunFault(f"from={before.run_id}: the repetition is {now.status}, so nothing is compared")
     equal, text = compare(before, now, Path(config.results_dir).parent)

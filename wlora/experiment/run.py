@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,11 +37,13 @@ from wlora.storage.records import Record, RecordStore
 from wlora.storage.trackers import Tracker, tracking_folder
 from wlora.training.batch_growth import settle_growth
 from wlora.training.checkpoints import CheckpointStore
-from wlora.training.interruption import Guard, Interrupted
+from wlora.training.gradients import compute_gradients
+from wlora.training.interruption import Guard, Interrupted, StopSignals
+from wlora.training.pack import Pack
 from wlora.training.precision import Precision, choose_precision
 from wlora.training.prefix_cache import Storage
 from wlora.training.run_length import make_plan
-from wlora.training.settings import Result, Settings
+from wlora.training.settings import Computed, Result, Settings
 from wlora.training.trainer import Trainer
 
 
@@ -51,7 +53,10 @@ class Job:
 
     Attributes:
         record: the run's own, completed on the way.
-        claim: makes the run this process's.
+        signals: what asks the process to stop.
+        alone: whether the run trains alone, and so shows its own progress.
+        claim: makes the run this process's; set once the lock is held.
+        trainer: trains it; set once it is prepared.
         begin: when the run began, in seconds of `time.perf_counter`.
     """
 
@@ -60,8 +65,11 @@ class Job:
     precision: Precision
     source: ModelSource
     record: Record
-    claim: Claim
+    signals: StopSignals
+    alone: bool
     begin: float = field(default_factory=time.perf_counter)
+    claim: Claim = field(init=False)
+    trainer: Trainer = field(init=False)
 
     @cached_property
     def store(self) -> RecordStore:
@@ -87,21 +95,125 @@ class Job:
     @cached_property
     def guard(self) -> Guard:
         """Checkpoints, signals and resume."""
-        return Guard(self.checkpoints, self.claim.lock, curve=self.curve, record=self.record, begin=self.begin)
+        return Guard(
+            self.checkpoints,
+            self.claim.lock,
+            curve=self.curve,
+            record=self.record,
+            signals=self.signals,
+            begin=self.begin,
+        )
 
 
-def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | None = None) -> Record:
+Course = Generator[Any, Computed | None, Record]
+"""One run, step by step; see `course`."""
+
+
+def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | None = None, *, keyed: bool = False) -> Record:
     """Run one configuration, or return its record if it has already succeeded or another process is at it.
 
     Args:
         config: what `wlora.experiment.resolve.resolve` returned.
         overrides: the words of the command line that asked for it, for the record.
         shared: what this run shares with others of its process; None for nothing.
+        keyed: draw dropout as in a pack (`wlora.models.keyed_dropout`); a resumed run goes on as it began.
 
     Raises:
         ConfigError: the request cannot be run; nothing was written.
         RunFault: the run failed underway; the record says how.
     """
+    steps = course(config, overrides, shared)
+    try:
+        trainer = next(steps).trainer
+    except StopIteration as end:
+        done: Record = end.value
+        return done
+    trainer.keyed |= keyed and trainer.step == 0
+    pack = Pack(trainer) if trainer.keyed else None
+
+    def compute(batches: list[list[int]]) -> Computed:
+        return pack.compute([(trainer, batches)])[0] if pack else compute_gradients(trainer, batches)
+
+    return drive(steps, next(steps), compute)
+
+
+def drive(steps: Course, batches: list[list[int]], compute: Callable[[list[list[int]]], Computed]) -> Record:
+    """Take a run from its first micro-batches to its end, and return its record.
+
+    Args:
+        steps: the course of the run, which has yielded `batches`.
+        batches: the micro-batches of its next step.
+        compute: leaves the gradients of a step and returns its loss.
+    """
+    try:
+        while True:
+            try:
+                computed = compute(batches)
+            except BaseException as error:
+                steps.throw(error)  # the record tells it
+                raise
+            batches = steps.send(computed)
+    except StopIteration as end:
+        record: Record = end.value
+        return record
+
+
+def course(
+    config: Config,
+    overrides: Sequence[str] = (),
+    shared: SharedInputs | None = None,
+    *,
+    signals: StopSignals | None = None,
+) -> Course:
+    """Run one configuration step by step, and return its record.
+
+    The generator first yields the `Job`, ready for its first step, unless there is nothing to train. Then it yields the
+    micro-batches of each step and is sent what `compute_gradients` or `Pack.compute` returns for them. A fault of that
+    computation must be thrown into it, so that the record tells it.
+
+    Args:
+        config: as for `run`.
+        overrides: as for `run`.
+        shared: as for `run`.
+        signals: those of the pack that the run trains in; None if it trains alone.
+
+    Raises:
+        ConfigError: as for `run`.
+        RunFault: as for `run`.
+    """
+    job = open_job(config, overrides, signals)
+    config, record, accelerator = job.config, job.record, job.accelerator
+    store = RecordStore(config.results_dir)
+    check_folders(config.results_dir, *_written(config, record.run_id))
+    read_start(config)  # what does not fit is told before anything is written or loaded
+    lock = RunLock(config.results_dir, record.run_id)
+    if done := find_success(store, record.run_id, config):
+        return done
+    if not from_main(accelerator.is_main_process and lock.acquire()):
+        say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
+        return record
+    with lock.held():
+        job.claim = Claim(config.results_dir, lock, from_main(lock.token or ""))
+        with job.claim.opened(afresh=config.force) if accelerator.is_main_process else nullcontext():
+            try:
+                store.load(record.run_id)
+            except ConfigError as damage:
+                say(f"notice: {damage}; the run is done again")
+            # Another process may have finished it between the look and the lock.
+            if done := find_success(store, record.run_id, config):
+                return done
+            trainer = job.trainer = prepare(job, shared or SharedInputs(keep=False))
+            if job.telling:
+                job.store.write(record)
+            with job.signals.listening():
+                result = yield from train(job, trainer)
+                finish(job, trainer, result)
+                job.guard.answer(trainer)
+            return record
+
+
+def open_job(config: Config, overrides: Sequence[str], signals: StopSignals | None) -> Job:
+    """Open a run and its record; nothing is loaded or written. Arguments as for `course`."""
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),
@@ -119,34 +231,7 @@ def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | No
     if elsewhere := name_elsewhere(gather(record.environment)):
         record.environment["elsewhere"] = elsewhere
     _refuse_other_inputs(record)
-    store = RecordStore(config.results_dir)
-    check_folders(config.results_dir, *_written(config, record.run_id))
-    read_start(config)  # what does not fit is told before anything is written or loaded
-    lock = RunLock(config.results_dir, record.run_id)
-    if done := find_success(store, record.run_id, config):
-        return done
-    if not from_main(accelerator.is_main_process and lock.acquire()):
-        say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
-        return record
-    with lock.held():
-        claim = Claim(config.results_dir, lock, from_main(lock.token or ""))
-        with claim.opened(afresh=config.force) if accelerator.is_main_process else nullcontext():
-            try:
-                store.load(record.run_id)
-            except ConfigError as damage:
-                say(f"notice: {damage}; the run is done again")
-            # Another process may have finished it between the look and the lock.
-            if done := find_success(store, record.run_id, config):
-                return done
-            job = Job(config, accelerator, precision, source, record, claim)
-            trainer = prepare(job, shared or SharedInputs(keep=False))
-            if job.telling:
-                job.store.write(record)
-            with job.guard.listening():
-                result = train(job, trainer)
-                finish(job, trainer, result)
-                job.guard.answer(trainer)
-            return record
+    return Job(config, accelerator, precision, source, record, signals or StopSignals(), signals is None)
 
 
 def prepare(job: Job, shared: SharedInputs) -> Trainer:
@@ -190,7 +275,7 @@ def prepare(job: Job, shared: SharedInputs) -> Trainer:
     )
 
 
-def train(job: Job, trainer: Trainer) -> Result:
+def train(job: Job, trainer: Trainer) -> Generator[Any, Computed | None, Result]:
     """Train to the end, from the newest checkpoint if there is one; the record tells any other ending."""
     record, accelerator = job.record, job.accelerator
     tracker = Tracker(accelerator, say=say)
@@ -203,7 +288,8 @@ def train(job: Job, trainer: Trainer) -> Result:
     try:
         trainer.begin()
         job.guard.resume(trainer)
-        return trainer.run(log, job.guard)
+        yield job
+        return (yield from trainer.course(log, job.guard, bar=job.alone))
     except BaseException as error:
         record.status, record.error = classify(error)
         record.seconds = {"total": job.guard.seconds()}
@@ -222,7 +308,7 @@ def train(job: Job, trainer: Trainer) -> Result:
 def finish(job: Job, trainer: Trainer, result: Result) -> None:
     """Complete the record and write all that a run leaves behind; only then its checkpoints may go."""
     config, record = job.config, job.record
-    complete(record, result, trainer.method, job.guard.seconds())
+    complete(record, trainer, result, job.guard.seconds())
     record.curve = job.curve.finish()
     if not job.accelerator.is_main_process:
         return

@@ -80,6 +80,8 @@ class Method:
         plain_base: whether the method reads or changes the weights of the base model. Such a method is not available
             for quantised models.
         startable: whether the adapters can start from given adapters of any rank (`Setting.start`).
+        packable: whether runs can train in a pack (`wlora.training.pack`): all adapters are `LowRankAdapter`s, and the
+            method acts between steps only, on parameters and their gradients.
         adapters: the adapters in the model.
         base_parameters: parameters of the model's body that train; empty except for full fine-tuning.
     """
@@ -88,6 +90,7 @@ class Method:
     released = True
     plain_base = False
     startable = False
+    packable = False
 
     def plan(self, steps: Steps) -> None:
         """Compute the method's schedule. Raises ConfigError if a value from the configuration does not fit the run."""

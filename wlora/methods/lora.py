@@ -9,3 +9,4 @@ class LoRA(AdapterMethod):
     """h = W x + (alpha/rank) · B A x. A and B train; adapters are never removed or extended."""
 
     startable = True
+    packable = True

@@ -12,6 +12,19 @@ if TYPE_CHECKING:
     from wlora.methods.base import Method
 
 
+def method_class(name: str) -> type[Method]:
+    """Return the class of a method: the only subclass of `Method` that its module defines."""
+    from wlora.methods.base import Method
+
+    module = importlib.import_module(f"wlora.methods.{name}")
+    (policy,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    return policy
+
+
 def build_method(
     settings: dict[str, Any], *, release: bool = False, quantized: bool = False, started: bool = False
 ) -> Method:
@@ -30,17 +43,11 @@ def build_method(
         ConfigError: the method does not exist or has other keys; the base is quantised and the method reads or changes
             its weights; the method cannot start from given adapters.
     """
-    from wlora.methods.base import Method
     from wlora.methods.release import RELEASES
 
     if settings["name"] not in method_names():
         raise unknown_name(f"method.name={settings['name']}", str(settings["name"]), method_names())
-    module = importlib.import_module(f"wlora.methods.{settings['name']}")
-    (policy,) = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
-    ]
+    policy = method_class(settings["name"])
     if quantized and policy.plain_base:
         raise ConfigError(
             f"method={settings['name']}: reads or trains the base's own weights: allowed is model.quantization=none"

@@ -32,6 +32,7 @@ class WLoRA(AdapterMethod):
 
     omega = 1.0
     startable = True
+    packable = True
 
     def __init__(
         self,

@@ -26,6 +26,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
     scaled_size_sqrt,
 )
 
+from wlora.models.keyed_dropout import starting_at
+
 # Maximum number of cached indices, one per text length; 2 MiB for 512 tokens.
 _INDICES = 16
 
@@ -116,8 +118,8 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
         ).view(heads, rows, length, length)
         seen = attention_mask.bool().transpose(0, 1)
         weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(dim=-1)
-        weights = self.dropout(weights)
-        context = torch.bmm(weights.view(-1, length, length), value).view(heads, rows, length, -1)
+        weights = self.dropout(weights.transpose(0, 1)).transpose(0, 1)
+        context = torch.bmm(weights.reshape(-1, length, length), value).view(heads, rows, length, -1)
         joined = context.permute(1, 2, 0, 3).reshape(rows, length, -1)
         return joined, weights.transpose(0, 1) if output_attentions else None
 
@@ -146,7 +148,8 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
             buckets=self.position_buckets,
             furthest=self.max_relative_positions,
         )
-        table = self.pos_dropout(table[positions.rows]).unsqueeze(0)
+        with starting_at(positions.rows.start):
+            table = self.pos_dropout(table[positions.rows].unsqueeze(0))
         index, parts = None, []
         if positions.places is not None:
             # Tensors of a memory estimate have no values and must not be cached.
@@ -165,10 +168,14 @@ class OccurringPositionsAttention(DisentangledSelfAttention):  # type: ignore[mi
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _multiply(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Return the products of tokens [heads·rows, tokens, size] with a table [1, positions, heads·size]."""
+        """Return the products of tokens [heads·rows, tokens, size] with a table [members, positions, heads·size].
+
+        The rows of each head are those of the members one after another; outside of a pack there is one member.
+        """
         heads, size = self.num_attention_heads, self.attention_head_size
-        by_head = table.view(-1, heads, size).permute(1, 2, 0)
-        return torch.bmm(tokens.view(heads, -1, size), by_head).view(*tokens.shape[:2], -1)
+        members, positions, _ = table.shape
+        by_head = table.view(members, positions, heads, size).permute(2, 0, 3, 1).reshape(-1, size, positions)
+        return torch.bmm(tokens.view(heads * members, -1, size), by_head).view(*tokens.shape[:2], -1)
 
 
 class PositionFreeEncoder(DebertaV2Encoder):  # type: ignore[misc]

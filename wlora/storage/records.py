@@ -34,6 +34,7 @@ class Record:
 
     Attributes:
         error: what ended a run that did not succeed; of one that did, which of its files could not be written.
+        packed: of a run that trained in a pack, `with`: the run_ids of the others, and `dropout`: how masks were made.
         trained: whether this process trained it to the end, rather than found it recorded. Not written.
     """
 
@@ -60,6 +61,7 @@ class Record:
     error: str | None = None
     curve: str | None = None
     predictions: str | None = None
+    packed: dict[str, Any] = field(default_factory=dict)
 
 
 def _find_misfit(content: dict[str, Any]) -> str | None:

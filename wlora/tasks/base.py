@@ -44,10 +44,12 @@ class Task(Protocol):
         head: the kind of model head, a key of `wlora.models.loading`: `sequence_classification`, `question_answering`
             or `seq2seq`.
         num_labels: number of outputs of the head.
+        any_padding: whether more padding leaves a row's loss as it is.
         primary_metric: the reported metric, a key of `score` for the first validation split.
     """
 
     head: str
+    any_padding: bool
     num_labels: int
     primary_metric: str
 
@@ -64,6 +66,13 @@ class Task(Protocol):
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Pad features to the longest one. The batch holds exactly the arguments of the model's forward pass."""
+        ...
+
+    def row_losses(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the loss of each row of a collated batch, float [rows].
+
+        Their mean, weighted by `Features.loss_weights`, is the loss that the model's own forward pass returns.
+        """
         ...
 
     def predict(

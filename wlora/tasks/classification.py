@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +34,7 @@ class SequenceClassification:
     """
 
     head = "sequence_classification"
+    any_padding = True
 
     def __init__(self, config: TaskConfig) -> None:
         classes = len(config.labels)
@@ -72,6 +74,14 @@ class SequenceClassification:
         dtype = torch.float32 if self.regression else torch.int64
         batch["labels"] = torch.tensor([feature["labels"] for feature in features], dtype=dtype)
         return batch
+
+    def row_losses(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the cross-entropy of each row, or (regression) its squared error, [rows]."""
+        labels = inputs["labels"]
+        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        if self.regression:
+            return F.mse_loss(logits.view(-1), labels.to(logits.dtype), reduction="none")
+        return F.cross_entropy(logits, labels, reduction="none")
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any

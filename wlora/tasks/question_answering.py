@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,6 +46,7 @@ class QuestionAnswering:
     """
 
     head = "question_answering"
+    any_padding = False  # the softmax over positions includes padded ones
     num_labels = 2
 
     def __init__(self, config: TaskConfig) -> None:
@@ -124,6 +126,14 @@ class QuestionAnswering:
             if key in features[0]:
                 batch[key] = torch.tensor([feature[key] for feature in features])
         return batch
+
+    def row_losses(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the mean of the cross-entropies of start and end, [features]."""
+        positions = [inputs["start_positions"], inputs["end_positions"]]
+        outputs = model(**{key: value for key, value in inputs.items() if not key.endswith("_positions")})
+        logits = (outputs.start_logits, outputs.end_logits)
+        start, end = (F.cross_entropy(*pair, reduction="none") for pair in zip(logits, positions, strict=True))
+        return (start + end) / 2
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any

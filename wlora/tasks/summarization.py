@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
@@ -39,6 +40,7 @@ class Summarization:
     """
 
     head = "seq2seq"
+    any_padding = True
     num_labels = 1
 
     def __init__(self, config: TaskConfig) -> None:
@@ -82,6 +84,15 @@ class Summarization:
         batch = pad(features, tokenizer)
         batch["labels"] = stack([feature["labels"] for feature in features], IGNORED, "right")
         return batch
+
+    def row_losses(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the mean cross-entropy over the tokens of each summary, [rows]."""
+        labels = inputs["labels"]
+        shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        logits = model(**rest, decoder_input_ids=shifted).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1)
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any

@@ -47,6 +47,46 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+class StopSignals:
+    """The signals that ask a process to stop; the runs of a pack share one object.
+
+    Attributes:
+        asked: number of the first signal heard; None before.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._heard = 0.0
+        self._listening = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle stop signals in this block: the first one stops after the current step, a second one stops immediately.
+
+        A block within another one changes nothing.
+        """
+        if self._listening:
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked is not None:
+            if several() and now - self._heard < ECHO_SECONDS:
+                return
+            raise KeyboardInterrupt
+        self.asked, self._heard = number, now
+        say(f"{signal.Signals(number).name}: stopping after this step; a second signal stops immediately")
+
+
 class Guard:
     """Called after every optimiser step: saves the state when a checkpoint is due or a signal has asked to stop.
 
@@ -55,6 +95,7 @@ class Guard:
         lock: the right to run, which another process may take over.
         curve: the run's learning curve.
         record: the run's record.
+        signals: what asks the process to stop.
         begin: `time.perf_counter()` when this process began the run.
     """
 
@@ -65,12 +106,11 @@ class Guard:
         *,
         curve: CurveWriter,
         record: Record,
+        signals: StopSignals,
         begin: float,
     ) -> None:
         self.store, self.lock, self.curve, self.record = store, lock, curve, record
-        self._begin = begin
-        self._asked: int | None = None
-        self._heard = 0.0
+        self._signals, self._begin = signals, begin
 
     def seconds(self) -> float:
         """Return the seconds since the run began, including those of interrupted processes."""
@@ -194,28 +234,9 @@ class Guard:
             )
         return self.store.folder / chosen, read
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle stop signals in this block: the first one stops after the current step, a second one stops immediately."""
-        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._asked is not None:
-            if several() and now - self._heard < ECHO_SECONDS:
-                return
-            raise KeyboardInterrupt
-        self._asked, self._heard = number, now
-        say(f"{signal.Signals(number).name}: stopping after this step; a second signal stops immediately")
-
     def _asked_anywhere(self, accelerator: Accelerator) -> int:
         """Return the number of a signal that any process has received, 0 for none, or LOST."""
-        asked = LOST if self.lock.lost else self._asked or 0
+        asked = LOST if self.lock.lost else self._signals.asked or 0
         if accelerator.num_processes == 1:
             return asked
         heard = accelerator.gather(torch.tensor([asked], device=accelerator.device))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from wlora.data.features import Features
 from wlora.methods.base import Event
@@ -52,6 +54,18 @@ class Settings:
     autocast: torch.dtype | None = None
     grow_batch: str = "off"
     prefix: Storage | None = None
+
+
+class Computed(NamedTuple):
+    """The gradients of one optimiser step have been computed.
+
+    Attributes:
+        loss: the mean loss over the step's rows, a scalar on the device.
+        seconds: what this run's part of the computation took.
+    """
+
+    loss: Tensor
+    seconds: float
 
 
 @dataclass

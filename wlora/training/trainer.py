@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.data.features import Features
 from wlora.distributed import from_main
-from wlora.errors import ran_out_of_memory
 from wlora.methods.base import Event, Method
 from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.training_data import TrainingData
@@ -34,9 +33,12 @@ from wlora.training.prefetch import Prefetcher, move
 from wlora.training.prefix_cache import PrefixCache
 from wlora.training.progress import advance, progress_bar
 from wlora.training.run_length import Plan
-from wlora.training.settings import Data, Result, Settings
-from wlora.training.sharding import average_gradients, check_same_adapters
+from wlora.training.settings import Computed, Data, Result, Settings
+from wlora.training.sharding import check_same_adapters
 from wlora.training.state import State, capture, random_streams, restore, set_random_streams
+
+Course = Generator[list[list[int]], Computed, Result]
+"""The training of one run, step by step; see `Trainer.course`."""
 
 # Points of the learning curve over a whole run.
 CURVE_POINTS = 200
@@ -73,6 +75,8 @@ class Trainer:
         self.result = Result()
         self.evaluation: Evaluation | None = None  # the last
         self.step = 0
+        self.keyed = False  # whether dropout masks are those of a pack (`wlora.models.keyed_dropout`)
+        self.companions: set[str] = set()  # the runs that shared a pack with this one
         self.parts = 1  # in which a micro-batch is computed, one after the other
         self.growth = BatchGrowth(
             settings.grow_batch,
@@ -81,8 +85,8 @@ class Trainer:
             device=accelerator.device,
         )
         self._before = 0  # the step before the present one
-        self._upcoming: list[list[int]] = []  # the micro-batches of the plan's next step
-        self._prefetch = Prefetcher(lambda rows: self._collate_on_cpu(self.data.train, rows))
+        self.upcoming: list[list[int]] = []  # the micro-batches of the plan's next step
+        self.prefetch = Prefetcher(lambda rows: self._collate_on_cpu(self.data.train, rows))
 
     def begin(self) -> None:
         """Draw what the method draws, and build the optimisers; called once, before `restore` or `run`.
@@ -110,6 +114,7 @@ class Trainer:
         self._note_peak()
         state = capture(self.bare_model, self.method, self.optimizers)
         state.facts |= {"step": self.step, "losses": self.losses.values, "result": dataclasses.asdict(self.result)}
+        state.facts |= {"keyed": self.keyed, "companions": sorted(self.companions)}
         state.facts |= {"parts": self.parts, "growth": self.growth.factor, "bytes": self.growth.before}
         state.facts["scaler"] = self.scaler.state_dict() if self.scaler else None
         return state
@@ -121,6 +126,7 @@ class Trainer:
         restore(state, self.bare_model, self.method, self.optimizers, self._groups, process=process)
         self.model = self._prepare()
         self.prefix = self._open_prefix()
+        self.keyed, self.companions = state.facts.get("keyed", False), set(state.facts.get("companions", ()))
         self.step, self.parts, self.losses.values = state.facts["step"], state.facts["parts"], list(state.facts["losses"])
         self.growth.factor, self.growth.before = state.facts["growth"], state.facts["bytes"]
         events = [Event(**event) for event in state.facts["result"]["events"]]
@@ -128,12 +134,18 @@ class Trainer:
         if self.scaler:
             self.scaler.load_state_dict(state.facts["scaler"])
 
-    def run(self, log: Callable[[dict[str, Any]], None], on_step: Callable[[Trainer], None] | None = None) -> Result:
+    def course(
+        self, log: Callable[[dict[str, Any]], None], on_step: Callable[[Trainer], None] | None = None, *, bar: bool = True
+    ) -> Course:
         """Train to the end of the plan; the last evaluation's metrics are the result's.
+
+        At every step the generator yields the step's micro-batches and is sent what `gradients` returns for them, so that
+        the forward pass may also be one over several runs (`wlora.training.pack`).
 
         Args:
             log: called with each point of the learning curve.
             on_step: called after every optimiser step, when the state is whole.
+            bar: whether to show a progress bar.
 
         Raises:
             Diverged: a number that is not finite.
@@ -145,14 +157,18 @@ class Trainer:
             torch.manual_seed(self.settings.dropout_seed)
         log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
         with (
-            progress_bar(self.plan.total_steps, shown=self.accelerator.is_main_process) as bar,
+            progress_bar(self.plan.total_steps, shown=bar and self.accelerator.is_main_process) as shown,
             first_token_alone(self.bare_model),
-            self._prefetch.running(),
+            self.prefetch.running(),
         ):
             for step, batches in self._updates():
                 begin = time.perf_counter()
                 with self.losses.noticing_divergence(step):
-                    self._train_step(step, batches)
+                    self.optimizers.set_schedule(self.step, warmup=self.plan.warmup, total=self.plan.total_steps)
+                    asked = time.perf_counter()
+                    computed = yield batches
+                    begin += time.perf_counter() - asked - computed.seconds  # the rest was spent on other runs
+                    self._take_step(step, computed.loss)
                 self._before, self.step = self.step, step
                 if self.passed(log_every) or self.passed(self.plan.eval_every) or self.losses.due:
                     self.losses.read()
@@ -166,8 +182,8 @@ class Trainer:
                     on_step(self)
                 primary = self.task.primary_metric
                 scores = {name: score for name, score in self.result.metrics.items() if name == primary}
-                advance(bar, self.losses.values, scores, self.method)
-            self.result.memory |= {"saved": self._measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
+                advance(shown, self.losses.values, scores, self.method)
+            self.result.memory |= {"saved": self.measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
         return self.result
 
     def passed(self, every: int) -> bool:
@@ -191,7 +207,7 @@ class Trainer:
         )
         pairs = itertools.pairwise(itertools.chain(steps, [[]]))
         for step, (batches, upcoming) in enumerate(itertools.islice(pairs, self.step, None), start=self.step + 1):
-            self._upcoming = upcoming
+            self.upcoming = upcoming
             gathered += batches
             count += 1
             if count >= self.growth.steps or step % self.plan.steps_per_epoch == 0 or step == self.plan.total_steps:
@@ -209,10 +225,9 @@ class Trainer:
             collate=lambda rows: self._collate(self.data.train, list(rows)),
         )
 
-    def _train_step(self, step: int, batches: list[list[int]]) -> None:
-        """Take one optimiser step; the mean loss over its rows stays on the device, unread."""
-        self.optimizers.set_schedule(self.step, warmup=self.plan.warmup, total=self.plan.total_steps)
-        self.losses.add(step, self._gradients(batches))
+    def _take_step(self, step: int, loss: Tensor) -> None:
+        """Take one optimiser step with the gradients that are there; the mean loss over its rows stays unread."""
+        self.losses.add(step, loss)
         if step == 1:
             self.optimizers.check(self.bare_model)
         if self.scaler:
@@ -224,10 +239,10 @@ class Trainer:
             self.scaler.update()
         self._restructure(self.method.after_step(step))
         self.optimizers.zero_grad()
-        grown = self.growth.observe(step, settled=self.method.settled(step), measure=lambda: self._measure(activation_bytes))
+        grown = self.growth.observe(step, settled=self.method.settled(step), measure=lambda: self.measure(activation_bytes))
         self.result.events += [grown] if grown else []
 
-    def _measure(self, measure: Callable[[nn.Module, dict[str, Tensor]], int]) -> int:
+    def measure(self, measure: Callable[[nn.Module, dict[str, Tensor]], int]) -> int:
         """Measure a micro-batch of the longest training rows; nothing else is left behind."""
         self._note_peak()
         streams = random_streams()
@@ -237,7 +252,7 @@ class Trainer:
         inputs = self._collate(self.data.train, mine)
         if self.prefix:
             self.prefix.prepare("train", self.data.train)
-        with self._autocast(), self._replayed(mine, inputs):
+        with self.autocast(), self.replayed(mine, inputs):
             found = from_main(measure(self.bare_model, inputs))
         self.method.forget_backward()
         self.optimizers.zero_grad()
@@ -250,70 +265,14 @@ class Trainer:
             peak = int(torch.cuda.max_memory_allocated())
             self.result.memory["device"] = max(peak, self.result.memory.get("device", 0))
 
-    def _replayed(self, rows: list[int], inputs: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+    def replayed(self, rows: list[int], inputs: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
         """Let the model go on from stored states in the block, where there are any."""
         return self.prefix.replay("train", rows, inputs) if self.prefix else contextlib.nullcontext()
 
-    def _gradients(self, batches: list[list[int]]) -> Tensor:
-        """Leave the gradients of a step's mean loss, and return it.
-
-        Out of memory it is tried again, and the run goes on, with every micro-batch in twice as many parts, down to single
-        rows: that keeps the rows of a step and so the effective batch. With several processes one alone cannot try again.
-        """
-        while True:
-            streams = random_streams()
-            counted = self.result.examples, self.result.tokens
-            try:
-                return self._accumulate(batches)
-            except (MemoryError, RuntimeError) as error:
-                if not ran_out_of_memory(error) or self.accelerator.num_processes > 1 or self.parts >= self.plan.batch_size:
-                    raise
-            self.optimizers.zero_grad()
-            self.method.forget_backward()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            set_random_streams(streams)
-            self.result.examples, self.result.tokens = counted
-            self.parts *= 2
-            rows = math.ceil(self.plan.batch_size / self.parts)
-            self.result.events.append(Event(self.step + 1, "out_of_memory", {"rows_at_once": rows}))
-
-    def _accumulate(self, batches: list[list[int]]) -> Tensor:
-        """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all of them."""
-        train = self.data.train
-        whole = sum(train.loss_weights[row] for batch in batches for row in batch)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        total = torch.zeros((), device=self.accelerator.device)
-        if self.prefix:
-            self.prefix.prepare("train", train)
-        pieces = self._pieces(batches)
-        for index, piece in enumerate(pieces):
-            mine = share(piece, rank, world)
-            rows = mine or piece[:1]
-            inputs = move(self._prefetch.take(rows), self.accelerator.device)
-            last = index == len(pieces) - 1
-            following = next(iter(self._pieces(self._upcoming) if last else pieces[index + 1 :]), [])
-            self._prefetch.expect(share(following, rank, world) or following[:1])
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
-                part = sum(train.loss_weights[row] for row in mine) / whole
-                with self._replayed(rows, inputs):
-                    loss = self.model(**inputs).loss.float() * part
-                extra = self.method.extra_loss() if last else None
-                # Data-parallel reduction averages over processes; the mean over all is a sum of shares.
-                self._backward(loss * world if extra is None else loss * world + extra)
-            total += loss.detach()
-            self.result.examples += len(piece)
-            self.result.tokens += sum(train.lengths[row] for row in piece)
-        if self.settings.sharded:
-            average_gradients(self.optimizers.parameters())
-        if world > 1:
-            total = self.accelerator.reduce(total, "sum")
-        return total
-
-    def _pieces(self, batches: list[list[int]]) -> list[list[int]]:
-        """Return the rows of a step's micro-batches as they are computed: in larger ones or, out of memory, in parts."""
-        grown = self.growth.regroup(batches, self.data.train.lengths) if batches else []
-        return [batch[part :: self.parts] for batch in grown for part in range(min(self.parts, len(batch)))]
+    def count(self, rows: list[int]) -> None:
+        """Count training rows that have been computed."""
+        self.result.examples += len(rows)
+        self.result.tokens += sum(self.data.train.lengths[row] for row in rows)
 
     def _unscale(self, scaler: torch.amp.GradScaler) -> None:
         """Divide what the backward passes have left by the scaler's factor; where it has overflown, drop all of it.
@@ -326,10 +285,8 @@ class Trainer:
             self.optimizers.zero_grad()
             self.method.forget_backward()
 
-    def _backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(self.scaler.scale(loss) if self.scaler else loss)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward pass: lower precision where the base itself trains, else nothing."""
         dtype = self.settings.autocast
         return torch.autocast(self.accelerator.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
@@ -381,7 +338,7 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Evaluate the dev set; returns the point of the learning curve."""
         begin = time.perf_counter()
-        with self._autocast():
+        with self.autocast():
             self.evaluation = evaluate(
                 self.bare_model,
                 self.task,

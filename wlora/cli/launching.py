@@ -1,0 +1,112 @@
+"""How Hydra starts the runs of a sweep: every launcher is wrapped, so that the command knows how its runs ended."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from wlora.cli.job import OUTCOMES, Outcome, Sweep, tell
+from wlora.cli.packed import Packing, prepare_one
+from wlora.config.presets import apply_presets
+from wlora.config.spelling import check_read, swept_keys
+from wlora.errors import ConfigError, RunFault
+
+# Launchers with a file in conf/hydra/launcher, and the extra of wlora that installs each.
+EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
+
+
+class Collecting:
+    """A wrapper of a Hydra launcher that collects the outcomes of its jobs and returns their scores to the sweeper.
+
+    Args:
+        launcher: the Hydra launcher.
+        name: its name in the configuration, for messages.
+        sweep: information for the headings of the runs.
+        compose: returns the configuration of a run, given its arguments.
+    """
+
+    def __init__(self, launcher: Any, name: str, sweep: Sweep, compose: Callable[[Sequence[str]], DictConfig]) -> None:
+        self._launcher, self._name, self._sweep, self._compose = launcher, name, sweep, compose
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        """Launch jobs and wait for them.
+
+        Raises:
+            ConfigError: a key that no job reads.
+            RunFault: a process of the launcher has ended without a result.
+        """
+        for notice in check_read(job_overrides, self._compose):
+            tell(f"notice: {notice}")
+        if not self._sweep.in_batches:
+            self._sweep.total = len(job_overrides)
+        before = len(OUTCOMES.outcomes)
+        try:
+            returned = self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
+        except (ConfigError, OSError, ValueError, TypeError, AttributeError, KeyError, OmegaConfBaseException):
+            raise
+        except Exception as error:  # each launcher raises its own exception classes
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            raise RunFault(
+                f"hydra/launcher={self._name}: {type(error).__name__}: {reason}\n"
+                "way out: repeat the command; it skips finished runs and continues with the others"
+            ) from error
+        found = [job for job in returned if isinstance(getattr(job, "_return_value", None), Outcome)]
+        OUTCOMES.outcomes[before:] = [job._return_value for job in found]
+        for job in found:
+            job.return_value = job._return_value.score
+        return list(returned)
+
+
+@contextmanager
+def collecting() -> Iterator[None]:
+    """Context manager: wrap every launcher that Hydra creates in `Collecting`, to collect the outcomes of all jobs.
+
+    Raises:
+        ConfigError: raised within the block if the launcher is not installed.
+    """
+    from hydra.core.plugins import Plugins
+
+    before = Plugins.instantiate_launcher
+
+    def instantiate(self: Plugins, hydra_context: Any, task_function: Any, config: DictConfig) -> Collecting:
+        name = _require_launcher(config)
+        whole = config.hydra.sweeper._target_.endswith(".BasicSweeper") and config.hydra.sweeper.max_batch_size is None
+        sweep = Sweep(swept_keys(config), in_batches=not whole)
+        if name == "packed":
+            launcher: Any = Packing(before(self, hydra_context, functools.partial(prepare_one, sweep=sweep), config))
+        else:
+            launcher = before(self, hydra_context, functools.partial(task_function, sweep=sweep), config)
+
+        def compose(words: Sequence[str]) -> DictConfig:
+            composed: DictConfig = hydra_context.config_loader.load_sweep_config(config, list(words))
+            with suppress(ConfigError):  # the run itself will raise it again
+                apply_presets(composed, words)
+            return composed
+
+        return Collecting(launcher, name, sweep, compose)
+
+    Plugins.instantiate_launcher = instantiate
+    try:
+        yield
+    finally:
+        Plugins.instantiate_launcher = before
+
+
+def _require_launcher(config: DictConfig) -> str:
+    """Return the name of the chosen launcher; ConfigError if its plugin is not installed."""
+    name = str(config.hydra.runtime.choices["hydra/launcher"])
+    package = str(config.hydra.launcher._target_).split(".")[:2]
+    extra = EXTRAS.get(name.partition("_")[0])
+    try:
+        there = importlib.util.find_spec(".".join(package)) is not None
+    except ModuleNotFoundError:
+        there = False
+    if extra and not there:
+        raise ConfigError(f"hydra/launcher={name}: its plugin is not installed: pip install 'wlora[{extra}]'")
+    return name

@@ -1,0 +1,101 @@
+"""The gradients of one optimiser step of a run that trains alone: forward and backward over its micro-batches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wlora.errors import ran_out_of_memory
+from wlora.methods.base import Event
+from wlora.training.batch_order import share
+from wlora.training.prefetch import move
+from wlora.training.settings import Computed
+from wlora.training.sharding import average_gradients
+from wlora.training.state import random_streams, set_random_streams
+
+if TYPE_CHECKING:
+    from wlora.training.trainer import Trainer
+
+
+def compute_gradients(trainer: Trainer, batches: list[list[int]]) -> Computed:
+    """Leave the gradients of a step's mean loss in the run's parameters, and return the loss.
+
+    If memory is exhausted, the step is repeated, and the run continues, with every micro-batch in twice as many parts, down
+    to single rows. This keeps the rows of a step and so the effective batch. With several processes one process alone cannot
+    repeat a step.
+
+    Args:
+        batches: the micro-batches, as row indices.
+    """
+    begin = time.perf_counter()
+    while True:
+        streams = random_streams()
+        counted = trainer.result.examples, trainer.result.tokens
+        try:
+            return Computed(_accumulate(trainer, batches), time.perf_counter() - begin)
+        except (MemoryError, RuntimeError) as error:
+            several = trainer.accelerator.num_processes > 1
+            if not ran_out_of_memory(error) or several or trainer.parts >= trainer.plan.batch_size:
+                raise
+        discard(trainer)
+        set_random_streams(streams)
+        trainer.result.examples, trainer.result.tokens = counted
+        trainer.parts *= 2
+        rows = math.ceil(trainer.plan.batch_size / trainer.parts)
+        trainer.result.events.append(Event(trainer.step + 1, "out_of_memory", {"rows_at_once": rows}))
+
+
+def discard(trainer: Trainer) -> None:
+    """Discard what the backward passes of an unfinished step have left, and the memory that the device keeps."""
+    trainer.optimizers.zero_grad()
+    trainer.method.forget_backward()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _accumulate(trainer: Trainer, batches: list[list[int]]) -> Tensor:
+    """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all of them."""
+    train, accelerator, method = trainer.data.train, trainer.accelerator, trainer.method
+    whole = sum(train.loss_weights[row] for batch in batches for row in batch)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    total = torch.zeros((), device=accelerator.device)
+    if trainer.prefix:
+        trainer.prefix.prepare("train", train)
+    pieces = _pieces(trainer, batches)
+    for index, piece in enumerate(pieces):
+        mine = share(piece, rank, world)
+        rows = mine or piece[:1]
+        inputs = move(trainer.prefetch.take(rows), accelerator.device)
+        last = index == len(pieces) - 1
+        following = next(iter(_pieces(trainer, trainer.upcoming) if last else pieces[index + 1 :]), [])
+        trainer.prefetch.expect(share(following, rank, world) or following[:1])
+        with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model), trainer.autocast():
+            part = sum(train.loss_weights[row] for row in mine) / whole
+            with trainer.replayed(rows, inputs):
+                loss = _at_least_float32(trainer.model(**inputs).loss) * part
+            extra = method.extra_loss() if last else None
+            # Data-parallel reduction averages over processes; the mean over all is a sum of shares.
+            scaled = loss * world if extra is None else loss * world + extra
+            accelerator.backward(trainer.scaler.scale(scaled) if trainer.scaler else scaled)
+        total = total + loss.detach()
+        trainer.count(piece)
+    if trainer.settings.sharded:
+        average_gradients(trainer.optimizers.parameters())
+    if world > 1:
+        total = accelerator.reduce(total, "sum")
+    return total
+
+
+def _pieces(trainer: Trainer, batches: list[list[int]]) -> list[list[int]]:
+    """Return the rows of a step's micro-batches as they are computed: in larger ones or, out of memory, in parts."""
+    grown = trainer.growth.regroup(batches, trainer.data.train.lengths) if batches else []
+    return [batch[part :: trainer.parts] for batch in grown for part in range(min(trainer.parts, len(batch)))]
+
+
+def _at_least_float32(loss: Tensor) -> Tensor:
+    return loss.to(torch.promote_types(loss.dtype, torch.float32))
