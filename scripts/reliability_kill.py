@@ -167,15 +167,15 @@ class Observer:
         if what == self._target and self._met[what] == int(self._count):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def around_train_step(self, original: Callable[..., Any], trainer: Any, step: int, batches: Any) -> Any:
+    def around_gradients(self, original: Callable[..., Any], trainer: Any, batches: Any) -> Any:
         """Note the step."""
-        self._noted[0], self._noted[1], self._noted[2] = step, 0, DOINGS.index("accumulating")
+        self._noted[0], self._noted[1], self._noted[2] = trainer.step + 1, 0, DOINGS.index("accumulating")
         self._micro_batches = len(batches)
-        return original(trainer, step, batches)
+        return original(trainer, batches)
 
-    def around_backward(self, original: Callable[..., Any], trainer: Any, loss: Any) -> None:
+    def around_backward(self, original: Callable[..., Any], *given: Any) -> None:
         """Note a micro-batch; after the last one the optimisers update the parameters."""
-        original(trainer, loss)
+        original(*given)
         self._noted[1] += 1
         if self._noted[1] == self._micro_batches:
             self._noted[2] = DOINGS.index("updating")
@@ -211,17 +211,20 @@ def run_observed(moment: Path, aim: str, words: list[str]) -> None:
         aim: where it kills the process.
         words: the command line of the run.
     """
+    from accelerate import Accelerator
+
     from wlora.cli import run
+    from wlora.experiment import run as experiment
     from wlora.training.checkpoints import CheckpointStore
     from wlora.training.trainer import Trainer
 
-    def wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
         original = getattr(owner, name)
         setattr(owner, name, lambda *given, **named: around(original, *given, **named))
 
     observer = Observer(moment, aim)
-    wrap(Trainer, "_train_step", observer.around_train_step)
-    wrap(Trainer, "_backward", observer.around_backward)
+    wrap(experiment, "compute_gradients", observer.around_gradients)
+    wrap(Accelerator, "backward", observer.around_backward)
     wrap(Trainer, "_restructure", observer.around_restructure)
     wrap(Trainer, "_evaluate", observer.around_evaluate)
     wrap(CheckpointStore, "write", observer.around_write)

@@ -23,6 +23,7 @@ from wlora.experiment.outcome import classify
 from wlora.models.architectures import read_architecture
 from wlora.models.source import locate
 from wlora.storage.records import Record, RecordStore
+from wlora.training import gradients
 from wlora.training.trainer import Trainer
 
 ROWS = "".join(json.dumps({"sentence": "a b", "label": row % 2}) + "\n" for row in range(4))
@@ -180,17 +181,17 @@ def test_torch_says_so_in_words_where_the_memory_of_a_cpu_is_exhausted() -> None
 def test_without_memory_a_cpus_run_takes_smaller_parts(
     error: type[Exception] | None, run_tiny: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accumulate, failed = Trainer._accumulate, []
+    accumulate, failed = gradients._accumulate, []
 
-    def once(self: Trainer, batches: Any) -> Any:
+    def once(trainer: Trainer, batches: Any) -> Any:
         if not failed:
             failed.append(True)
             if error:
                 raise error
             exhaust()
-        return accumulate(self, batches)
+        return accumulate(trainer, batches)
 
-    monkeypatch.setattr(Trainer, "_accumulate", once)
+    monkeypatch.setattr(gradients, "_accumulate", once)
     record = run_tiny("method=lora", "train.max_steps=2")
     assert record.status == "success" and record.events[0]["kind"] == "out_of_memory"
 
@@ -199,12 +200,12 @@ def test_without_memory_a_cpus_run_takes_smaller_parts(
 def test_a_run_without_memory_is_recorded_as_that(
     error: type[Exception] | None, run_tiny: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(self: Trainer, batches: Any) -> Any:
+    def never(trainer: Trainer, batches: Any) -> Any:
         if error:
             raise error
         exhaust()
 
-    monkeypatch.setattr(Trainer, "_accumulate", never)
+    monkeypatch.setattr(gradients, "_accumulate", never)
     with pytest.raises(RunFault, match="out of memory with one row at once"):
         run_tiny("method=lora", "train.max_steps=2")
     (record,) = RecordStore(tmp_path)

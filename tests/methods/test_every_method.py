@@ -14,7 +14,6 @@ from tests.support.conf_files import FITTING, METHODS
 from wlora.adapters.layer import AdaptedLinear
 from wlora.experiment import run as experiment
 from wlora.experiment.dry_run import describe
-from wlora.training.settings import Result
 from wlora.training.trainer import Trainer
 
 OWN = {**FITTING, "wlora_depth": ["method.depth_cost=100"]}
@@ -73,8 +72,8 @@ def test_what_is_pruned_stays_pruned_through_fifty_steps_of_momentum(
     seen: list[tuple[Any, ...]] = []
 
     class Watched(Trainer):
-        def run(self, log: Any, on_step: Any = None) -> Result:
-            return super().run(log, Watched.look)
+        def course(self, log: Any, on_step: Any = None, **options: Any) -> Any:
+            return super().course(log, Watched.look, **options)
 
         def look(self) -> None:
             model = self.bare_model

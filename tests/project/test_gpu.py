@@ -22,17 +22,21 @@ DROPOUT["tiny_bart"] = ["dropout"]
 WITHOUT_WAITS = """
 import sys, torch
 from wlora.cli import run
+from wlora.experiment import run as experiment
 from wlora.training import trainer as loop
 
-def train_step(self, step, batches):
-    # Step 1 checks the optimiser's groups; step 8 is that of the cut, which the host decides.
-    torch.cuda.set_sync_debug_mode("default" if step in (1, 8) else "error")
-    try:
-        before(self, step, batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def guarded(before):
+    def guard(trainer, *given):
+        # Step 1 checks the optimiser's groups; step 8 is that of the cut, which the host decides.
+        torch.cuda.set_sync_debug_mode("default" if trainer.step + 1 in (1, 8) else "error")
+        try:
+            return before(trainer, *given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return guard
 
-before, loop.Trainer._train_step, loop.CURVE_POINTS = loop.Trainer._train_step, train_step, 1
+experiment.compute_gradients = guarded(experiment.compute_gradients)
+loop.Trainer._take_step, loop.CURVE_POINTS = guarded(loop.Trainer._take_step), 1
 sys.argv[0] = "wlora.cli.run"
 run.main()
 """

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any
 
+from torch import Tensor
+
 from wlora.cli import run
 from wlora.errors import ConfigError, RunFault
 from wlora.experiment import shared_inputs as stock
@@ -21,7 +23,7 @@ FAULTS = {
 def main(kind: str, ranks: str, words: list[str]) -> None:
     """Let the processes named in `ranks` fail: while data are loaded, or (`fault`) in the middle of training."""
     seeds: list[int] = []
-    material, step = stock.SharedInputs.material, Trainer._train_step
+    material, step = stock.SharedInputs.material, Trainer._take_step
 
     def fail(number: int) -> None:
         if seeds[-1] == 0 and os.environ["RANK"] in ranks and number == (2 if kind == "fault" else 0):
@@ -32,12 +34,12 @@ def main(kind: str, ranks: str, words: list[str]) -> None:
         fail(0)
         return material(self, config, source)
 
-    def train(self: Trainer, number: int, batches: list[list[int]]) -> float:
+    def take_step(self: Trainer, number: int, loss: Tensor) -> None:
         fail(number)
-        return step(self, number, batches)
+        step(self, number, loss)
 
     stock.SharedInputs.material = load  # type: ignore[method-assign]
-    Trainer._train_step = train  # type: ignore[method-assign]
+    Trainer._take_step = take_step  # type: ignore[method-assign]
     sys.argv = ["wlora.cli.run", *words]
     run.main()
 

@@ -14,6 +14,7 @@ from tests.conftest import TINY, compose
 from wlora.experiment.dry_run import describe
 from wlora.storage.records import Record
 from wlora.training import batch_growth as growth_module
+from wlora.training import gradients
 from wlora.training import interruption as guard
 from wlora.training import trainer as loop
 from wlora.training.interruption import Interrupted
@@ -34,16 +35,16 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int, float]]:
     """Note the step, micro-batches, rows and learning rate of every update."""
     seen: list[tuple[int, int, int, float]] = []
-    before = Trainer._accumulate
+    before = gradients._accumulate
     passes: list[int] = []
 
-    def accumulate(self: Trainer, batches: list[list[int]]) -> Any:
-        passes.append(len(self.growth.regroup(batches, self.data.train.lengths)))
-        rate = self.optimizers._rules["adamw"].param_groups[0]["lr"]
-        seen.append((self.step, passes[-1], sum(map(len, batches)), rate))
-        return before(self, batches)
+    def accumulate(trainer: Trainer, batches: list[list[int]]) -> Any:
+        passes.append(len(trainer.growth.regroup(batches, trainer.data.train.lengths)))
+        rate = trainer.optimizers._rules["adamw"].param_groups[0]["lr"]
+        seen.append((trainer.step, passes[-1], sum(map(len, batches)), rate))
+        return before(trainer, batches)
 
-    monkeypatch.setattr(Trainer, "_accumulate", accumulate)
+    monkeypatch.setattr(gradients, "_accumulate", accumulate)
     return seen
 
 

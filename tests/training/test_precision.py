@@ -229,10 +229,10 @@ def test_full_fine_tuning_keeps_float32_master_weights(
     trained: list[Any] = []
 
     class Watched(Trainer):
-        def run(self, log: Any, on_step: Any = None) -> Any:
+        def course(self, log: Any, on_step: Any = None, **options: Any) -> Any:
             assert self.settings.autocast == LOW[chosen], "the forward pass is the low part"
             trained.append(self.bare_model)
-            return super().run(log, on_step)
+            return super().course(log, on_step, **options)
 
     monkeypatch.setattr(experiment, "Trainer", Watched)
     record = run_tiny(f"model={model}", "method=full", *SHORT[:2], f"precision={chosen}")

@@ -14,7 +14,6 @@ from torch import nn
 
 from tests.support.conf_files import FITTING, METHODS
 from wlora.experiment import run as experiment
-from wlora.training.settings import Result
 from wlora.training.state import State, capture
 from wlora.training.trainer import Trainer
 
@@ -35,13 +34,13 @@ def trained(monkeypatch: pytest.MonkeyPatch, run_tiny: Callable[..., Any]) -> Ca
         last: dict[str, Any] = {}
 
         class Watched(Trainer):
-            def run(self, log: Any, on_step: Any = None) -> Result:
+            def course(self, log: Any, on_step: Any = None, **options: Any) -> Any:
                 def keep(trainer: Trainer) -> None:
                     states[trainer.step] = written(trainer.capture())
 
                 if start is not None:
                     self.restore(State(json.loads(start[1]), load(start[0])))
-                result = super().run(log, keep)
+                result = yield from super().course(log, keep, **options)
                 last.update({name: p.detach().clone() for name, p in self.bare_model.named_parameters()})
                 return result
 

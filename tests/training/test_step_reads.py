@@ -20,6 +20,7 @@ from wlora.training import losses
 from wlora.training import trainer as loop
 from wlora.training.losses import Diverged, Losses
 from wlora.training.prefetch import Prefetcher
+from wlora.training.settings import Computed
 from wlora.training.trainer import Trainer
 
 # What a GPU would have to be waited for.
@@ -33,12 +34,15 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[str]]:
     """Note by step what is read of a tensor inside of it; steps without any have an empty list."""
     seen: dict[int, list[str]] = {}
     inside: list[int] = []
-    before = Trainer._train_step
+    compute, take_step = experiment.compute_gradients, Trainer._take_step
 
-    def train_step(self: Trainer, step: int, batches: list[list[int]]) -> None:
-        seen[step] = []
-        inside.append(step)
-        before(self, step, batches)
+    def compute_gradients(trainer: Trainer, batches: list[list[int]]) -> Computed:
+        seen[trainer.step + 1] = []
+        inside.append(trainer.step + 1)
+        return compute(trainer, batches)
+
+    def take(self: Trainer, step: int, loss: Tensor) -> None:
+        take_step(self, step, loss)
         inside.pop()
 
     def watch(name: str) -> None:
@@ -53,7 +57,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[str]]:
 
         monkeypatch.setattr(Tensor, name, read)
 
-    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    monkeypatch.setattr(experiment, "compute_gradients", compute_gradients)
+    monkeypatch.setattr(Trainer, "_take_step", take)
     monkeypatch.setattr(loop, "CURVE_POINTS", 1)
     for name in READING:
         watch(name)
@@ -120,18 +125,18 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let the loss of one step, counted from 1, be not a number."""
 
     def at(bad: int) -> None:
-        before = Trainer._gradients
+        before = experiment.compute_gradients
 
-        def gradients(self: Trainer, batches: list[list[int]]) -> Tensor:
-            loss = before(self, batches)
-            if self.step + 1 != bad:
-                return loss
-            for p in self.optimizers.parameters():
+        def gradients(trainer: Trainer, batches: list[list[int]]) -> Computed:
+            computed = before(trainer, batches)
+            if trainer.step + 1 != bad:
+                return computed
+            for p in trainer.optimizers.parameters():
                 assert p.grad is not None
                 p.grad.fill_(torch.nan)
-            return loss * torch.nan
+            return computed._replace(loss=computed.loss * torch.nan)
 
-        monkeypatch.setattr(Trainer, "_gradients", gradients)
+        monkeypatch.setattr(experiment, "compute_gradients", gradients)
         monkeypatch.setattr(loop, "CURVE_POINTS", 1)
 
     return at
@@ -143,13 +148,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_within_a_few_steps_and_names_its
 ) -> None:
     poison(5)
     steps: list[int] = []
-    before = Trainer._train_step
+    before = Trainer._take_step
 
-    def train_step(self: Trainer, step: int, batches: list[list[int]]) -> None:
+    def take_step(self: Trainer, step: int, loss: Tensor) -> None:
         steps.append(step)
-        before(self, step, batches)
+        before(self, step, loss)
 
-    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    monkeypatch.setattr(Trainer, "_take_step", take_step)
     words = [f"method={method}", "k=2"] if method == "wlora" else [f"method={method}"]
     with pytest.raises(Diverged, match="the loss is nan at step 5 of 32"):
         experiment.run(compose(*TINY, f"results_dir={tmp_path}", "train.checkpoint_every=0", *words))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.conftest import TINY, compose
 from tests.support.outputs import losses
@@ -17,12 +18,14 @@ from wlora.experiment import run as experiment
 from wlora.storage.records import RecordStore
 from wlora.tasks.classification import SequenceClassification
 from wlora.training import batch_order as batching
+from wlora.training import gradients
 from wlora.training import trainer as loop
 from wlora.training.batch_order import evaluation_batches, group_for_steps, share, training_batches
 from wlora.training.losses import Diverged
 from wlora.training.optimizers import Optimizers
 from wlora.training.prefetch import Prefetcher
 from wlora.training.run_length import make_plan
+from wlora.training.settings import Computed
 
 LENGTHS = [(7 * row) % 41 + 3 for row in range(230)]
 
@@ -277,17 +280,17 @@ def test_loss_scaling_changes_no_number(
 def test_a_step_that_overflows_changes_nothing(run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The release clips ω, which has an optimiser of its own, together with the rest."""
     scale_losses(monkeypatch)
-    gradients, seen = loop.Trainer._gradients, list[list[torch.Tensor]]()
+    compute, seen = experiment.compute_gradients, list[list[torch.Tensor]]()
 
-    def overflow(trainer: loop.Trainer, batches: list[list[int]]) -> torch.Tensor:
-        loss = gradients(trainer, batches)
+    def overflow(trainer: loop.Trainer, batches: list[list[int]]) -> Computed:
+        computed = compute(trainer, batches)
         if trainer.step == 5:
             trainer.optimizers.parameters()[0].grad.fill_(math.nan)  # type: ignore[union-attr]
         if trainer.step in (5, 6):
             seen.append([p.detach().clone() for p in trainer.optimizers.parameters()])
-        return loss
+        return computed
 
-    monkeypatch.setattr(loop.Trainer, "_gradients", overflow)
+    monkeypatch.setattr(experiment, "compute_gradients", overflow)
     record = run_tiny("method=wlora", "compat=release", "precision=fp32", "k=2", "train.max_steps=10")
     assert record.status == "success"
     before, after = seen
@@ -299,13 +302,13 @@ def test_a_model_handed_over_in_evaluation_mode_trains_in_training_mode(
 ) -> None:
     # transformers hands out every loaded model in evaluation mode: without dropout in the base.
     modes: list[bool] = []
-    accumulate = loop.Trainer._accumulate
+    accumulate = gradients._accumulate
 
     def watch(trainer: loop.Trainer, batches: list[list[int]]) -> torch.Tensor:
         modes.append(all(module.training for module in trainer.bare_model.modules()))
         return accumulate(trainer, batches)
 
-    monkeypatch.setattr(loop.Trainer, "_accumulate", watch)
+    monkeypatch.setattr(gradients, "_accumulate", watch)
     run_tiny("model=minilm", "method=lora", "train.max_steps=4", "task.max_train_rows=16", "train.eval_every=2")
     assert modes == [True] * 4
 
@@ -318,9 +321,9 @@ def test_out_of_memory_a_step_is_tried_again_in_parts(
     method: str, run_tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_tiny(f"method={method}", *STILL, "precision=fp32", results=tmp_path / "whole")
-    before, sizes = loop.Trainer._backward, []
+    before, sizes = Accelerator.backward, []
 
-    def backward(self: loop.Trainer, loss: torch.Tensor) -> None:
+    def backward(self: Accelerator, loss: torch.Tensor) -> None:
         if sizes[-1] > 3:
             raise torch.OutOfMemoryError("as on a small GPU")
         before(self, loss)
@@ -331,7 +334,7 @@ def test_out_of_memory_a_step_is_tried_again_in_parts(
 
     kept_take = Prefetcher.take
     monkeypatch.setattr(Prefetcher, "take", take)
-    monkeypatch.setattr(loop.Trainer, "_backward", backward)
+    monkeypatch.setattr(Accelerator, "backward", backward)
     parts = run_tiny(f"method={method}", *STILL, "precision=fp32", results=tmp_path / "parts")
     assert [event for event in parts.events if event["kind"] == "out_of_memory"] == [
         {"step": 1, "kind": "out_of_memory", "rows_at_once": 4},
@@ -342,9 +345,9 @@ def test_out_of_memory_a_step_is_tried_again_in_parts(
 
 
 def test_a_row_that_does_not_fit_ends_the_run(run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def backward(self: loop.Trainer, loss: torch.Tensor) -> None:
+    def backward(self: Accelerator, loss: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("as on a tiny GPU")
 
-    monkeypatch.setattr(loop.Trainer, "_backward", backward)
+    monkeypatch.setattr(Accelerator, "backward", backward)
     with pytest.raises(RunFault, match="out of memory with one row at once"):
         run_tiny("method=lora")

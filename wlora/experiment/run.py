@@ -134,18 +134,18 @@ def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | No
     def compute(batches: list[list[int]]) -> Computed:
         return pack.compute([(trainer, batches)])[0] if pack else compute_gradients(trainer, batches)
 
-    return drive(steps, next(steps), compute)
+    return drive(steps, compute)
 
 
-def drive(steps: Course, batches: list[list[int]], compute: Callable[[list[list[int]]], Computed]) -> Record:
-    """Take a run from its first micro-batches to its end, and return its record.
+def drive(steps: Course, compute: Callable[[list[list[int]]], Computed]) -> Record:
+    """Take a run from its first step to its end, and return its record.
 
     Args:
-        steps: the course of the run, which has yielded `batches`.
-        batches: the micro-batches of its next step.
+        steps: the course of the run, which has yielded its `Job`.
         compute: leaves the gradients of a step and returns its loss.
     """
     try:
+        batches = next(steps)
         while True:
             try:
                 computed = compute(batches)
