@@ -1,12 +1,16 @@
 """Speed and memory beside PEFT and transformers' Trainer, in one run on one machine. Every figure is a ratio within it.
 
     python scripts/benchmark.py steps [--repeats 3] [--models minilm deberta bart llama] [--times 1]
+    python scripts/benchmark.py packs [--repeats 10] [--models minilm deberta] [--sizes 1 4 8 16]
     python scripts/benchmark.py end_to_end --data DIR [--baseline FILE] [--tasks sst2 mrpc] [--seeds 0 1 2] [--epochs 5]
 
 `steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut, without and with a
 stored prefix, and with the micro-batch grown into the freed memory; in float32, and in the low precision that the GPU or
 processor multiplies fast (PEFT's by autocast, where the model survives it). All take turns, and medians count. Batches are
 full, so tokens are unpadded ones; `--times` makes every batch so many times larger.
+
+`packs` times steps of packed runs beside steps of a run alone, and counts the operations dispatched per run
+(`scripts/benchmark_packs.py`).
 
 `end_to_end` trains whole runs (`scripts/benchmark_runs.py`) with MiniLM on MRPC and SST-2 (4,000 rows). PEFT under Trainer
 runs with each of its three forms of batches: padded to 128 tokens, random, and grouped by length. The ratio to the grouped
@@ -25,20 +29,21 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_packs import MODELS, time_packs
 from benchmark_runs import DEVICE, TASKS, fast_precision, refuse_others, time_runs
 from torch import Tensor, nn
 
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
 from wlora.experiment.build import assemble, prepare_method
-from wlora.models.architectures import FAMILIES
 from wlora.models.deberta_attention import restore_attention
+from wlora.models.discovery import layout_of
 from wlora.models.first_token import first_token_alone
 from wlora.models.heads import head_parameters
 from wlora.models.prefix_forward import Prefix, frozen_depth
@@ -115,14 +120,21 @@ def main() -> None:
     whole.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     whole.add_argument("--epochs", type=float, default=5)
     whole.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    for kind in (steps, whole):
+    packs = kinds.add_parser("packs")
+    packs.add_argument("--repeats", type=int, default=10)
+    packs.add_argument("--warm-up", type=int, default=WARM_UP)
+    packs.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    packs.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 8, 16])
+    for kind in (steps, packs, whole):
         kind.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     environment = describe_environment(DEVICE.type, "as named", 1)
     if args.kind == "end_to_end":
         refuse_others(args.out, name_machine(environment))
-    found = time_steps(args) if args.kind == "steps" else time_runs(args)
+    time_kind: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]]
+    time_kind = {"steps": time_steps, "packs": time_packs, "end_to_end": time_runs}
+    found = list(time_kind[args.kind](args))
     content = {"environment": environment, "threads": torch.get_num_threads(), "rows": found}
     (args.out / f"{args.kind}.json").write_text(json.dumps(content, indent=1) + "\n")
     table = as_table(found)
@@ -203,7 +215,7 @@ def build_peft(case: Case, precision: str) -> Contender:
 
     model, batch = build_model(compose(case.words_of("lora")))
     restore_attention(model)  # as transformers hands it out
-    stacks = FAMILIES[model.config.model_type]
+    stacks = layout_of(model).stacks
     suffixes = sorted({suffix.rpartition(".")[2] for stack in stacks for suffix in stack.qkv})
     head = sorted({name.split(".")[0] if "pooler" not in name else "pooler" for name in head_parameters(model)})
     adapted = get_peft_model(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wlora.methods.base import Setting
 from wlora.methods.release import ReleaseWLoRA
-from wlora.models.architectures import Target
+from wlora.models.targets import Target
 from wlora.training.optimizers import Optimizers
 
 TOLERANCE = 1e-8

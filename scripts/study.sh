@@ -7,6 +7,7 @@
 #   DATA=DIR          local copies, one folder per task         [the hub]
 #   TASKS="rte mrpc"  METHODS="lora wlora"                      [all of the script]
 #   TUNE_SEED=N       seed for tuning rates and warm-up; larger than the reported seeds   [100]
+#   RACE=1            race the tuning sweeps (docs/sweeps.md): rates that fall behind are stopped
 #   JOBS=N            sweeps at once; with GPUS=N each takes one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
 #
@@ -31,6 +32,7 @@ sweep() {
         [[ $word =~ ^(rank|alpha|dropout|k|targets)= && $words != *" ${word%%=*}="* ]] && word=++$word
         words+=" $word"
     done
+    [[ -z ${RACE:-} || "$words " != *" seed=$TUNE_SEED "* ]] || words+=" race=halving train.keep=1"
     queue+=("results_dir=$RESULTS task=$1 ${DATA:+task.path=$DATA/$1} method=$2$words")
 }
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from wlora.adapters.adapter_set import AdapterSet
 from wlora.adapters.layer import AdaptedLinear, LowRankAdapter
-from wlora.models.architectures import Target
+from wlora.models.targets import Target
 
 
 def filled(d_in: int = 12, d_out: int = 10, rank: int = 3, **settings: object) -> LowRankAdapter:

@@ -166,7 +166,7 @@ def test_the_summary_tells_all_settings_of_a_method_apart(tmp_path: Path, capsys
     ("words", "said"),
     [
         (["7"], "table 7 is unknown"),
-        (["1", "2"], "allowed is one of 1, 2, 3, 4, 5, 6, demo, all, summary"),
+        (["1", "2"], "allowed is one of 1, 2, 3, 4, 5, 6, demo, all, claims, summary"),
         (["1", "results_dir=nowhere"], "results_dir=nowhere"),
         (["1", "seeds=0"], "seeds=0: allowed is int >= 1"),
         (["1", "bootstrap_seed=x"], "bootstrap_seed=x"),

@@ -71,7 +71,7 @@ def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> 
         (["dropout=1"], "dropout=1.0: allowed is float >= 0, < 1"),
         (["targets=qk"], "targets=qk: allowed is qkv | attention | all | release"),
         (["targets=qkv@"], "targets=qkv@: allowed is qkv | attention | all | release | SET@LAYER"),
-        (["targets=qkv@12"], "targets=qkv@12: model=deberta_v3_base has no such modules"),
+        (["targets=qkv@12"], "targets=qkv@12: allowed is a layer from 0 to 11 of model=deberta_v3_base"),
         (["precision=fp8"], "precision=fp8: allowed is auto"),
         (["task.epochs=x"], "task.epochs=x: allowed is float > 0"),
         (["method=rlora", "method.draw=never"], "method.draw=never: allowed is at_projection | at_start"),

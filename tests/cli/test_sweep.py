@@ -22,7 +22,7 @@ def _contents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give data and weights the fingerprints of the synthetic records; read the records afresh."""
     monkeypatch.setattr(sweep, "fingerprint", lambda task: "d" if task.path else None)
     monkeypatch.setattr(sweep, "locate", lambda model: type("Source", (), {"fingerprint": "m"}))
-    sweep._read.cache_clear()
+    sweep.read_records.cache_clear()
 
 
 def words(results: Path, *more: str) -> list[str]:
@@ -30,7 +30,7 @@ def words(results: Path, *more: str) -> list[str]:
 
 
 def counts(results: Path, *sweeps: list[str]) -> list[tuple[int, int]]:
-    sweep._read.cache_clear()
+    sweep.read_records.cache_clear()
     return [(len(cell.done), len(cell.wanted)) for cell in survey(sweeps)]
 
 
@@ -77,7 +77,7 @@ def test_the_time_left_comes_from_the_nearest_runs(tmp_path: Path) -> None:
     assert [cell.seconds for cell in survey([words(tmp_path, *more)])] == pytest.approx([1.0, 1.0])
     slow = {"train": 80.0, "eval": 10.0, "total": 100.0}
     make_record(tmp_path, "task=sst2", "method=wlora", "k=3", "task.epochs=9", "train.accumulation_steps=1", seconds=slow)
-    sweep._read.cache_clear()
+    sweep.read_records.cache_clear()
     assert [cell.seconds for cell in survey([words(tmp_path, *more)])] == pytest.approx([1.0, 10.0])
 
 

@@ -14,7 +14,7 @@ from tests.conftest import compose
 from tests.support.conf_files import METHODS, options, read, read_method
 from wlora.cli.help import read_comments
 from wlora.config.rules import RULES, canonical, satisfies
-from wlora.config.schema import METHOD_NOTES, Decides, config_folder, walk
+from wlora.config.schema import METHOD_NOTES, MODULE_NAMES, Decides, config_folder, walk
 from wlora.errors import ConfigError
 from wlora.methods.registry import build_method
 
@@ -24,13 +24,18 @@ ANY_HEAD = ("model=tiny_bart", "task.max_length=512")
 
 @pytest.mark.parametrize("name", options("task"))
 def test_every_task_composes(name: str) -> None:
-    task = compose(f"task={name}", *ANY_HEAD).task
-    assert task.name == name and task.columns and task.validation and task.primary_metric in task.metrics
+    model = ["model=tiny_bert"] if name == "token_classification" else ANY_HEAD
+    task = compose(f"task={name}", *model).task
+    assert task.name == name and task.primary_metric in task.metrics
+    own = task.benchmark == "table"  # filled in from the table
+    assert bool(task.columns) is bool(task.validation) is not own
 
 
 @pytest.mark.parametrize("name", options("model"))
 def test_every_model_composes(name: str) -> None:
-    config = compose(f"model={name}")
+    # `hub` stands for any repository, of which the architecture comes from the hub.
+    any_model = ["model.hub_id=owner/hub", "+model.architecture.model_type=bert", "+model.architecture.num_hidden_layers=2"]
+    config = compose(f"model={name}", *(any_model if name == "hub" else []))
     assert config.model.name == name and "model_type" in config.model.architecture and config.k >= 1
 
 
@@ -156,6 +161,8 @@ CHOICES = {
     "model.source=Random": "random",
     "targets=QKV": "qkv",
     "targets=Attention@01": "attention@1",
+    "targets=[query,*.dense,query,QKV]": "*.dense,qkv,query",
+    "targets='value, query@01'": "query,value@1",
     "method.targets=ALL": "all",
     "method.schedule=Single": "single",
     "method.extension=QR": "qr",
@@ -179,7 +186,7 @@ def test_a_choice_has_one_spelling_in_a_run(word: str) -> None:
 @pytest.mark.parametrize("key", [key for key, rule in RULES.items() if "|" in rule])
 def test_every_key_with_choices_is_compared_as_it_is_used(key: str) -> None:
     for choice in RULES[key].split(" | "):
-        if choice != "SET@LAYER":
+        if choice not in ("SET@LAYER", MODULE_NAMES):
             assert canonical(choice.upper(), RULES[key]) == choice and satisfies(choice.upper(), RULES[key])
     assert canonical(False, "off | memory") == "off" and canonical("True", "on | off") == "on"
     assert not satisfies("qkv@" + "9" * 5000, RULES["targets"]) and not satisfies(None, RULES[key])

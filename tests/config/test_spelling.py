@@ -65,7 +65,6 @@ MEANT = {
     "-m hydra.launcher._target_=nope seed=0,1": "Invalid plugin 'nope'",
     "-m hydra.launcher._target_=.. seed=0,1": "cannot be composed",
     "-m hydra.sweeper._target_=nope seed=0,1": "Invalid plugin 'nope'",
-    "model.architecture.model_type=gpt2": "model.architecture.model_type=gpt2 is unknown",
     "model.architecture.model_type=[1]": "model.architecture.model_type=[1] is unknown",
     "model.architecture.num_hidden_layers=99999999999": "num_hidden_layers=99999999999: allowed is int >= 1, <= 10000",
     "model.architecture.num_hidden_layers=x": "num_hidden_layers=x: allowed is int >= 1",

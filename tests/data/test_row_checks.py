@@ -26,7 +26,7 @@ BAD_ROWS: dict[str, tuple[Rows, list[str]]] = {
         ["train.jsonl", "no column hypothesis", "there is: premise, label"],
     ),
     "missing label": ({"premise": ["a"], "hypothesis": ["b"]}, ["no column label"]),
-    "null text": ({"premise": ["a", None], "hypothesis": ["b", "c"], "label": [0, 1]}, ["column premise: row 1", "null"]),
+    "null texts": ({"premise": [None, None], "hypothesis": ["b", "c"], "label": [0, 1]}, ["column premise: all 2 rows"]),
     "number for text": ({"premise": [7], "hypothesis": ["b"], "label": [0]}, ["column premise holds int64", "text"]),
     "mixed text": ({"premise": ["a", 7], "hypothesis": ["b", "c"], "label": [0, 1]}, ["column premise: row 1 has int"]),
     "null label": ({"premise": ["a"], "hypothesis": ["b"], "label": [None]}, ["column label: row 0", "null"]),

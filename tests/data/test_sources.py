@@ -170,7 +170,16 @@ def test_a_missing_split_names_what_is_there(tmp_path: Path) -> None:
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert "does not exist" in fault_of(make_task(tmp_path / "absent"))
     (tmp_path / "file").touch()
-    assert "is a file" in fault_of(make_task(tmp_path / "file"))
+    assert "a file of type none; allowed is parquet" in fault_of(make_task(tmp_path / "file"))
+    (tmp_path / "file.csv").write_text("premise,hypothesis,label\na,b,0\n")
+    assert "is a file: expected is a folder with validation_matched." in fault_of(make_task(tmp_path / "file.csv"))
+
+
+def test_missing_texts_are_empty_and_counted(tmp_path: Path) -> None:
+    rows: Rows = {"premise": ["a", None, " "], "hypothesis": ["b", "c", "d"], "label": [0, 1, 2]}
+    splits = load_splits(make_task(write_both(tmp_path, rows)), offline=True)
+    assert splits.rows["train"][:]["premise"] == ["a", "", " "]
+    assert splits.empty == {"train": {"premise": 2}, "validation_matched": {"premise": 2}}
 
 
 def test_training_subsets_are_fixed_and_nested(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_milora_differs_from_lora_by_its_start() -> None:
 
 def test_milora_refuses_a_base_without_a_plain_weight() -> None:
     from wlora.methods.base import Setting
-    from wlora.models.architectures import Target
+    from wlora.models.targets import Target
 
     method = Rig("milora").method
 

@@ -126,7 +126,7 @@ def test_what_peft_refuses_is_one_line() -> None:
 
     from wlora.methods.base import Setting
     from wlora.methods.dora import DoRA
-    from wlora.models.architectures import Target
+    from wlora.models.targets import Target
 
     target = [Target("odd", 0, "odd")]
     with pytest.raises(ConfigError, match="PEFT says"):

@@ -14,7 +14,8 @@ from wlora.methods.base import Setting, Steps
 from wlora.methods.registry import build_method
 from wlora.methods.selection import top_k
 from wlora.methods.wlora import WLoRA
-from wlora.models.architectures import Target, list_targets, read_architecture
+from wlora.models.architectures import read_architecture
+from wlora.models.targets import Target, list_targets
 
 _randperm = torch.randperm
 

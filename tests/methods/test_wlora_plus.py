@@ -13,7 +13,7 @@ from tests.support.toy_model import SETTINGS, N, Rig
 from wlora.methods.base import Setting, Steps
 from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.registry import build_method
-from wlora.models.architectures import Target
+from wlora.models.targets import Target
 from wlora.training.optimizers import Optimizers
 
 

@@ -17,9 +17,9 @@ from wlora.config.identity import run_id, scientific_fields
 from wlora.experiment.build import assemble
 from wlora.methods.base import Method
 from wlora.methods.registry import build_method
-from wlora.models.architectures import FAMILIES, list_targets
 from wlora.models.loading import checkpoint_activations, load_model, load_tokenizer
 from wlora.models.source import ModelSource
+from wlora.models.targets import find_layout, list_targets
 
 MODELS = ["tiny_bert", "tiny_deberta", "tiny_bart", "tiny_llama"]
 OWN = {**FITTING, "flexora": ["method.held_out=16"]}  # of the few rows
@@ -45,7 +45,7 @@ class Rig:
             checkpoint_activations(self.model)
         self.model.train()
         architecture = self.model.config.to_dict()
-        depths = [(stack.prefix, architecture[stack.depth_key]) for stack in FAMILIES[architecture["model_type"]]]
+        depths = [(stack.prefix, len(stack.layers)) for stack in find_layout(architecture).stacks]
         names = [f"{prefix}.{index}" for prefix, depth in depths for index in range(depth)]
         self.layers = [self.model.get_submodule(name) for name in names]
         universe = list_targets(architecture, "all")

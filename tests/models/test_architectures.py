@@ -21,10 +21,10 @@ from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
 from wlora.methods.wlora import WLoRA
 from wlora.methods.wlora_plus import WLoRAPlus
-from wlora.models.architectures import Target, count_targets, list_targets
 from wlora.models.heads import head_parameters
 from wlora.models.loading import build_unloaded
 from wlora.models.source import ModelSource
+from wlora.models.targets import Target, count_targets, list_targets
 
 D, F = 768, 3072
 SQUARE, WIDE = D + D, D + F

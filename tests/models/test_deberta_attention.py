@@ -15,7 +15,6 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from wlora.adapters.adapter_set import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
-from wlora.models.architectures import list_targets
 from wlora.models.deberta_attention import (
     OccurringPositionsAttention,
     occurring_positions,
@@ -24,6 +23,7 @@ from wlora.models.deberta_attention import (
 )
 from wlora.models.first_token import first_token_alone
 from wlora.models.loading import checkpoint_activations
+from wlora.models.targets import list_targets
 from wlora.training.precision import Precision, lower_base
 
 BUCKETS = {"position_buckets": 256, "max_relative_positions": -1}

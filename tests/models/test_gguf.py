@@ -20,11 +20,12 @@ from wlora.adapters.adapter_set import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
 from wlora.errors import ConfigError
 from wlora.methods.milora import decompose_base
-from wlora.models.architectures import Target, count_targets, read_architecture
+from wlora.models.architectures import read_architecture
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.quantization import count_model
 from wlora.models.source import locate
+from wlora.models.targets import Target, count_targets
 
 FILE = "model.Q8_0.gguf"
 
@@ -98,9 +99,12 @@ def test_a_file_of_another_family_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / FILE, architecture="qwen2")
     with pytest.raises(ConfigError, match="family qwen2: allowed is llama"):
         compose(*words(tmp_path))
-    write_gguf(tmp_path / "llama.gguf")
-    with pytest.raises(ConfigError, match="contains a llama model, but model=tiny_bert is bert"):
-        compose("model=tiny_bert", f"model.path={tmp_path}", "model.gguf_file=llama.gguf")
+
+
+def test_a_file_needs_no_model_of_its_family(tmp_path: Path) -> None:
+    write_gguf(tmp_path / FILE)
+    model = compose("model=tiny_bert", f"model.path={tmp_path}", f"model.gguf_file={FILE}").model
+    assert model.name == tmp_path.name and model.architecture["model_type"] == "llama"
 
 
 def test_a_missing_file_is_refused_and_those_there_are_named(folder: Path, run_main: RunMain) -> None:

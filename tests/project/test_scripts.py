@@ -117,6 +117,15 @@ def test_stages_follow_each_other_and_the_table_comes_last(recorder: Path, tmp_p
     assert len(found) == 5
 
 
+def test_only_tuning_sweeps_are_raced(recorder: Path, tmp_path: Path) -> None:
+    run_script("table1", path=recorder, TASKS="rte", METHODS="lora", RACE="1", TUNE_SEED="10")
+    grid, seeds, _ = calls(tmp_path)
+    assert " seed=10 race=halving train.keep=1" in grid and "seed=range(5)" in seeds and "race" not in seeds
+    done = run_script("table1", DRY="1", SCALE="cpu", RACE="1", RESULTS=str(tmp_path), TASKS="sst2", METHODS="lora")
+    first, second, total = done.stdout.splitlines()
+    assert "0 of 4 runs done or beaten in a race" in first and "0 of 5 runs done," in second and "0 of 9" in total
+
+
 def test_local_data_are_passed_on(recorder: Path, tmp_path: Path) -> None:
     run_script("table6", path=recorder, TASKS="rte", METHODS="rlora", DATA="data", RESULTS="here")
     assert "results_dir=here task=rte task.path=data/rte method=rlora experiment=table6 k=1,5,10" in calls(tmp_path)[0]
@@ -167,3 +176,18 @@ def test_a_small_study_runs_resumes_and_makes_its_table(tmp_path: Path) -> None:
     listed = run_script("table1", *small, DRY="1", **settings)
     # Four rates and five seeds. A best rate that is at an edge again would ask for another one.
     assert re.search("^9 of (9|10) runs done; 0 s left", listed.stdout, re.MULTILINE), listed.stdout
+
+
+def test_recorded_grids_race_as_the_committed_table_says() -> None:
+    words = ["scripts/race_check.py", "grids", "results/selection"]
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    committed = (ROOT / "results" / "benchmarks" / "racing" / "grids.md").read_text()
+    assert done.returncode == 0 and done.stdout.strip() and committed.startswith(done.stdout.rstrip()), done.stderr
+    assert "11 of 22 choices within 0.002, 0 of 22 within 40% of the steps" in done.stdout

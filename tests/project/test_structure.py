@@ -15,7 +15,7 @@ ROOMS = (
     *("errors", "distributed", "console", "reading", "metrics", "config", "storage", "data", "tasks", "models"),
     *("adapters", "methods", "training", "analysis", "experiment", "cli"),
 )
-ENTRIES = ("__init__", "__main__", "run", "tables", "figures", "report", "export", "memory", "sweep")
+ENTRIES = ("__init__", "__main__", "run", "tables", "figures", "report", "export", "predict", "memory", "sweep")
 SOURCES = sorted([*(ROOT / "wlora").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 400
 

@@ -77,10 +77,10 @@ def replace(file: Path, kind: str) -> None:
 
 def read_all(results: Path, run_id: str) -> list[str]:
     """Let every program read a study; returns what those refuse that are asked for the one record. None may crash."""
-    sweep._read.cache_clear()
+    sweep.read_records.cache_clear()
     refused = []
     everything: list[Callable[[], object]] = [lambda: tables.main(["all", f"results_dir={results}"])]
-    everything += [lambda: tables.main(["summary", f"results_dir={results}"]), lambda: sweep._read(results)]
+    everything += [lambda: tables.main(["summary", f"results_dir={results}"]), lambda: sweep.read_records(results)]
     everything += [lambda: read_study(results, {("sst2", "wlora")}), lambda: report._runs(read_study(results)[0])]
     everything += [lambda: report._environments(read_study(results)[0])]
     asked: list[Callable[[], object]] = [lambda: rerun.prepare([f"from={run_id}", f"results_dir={results}"])]

@@ -9,7 +9,7 @@ from torch import nn
 
 from wlora.methods.base import Event, Method, Setting, Steps
 from wlora.methods.registry import build_method
-from wlora.models.architectures import Target
+from wlora.models.targets import Target
 from wlora.training.optimizers import Optimizers
 
 N, WIDTH, ROWS = 6, 16, 32

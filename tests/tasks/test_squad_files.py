@@ -65,7 +65,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        (0, {"context": None}, "column context: row 0 is empty"),
+        (0, {"context": None}, "row 0 has an empty context; expected is"),
         (0, {"question": 7}, "column question: row 1 has str; expected is int"),
         (1, {"answers": None}, "column answers: row 1 is empty"),
         (1, {"context": "", "answers": {"text": ["a"], "answer_start": [0]}}, "row 1 has an empty context; expected is"),
@@ -102,7 +102,7 @@ def test_missing_columns_and_flat_answers_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"no column {name}"):
             load_splits(make_config(path=write_both(folder, rows)), offline=True)
     rows = [dict(row, answers=row["question"]) for row in ROWS]
-    with pytest.raises(ConfigError, match="column answers holds string; expected is"):
+    with pytest.raises(ConfigError, match="column answers: row 0 has the answer '.*', which is not in its context"):
         load_splits(make_config(path=write_both(tmp_path, rows)), offline=True)
 
 

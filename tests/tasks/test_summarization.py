@@ -223,7 +223,7 @@ def test_local_files_in_the_benchmarks_schema(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ({"document": ["a"], "highlights": ["b"]}, "no column summary"),
-        ({"document": ["a", None], "summary": ["b", "c"]}, "column document: row 1 is empty (null)"),
+        ({"document": [None, None], "summary": ["b", "c"]}, "column document: all 2 rows are empty (null)"),
         ({"document": ["a"], "summary": [3]}, "column summary holds int64; expected is text"),
     ],
 )

@@ -274,14 +274,14 @@ def check_that_it_stopped(number: signal.Signals, code: int, error: str, results
 def test_a_signal_ends_the_step_saves_and_says_so(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_main: RunMain
 ) -> None:
-    before = Trainer._train_step
+    before = Trainer._take_step
 
-    def signalled(trainer: Trainer, step: int, batches: list[list[int]]) -> None:
+    def signalled(trainer: Trainer, step: int, loss: torch.Tensor) -> None:
         if step == 3:
             os.kill(os.getpid(), number)
-        before(trainer, step, batches)
+        before(trainer, step, loss)
 
-    monkeypatch.setattr(Trainer, "_train_step", signalled)
+    monkeypatch.setattr(Trainer, "_take_step", signalled)
     words = [*TINY, "method=wlora", "rank=4", "train.checkpoint_every=0", f"results_dir={tmp_path}"]
     code, _, error = run_main(*words)
     check_that_it_stopped(number, code, error, tmp_path)

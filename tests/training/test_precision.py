@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,11 +15,12 @@ from tests.conftest import compose
 from wlora.experiment.build import assemble
 from wlora.methods.base import Method
 from wlora.methods.registry import build_method
+from wlora.methods.selection import widest
 from wlora.models.heads import head_parameters
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import ModelSource
 from wlora.training import precision as precision_module
-from wlora.training.precision import Precision, choose_precision, lower_base
+from wlora.training.precision import Precision, choose_precision, has_accelerator, lower_base
 
 FAMILIES = ["tiny_bert", "tiny_deberta", "tiny_bart", "tiny_llama"]
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,6 +110,20 @@ def test_float32_leaves_the_model_alone() -> None:
     rig = Rig("tiny_bert", "fp32")
     assert all(p.dtype == torch.float32 for p in rig.model.parameters())
     assert not any(module._forward_pre_hooks for module in rig.model.modules())
+
+
+def test_apples_gpu_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert Accelerator(cpu=not has_accelerator()).device.type == "cpu"
+    for check in ("is_available", "is_built"):
+        monkeypatch.setattr(torch.backends.mps, check, lambda: True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        device = Accelerator(cpu=not has_accelerator()).device
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert device.type == "mps" and widest(device) == torch.float32
+    assert choose_precision("auto", device).name == "fp32"
 
 
 @pytest.mark.parametrize("chosen", LOW)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from wlora.adapters.layer import AdaptedLinear, Adapter, LowRankAdapter
-from wlora.models.architectures import Target
+from wlora.models.linears import base_weight, widths
+from wlora.models.targets import Target
 
 MakeAdapter = Callable[[int, int, torch.device], LowRankAdapter]
 
@@ -29,16 +30,19 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
         """Attach an adapter to the target's module.
 
         Args:
-            target: the module to adapt. It needs `in_features` and `out_features` and maps [..., d_in] to [..., d_out];
-                quantised modules work, too.
+            target: the module to adapt, of any kind that `wlora.models.linears` knows; quantised modules work, too.
             make: builds the adapter from (d_in, d_out, device).
         """
         base = self._model.get_submodule(target.name)
         device = next(base.parameters()).device
-        adapter = make(int(base.in_features), int(base.out_features), device)  # type: ignore[arg-type]
+        adapter = make(*widths(base), device)
         self._replace(target.name, AdaptedLinear(base, adapter))
         self._targets[target.name] = target
         return adapter
+
+    def base(self, name: str) -> nn.Module:
+        """Return the frozen module that an adapter is attached to."""
+        return self._adapted(name).base
 
     def disconnect(self, name: str) -> None:
         """Remove an adapter: the base module returns to its place, unchanged."""
@@ -52,8 +56,8 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
             TypeError: the base weight is not floating-point.
         """
         adapted = self._adapted(name)
-        weight = adapted.base.weight
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        weight = base_weight(adapted.base)
+        if weight is None:
             raise TypeError(f"{name}: an adapter can be merged into a floating-point weight only")
         with torch.no_grad():
             weight.add_(adapted.adapter.delta_weight().to(weight.dtype))

@@ -220,6 +220,11 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.adapter = adapter
 
+    @property
+    def weight(self) -> Any:
+        """The weight of the base module. T5 reads its dtype before it calls the module."""
+        return self.base.weight
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) + adapter(x) in the base's output dtype, for x of shape [..., d_in]."""
         out: Tensor = self.base(x, *args, **kwargs)

@@ -37,13 +37,19 @@ _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Module names have at most a few hundred characters. File names do, too, and `_compile` treats the pattern as one.
 _PATTERN = re.compile(r"\^?(\w|-|\.\*|\\?\.){1,300}")
 _LARGEST_CONFIG = 1 << 20  # bytes
-_TASK_TYPES = {"sequence_classification": "SEQ_CLS", "question_answering": "QUESTION_ANS", "seq2seq": "SEQ_2_SEQ_LM"}
+_TASK_TYPES = {
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
 # Other settings of PEFT's LoRA that change the function. Only these values are supported.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # other values change the base's weights
-    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "use_qalora", "fan_in_fan_out"), (False,)),
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "use_qalora"), (False,)),
+    "fan_in_fan_out": (False, True),  # of the base weight: A and B are stored alike
     **dict.fromkeys(
         ("layer_replication", "target_parameters", "trainable_token_indices", "use_bdlora", "arrow_config", "kasa_config"),
         (None,),
@@ -66,11 +72,18 @@ class Start(NamedTuple):
     head: dict[str, Tensor]
 
 
-def describe_lora(factors: Mapping[str, Factors], *, dropout: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def describe_lora(
+    factors: Mapping[str, Factors], *, dropout: float, transposed: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return PEFT's configuration and tensors of plain LoRA adapters.
 
     PEFT's alpha is scale·r, so that B is written unchanged. The most common pair of rank and alpha is written as `r`
     and `lora_alpha`, other values in `rank_pattern` and `alpha_pattern`.
+
+    Args:
+        factors: the adapters by module name.
+        dropout: dropout probability on an adapter's input.
+        transposed: whether the base weights are stored as [d_in, d_out], as GPT-2's are.
     """
     numbers = {name: (len(A), scale * len(A)) for name, (A, _, scale) in factors.items()}
     rank, alpha = Counter(numbers.values()).most_common(1)[0][0]
@@ -84,6 +97,8 @@ def describe_lora(factors: Mapping[str, Factors], *, dropout: float) -> tuple[di
         "rank_pattern": {name: r for name, (r, _) in numbers.items() if r != rank},
         "alpha_pattern": {name: a for name, (_, a) in numbers.items() if a != alpha},
     }
+    if transposed:
+        config["fan_in_fan_out"] = True
     tensors = {f"{_PREFIX}{name}.lora_{part}.weight": getattr(own, part) for name, own in factors.items() for part in "AB"}
     return config, tensors
 

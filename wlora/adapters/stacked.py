@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,64 +18,77 @@ Drop = Callable[[Tensor, float, Tensor | None], Tensor]
 """Dropout of (rows, probability, indices of the runs that they belong to, None for all)."""
 
 
-class _Shape(NamedTuple):
-    """What the adapters of one batched product have in common."""
+class Stacks:
+    """Parameters of several runs, stacked for one pass, and their gradients.
 
-    rank: int
-    dropout: float
-    gated: bool
-    weighted: bool
-    positive: bool
+    Each stack is a leaf of the graph. After the backward pass its gradient is divided over the parameters as views: two
+    operations for any number of runs, where autograd would copy the gradient of every parameter.
+    """
+
+    def __init__(self) -> None:
+        self._stacks: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] = {}
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return tensors of equal shape stacked along a new first dimension; the same ones give the same stack."""
+        key = tuple(map(id, tensors))
+        if key not in self._stacks:
+            with torch.no_grad():
+                stacked = torch.stack(list(tensors))
+            self._stacks[key] = tensors, stacked.requires_grad_(any(t.requires_grad for t in tensors))
+        return self._stacks[key][1]
+
+    def divide(self) -> None:
+        """Add the gradients of the stacks to those of the parameters, and forget the stacks."""
+        for tensors, stacked in self._stacks.values():
+            if stacked.grad is None:
+                continue
+            for tensor, gradient in zip(tensors, stacked.grad.unbind(), strict=True):
+                if tensor.requires_grad:
+                    tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+        self._stacks.clear()
 
 
-def add_adapters(out: Tensor, x: Tensor, adapters: Sequence[LowRankAdapter | None], drop: Drop) -> Tensor:
+def add_adapters(out: Tensor, x: Tensor, adapters: Sequence[LowRankAdapter | None], drop: Drop, stack: Stacks) -> Tensor:
     """Add to the base's output what each run's adapter returns for the rows of that run.
 
     Args:
         out: the base's output [rows, ..., d_out], or [1, ..., d_out] if all runs share the input.
         x: the base's input [rows, ..., d_in]; the same number of rows for each run.
-        adapters: one per run, None where the run has none on this module.
+        adapters: one per run, None where the run has none on this module. They have no gates.
         drop: the dropout on the adapters' input.
+        stack: stacks the adapters' parameters.
 
     Returns:
         Shape [rows, ..., d_out] in the dtype of `out`; of a shared input one row per run.
     """
     runs = len(adapters)
-    if all(adapter is None for adapter in adapters):
+    groups: dict[tuple[int, float], list[int]] = {}
+    for index, adapter in enumerate(adapters):
+        if adapter is not None:
+            groups.setdefault((adapter.rank, adapter.dropout if adapter.training else 0.0), []).append(index)
+    if not groups:
         return out
     if len(out) == 1 < runs:
         out = out.expand(runs, *out.shape[1:])
     summed = out.reshape(runs, -1, out.shape[-1])
-    for shape, members in _group(adapters).items():
+    for (_, dropout), members in groups.items():
         chosen = [adapter for index in members if (adapter := adapters[index]) is not None]
-        index = None if len(members) == runs else _constant(tuple(members), torch.int64, out.device)
-        rows = drop(_rows_of(x, index, runs), shape.dropout if chosen[0].training else 0.0, index)
-        found = _multiply(rows, chosen, shape).to(out.dtype)
-        summed = (
-            summed + found if index is None else summed.index_add(0, index, found.expand(len(members), *found.shape[1:]))
-        )
+        some = None if len(members) == runs else _constant(tuple(members), torch.int64, out.device)
+        rows = drop(_rows_of(x, some, runs), dropout, some)
+        found = _multiply(rows, chosen, stack).to(out.dtype).expand(len(members), -1, -1)
+        summed = summed + found if some is None else summed.index_add(0, some, found)
     return summed.reshape(out.shape)
 
 
-def apply_linears(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
+def apply_linears(x: Tensor, linears: Sequence[nn.Linear], stack: Stacks) -> Tensor:
     """Apply each run's own linear module to the rows of that run; x has shape [rows, ..., d_in]."""
     blocks = x.reshape(len(linears), -1, x.shape[-1])
-    weights = torch.stack([linear.weight for linear in linears]).transpose(1, 2)
+    weights = stack([linear.weight for linear in linears]).transpose(1, 2)
     if linears[0].bias is None:
         found = torch.bmm(blocks, weights)
     else:
-        found = torch.baddbmm(torch.stack([linear.bias for linear in linears]).unsqueeze(1), blocks, weights)
+        found = torch.baddbmm(stack([linear.bias for linear in linears]).unsqueeze(1), blocks, weights)
     return found.view(*x.shape[:-1], -1)
-
-
-def _group(adapters: Sequence[LowRankAdapter | None]) -> dict[_Shape, list[int]]:
-    """Return the indices of the adapters that can be multiplied together."""
-    groups: dict[_Shape, list[int]] = {}
-    for index, a in enumerate(adapters):
-        if a is not None:
-            shape = _Shape(a.rank, a.dropout, a.gates is not None, a.omega is not None, a.positive)
-            groups.setdefault(shape, []).append(index)
-    return groups
 
 
 def _rows_of(x: Tensor, index: Tensor | None, runs: int) -> Tensor:
@@ -86,22 +98,19 @@ def _rows_of(x: Tensor, index: Tensor | None, runs: int) -> Tensor:
     return x.view(runs, -1, *x.shape[1:]).index_select(0, index).flatten(0, 1)
 
 
-def _multiply(rows: Tensor, adapters: Sequence[LowRankAdapter], shape: _Shape) -> Tensor:
-    """Return s·ω·B diag(g) A x of every adapter for its rows, [adapters, rows · tokens, d_out]."""
-    A = torch.stack([adapter.A for adapter in adapters])
-    B = torch.stack([adapter.B for adapter in adapters])
+def _multiply(rows: Tensor, adapters: Sequence[LowRankAdapter], stack: Stacks) -> Tensor:
+    """Return s·ω·B A x of every adapter for its rows, [adapters, rows · tokens, d_out]."""
+    A, B = stack([adapter.A for adapter in adapters]), stack([adapter.B for adapter in adapters])
     rows = rows.to(A.dtype)
     if len(rows) == 1 < len(adapters):
         components = rows.reshape(-1, rows.shape[-1]) @ A.transpose(1, 2)
     else:
         components = torch.bmm(rows.reshape(len(adapters), -1, rows.shape[-1]), A.transpose(1, 2))
-    weighting = _constant(tuple(adapter.scale for adapter in adapters), A.dtype, A.device).view(-1, 1, 1)
-    if shape.weighted:
-        omega = torch.stack([adapter.omega for adapter in adapters if adapter.omega is not None])
-        weighting = weighting * (positive_part(omega) if shape.positive else omega).view(-1, 1, 1)
-    if shape.gated:
-        weighting = weighting * torch.stack([a.gates for a in adapters if a.gates is not None]).unsqueeze(1)
-    return torch.bmm(components * weighting, B.transpose(1, 2))
+    weighting = _constant(tuple(adapter.scale for adapter in adapters), A.dtype, A.device)
+    if any(adapter.omega is not None for adapter in adapters):
+        one = _constant((1.0,), A.dtype, A.device).squeeze()
+        weighting = weighting * positive_part(stack([one if a.omega is None else a.omega for a in adapters]))
+    return torch.bmm(components * weighting.view(-1, 1, 1), B.transpose(1, 2))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
 from wlora.config.identity import later_keys, scientific_fields
-from wlora.config.schema import TaskConfig, config_folder, restore_config
+from wlora.config.schema import Config, TaskConfig, config_folder, restore_config
+from wlora.data.held_out import count_folds
 from wlora.errors import ConfigError, unknown_name
-from wlora.models.architectures import count_targets
+from wlora.models.layout import FAMILIES
+from wlora.models.targets import count_targets
 from wlora.storage.environment import name_machine
 from wlora.storage.records import Record
 
@@ -40,7 +43,13 @@ class Point(NamedTuple):
 ENDED = ("success", "diverged")
 """A run with one of these has its result: more steps or another try would not change it."""
 
+TRIED = (*ENDED, "stopped")
+"""A run with one of these counts as tried where points are compared: one that a race has stopped was beaten."""
+
 _NAMES = ("task", "model", "method")
+
+FOLD_STRIDE = 1000
+"""The runs of `task.validation=folds=N` count as seeds: fold 2 of seed 0 as 2, and of seed 1 as 1002."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,8 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
-        return int(self.record.config["seed"])
+        """What tells the run from others of its setting and point: its seed; with folds, also its fold."""
+        return _with_fold(int(self.record.config["seed"]), self.record.config["task"].get("fold"))
 
     @property
     def point(self) -> Point:
@@ -108,7 +117,9 @@ class Run:
         targets = self.record.config["method"].get("targets")
         # Not that of the model's folder, which need not be on this machine.
         architecture = self.record.config["model"].get("architecture")
-        return count_targets(architecture, targets) if targets and architecture else None
+        # A family that is not described would have to be built by torch.
+        known = targets and architecture and architecture.get("model_type") in FAMILIES
+        return count_targets(architecture, targets) if known else None
 
     @property
     def machine(self) -> str:
@@ -121,6 +132,16 @@ class Run:
         return self.record.metrics[self.record.primary_metric]
 
 
+def _with_fold(seed: int, fold: int | None) -> int:
+    return seed if fold is None else seed * FOLD_STRIDE + fold
+
+
+def seeds_of(config: Config) -> list[int]:
+    """Return what `Run.seed` will be for the runs of a configuration: one, or one per fold."""
+    folds = count_folds(config.task) if config.task.fold is None else None
+    return [_with_fold(config.seed, fold) for fold in (range(folds) if folds else [config.task.fold])]
+
+
 # What a task's rows are. Where the rows come from counts only without `task.path`, which may be a copy.
 _SCHEMA = ("kind", "benchmark", "columns", "labels", "validation", "metrics", "unanswerable")
 _SOURCE = ("hub_id", "subset", "generator")
@@ -129,10 +150,14 @@ _SOURCE = ("hub_id", "subset", "generator")
 def name_rows(task: Mapping[str, Any]) -> str:
     """Return the name under which the rows of a task's configuration stand: NAME, or NAME_own where they are not NAME's.
 
+    An own table without a name of its own has that of its file or repository.
+
     They are not where schema or source differ from the task's YAML, as after `task.columns=...`: a table would print
     such rows as the benchmark's.
     """
     name = str(task["name"])
+    if task.get("benchmark") == "table" and shipped_task(name):
+        return Path(str(task.get("path") or task.get("hub_id") or name)).stem
     benchmark = shipped_task(name)
     keys = _SCHEMA if task.get("path") else _SCHEMA + _SOURCE
     own = benchmark and any(key in task and task[key] != benchmark[key] for key in keys)
@@ -290,7 +315,9 @@ def _lookup(run: Run, key: str) -> tuple[bool, Any]:
 
 
 def without_point(fields: dict[str, Any]) -> dict[str, Any]:
-    return flatten({key: value for key, value in fields.items() if key not in ("version", "seed", *Point._fields)})
+    flat = flatten({key: value for key, value in fields.items() if key not in ("version", "seed", *Point._fields)})
+    flat.pop("task.fold", None)  # folds are averaged, as seeds are
+    return flat
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

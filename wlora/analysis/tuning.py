@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from wlora.analysis.study import ENDED, Point, Run, name_rows, require_one_setting, show, without_point
+from wlora.analysis.study import ENDED, TRIED, Point, Run, name_rows, require_one_setting, show, without_point
 from wlora.analysis.study_reader import read_study
 from wlora.config.identity import scientific_fields
 from wlora.config.schema import Config
@@ -38,12 +38,14 @@ class Choice:
     Attributes:
         point: the best point on the tuning seed.
         seed: the tuning seed.
-        tried: all points compared on that seed, including diverged ones.
+        tried: all points compared on that seed, including diverged ones and those that a race has stopped.
+        raced: whether a race has stopped any of them.
     """
 
     point: Point
     seed: int
     tried: tuple[Point, ...]
+    raced: bool = False
 
     @property
     def compared(self) -> int:
@@ -100,13 +102,15 @@ class Choice:
 def choose_point(runs: Iterable[Run]) -> Choice | None:
     """Choose the best point among the ended runs of one setting; None if no run succeeded on the tuning seed.
 
+    A run that a race has stopped counts as tried. It cannot be chosen, as it was beaten by a run that went on.
+
     The tuning seed is `TUNE_SEED` if it has runs at several points; otherwise it is the seed with most points, and among
     these the lowest. Runs of other seeds at the chosen point therefore do not change the choice. The best primary metric on
     the dev set wins. In a tie, lower rates and shorter warm-up win.
     """
     points: dict[int, dict[Point, Run]] = {}
     for run in runs:
-        if run.status in ENDED:
+        if run.status in TRIED:
             points.setdefault(run.seed, {})[run.point] = run
     if not points:
         return None
@@ -116,7 +120,8 @@ def choose_point(runs: Iterable[Run]) -> Choice | None:
     if not succeeded:
         return None
     best = max(succeeded, key=lambda run: (run.score, *(-(value or 0) for value in run.point)))
-    return Choice(best.point, seed, tuple(points[seed]))
+    raced = any(run.status == "stopped" for run in points[seed].values())
+    return Choice(best.point, seed, tuple(points[seed]), raced)
 
 
 def wanted_keys(config: Config) -> list[str]:

@@ -11,10 +11,13 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from wlora.cli.job import OUTCOMES, Outcome, Sweep, tell
+from wlora.analysis.study import Run
+from wlora.cli.job import OUTCOMES, Outcome, Sweep
 from wlora.cli.packed import Packing, prepare_one
+from wlora.cli.racing import is_raced, race
 from wlora.config.presets import apply_presets
 from wlora.config.spelling import check_read, swept_keys
+from wlora.console import tell
 from wlora.errors import ConfigError, RunFault
 
 # Launchers with a file in conf/hydra/launcher, and the extra of wlora that installs each.
@@ -43,11 +46,40 @@ class Collecting:
         """
         for notice in check_read(job_overrides, self._compose):
             tell(f"notice: {notice}")
+        before = len(OUTCOMES.outcomes)
+        first = self._compose(job_overrides[0])
+        if is_raced(first, swept=self._sweep.keys, in_batches=self._sweep.in_batches):
+            returned = self._race(job_overrides, initial_job_idx)
+        else:
+            returned = self._run(job_overrides, initial_job_idx)
+        found = [job for job in returned if isinstance(getattr(job, "_return_value", None), Outcome)]
+        OUTCOMES.outcomes[before:] = [job._return_value for job in found]
+        for job in found:
+            job.return_value = job._return_value.score
+        return list(returned)
+
+    def _race(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        from hydra.core.utils import JobReturn, JobStatus
+
+        before = len(OUTCOMES.outcomes)
+
+        def advance(jobs: list[list[str]]) -> Sequence[Any]:
+            del OUTCOMES.outcomes[before:]  # those of the round before: a run has one outcome
+            return self._run(jobs, initial_job_idx)
+
+        returned = race(job_overrides, self._compose, advance)
+        for index, run in enumerate(returned):
+            if isinstance(run, Run):  # decided by an earlier command
+                name, score = self._sweep.label(job_overrides[index]), run.score if run.status == "success" else None
+                outcome = Outcome(name, run.status, score, 0, run.record.error or "")
+                returned[index] = JobReturn(_return_value=outcome, status=JobStatus.COMPLETED)
+        return returned
+
+    def _run(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         if not self._sweep.in_batches:
             self._sweep.total = len(job_overrides)
-        before = len(OUTCOMES.outcomes)
         try:
-            returned = self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
+            return list(self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx))
         except (ConfigError, OSError, ValueError, TypeError, AttributeError, KeyError, OmegaConfBaseException):
             raise
         except Exception as error:  # each launcher raises its own exception classes
@@ -56,11 +88,6 @@ class Collecting:
                 f"hydra/launcher={self._name}: {type(error).__name__}: {reason}\n"
                 "way out: repeat the command; it skips finished runs and continues with the others"
             ) from error
-        found = [job for job in returned if isinstance(getattr(job, "_return_value", None), Outcome)]
-        OUTCOMES.outcomes[before:] = [job._return_value for job in found]
-        for job in found:
-            job.return_value = job._return_value.score
-        return list(returned)
 
 
 @contextmanager

@@ -15,21 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from wlora.analysis.study_reader import read_runs
 from wlora.cli.entry import serve
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
+from wlora.data.own_tables import require_source
 from wlora.errors import wrong_value
 from wlora.experiment.build import Assembly, assemble, prepare_method
-from wlora.models.architectures import list_targets, read_architecture
+from wlora.models.architectures import read_architecture
 from wlora.models.first_token import first_token_alone
+from wlora.models.targets import list_targets
 from wlora.storage.atomic_write import check_folders, write_whole
 from wlora.storage.environment import describe_environment
 from wlora.storage.sealing import seal
+from wlora.tasks.base import find_kind
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
-from wlora.training.precision import choose_precision
+from wlora.training.precision import choose_precision, has_accelerator
 
 # Number of steps between zero adapters and all adapters at which memory is measured.
 STOPS = 12
@@ -51,7 +55,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def write(config: Config) -> Path:
     """Measure one setting, write the results and return their path."""
-    task, n = config.task, len(list_targets(read_architecture(config.model), config.targets))
+    require_source(config.task)
+    task, n = config.task, len(_target_names(config))
     name = f"{config.model.name}_{config.targets}_r{config.rank}_{task.batch_size}x{task.max_length}"
     if not re.fullmatch(r"[\w.-]{1,100}", config.model.name):
         raise wrong_value(
@@ -59,7 +64,7 @@ def write(config: Config) -> Path:
         )
     check_folders(config.results_dir, "memory")
     file = Path(config.results_dir) / "memory" / f"{name}.json"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = Accelerator(cpu=not has_accelerator()).device
     precision = choose_precision(config.precision, device)
     config.method = {"name": "lora", "rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
     method = prepare_method(config, None)
@@ -72,13 +77,18 @@ def write(config: Config) -> Path:
     return file
 
 
+def _target_names(config: Config) -> list[str]:
+    head = find_kind(config.task.kind).head
+    return [target.name for target in list_targets(read_architecture(config.model), config.targets, head)]
+
+
 def selections(config: Config) -> dict[str, list[str]]:
     """Return the sets of adapters to measure. Keys are an order and a number of adapters, such as `lowest first 5`.
 
     The orders are `lowest first` and `highest first` (by layer) and `as selected`. `as selected` is measured for every K of
     the study's `wlora` runs with this model and target set; it contains the K adapters that these runs kept most often.
     """
-    names = [target.name for target in list_targets(read_architecture(config.model), config.targets)]
+    names = _target_names(config)
     counts = sorted({1, *(round(len(names) * stop / STOPS) for stop in range(STOPS + 1))})
     found = {f"lowest first {count}": names[:count] for count in counts}
     found |= {f"highest first {count}": names[len(names) - count :] for count in counts}

@@ -19,19 +19,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wlora.analysis.study import Point, name_rows, read_value
+from wlora.analysis.racing import Entrant, divide, judge, read_entrant, work_left
+from wlora.analysis.study import Point, name_rows, read_value, seeds_of
 from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tuning import WORDS, Choice, Settings, wanted_keys
 from wlora.cli.entry import serve
 from wlora.config.presets import KEYED_BY, apply_presets
 from wlora.config.rules import RULES, satisfies
 from wlora.config.schema import Config, config_folder, register_schema
-from wlora.config.spelling import check_read, explain
+from wlora.config.spelling import check_read, explain, quote_folds
 from wlora.config.untrusted_yaml import guard_files
 from wlora.data.sources import fingerprint
 from wlora.errors import ConfigError, wrong_value
 from wlora.experiment.resolve import resolve
 from wlora.models.source import locate
+from wlora.storage.records import RecordStore
 from wlora.training.run_length import make_plan
 
 if TYPE_CHECKING:
@@ -47,29 +49,50 @@ class Cell:
     Attributes:
         config: the resolved configuration of any run of the cell.
         wanted: the requested runs. A value `tuned` or `beyond` means that the records do not determine it yet.
-        done: the requested runs with a successful record.
+        done: the requested runs with a successful record, and those that were beaten in a race.
         seconds: expected duration of one run on one process; None if no run of the model is recorded.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.wanted: set[tuple[Point, int]] = set()
-        folder = Path(config.results_dir)
-        self._study = _read(folder)
         self._data = {"task_data": fingerprint(config.task), "model_data": locate(config.model).fingerprint}
-        self._same = self._study.settings.same(config, **self._data)
+        self.read()
         self._choices: dict[str | None, Choice | None] = {}
         self.seconds = expected_seconds(config, self._study.paces)
 
     @property
     def done(self) -> set[tuple[Point, int]]:
-        """The requested runs that have a successful record."""
-        return {(run.point, run.seed) for run in self._same if run.status == "success"} & self.wanted
+        """The requested runs that need no more steps."""
+        if self.config.race == "off":
+            return {(run.point, run.seed) for run in self.recorded if run.status == "success"} & self.wanted
+        races = [(asked, race, judge(race)) for asked, race in self.races()]
+        return self.wanted - {asked[i] for asked, race, now in races for i in now.alive if not race[i].ended}
 
     @property
     def left(self) -> int:
         """Number of requested runs that are not done."""
         return len(self.wanted) - len(self.done)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Expected duration of the runs that are not done, on one process; None if that of one run is not known."""
+        runs = self.left if self.config.race == "off" else sum(work_left(race) for _, race in self.races())
+        return None if self.seconds is None else self.seconds * runs
+
+    def races(self) -> list[tuple[list[tuple[Point, int]], list[Entrant]]]:
+        """Return the requested runs of each seed, from lower to higher rates, and what a race knows of each."""
+        for run in self.recorded:
+            asked = run.point, run.seed
+            if asked in self.wanted - self._entrants.keys() and self.config.precision in ("auto", run.setting["precision"]):
+                self._entrants[asked] = read_entrant(RecordStore(self.config.results_dir), run)
+        return divide(self.wanted, self._entrants)
+
+    def read(self) -> None:
+        """Take over the present result of `read_records`."""
+        self._study = read_records(Path(self.config.results_dir))
+        self.recorded = self._study.settings.same(self.config, **self._data)
+        self._entrants: dict[tuple[Point, int], Entrant] = {}
 
     def add(self, points: Iterable[dict[str, str]]) -> None:
         """Request more runs.
@@ -78,20 +101,25 @@ class Cell:
             ConfigError: `wlora.run` would reject a point.
         """
         for words in points:
-            values: dict[str, Any] = {
-                key: read_value(words[key]) if key in words else getattr(self.config, key) for key in _POINT
-            }
-            config = dataclasses.replace(self.config, **values)
-            wanted, choice = wanted_keys(config), None
-            if wanted:
-                choice = self._choose(config)
-                own = config.tune_on in (None, config.task.name)
-                if choice is None and own and self._covers(config):
-                    continue  # `tuned` will be a point of the grid that is requested anyway, `beyond` perhaps one more
-            if choice is not None:
-                config = dataclasses.replace(config, **{key: choice.value(key, values[key]) for key in wanted})
-            _check(config)
-            self.wanted.add((_point(config), config.seed))
+            config = self.place(words)
+            own = config.tune_on in (None, config.task.name)
+            if wanted_keys(config) and own and self._covers(config):
+                continue  # `tuned` will be a point of the grid that is requested anyway, `beyond` perhaps one more
+            self.wanted |= {(asked_run(config)[0], seed) for seed in seeds_of(config)}
+
+    def place(self, words: dict[str, str]) -> Config:
+        """Return the configuration of a run, `tuned` and `beyond` replaced if the records determine them.
+
+        Raises:
+            ConfigError: `wlora.run` would reject it.
+        """
+        values: dict[str, Any] = {key: read_value(word) for key, word in words.items()}
+        config = dataclasses.replace(self.config, **values)
+        wanted = wanted_keys(config)
+        if wanted and (choice := self._choose(config)) is not None:
+            config = dataclasses.replace(config, **{key: choice.value(key, getattr(config, key)) for key in wanted})
+        _check(config)
+        return config
 
     def _choose(self, config: Config) -> Choice | None:
         """Return the values for `tuned`. Within a cell they depend only on `tune_on`, so they are cached."""
@@ -101,12 +129,13 @@ class Cell:
 
     def _covers(self, config: Config) -> bool:
         """Tell whether an already requested run with the same seed may become identical once `tuned` is replaced."""
-        asked = (point for point, seed in self.wanted if seed == config.seed)
-        return any(all(own in (*WORDS, value) for own, value in zip(_point(config), point, strict=True)) for point in asked)
+        mine, asked = asked_run(config)[0], (point for point, seed in self.wanted if seed in seeds_of(config))
+        return any(all(own in (*WORDS, value) for own, value in zip(mine, point, strict=True)) for point in asked)
 
 
-def _point(config: Config) -> Point:
-    return Point(config.lr, config.warmup, config.head_lr)
+def asked_run(config: Config) -> tuple[Point, int]:
+    """Return what a cell knows a run by."""
+    return Point(config.lr, config.warmup, config.head_lr), seeds_of(config)[0]
 
 
 def _check(config: Config) -> None:
@@ -133,7 +162,8 @@ class Study(NamedTuple):
 
 
 @functools.lru_cache
-def _read(folder: Path) -> Study:
+def read_records(folder: Path) -> Study:
+    """Read a results folder. The result is cached, so callers must clear the cache to see later records."""
     runs = read_runs(folder) if os.path.isdir(folder) else []
     paces: dict[tuple[str, ...], list[float]] = {}
     for run in runs:
@@ -194,9 +224,9 @@ def _tell(words: Sequence[str]) -> None:
     for cell in cells:
         print(_line(cell))
     left, total = sum(cell.left for cell in cells), sum(len(cell.wanted) for cell in cells)
-    known = [cell.seconds * cell.left for cell in cells if cell.seconds is not None]
     unknown = sum(cell.left for cell in cells if cell.seconds is None)
-    print(f"{total - left} of {total} runs done; {duration(sum(known))} left on one process", end="")
+    seconds = sum(cell.seconds_left or 0 for cell in cells)
+    print(f"{total - left} of {total} runs done; {duration(seconds)} left on one process", end="")
     print(f", and {unknown} runs of unknown length" if unknown else "")
 
 
@@ -217,7 +247,7 @@ def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
     """
     cells: dict[tuple[str, ...], Cell] = {}
     for words in sweeps:
-        parts = list(expand(words))
+        parts = list(expand(quote_folds(words)))
         check_read([overrides for overrides, _ in parts], _compose)
         for overrides, points in parts:
             key = tuple(sorted(overrides))
@@ -365,5 +395,6 @@ def _line(cell: Cell) -> str:
     config, method = cell.config, cell.config.method
     names = [f"{key}={method[key]}" for key in ("rank", "k", "targets") if key in method]
     where = " ".join([f"task={config.task.name}", f"model={config.model.name}", f"method={method['name']}", *names])
-    rest = "" if not cell.left else ", length unknown" if cell.seconds is None else f", {duration(cell.seconds * cell.left)}"
-    return f"{where}: {len(cell.wanted) - cell.left} of {len(cell.wanted)} runs done{rest}"
+    rest = "" if not cell.left else ", length unknown" if cell.seconds is None else f", {duration(cell.seconds_left or 0)}"
+    how = "" if cell.config.race == "off" else " or beaten in a race"
+    return f"{where}: {len(cell.wanted) - cell.left} of {len(cell.wanted)} runs done{how}{rest}"

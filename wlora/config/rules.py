@@ -12,10 +12,11 @@ import re
 from collections.abc import Container
 from typing import Any
 
-from wlora.config.schema import Config, walk
+from wlora.config.schema import MODULE_NAMES, TARGET_SETS, Config, walk
 from wlora.errors import wrong_value
 
 _DIGITS = 6  # maximum number of digits of a layer index
+_NAME = re.compile(r"[\w.*-]{1,200}")  # of a module, or a part of one
 
 RULES: dict[str, str] = {name: part.metadata["rule"] for name, part in walk() if part.metadata["rule"]}
 """Rules of the shared keys, by full key."""
@@ -41,11 +42,25 @@ def canonical(value: Any, rule: str) -> Any:
 
 
 def _spell(value: Any, rule: str) -> str:
+    if MODULE_NAMES in _choices(rule):
+        return _spell_names(value)
     text = str(value).lower()
     if text in ("true", "false") and text not in _choices(rule):
         text = "on" if text == "true" else "off"
-    name, at, layer = text.partition("@")
-    return f"{name}@{int(layer)}" if at and layer.isdecimal() and len(layer) <= _DIGITS else text
+    return text
+
+
+def _spell_names(value: Any) -> str:
+    """Return module names as one text: sorted, each once, joined by commas; `@LAYER`, which holds for all, at the end."""
+    items = value if isinstance(value, list) else [value]
+    names, at, layer = ",".join(str(item) for item in items).partition("@")
+    words = {word.strip() for word in names.split(",")}
+    text = ",".join(sorted(word.lower() if word.lower() in TARGET_SETS else word for word in words))
+    return f"{text}@{int(layer)}" if at and _is_layer(layer) else f"{text}{at}{layer}"
+
+
+def _is_layer(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _DIGITS
 
 
 def _choices(rule: str) -> list[str]:
@@ -62,9 +77,10 @@ def satisfies(value: Any, rule: str) -> bool:
     if "|" in rule or not re.match(r"(int|float)\b", rule):
         if value is None:
             return False
-        choices = _choices(rule)
-        name, at, layer = _spell(value, rule).partition("@")
-        return name in choices and (not at or ("SET@LAYER" in choices and layer.isdecimal() and len(layer) <= _DIGITS))
+        if MODULE_NAMES not in _choices(rule):
+            return _spell(value, rule) in _choices(rule)
+        names, at, layer = _spell(value, rule).partition("@")
+        return all(map(_NAME.fullmatch, names.split(","))) and (not at or _is_layer(layer))
     kind, _, bounds = rule.partition(" ")
     if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
         return False

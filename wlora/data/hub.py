@@ -65,6 +65,41 @@ def require_sources(config: Config) -> None:
     go_offline()
 
 
+def fetch_file(repository: str, name: str, *, revision: str, key: str, offline: bool) -> Path:
+    """Return the local path of one file of a model's repository, downloaded if it is not in the cache.
+
+    Args:
+        key: the argument that selects the repository, for messages.
+        offline: whether the network may not be used.
+
+    Raises:
+        ConfigError: the repository or the file does not exist or is closed to this user, or there is no network.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    local = offline or _told_to_stay_offline() or not _reachable()
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=local))
+    except GatedRepoError:
+        raise _gated(key, repository) from None
+    except LocalEntryNotFoundError:
+        reason = "offline" if offline or _told_to_stay_offline() else "no network"
+        raise ConfigError(
+            f"{key}: {reason}, and {name} is not in the local cache\nway out: model.path=DIR, a local copy"
+        ) from None
+    except Exception as error:  # network errors have different classes in the libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"{key}: {name} cannot be read from the hub ({reason})") from None
+
+
+def _gated(key: str, repository: str) -> ConfigError:
+    return ConfigError(
+        f"{key}: {repository} is gated: accept its licence on the repository's page and set HF_TOKEN or "
+        "run `hf auth login`, or give a local copy as model.path=DIR"
+    )
+
+
 def go_offline() -> None:
     """Make the hub libraries use only their caches, even if they have already been imported."""
     import huggingface_hub.constants
@@ -106,10 +141,7 @@ def _refuse_gated(source: HubSource) -> None:
     try:
         get_hf_file_metadata(url, timeout=PROBE_SECONDS)
     except GatedRepoError:
-        raise ConfigError(
-            f"{source.key}: {source.repository} is gated: accept its licence on the repository's page and set HF_TOKEN or "
-            "run `hf auth login`, or give a local copy as model.path=DIR"
-        ) from None
+        raise _gated(source.key, source.repository) from None
     except Exception:  # network errors have different classes in the libraries
         return
 

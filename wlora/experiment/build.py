@@ -15,11 +15,14 @@ from wlora.config.schema import Config
 from wlora.errors import ConfigError
 from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
-from wlora.models.architectures import list_targets, read_architecture
+from wlora.models.architectures import read_architecture
+from wlora.models.discovery import layout_of
 from wlora.models.heads import head_parameters
 from wlora.models.loading import checkpoint_activations
 from wlora.models.quantization import count_model
+from wlora.models.targets import list_targets, select_targets
 from wlora.storage.content_hash import read_as_hashed
+from wlora.tasks.base import find_kind
 from wlora.training.precision import Precision, lower_base
 from wlora.training.sharding import shard_base
 
@@ -113,14 +116,14 @@ def _attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str,
     In `compat=release` these keep their random initialisation, as in the published code. With `adapter.path` only the
     modules that have an adapter in that folder get one, which starts from it.
     """
-    architecture = model.config.to_dict()
+    layout = layout_of(model)
     torch.manual_seed(stream_seed(config.seed, "adapters"))
     choice = torch.Generator().manual_seed(stream_seed(config.seed, "choice"))
-    targets = list_targets(architecture, config.method.get("targets", config.targets))
+    targets = select_targets(layout, config.method.get("targets", config.targets))
     start = read_start(config)
     if start.adapters:
         targets = [target for target in targets if target.name in start.adapters]
-    method.attach(model, Setting(targets, list_targets(architecture, "all"), choice, start.adapters))
+    method.attach(model, Setting(targets, select_targets(layout, "all"), choice, start.adapters))
     if config.adapter.head:
         _start_head(model, start, config)
     head = {} if config.compat == "release" else head_parameters(model)
@@ -140,7 +143,8 @@ def read_start(config: Config) -> Start:
     path = config.adapter.path
     with read_as_hashed(f"adapter.path={path}", config.adapter.fingerprint, lambda: identify_files(path)):
         start = read_adapter(path)
-    targets = {target.name for target in list_targets(read_architecture(config.model), config.targets)}
+    head, architecture = find_kind(config.task.kind).head, read_architecture(config.model)
+    targets = {target.name for target in list_targets(architecture, config.targets, head)}
     strange = sorted(set(start.adapters) - targets)
     if strange:
         raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from wlora.config.schema import Config
@@ -21,7 +20,7 @@ from wlora.models.source import ModelSource, locate
 from wlora.storage.records import RecordStore
 from wlora.tasks.base import build_task
 from wlora.training.batch_growth import settle_growth
-from wlora.training.precision import Precision, choose_precision
+from wlora.training.precision import Precision, choose_precision, has_accelerator
 from wlora.training.run_length import make_plan
 
 # Assumed length of a run of unknown length, for methods whose structure depends on the length.
@@ -31,7 +30,7 @@ LONG = Steps(total=100_000, per_epoch=10_000)
 def describe(config: Config) -> str:
     """Return a description of a run: adapters, parameters, steps, memory, and whether a record exists. Needs no weights."""
     source = locate(config.model)
-    device = Accelerator(cpu=not torch.cuda.is_available()).device
+    device = Accelerator(cpu=not has_accelerator()).device
     config = settle_growth(config, device)
     precision = choose_precision(config.precision, device)
     record = open_record(config, source, precision)
@@ -83,10 +82,13 @@ def _final(method: Method, counts: dict[str, int]) -> list[str]:
 
 
 def _foresee(config: Config, precision: Precision, steps: Steps) -> list[str]:
-    """Return lines about the memory of a training step. No estimate is possible if a method's shapes depend on values."""
+    """Return lines about the memory of a training step.
+
+    No estimate is possible if shapes depend on values, of a method or of a discovered model.
+    """
     try:
         return tell(estimate(config, precision, steps), config)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         return [f"no estimate for method={config.method['name']} ({type(error).__name__})"]
 
 

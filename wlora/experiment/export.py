@@ -60,7 +60,7 @@ def export(words: Sequence[str]) -> Path:
     if kind == "merged":
         _refuse_packed(config)
         _refuse_unknown_scale(record, results)
-        source = _require_base(config, record)
+        source = require_base(config, record)
     from wlora.experiment.saving import replacing, write_model
 
     if not options["to"]:
@@ -152,10 +152,31 @@ def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
 def merge(
     config: Config, source: ModelSource, adapters: Mapping[str, bytes]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base of a run in float32, merge its adapters, and set its trained head and label names."""
+    """Load the base of a run in float32, merge its adapters, and set its trained head and label names.
+
+    Raises:
+        ConfigError: the adapters cannot be loaded or merged.
+    """
+    from wlora.adapters.peft_format import fold_peft
+
+    base, tokenizer = load_trained(config, source, adapters)
+    try:
+        fold_peft(base)
+    except ValueError as error:
+        raise ConfigError(f"the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
+    return base, tokenizer
+
+
+def load_trained(
+    config: Config, source: ModelSource, adapters: Mapping[str, bytes]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base of a run in float32 with its adapters as modules of PEFT, its trained head and its label names.
+
+    Raises:
+        ConfigError: base or adapters cannot be loaded.
+    """
     from peft import PeftModel
 
-    from wlora.adapters.peft_format import fold_peft
     from wlora.models.heads import name_classes
     from wlora.models.loading import load_model, load_tokenizer, quiet
     from wlora.tasks.base import build_task
@@ -168,10 +189,9 @@ def merge(
         with quiet(), tempfile.TemporaryDirectory() as folder:
             _write_files(adapters, Path(folder))
             PeftModel.from_pretrained(base, folder)  # it changes the base in place
-        fold_peft(base)
     except Exception as error:  # PEFT, safetensors and torch raise many kinds of exceptions for invalid files
         raise ConfigError(f"the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
-    name_classes(base, config.task.labels, head=task.head)
+    name_classes(base, config.task.labels, head=task.head, several=config.task.kind == "multi_label")
     if isinstance(task, Summarization):
         task.set_generation(base)
     return base, tokenizer
@@ -182,7 +202,7 @@ def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
     from wlora.models.loading import load_tokenizer, quiet
 
     try:
-        tokenizer = load_tokenizer(config.model, _require_base(config, record))
+        tokenizer = load_tokenizer(config.model, require_base(config, record))
     except ConfigError as error:
         print(f"notice: the tokenizer is not exported: {error}", file=sys.stderr)
         return
@@ -196,7 +216,7 @@ def _refuse_packed(config: Config) -> None:
         raise ConfigError("format=merged: adapters cannot be merged into quantised weights: allowed is format=peft")
 
 
-def _require_base(config: Config, record: Record) -> ModelSource:
+def require_base(config: Config, record: Record) -> ModelSource:
     """Return the base on which the run's adapters were trained; ConfigError if it is unavailable or has other content."""
     model = config.model
     if config.offline:

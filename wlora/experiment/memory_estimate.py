@@ -112,9 +112,10 @@ def _measure(model: PreTrainedModel, adapters: object, batch: dict[str, Tensor],
     try:
         with first_token_alone(model):
             activations = saved_bytes(body, batch)
-    except DynamicOutputShapeException:  # BART's classification head searches for end tokens, whose number is unknown
+    except DynamicOutputShapeException:  # heads of encoder-decoders search for end tokens, whose number is unknown
         body = model.base_model
-        activations = saved_bytes(body, batch)
+        # BART makes the decoder's inputs from those of the encoder, T5's bare model does not.
+        activations = saved_bytes(body, {**batch, "decoder_input_ids": batch["input_ids"]})
     return Memory(
         adapters=len(adapters),  # type: ignore[arg-type]
         frozen=_stored_bytes(model, frozen, config.model.quantization),
@@ -125,7 +126,7 @@ def _measure(model: PreTrainedModel, adapters: object, batch: dict[str, Tensor],
 
 def _stored_bytes(model: nn.Module, parameters: set[nn.Parameter], quantization: str) -> int:
     """Return the bytes of frozen weights; the linear layers of a quantised model are stored packed."""
-    packed: set[Tensor] = {module.weight for module in packed_linears(model)} if quantization != "none" else set()
+    packed = {module.get_parameter("weight") for module in packed_linears(model)} if quantization != "none" else set()
     elements = sum(p.numel() for p in packed)
     dense = sum(p.numel() * p.element_size() for p in parameters - packed)
     return dense + (elements // 2 + 4 * elements // NF4_BLOCK if quantization == "nf4" else elements)

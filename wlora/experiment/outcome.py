@@ -14,6 +14,7 @@ from wlora.storage.atomic_write import Put
 from wlora.storage.environment import peak_memory
 from wlora.storage.records import Record, RecordStore
 from wlora.training.checkpoints import CheckpointStore
+from wlora.training.interruption import Stopped
 from wlora.training.losses import Diverged
 from wlora.training.run_length import Plan
 from wlora.training.settings import Result
@@ -74,6 +75,7 @@ def keep_results(store: RecordStore, record: Record, trainer: Trainer, config: C
     """Write predictions and adapters; a run is not lost because one of them cannot be: returns what, None for nothing."""
     failed = []
     if trainer.evaluation is not None:  # else resumed after its last evaluation
+        record.classes = trainer.evaluation.describe_classes(trainer.task, trainer.data.validation)
         try:
             table = trainer.evaluation.tabulate(trainer.task, trainer.data.validation)
             record.predictions = store.write_predictions(record.run_id, table)
@@ -100,6 +102,8 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "diverged", text
     if ran_out_of_memory(error):
         return "oom", text
+    if isinstance(error, Stopped):
+        return "stopped", str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", text
     return "failed", text

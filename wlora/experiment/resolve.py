@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -10,16 +11,30 @@ from typing import Any
 from wlora.adapters.peft_format import fingerprint
 from wlora.config.identity import method_revision
 from wlora.config.rules import RULES, check, check_rules, look_up
-from wlora.config.schema import METHOD_NOTES, AdapterConfig, Config, ModelConfig, method_names, read_method
+from wlora.config.schema import METHOD_NOTES, TARGET_SETS, AdapterConfig, Config, ModelConfig, method_names, read_method
+from wlora.console import tell
+from wlora.data.hub import require_sources
+from wlora.data.own_tables import BENCHMARK, settle
 from wlora.errors import ConfigError, unknown_name, wrong_value
-from wlora.models.architectures import HEADS, LEARNT_POSITIONS, count_targets, order_classes, read_architecture
+from wlora.models.architectures import order_classes, read_architecture
+from wlora.models.settle import settle_model
+from wlora.models.targets import find_layout, name_kinds, select_targets, supported_heads, unmatched_words
 from wlora.tasks.base import find_kind
+
+# Models with each head (`Task.head`), for messages.
+EXAMPLES = {
+    "sequence_classification": "deberta_v3_base",
+    "token_classification": "deberta_v3_base",
+    "question_answering": "deberta_v3_base",
+    "seq2seq": "bart_large",
+}
 
 
 def resolve(config: Config) -> Config:
     """Check a composed configuration in place and fill in the defaults that depend on other keys.
 
-    This function sets `k` from the number of adapters, and `train.accumulation_steps` from model and task. Values that
+    This function sets `k` from the number of adapters, and `train.accumulation_steps` from model and task. For an own table
+    it reads the table and sets columns, labels and validation rows (`wlora.data.own_tables`). Values that
     depend on the number of rows (warm-up, selection steps) are set after the data are loaded (`wlora.training.run_length`).
 
     Raises:
@@ -31,6 +46,8 @@ def resolve(config: Config) -> Config:
             setattr(config, key, float(getattr(config, key)))
     _check_method(config)
     _check_model(config.model)
+    settle_model(config.model, offline=config.offline)
+    _settle_task(config)
     _check_saving(config)
     _check_sharding(config)
     identify_adapter(config.adapter)
@@ -51,6 +68,18 @@ def resolve(config: Config) -> Config:
     if (revision := method_revision(config.method, release=config.compat == "release")) > 1:
         config.method["revision"] = revision
     return config
+
+
+def _settle_task(config: Config) -> None:
+    """Fill in what the table tells of the task, tell the user, and check what depends on it."""
+    task = config.task
+    if task.benchmark == BENCHMARK and task.path is None and task.hub_id is not None:
+        require_sources(dataclasses.replace(config, model=dataclasses.replace(config.model, source="random", path=None)))
+    for line in settle(task, offline=config.offline):
+        tell(line)
+    best = config.train.best
+    if best is not None and best not in (*task.metrics, "loss"):
+        raise wrong_value("train.best", best, f"{', '.join([*task.metrics, 'loss'])}, or null")
 
 
 def identify_adapter(adapter: AdapterConfig) -> None:
@@ -140,12 +169,13 @@ def _check_sharding(config: Config) -> None:
 def _check_head(config: Config) -> None:
     """Reject a task if the model family has no head for it, or if the method would train nothing."""
     head = find_kind(config.task.kind).head
-    family = read_architecture(config.model)["model_type"]
-    if head not in HEADS[family]:
-        able = ", ".join(name for name, heads in HEADS.items() if head in heads)
+    architecture = read_architecture(config.model)
+    heads = supported_heads(architecture)
+    if head not in heads:
+        able = f"a task for its {' or '.join(heads)} head, or " if heads else ""
         raise ConfigError(
-            f"task={config.task.name} model={config.model.name}: a {family} model has no {head} head\n"
-            f"allowed is a model of the family {able}"
+            f"task={config.task.name} model={config.model.name}: a {architecture['model_type']} model has no {head} head\n"
+            f"allowed is {able}a model with this head: {EXAMPLES[head]}"
         )
     if head == "seq2seq" and config.method["name"] == "probe":
         raise ConfigError(f"method=probe task={config.task.name}: the model has no head of its own, so nothing would train")
@@ -172,9 +202,8 @@ def _check_lengths(config: Config) -> None:
     shortest, longest = generation.min_new_tokens, generation.max_new_tokens
     if shortest is not None and longest is not None and shortest > longest:
         raise wrong_value("task.generation.min_new_tokens", shortest, f"0 to {longest}, task.generation.max_new_tokens")
-    architecture = read_architecture(config.model)
-    positions = architecture.get("max_position_embeddings")
-    if architecture["model_type"] not in LEARNT_POSITIONS or positions is None:
+    positions = find_layout(read_architecture(config.model), find_kind(config.task.kind).head).longest
+    if positions is None:
         return
     for key in ("max_length", "max_target_length", "generation.max_new_tokens"):
         length = look_up(config, f"task.{key}")
@@ -204,15 +233,20 @@ def _resolve_k(config: Config) -> None:
     The default is the model's own `k` if it has one, otherwise 5 for n <= 48 and 20 for larger n. WLoRA+ keeps n / 4,
     rounded up, as in the paper's rows "k = 15" (n = 60) and "k = 48" (n = 192).
     """
-    architecture = read_architecture(config.model)
-    n = count_targets(architecture, config.targets)
-    if n == 0:
+    targets = config.method["targets"]
+    layout = find_layout(read_architecture(config.model), find_kind(config.task.kind).head)
+    n = len(select_targets(layout, targets))
+    key = "targets" if targets == config.targets else "method.targets"
+    if unmatched := unmatched_words(layout, targets):
         raise ConfigError(
-            f"targets={config.targets}: model={config.model.name} has no such modules (model_type "
-            f"{architecture.get('model_type')})"
+            f"{key}={unmatched[0]}: allowed is {' | '.join(TARGET_SETS)}, or names of linear modules in the layers of "
+            f"model={config.model.name}: {', '.join(name_kinds(layout))}"
         )
+    if n == 0:
+        layers = sum(len(stack.layers) for stack in layout.stacks)
+        raise ConfigError(f"{key}={targets}: allowed is a layer from 0 to {layers - 1} of model={config.model.name}")
     if config.k is not None and config.k > n and "k" in config.method:
-        raise wrong_value("k", config.k, f"1 to {n}, the adapters of targets={config.targets} on {config.model.name}")
+        raise wrong_value("k", config.k, f"1 to {n}, the adapters of targets={targets} on {config.model.name}")
     if config.k is None and config.method["name"] == "wlora_plus" and config.compat != "release":
         config.k = math.ceil(n / 4)
     elif config.k is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,9 +38,9 @@ from wlora.storage.trackers import Tracker, tracking_folder
 from wlora.training.batch_growth import settle_growth
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.gradients import compute_gradients
-from wlora.training.interruption import Guard, Interrupted, StopSignals
+from wlora.training.interruption import Guard, Interrupted, Stopped, StopSignals
 from wlora.training.pack import Pack
-from wlora.training.precision import Precision, choose_precision
+from wlora.training.precision import Precision, choose_precision, has_accelerator
 from wlora.training.prefix_cache import Storage
 from wlora.training.run_length import make_plan
 from wlora.training.settings import Computed, Result, Settings
@@ -111,6 +111,8 @@ Course = Generator[Any, Computed | None, Record]
 
 def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | None = None, *, keyed: bool = False) -> Record:
     """Run one configuration, or return its record if it has already succeeded or another process is at it.
+
+    With `train.until` below 1 the run may end with the status `stopped`; the same configuration goes on from there.
 
     Args:
         config: what `wlora.experiment.resolve.resolve` returned.
@@ -206,8 +208,9 @@ def course(
             if job.telling:
                 job.store.write(record)
             with job.signals.listening():
-                result = yield from train(job, trainer)
-                finish(job, trainer, result)
+                with stopping():
+                    result = yield from train(job, trainer)
+                    finish(job, trainer, result)
                 job.guard.answer(trainer)
             return record
 
@@ -216,7 +219,7 @@ def open_job(config: Config, overrides: Sequence[str], signals: StopSignals | No
     """Open a run and its record; nothing is loaded or written. Arguments as for `course`."""
     accelerator = Accelerator(
         mixed_precision="no",
-        cpu=not torch.cuda.is_available(),
+        cpu=not has_accelerator(),
         log_with=None if config.track == "none" else config.track,
         project_dir=str(tracking_folder(config.results_dir)),
     )
@@ -275,6 +278,15 @@ def prepare(job: Job, shared: SharedInputs) -> Trainer:
     )
 
 
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Context manager: a run that stops where `train.until` says so has ended in order."""
+    try:
+        yield
+    except Stopped as stop:
+        say(f"stopped    {stop}")
+
+
 def train(job: Job, trainer: Trainer) -> Generator[Any, Computed | None, Result]:
     """Train to the end, from the newest checkpoint if there is one; the record tells any other ending."""
     record, accelerator = job.record, job.accelerator
@@ -293,6 +305,8 @@ def train(job: Job, trainer: Trainer) -> Generator[Any, Computed | None, Result]
     except BaseException as error:
         record.status, record.error = classify(error)
         record.seconds = {"total": job.guard.seconds()}
+        if isinstance(error, Stopped):
+            record.steps["stopped"] = error.step
         if job.telling and not isinstance(error, TakenOver):
             write_ending(job.store, record)
         if isinstance(error, Interrupted):
@@ -367,6 +381,8 @@ def _settings(config: Config, method: Method, precision: Precision, process: int
         sharded=config.train.fsdp,
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
         grow_batch=config.train.grow_batch,
+        best=config.train.best,
+        patience=config.train.patience,
         prefix=_prefix_storage(config),
     )
 

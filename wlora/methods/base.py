@@ -16,7 +16,8 @@ from wlora.adapters.peft_format import Factors, describe_lora
 from wlora.errors import ConfigError
 from wlora.methods.parameter_groups import ParameterGroup
 from wlora.methods.training_data import Phase, TrainingData
-from wlora.models.architectures import Target
+from wlora.models.linears import is_transposed
+from wlora.models.targets import Target
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,13 @@ class Method:
         """Return whether the method makes no more changes and takes no more actions after this step."""
         return False
 
+    def last_change(self) -> int:
+        """Return the step of the last change of the adapters that the schedule plans; 0 if it plans none.
+
+        Earlier evaluations do not count for `train.best` and `train.patience`.
+        """
+        return 0
+
     def final_count(self) -> tuple[int, int] | None:
         """Return the smallest and the largest possible number of adapter elements after the last change.
 
@@ -161,7 +169,8 @@ class Method:
         """Return configuration and weights of the adapters in PEFT's format; None without adapters."""
         factors = self.factors()
         dropout = next((adapter.dropout for adapter in self.adapters.values()), 0.0)
-        return describe_lora(factors, dropout=dropout) if factors else None
+        transposed = all(is_transposed(self.adapters.base(name)) for name in factors)
+        return describe_lora(factors, dropout=dropout, transposed=transposed) if factors else None
 
     def fold(self) -> None:
         """Merge every adapter into its base weight and remove it. The result is a plain model, and the method ends.

@@ -12,6 +12,7 @@ from wlora.adapters.layer import LowRankAdapter
 from wlora.distributed import mean
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps, bound_sum
+from wlora.methods.selection import widest
 from wlora.methods.training_data import Phase, TrainingData
 from wlora.models.first_token import every_token
 
@@ -91,6 +92,10 @@ class LoRADrop(AdapterMethod):
                 self.adapters.disconnect(name)
         return [Event(step, "share" if self.share else "cut", {"kept": kept, "importance": importance})]
 
+    def last_change(self) -> int:
+        """Return the end of stage one."""
+        return self.stage_steps or 0
+
     def final_count(self) -> tuple[int, int] | None:
         """Return the bounds for the kept share.
 
@@ -124,7 +129,7 @@ class LoRADrop(AdapterMethod):
                 # DeBERTa also sends relative position embeddings through these projections. They are not tokens and are
                 # skipped.
                 if mask is None or output.shape[:-1] == mask.shape:
-                    squared = output.double().square().sum(-1)
+                    squared = output.to(widest(output.device)).square().sum(-1)
                     sums[name] += float(squared.sum() if mask is None else (squared * mask).sum())
 
             return hook

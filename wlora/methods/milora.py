@@ -9,6 +9,7 @@ from wlora.adapters.layer import LowRankAdapter
 from wlora.adapters.peft_format import Factors
 from wlora.errors import ConfigError
 from wlora.methods.base import AdapterMethod, Setting
+from wlora.models.linears import base_weight
 
 
 class MiLoRA(AdapterMethod):
@@ -48,7 +49,9 @@ def _split(name: str, base: nn.Module, adapter: LowRankAdapter) -> None:
     root = (S[-adapter.rank :] / adapter.scale).sqrt()
     adapter.A.copy_(root[:, None] * Vh[-adapter.rank :])
     adapter.B.copy_(U[:, -adapter.rank :] * root)
-    base.weight.sub_(adapter.delta_weight().to(base.weight.dtype))  # type: ignore[operator, union-attr, arg-type]
+    weight = base_weight(base)
+    assert weight is not None
+    weight.sub_(adapter.delta_weight().to(weight.dtype))
 
 
 @torch.no_grad()
@@ -58,8 +61,8 @@ def decompose_base(name: str, base: nn.Module, *, method: str) -> tuple[Tensor, 
     Raises:
         ConfigError: the weight is not a floating-point matrix.
     """
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+    weight = base_weight(base)
+    if weight is None:
         raise ConfigError(
             f"method={method}: the weight of {name} cannot be decomposed: allowed is a base model that is not quantised"
         )

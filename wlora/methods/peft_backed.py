@@ -13,6 +13,7 @@ from wlora.adapters.peft_format import fold_peft
 from wlora.errors import ConfigError
 from wlora.methods.base import Method, Setting
 from wlora.methods.parameter_groups import ParameterGroup
+from wlora.models.linears import is_transposed, widths
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -76,8 +77,9 @@ class PeftMethod(Method):
 
         super().attach(model, setting)
         modules = [model.get_submodule(target.name) for target in setting.targets]
-        widths = sorted({int(width) for m in modules for width in (m.in_features, m.out_features)})  # type: ignore[arg-type]
-        config = self.peft_config(setting, widths)
+        config = self.peft_config(setting, sorted({width for module in modules for width in widths(module)}))
+        if hasattr(config, "fan_in_fan_out"):
+            config.fan_in_fan_out = all(map(is_transposed, modules))
         config.target_modules = [target.name for target in setting.targets]
         try:
             with warnings.catch_warnings():

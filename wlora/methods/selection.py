@@ -27,6 +27,11 @@ def top_k(omega: Tensor, k: int) -> Tensor:
     return torch.zeros_like(omega, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return the most precise dtype of a device: float64, which Apple's GPU does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def top_k_above(
     omega: Tensor, layers: Sequence[int], k: int, *, depth_cost: float | Tensor, num_layers: int
 ) -> tuple[Tensor, Tensor]:
@@ -50,7 +55,7 @@ def top_k_above(
     lowest = torch.tensor(sorted(set(layers))).to(omega.device, non_blocking=True).unsqueeze(1)
     allowed = omega.masked_fill(layer_of < lowest, -math.inf)  # [depths, n]
     masks = top_k(allowed, k) & (allowed > 0)
-    values = torch.where(masks, omega.double(), 0.0).sum(1) - depth_cost * (num_layers - lowest.squeeze(1))
+    values = torch.where(masks, omega.to(widest(omega.device)), 0.0).sum(1) - depth_cost * (num_layers - lowest.squeeze(1))
     values = values.masked_fill(~masks.any(1), -math.inf)
     best = values.argmax()  # the first of equal values, hence the deepest cut
     return masks.index_select(0, best.view(1)).squeeze(0), values.max()
@@ -67,5 +72,5 @@ def project(adapters: Collection[LowRankAdapter], choose: Callable[[Tensor], Ten
     if not gradients:
         return
     uninformed = torch.stack(gradients).norm() <= MIN_GRADIENT_NORM
-    for omega, kept in zip(omegas, choose(torch.stack(omegas)) | uninformed, strict=True):
-        omega.mul_(kept)
+    kept = choose(torch.stack(omegas)) | uninformed
+    torch._foreach_mul_(omegas, list(kept.to(omegas[0].dtype).unbind()))

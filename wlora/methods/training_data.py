@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from wlora.distributed import mean
 from wlora.errors import ConfigError
-from wlora.models.architectures import FAMILIES
+from wlora.models.discovery import layout_of
 from wlora.models.prefix_forward import Prefix
 
 Batch = dict[str, Tensor]
@@ -78,12 +78,14 @@ class TrainingData:
 
         Returns:
             A function that makes a context manager. Inside it, the model's forward pass starts from the stored states.
+            For a family whose layers cannot be skipped (`Prefix.reproduces`), it runs from the beginning.
         """
-        first, *_ = FAMILIES[self.model.config.model_type]
-        depth = min(layer, len(self.model.get_submodule(first.prefix)))  # type: ignore[arg-type]
+        depth = min(layer, len(layout_of(self.model).stacks[0].layers))
         if depth == 0:
             return contextlib.nullcontext
         prefix = Prefix(self.model, depth)
+        if not prefix.reproduces(batch):
+            return contextlib.nullcontext
         states = prefix.compute(batch)
         return lambda: prefix.replaced(states)
 

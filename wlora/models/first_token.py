@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, DebertaV2ForSequenceClassification, PreTrainedModel
 
-from wlora.models.architectures import FAMILIES
+from wlora.models.discovery import layout_of
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def _behind_attention(model: PreTrainedModel) -> nn.Module | None:
     """Return the module that maps (attention output, layer input); None if the head reads other tokens."""
     if not isinstance(model, BertForSequenceClassification | DebertaV2ForSequenceClassification):
         return None
-    config, layers = model.config, model.get_submodule(FAMILIES[model.config.model_type][0].prefix)
+    config, layers = model.config, model.get_submodule(layout_of(model).stacks[0].prefix)
     # Both need the whole sequence after attention: feed-forward in chunks, and a convolution after the first layer.
     chunked = getattr(config, "chunk_size_feed_forward", 0) > 0
     convolved = getattr(config, "conv_kernel_size", 0) > 0 and config.num_hidden_layers == 1

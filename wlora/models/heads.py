@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from wlora.models.architectures import order_classes
-from wlora.models.quantization import HEAD_MODULES
+
+AUTO: dict[str, Any] = {
+    "sequence_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+"""transformers' class for every kind of head (`Task.head`)."""
+
+HEAD_NAMES = ("pooler", "classifier", "classification_head", "score", "qa_outputs")
+# The output embeddings of text generation; tied to the input embeddings in most families, and never trained.
+LM_HEAD = "lm_head"
+
+
+def make_config(architecture: Mapping[str, Any], *, num_labels: int) -> PretrainedConfig:
+    """Return transformers' configuration of an architecture, without what its last training left of classes and loss.
+
+    Raises:
+        Exception: whatever transformers raises for values that it does not take.
+    """
+    left_out = ("model_type", "id2label", "label2id", "problem_type")
+    settings = {key: value for key, value in architecture.items() if key not in left_out}
+    return AutoConfig.for_model(architecture["model_type"], **settings, num_labels=num_labels)
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that make up head and pooler, by name: what every method but the release's trains."""
+    """Return the modules that make up head and pooler, by name: what every method but the release's trains.
+
+    These are the children of the model beside the bare model, except for the output embeddings, and a pooler in it.
+    """
+    base = getattr(model, "base_model", model)
+    beside = {name for name, child in model.named_children() if base is not model and child is not base and name != LM_HEAD}
     return {
         name: module
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in HEAD_MODULES and not name.rpartition(".")[0].count(".")
+        if name in beside or (name.rpartition(".")[2] in HEAD_NAMES and not name.rpartition(".")[0].count("."))
+        if next(module.parameters(), None) is not None
     }
 
 
@@ -58,15 +95,37 @@ def reorder_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
         parameter.data = parameter.data[order]
 
 
-def name_classes(model: PreTrainedModel, labels: Sequence[str], *, head: str) -> None:
+def name_classes(model: PreTrainedModel, labels: Sequence[str], *, head: str, several: bool = False) -> None:
     """Write into a model's configuration what its outputs stand for, in place of what another training left there.
 
     Args:
         labels: the task's classes in the order of the outputs; none for regression and for other heads.
         head: the kind of head.
+        several: whether a row may have any number of classes; it decides the loss.
     """
     names = list(labels) or [f"LABEL_{number}" for number in range(model.config.num_labels)]
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: number for number, name in enumerate(names)}
     if head == "sequence_classification":
-        model.config.problem_type = "single_label_classification" if labels else "regression"
+        one = "single_label_classification" if labels else "regression"
+        model.config.problem_type = "multi_label_classification" if several else one
+
+
+def weigh_classes(model: PreTrainedModel, weights: Sequence[float]) -> None:
+    """Let rare classes weigh more in the training loss: the mean over rows of weight times cross-entropy.
+
+    In evaluation mode the loss stays the model's own, unweighted.
+
+    Args:
+        model: a model with a classification head; its outputs get another `loss`.
+        weights: the weight of each class. If their mean over the training rows is 1, so is the scale of the loss.
+    """
+
+    def reweigh(_: nn.Module, args: Any, inputs: dict[str, Any], outputs: Any) -> Any:
+        if model.training and inputs.get("labels") is not None:
+            labels = inputs["labels"]
+            losses = nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="none")
+            outputs.loss = (torch.tensor(weights, device=losses.device)[labels] * losses).mean()
+        return outputs
+
+    model.register_forward_hook(reweigh, with_kwargs=True)

@@ -18,10 +18,6 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import (
-    AutoConfig,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -32,28 +28,21 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from wlora.config.schema import ModelConfig
+from wlora.console import notice
 from wlora.errors import ConfigError, ran_out_of_memory
 from wlora.models.architectures import read_architecture
 from wlora.models.deberta_attention import replace_attention
 from wlora.models.gguf import read_gguf_architecture
-from wlora.models.heads import head_parameters, start_head
+from wlora.models.heads import AUTO, HEAD_NAMES, LM_HEAD, head_parameters, make_config, start_head
 from wlora.models.quantization import keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource, unchanged
+from wlora.models.targets import find_layout, tell_layout
 
 # Random base weights stand for pretrained ones, so they are the same for every seed of a run.
 _RANDOM_BASE_SEED = 0
 _CPU = torch.device("cpu")
-_AUTO = {
-    "sequence_classification": AutoModelForSequenceClassification,
-    "question_answering": AutoModelForQuestionAnswering,
-    "seq2seq": AutoModelForSeq2SeqLM,
-}
-# The token that a family's heads read a text by; Llama's take the last that is not padding, whichever it is.
-_READ_AT = {
-    "bert": ("cls_token", 0, "before"),
-    "deberta-v2": ("cls_token", 0, "before"),
-    "bart": ("eos_token", -1, "behind"),
-}
+# The token that heads read a text by, and where it is; those of decoders take the last one, whichever it is.
+_READ_AT = {"first": ("cls_token", 0, "before"), "end": ("eos_token", -1, "behind")}
 
 
 def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokenizerBase:
@@ -91,15 +80,33 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
             raise ConfigError(f"{_origin(model)}: the tokenizer has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
     _read_marks_as_text(tokenizer)
-    family = read_architecture(model)["model_type"]
-    if family in _READ_AT:
-        name, place, where = _READ_AT[family]
-        mark = getattr(tokenizer, f"{name}_id")
-        if mark is None or tokenizer("a")["input_ids"][place] != mark:  # type: ignore[index]
-            raise ConfigError(
-                f"{_origin(model)}: the tokenizer puts no {name} {where} a text, which a {family} model's heads need"
-            )
+    _fit_tokenizer(tokenizer, model)
     return tokenizer
+
+
+def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
+    """Check that a tokenizer writes what the model's heads read, and let it write nothing that the model cannot take.
+
+    The tokenizer of a discovered decoder pads on the right, because its positions are counted from the left.
+
+    Raises:
+        ConfigError: the token that the heads read is missing.
+    """
+    architecture = read_architecture(model)
+    layout = find_layout(architecture)
+    if layout.reads in _READ_AT:
+        name, place, where = _READ_AT[layout.reads]
+        mark, ids = getattr(tokenizer, f"{name}_id"), list(tokenizer("a")["input_ids"])
+        # Discovered families may put another token in this place: mBART its language, XLNet none at all.
+        if (ids[place] != mark) if layout.described else mark is None or ids.count(mark) != 1:
+            raise ConfigError(
+                f"{_origin(model)}: the tokenizer puts no {name} {where} a text, which a "
+                f"{architecture['model_type']} model's heads need"
+            )
+    elif not layout.described:
+        tokenizer.padding_side = "right"
+    if not layout.token_types:
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
 
 
 def _read_marks_as_text(tokenizer: Any) -> None:
@@ -184,7 +191,7 @@ def load_base(
     reads with `weights_only=True`. Only parameters of the head may be missing there.
 
     Args:
-        head: the kind of head, a key of `_AUTO`.
+        head: the kind of head, a key of `AUTO`.
         num_labels: outputs of the head; 1 for regression, 2 (start, end) for question answering.
         device: where a quantised model is put; any other is loaded on the CPU.
         dtype: what a quantised model computes in.
@@ -200,10 +207,15 @@ def load_base(
     if source.location is None:
         loaded, fresh = _build_random(model, tokenizer, head, num_labels)
     else:
-        packing = loading_options(model.quantization, device=device, dtype=dtype)
+        layout = find_layout(read_architecture(model), head)
+        unpacked = (*HEAD_NAMES, LM_HEAD, *layout.head)
+        packing = loading_options(model.quantization, unpacked=unpacked, device=device, dtype=dtype)
         with unchanged(model, source):
             loaded, fresh = _load_pretrained(model, source, head, num_labels, packing)
         keep_differentiable(loaded)
+        _check_special_tokens(loaded, tokenizer, model, head)
+        if not layout.described:
+            notice(tell_layout(loaded.config.model_type, layout))
     known = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
         raise ConfigError(f"{_origin(model)}: the tokenizer has {len(tokenizer)} tokens, the model {known}")
@@ -214,6 +226,31 @@ def load_base(
     replace_attention(loaded)
     loaded.requires_grad_(False)
     return loaded, fresh
+
+
+def _check_special_tokens(
+    loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, head: str
+) -> None:
+    """Check the special tokens of an encoder-decoder, whose head or generation would fail later.
+
+    Raises:
+        ConfigError: the tokenizer ends a text with another token than the model, or the model cannot begin a text.
+    """
+    config = loaded.config
+    if not config.is_encoder_decoder:
+        return
+    if head == "sequence_classification" and config.eos_token_id != tokenizer.eos_token_id:
+        raise ConfigError(
+            f"{_origin(model)}: eos_token_id in config.json is {config.eos_token_id}: allowed is "
+            f"{tokenizer.eos_token_id}, the tokenizer's, by which the head finds the end of a text"
+        )
+    if head == "seq2seq":
+        generation = loaded.generation_config
+        if generation.decoder_start_token_id is None and generation.bos_token_id is None:
+            raise ConfigError(
+                f"{_origin(model)}: config.json has neither decoder_start_token_id nor bos_token_id: allowed is one "
+                "of them, with which a generated text begins"
+            )
 
 
 def build_unloaded(
@@ -233,7 +270,15 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only the inputs of layers for the backward pass, which computes the rest again (`train.gradient_checkpointing`).
 
     Dropout draws the same numbers both times, so losses and gradients do not change.
+
+    Raises:
+        ConfigError: transformers cannot do this for the model's family.
     """
+    if not model.supports_gradient_checkpointing:
+        family = model.config.model_type
+        raise ConfigError(
+            f"train.gradient_checkpointing=true: allowed is false for {family} models, of which it is not supported"
+        )
     with quiet():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # transformers makes the embeddings' output require a gradient, for reentrant checkpointing's sake. Ours needs none,
@@ -263,7 +308,7 @@ def _load_pretrained(
         # transformers unpacks GGUF files under a progress bar of its own that no setting silences.
         unpacking = contextlib.redirect_stderr(io.StringIO()) if model.gguf_file else contextlib.nullcontext()
         with quiet(), unpacking:
-            loaded, report = _AUTO[head].from_pretrained(
+            loaded, report = AUTO[head].from_pretrained(
                 source.location,
                 revision=model.revision,
                 gguf_file=model.gguf_file,
@@ -302,7 +347,7 @@ def _load_pretrained(
 def _build(model: ModelConfig, config: PretrainedConfig, head: str) -> PreTrainedModel:
     """Build a model with random weights on the present device."""
     try:
-        built: PreTrainedModel = _AUTO[head].from_config(config, dtype=torch.float32)
+        built: PreTrainedModel = AUTO[head].from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever an odd size makes transformers or torch raise
         if ran_out_of_memory(error):
             raise
@@ -311,11 +356,8 @@ def _build(model: ModelConfig, config: PretrainedConfig, head: str) -> PreTraine
 
 
 def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: int) -> PretrainedConfig:
-    # Nor what the last training left of its classes and its loss.
-    left_out = ("model_type", "id2label", "label2id", "problem_type")
-    settings = {key: value for key, value in architecture.items() if key not in left_out}
     try:
-        return AutoConfig.for_model(architecture["model_type"], **settings, num_labels=num_labels)
+        return make_config(architecture, num_labels=num_labels)
     except Exception as error:  # its own checks of types have a class of their own
         raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
 

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wlora.models.architectures import FAMILIES
+from wlora.models.discovery import layout_of
 from wlora.models.first_token import every_token
-from wlora.models.heads import head_modules, head_parameters
+from wlora.models.heads import LM_HEAD, head_modules, head_parameters
 
-# Families whose layers return (hidden states, attention weights).
+# Described families whose layers return (hidden states, attention weights); of the others, the first run tells.
 _RETURN_PAIRS = ("deberta-v2",)
+_LAYERDROP = ("encoder_layerdrop", "layerdrop")
+# Largest difference of logits between the whole model and one that skips layers, relative to the largest logit.
+_TOLERANCE = 1e-4
 # Keys of a configuration that do not affect the computation of the body.
 _NAMES = ("transformers_version", "architectures", "id2label", "label2id", "problem_type", "name_or_path", "dtype")
 
@@ -29,17 +32,17 @@ class _Reached(Exception):
 def frozen_depth(model: PreTrainedModel) -> int:
     """Return how many layers of a model's first stack, from the lowest upwards, neither train nor have an adapter.
 
-    The first stack is the encoder of BART, and all layers of the other families. The result is 0 if any parameter below
-    them trains, or if layers are skipped at random (LayerDrop), because then their outputs are not fixed.
+    The first stack is the encoder of an encoder-decoder, and all layers of most other families. The result is 0 if any
+    parameter below them trains, or if layers are skipped at random (LayerDrop), because then their outputs are not fixed.
     """
-    first, *others = FAMILIES[model.config.model_type]
+    _, *others = layout_of(model).stacks
     above = {id(p) for p in head_parameters(model).values()}
     for stack in others:
         above |= {id(p) for p in model.get_submodule(stack.prefix).parameters()}
     layers = _layers(model)
     inside = {id(p) for p in layers.parameters()}
     beneath = [p for p in model.parameters() if p.requires_grad and id(p) not in above | inside]
-    if beneath or getattr(model.config, "encoder_layerdrop", 0) > 0:
+    if beneath or any(getattr(model.config, key, 0) > 0 for key in _LAYERDROP):
         return 0
     for index, layer in enumerate(layers):
         # Adapted modules are marked by `adapts`, even if their adapter does not train at the moment.
@@ -62,7 +65,8 @@ class Prefix:
     def __init__(self, model: PreTrainedModel, depth: int) -> None:
         self.model, self.depth = model, depth
         self._skipped = list(_layers(model))[:depth]
-        self._pairs = model.config.model_type in _RETURN_PAIRS
+        # Number of values that a layer returns besides the hidden states; None if it returns a tensor alone.
+        self._besides = 1 if model.config.model_type in _RETURN_PAIRS else None
 
     @property
     def width(self) -> int:
@@ -76,7 +80,8 @@ class Prefix:
         found: list[Tensor] = []
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output[0] if self._pairs else output)
+            self._besides = len(output) - 1 if isinstance(output, tuple) else None
+            found.append(output[0] if isinstance(output, tuple) else output)
             raise _Reached
 
         training = self.model.training
@@ -100,7 +105,7 @@ class Prefix:
         """
 
         def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden_states, None) if self._pairs else hidden_states
+            return hidden_states if self._besides is None else (hidden_states, *[None] * self._besides)
 
         def given(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             return passed(states.to(hidden_states.dtype))
@@ -114,10 +119,36 @@ class Prefix:
             for layer in self._skipped:
                 del layer.forward
 
+    @torch.no_grad()
+    def reproduces(self, inputs: dict[str, Tensor]) -> bool:
+        """Tell whether the model gives the same logits from given hidden states as from the beginning.
+
+        Known for described families. Of a discovered family it is tried, because its layers may hand on more than hidden
+        states (T5's positions), or run several times (ALBERT).
+
+        Args:
+            inputs: a batch of the model's inputs.
+        """
+        if layout_of(self.model).described:
+            return True
+        training = self.model.training
+        self.model.eval()
+        try:
+            states = self.compute(inputs).masked_fill(~inputs["attention_mask"].bool().unsqueeze(-1), 0)
+            whole = self.model(**inputs)
+            with self.replaced(states):
+                skipping = self.model(**inputs)
+        except (TypeError, AttributeError, IndexError):  # the layers take or return something else
+            return False
+        finally:
+            self.model.train(training)
+        pairs = [(whole[key], skipping[key]) for key in whole if key.endswith("logits")]
+        return all(float((a - b).abs().max()) <= _TOLERANCE * float(a.abs().max()) for a, b in pairs)
+
     def fingerprint(self) -> str:
         """Return a hash of everything the prefix depends on: its weights, the weights below it, and the architecture."""
-        stack, *others = FAMILIES[self.model.config.model_type]
-        above = [*head_modules(self.model), *(other.prefix for other in others), "lm_head"]
+        stack, *others = layout_of(self.model).stacks
+        above = [*head_modules(self.model), *(other.prefix for other in others), LM_HEAD]
         above += [f"{stack.prefix}.{index}" for index in range(self.depth, len(_layers(self.model)))]
         architecture = {k: v for k, v in self.model.config.to_dict().items() if k not in _NAMES and k[0] != "_"}
         digest = hashlib.sha256(f"{self.depth} {json.dumps(architecture, sort_keys=True, default=str)}".encode())
@@ -129,6 +160,6 @@ class Prefix:
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    layers = model.get_submodule(FAMILIES[model.config.model_type][0].prefix)
+    layers = model.get_submodule(layout_of(model).stacks[0].prefix)
     assert isinstance(layers, nn.ModuleList)
     return layers

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.data.features import Features
 from wlora.distributed import gather
+from wlora.errors import RunFault
 from wlora.metrics.glue import merge_shards
 from wlora.tasks.base import Task
 from wlora.training.batch_order import evaluation_batches, share
@@ -48,6 +49,11 @@ class Evaluation:
             table = task.tabulate(predictions, splits[name].features, splits[name].rows)
             tables.append(table.add_column(0, "split", pa.array([name] * len(table)).dictionary_encode()))
         return pa.concat_tables(tables)
+
+    def describe_classes(self, task: Task, splits: dict[str, Split]) -> dict[str, Any]:
+        """Return the scores of every class on the reported split, the first (see `Task.describe_classes`)."""
+        name, predictions = next(iter(self.predictions.items()))
+        return task.describe_classes(predictions, splits[name].features, splits[name].rows)
 
 
 @torch.no_grad()
@@ -110,6 +116,30 @@ def evaluate(
     return Evaluation(metrics, found)
 
 
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    task: Task,
+    features: Features,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> list[Any]:
+    """Return one prediction per feature (see `Task.predict`), for rows that need no labels.
+
+    Raises:
+        RunFault: logits are not finite.
+    """
+    model.eval()
+    found, _, finite = _predict(
+        model, task, features, tokenizer, batch_size, accelerator, lambda *_: contextlib.nullcontext(), False
+    )
+    if not finite:
+        raise RunFault("the logits are not finite")
+    return found
+
+
 def _predict(
     model: PreTrainedModel,
     task: Task,
@@ -128,6 +158,7 @@ def _predict(
     finite = [torch.ones((), dtype=torch.bool, device=accelerator.device)]
     found: list[torch.Tensor | Sequence[Any]] = []
     losses: list[torch.Tensor] = []
+    weights: list[int] = []
     for batch in evaluation_batches(features.lengths, batch_size):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
         if not mine:
@@ -142,10 +173,12 @@ def _predict(
             found.append(task.predict(model, picked, inputs, outputs))
         indices += mine
         if outputs.get("loss") is not None:
-            losses.append(outputs.loss.double() * sum(features.loss_weights[index] for index in mine))
+            losses.append(outputs.loss.float())
+            weights.append(sum(features.loss_weights[index] for index in mine))
     # Tensors stay on the device until here, so that a batch does not wait for the previous one.
     predictions = [item for part in found for item in (part.cpu().numpy() if isinstance(part, torch.Tensor) else part)]
-    total = float(torch.stack(losses).sum()) if losses else None
+    # In float64, which Apple's GPU does not have.
+    total = float((torch.stack(losses).cpu().double() * torch.tensor(weights)).sum()) if losses else None
     shards, totals = gather((indices, predictions)), [part for part in gather(total) if part is not None]
     loss = sum(totals) / sum(features.loss_weights) if totals else None
     return merge_shards(shards, count=len(features)), loss, all(gather(bool(torch.stack(finite).all())))

@@ -47,6 +47,18 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+class Stopped(Exception):
+    """The run has reached the step where it was asked to stop (`train.until`). Its state is saved.
+
+    Attributes:
+        step: the last step taken.
+    """
+
+    def __init__(self, step: int, total: int) -> None:
+        super().__init__(f"after step {step} of {total} (train.until)")
+        self.step = step
+
+
 class StopSignals:
     """The signals that ask a process to stop; the runs of a pack share one object.
 
@@ -121,6 +133,7 @@ class Guard:
 
         Raises:
             Interrupted: any process received a signal to stop.
+            Stopped: the run has reached the step where it was asked to stop.
             TakenOver: another process has taken over the run.
         """
         asked = self._asked_anywhere(trainer.accelerator)
@@ -129,10 +142,13 @@ class Guard:
         last = trainer.step == trainer.plan.total_steps
         every = trainer.plan.checkpoint_every
         due = every > 0 and trainer.passed(every)
-        if (due or asked) and not last:
+        stops = trainer.plan.stops(trainer.step)
+        if (due or asked or stops) and not last:
             self.save(trainer)
         if asked and not last:
             raise Interrupted(asked, trainer.step)
+        if stops:
+            raise Stopped(trainer.step, trainer.plan.total_steps)
 
     def answer(self, trainer: Trainer) -> None:
         """Exit if a signal arrived too late to stop the run, whose record is now complete.

@@ -162,7 +162,7 @@ class Optimizers:
 
     def _make(self, rule: str, described: list[dict[str, Any]]) -> Optimizer:
         if rule == "sgd":
-            return SGD(described, lr=0.0)
+            return SGD(described, lr=0.0, foreach=True)  # one operation for the ω of all adapters
         if self._release:
             return ReleaseAdamW(described, weight_decay=self._weight_decay)
         fused = all(p.is_floating_point() for group in described for p in group["params"])

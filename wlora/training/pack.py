@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wlora.adapters.layer import LowRankAdapter
-from wlora.adapters.stacked import add_adapters, apply_linears
+from wlora.adapters.stacked import Stacks, add_adapters, apply_linears
 from wlora.errors import ran_out_of_memory
 from wlora.models.first_token import first_token_alone
 from wlora.models.heads import head_modules
@@ -87,6 +88,8 @@ class Pack:
         self._members: dict[int, Member] = {}
         self._now: list[Member] = []
         self._dropout = KeyedDropout([0], 1, self.device)
+        self._stacks = Stacks()
+        self._calls: Counter[str] = Counter()
         self.carrier = _strip(first.bare_model).train()
         self._depth = int(self.carrier.config.num_hidden_layers)
         self._patched: set[str] = set()
@@ -184,7 +187,7 @@ class Pack:
             for member, piece in zip(members, pieces, strict=True)
         ]
         weighting = inputs.pop("shares")
-        self._now = members
+        self._now, self._stacks, self._calls = members, Stacks(), Counter()
         with KeyedDropout(keys, rows, self.device) as self._dropout:
             losses = self.task.row_losses(self.carrier, inputs).view(len(members), rows)
         each = (losses.to(self._dtype) * weighting).sum(1)
@@ -194,6 +197,7 @@ class Pack:
             torch.autograd.backward(torch.stack(scaled).sum())
         else:
             torch.autograd.backward(each.sum())
+        self._stacks.divide()
         return each.detach().unbind()
 
     def _patch(self, name: str, forward: Any) -> None:
@@ -206,17 +210,20 @@ class Pack:
         """Apply a base module to all rows, and each run's adapter to the rows of that run."""
         adapters = [member.adapters.get(name) for member in self._now]
 
-        def drop(rows: Tensor, p: float, index: Tensor | None) -> Tensor:
-            return self._dropout.drop(rows, p, name, index)
+        self._calls[name] += 1  # a module may be called more than once in a pass, as in ALBERT's shared layers
+        place = f"{name}/{self._calls[name]}"
 
-        return add_adapters(base(x), x, adapters, drop)
+        def drop(rows: Tensor, p: float, index: Tensor | None) -> Tensor:
+            return self._dropout.drop(rows, p, place, index)
+
+        return add_adapters(base(x), x, adapters, drop, self._stacks)
 
     def _apply_own(self, name: str, base: Any, x: Tensor) -> Tensor:
         """Apply each run's own module of the head to the rows of that run."""
         modules = [member.heads[name] for member in self._now]
         linears = [module for module in modules if isinstance(module, nn.Linear)]
         if len(linears) == len(modules):
-            return apply_linears(x, linears)
+            return apply_linears(x, linears, self._stacks)
         blocks = x.view(len(modules), -1, *x.shape[1:]).unbind()
         return torch.cat([module(block) for module, block in zip(modules, blocks, strict=True)])
 

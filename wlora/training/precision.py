@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from wlora.adapters.layer import LowRankAdapter
 from wlora.models.heads import head_modules
@@ -34,6 +35,11 @@ class Precision:
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen base's weights and activations."""
         return _DTYPES[self.name]
+
+
+def has_accelerator() -> bool:
+    """Tell whether there is a device to train on besides the CPU: a GPU of Nvidia, AMD or Intel, or Apple's (`mps`)."""
+    return any(kind.is_available() for kind in (torch.cuda, torch.backends.mps, torch.xpu))
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
@@ -76,7 +82,7 @@ def lower_base(model: nn.Module, precision: Precision) -> None:
             parameter.data = parameter.data.to(precision.dtype)
     if precision.emulated:
         for module in model.modules():
-            if type(module) is nn.Linear and module.weight.dtype == precision.dtype:
+            if type(module) in (nn.Linear, Conv1D) and module.weight.dtype == precision.dtype:
                 module.float()  # the weights were rounded before, so they are still bfloat16 values
                 module.register_forward_pre_hook(_cast_up, with_kwargs=True)
                 module.register_forward_hook(lambda _module, _args, out: out.to(precision.dtype))

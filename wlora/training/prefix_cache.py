@@ -195,6 +195,23 @@ class PrefixCache:
         return digest.hexdigest()[:16]
 
 
+def open_cache(
+    prefix: Prefix, storage: Storage, collate: Callable[[Features, list[int]], dict[str, Tensor]], features: Features
+) -> PrefixCache | None:
+    """Return the cache of a prefix; None, with a notice, if the model cannot skip these layers (`Prefix.reproduces`).
+
+    Args:
+        prefix: as for `PrefixCache`.
+        storage: as for `PrefixCache`.
+        collate: as for `PrefixCache`.
+        features: the training split, of which two rows are tried.
+    """
+    if prefix.reproduces(collate(features, list(range(min(2, len(features)))))):
+        return PrefixCache(prefix, storage, collate)
+    notice("train.prefix_cache is off: the layers of this model cannot be skipped one by one")
+    return None
+
+
 def _find(folder: Path, size: int) -> mmap.mmap | None:
     """Map the file of a stored prefix if it is intact. A damaged one is removed; one that cannot be read is kept."""
     if not os.path.lexists(folder):

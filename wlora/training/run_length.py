@@ -24,6 +24,7 @@ class Plan:
         warmup: optimiser steps of the linear learning-rate warm-up.
         eval_every: optimiser steps between evaluations.
         checkpoint_every: optimiser steps between checkpoints.
+        until: the step at which the run stops; `total_steps` unless it is to go on later (`train.until`).
         notice: information for the user about a changed default, or "".
     """
 
@@ -35,7 +36,17 @@ class Plan:
     warmup: int
     eval_every: int
     checkpoint_every: int
+    until: int
     notice: str = ""
+
+    def stops(self, step: int) -> bool:
+        """Tell whether the run stops after a step although it is not at its end."""
+        return self.until <= step < self.total_steps
+
+
+def step_at(share: float, total: int) -> int:
+    """Return the step at which a share of a run's steps is reached: at least 1, at most `total`."""
+    return min(max(1, math.ceil(share * total - 1e-9)), total)  # 0.1 * 30 is a little more than 3
 
 
 def make_plan(config: Config, rows: int) -> Plan:
@@ -70,5 +81,6 @@ def make_plan(config: Config, rows: int) -> Plan:
         warmup=warmup,
         eval_every=eval_every,
         checkpoint_every=eval_every if every is None else every,
+        until=step_at(config.train.until, total),
         notice=notice,
     )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from wlora.distributed import gather, mean, several
 from wlora.errors import ConfigError
 from wlora.methods.base import Method
-from wlora.models.architectures import FAMILIES
+from wlora.models.discovery import layout_of
 
 
 def shard_base(model: PreTrainedModel, device: torch.device) -> None:
@@ -35,7 +35,7 @@ def shard_base(model: PreTrainedModel, device: torch.device) -> None:
         raise ConfigError("train.fsdp=true: allowed with several processes: accelerate launch --multi_gpu --num_processes N")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     whole = {p for p in model.parameters() if p.requires_grad}
-    for stack in FAMILIES[model.config.model_type]:
+    for stack in layout_of(model).stacks:
         for layer in model.get_submodule(stack.prefix).children():
             fully_shard(layer, mesh=mesh, ignored_params=whole)
     fully_shard(model, mesh=mesh, ignored_params=whole)

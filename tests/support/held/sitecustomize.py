@@ -43,7 +43,7 @@ def hold(guard: Any) -> None:
     def held(self: Any, trainer: Any) -> None:
         if trainer.step == HELD_AT and not self.record.resumed_at:
             Path(os.environ["HELD"], str(os.getpid())).touch()
-            while self._asked is None:
+            while self._signals.asked is None:
                 time.sleep(0.01)
         before(self, trainer)
 

@@ -136,13 +136,19 @@ def _tuning(table: Table) -> list[str]:
         if compared[-1] > 1:
             counts = str(compared[-1]) if len(compared) == 1 else f"{compared[0]} to {compared[-1]}"
             seeds = _join(sorted({str(choice.seed) for choice in choices if choice.compared > 1}))
-            clause = f"the best of {counts} on seed {seeds} of the same dev set"
+            clause = f"the best of {counts}{_raced(choices)} on seed {seeds} of the same dev set"
         else:
             clause = f"chosen on {_join(elsewhere)}" if elsewhere else "the one value that was run"
         clauses.setdefault(clause, []).append(column.title)
     found = "; ".join(f"{_join(titles)} {clause}" for clause, titles in clauses.items())
     rates = "Learning rates" if any(choice.point.head_lr for choice in _choices(table).values()) else "Learning rate"
     return [f"{rates} and warm-up per method: {found}.", *edges(_choices(table))]
+
+
+def _raced(choices: Sequence[Choice]) -> str:
+    """Say, as a clause to insert, that runs were stopped before their end; empty where none was."""
+    raced = [choice.raced for choice in choices if choice.compared > 1]
+    return "" if not any(raced) else f", {'' if all(raced) else 'some '}raced by successive halving,"
 
 
 def _choices(table: Table) -> dict[tuple[str, str], Choice]:

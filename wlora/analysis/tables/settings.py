@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from wlora.analysis.study import ENDED, Run
+from wlora.analysis.study import TRIED, Run
 from wlora.analysis.tables.layouts import GLUE, LABELS, LAYOUTS, Row, row_of
 from wlora.analysis.tuning import choose_point
 
@@ -29,14 +29,14 @@ def chosen_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Return the ended runs of each setting by label and task.
+    """Return the tried runs of each setting by label and task: ended ones, and those that a race has stopped.
 
     Settings of a method are told apart in the label by model, rank, K, and any other field in which they differ on the task.
     """
     settings: dict[tuple[str, str, Row, str], list[Run]] = {}
     names: dict[int, str] = {}  # runs of one setting share it (`wlora.analysis.study.read_study`)
     for run in runs:
-        if run.status in ENDED:
+        if run.status in TRIED:
             known = id(run.setting)
             if known not in names:
                 names[known] = repr(sorted(run.setting.items(), key=str))

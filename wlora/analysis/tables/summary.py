@@ -96,7 +96,10 @@ def caption_summary(runs: Sequence[Run], score: Score) -> str:
     if samples:
         parts.append(f"Training rows: {', '.join(samples)}.")
     choices = {(label, TITLES.get(task, task)): choose_point(group) for (label, task), group in groups.items()}
-    return " ".join(parts + edges({key: choice for key, choice in choices.items() if choice is not None}))
+    known = {key: choice for key, choice in choices.items() if choice is not None}
+    if raced := sum(choice.raced for choice in known.values()):
+        parts.append(f"The learning rates of {raced} of {len(known)} settings were raced by successive halving.")
+    return " ".join(parts + edges(known))
 
 
 def draw_summary(lines: Sequence[dict[str, Any]], score: Score = "last") -> Grid:
