@@ -318,7 +318,7 @@ def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
         "calls": dict(Counter(row["call"].partition(" ")[0] for row in rows)),
         "files": dict(Counter(row["call"].partition(" ")[2].partition("/")[0] for row in rows)),
         "found_by_the_run": dict(Counter(row["found"] for row in rows)),
-        "not_seen_by_the_shim": "native input and output of safetensors, tokenizers, pyarrow and mmap; the heartbeat of the lock",
+        "not_seen_by_the_shim": "native files of safetensors, tokenizers and pyarrow; mmap; the heartbeat of the lock",
     }
     return rows, summary, len(rows) > 0 and counts.keys() <= set(GOOD)
 

@@ -10,9 +10,13 @@
 #   RACE=1            race the tuning sweeps (docs/sweeps.md): rates that fall behind are stopped
 #   JOBS=N            sweeps at once; with GPUS=N each takes one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
+#
+# PHASE and PHASES are shared with the scripts; the words of `small` are split on purpose:
+# shellcheck shell=bash disable=SC2034,SC2046,SC2153
 
 set -euo pipefail
-export SCALE=${SCALE:-paper} RESULTS=${RESULTS:-results/${SCALE:-paper}_study} GPUS=${GPUS:-} TUNE_SEED=${TUNE_SEED:-100}
+export SCALE=${SCALE:-paper}
+export RESULTS=${RESULTS:-results/${SCALE}_study} GPUS=${GPUS:-} TUNE_SEED=${TUNE_SEED:-100}
 case $SCALE in paper | cpu) ;; *) echo "error: SCALE=$SCALE: allowed is paper | cpu" >&2; exit 2 ;; esac
 extra=("$@") queue=() planned=()
 

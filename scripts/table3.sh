@@ -5,7 +5,7 @@
 # scripts/table3.sh model.quantization=nf4 trains on a base in 4 bits, which the paper's percentages are those of.
 . "$(dirname "$0")/study.sh"
 
-[ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1 and 6 have a small study" >&2; exit 2; }
+[ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1, 2 and 6 have a small study" >&2; exit 2; }
 for point in "warmup=25 seed=$TUNE_SEED" "lr=tuned seed=$TUNE_SEED" "lr=tuned warmup=tuned seed=range(5)"; do
     for task in mnli sst2 cola qqp qnli rte mrpc stsb; do
         for method in lora "wlora k=100" wlora_plus; do

@@ -5,7 +5,7 @@
 # Settings: scripts/study.sh, and TARGETS=all (the paper's text) or release (the 60 adapters of its percentages).
 . "$(dirname "$0")/study.sh"
 
-[ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1 and 6 have a small study" >&2; exit 2; }
+[ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1, 2 and 6 have a small study" >&2; exit 2; }
 targets=${TARGETS:-all}
 for point in "warmup=100 seed=$TUNE_SEED" "lr=tuned seed=$TUNE_SEED" "lr=tuned warmup=tuned seed=range(5)"; do
     for task in squad_v1 squad_v2; do

@@ -277,6 +277,7 @@ def test_the_keys_of_generation_are_in_the_run_id_of_summaries_and_of_no_other_t
     assert identity(*STORY)[0] != identity(*STORY, "task.generation.num_beams=2")[0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_score_as_one(tmp_path: Path, run_tiny: Callable[..., Any]) -> None:
     words = [*STORY, "method=lora", "task.batch_size=6", "train.max_steps=4", "dropout=0", "precision=fp32"]
     words.append("+model.architecture.dropout=0")
