@@ -93,6 +93,20 @@ def test_the_small_study_is_legal(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "cell", "runs"),
+    [
+        ("table2", "task=mrpc model=minilm method=wlora rank=1 k=10 targets=all: 0 of 7 runs", 84),
+        ("table3", "task=sst2 model=smollm2_135m method=wlora rank=4 k=100 targets=all: 0 of 7 runs", 42),
+        ("table4", "task=squad_v1 model=minilm method=lora rank=1 targets=all: 0 of 3 runs", 30),
+    ],
+)
+def test_the_other_small_studies_are_legal(name: str, cell: str, runs: int, tmp_path: Path) -> None:
+    done = run_script(name, DRY="1", SCALE="cpu", RESULTS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert cell in done.stdout and f"0 of {runs} runs done" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     ("name", "scale", "runs"),
     [("k_curve", "cpu", 48), ("depth_curve", "cpu", 90), ("prefix_cache", "cpu", 10), ("depth_curve", "paper", 300)],
 )
