@@ -87,9 +87,9 @@ def test_rows_that_change_while_they_are_read_are_refused_even_if_the_first_come
 
     read = files.read_table
 
-    def swap(table: Path, columns: Any) -> Any:
+    def swap(table: Path, columns: Any, *given: Any) -> Any:
         replaced(file, first.replace(b"dog", b"cat"))
-        found = read(table, columns)
+        found = read(table, columns, *given)
         if back:
             replaced(file, first)
         return found

@@ -81,8 +81,8 @@ def read_all(results: Path, run_id: str) -> list[str]:
     refused = []
     everything: list[Callable[[], object]] = [lambda: tables.main(["all", f"results_dir={results}"])]
     everything += [lambda: tables.main(["summary", f"results_dir={results}"]), lambda: sweep.read_records(results)]
-    everything += [lambda: read_study(results, {("sst2", "wlora")}), lambda: report._runs(read_study(results)[0])]
-    everything += [lambda: report._environments(read_study(results)[0])]
+    everything += [lambda: read_study(results, {("sst2", "wlora")})]
+    everything += [lambda: report.main([f"results_dir={results}"])]
     asked: list[Callable[[], object]] = [lambda: rerun.prepare([f"from={run_id}", f"results_dir={results}"])]
     asked += [lambda: export.export([run_id, f"results_dir={results}"])]
     for act in [*everything, *asked]:
