@@ -99,7 +99,7 @@ def describe_lora(
 
 
 def write_adapter(
-    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], head: Mapping[str, nn.Module], *, kind: str
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], head: Mapping[str, nn.Module], *, kind: str | None
 ) -> dict[str, str]:
     """Write a PEFT folder.
 
@@ -108,7 +108,7 @@ def write_adapter(
         config: PEFT's configuration of the adapters.
         tensors: the adapters' tensors.
         head: the modules of head and pooler by name; they become PEFT's `modules_to_save`.
-        kind: the kind of head (`Task.head`).
+        kind: the kind of head (`Task.head`); None for one that has no name here.
 
     Returns:
         The first 16 hex digits of the SHA-256 of both files, by their keys in a record.
@@ -121,7 +121,11 @@ def write_adapter(
     in_head = {f"{_PREFIX}{name}.{key}": p for name, module in head.items() for key, p in module.state_dict().items()}
     whole = {key: value.detach().cpu().float().clone() for key, value in sorted({**tensors, **in_head}.items())}
     content = save(whole, metadata={"format": "pt"})
-    described = config | {"modules_to_save": sorted(head) or None, "task_type": _TASK_TYPES[kind], "inference_mode": True}
+    described = config | {
+        "modules_to_save": sorted(head) or None,
+        "task_type": _TASK_TYPES.get(kind or ""),
+        "inference_mode": True,
+    }
     folder.mkdir(parents=True)
     files = {WEIGHTS: content, CONFIG: (json.dumps(described, indent=2, sort_keys=True) + "\n").encode()}
     for name, text in files.items():

@@ -31,14 +31,16 @@ def adapter_folder(results_dir: str | Path, run_id: str) -> Path:
     return Path(results_dir) / "adapters" / run_id
 
 
-def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: str, put: Put = put) -> dict[str, str]:
+def save_adapter(
+    model: PreTrainedModel, method: Method, folder: Path, *, kind: str | None, put: Put = put
+) -> dict[str, str]:
     """Write the adapters and head of a trained model atomically as a PEFT folder (`train.save_adapter`).
 
     Args:
         model: the trained model.
         method: the method whose adapters are saved.
         folder: target folder; it is replaced if it exists.
-        kind: the kind of head (`Task.head`).
+        kind: the kind of head (`Task.head`); None for one that has no name here.
         put: moves the finished folder to its final path.
 
     Returns:
