@@ -133,6 +133,33 @@ def write_adapter(
     return {RECORDED[name]: hash_bytes(text) for name, text in files.items()}
 
 
+def make_uniform(folder: Path) -> None:
+    """Rewrite a folder of plain LoRA adapters with one rank and alpha / rank = 1 for all of them; ΔW is the same.
+
+    The scale is folded into B, and A and B are padded with zeros to the largest rank. Readers that know neither
+    `rank_pattern` nor `alpha_pattern` can then load the folder. PEFT's other kinds of adapters stay as they are.
+
+    Raises:
+        ConfigError: the folder is damaged.
+    """
+    from safetensors.torch import save_file
+    from torch.nn.functional import pad
+
+    config = _load_config(folder, f"adapter {folder}")
+    if any(_differs(config, key) for key in _PLAIN):
+        return
+    start = read_adapter(str(folder))
+    rank = max(len(A) for A, _, _ in start.adapters.values())
+    tensors = {f"{_PREFIX}{name}": tensor for name, tensor in start.head.items()}
+    for name, (A, B, scale) in start.adapters.items():
+        missing = rank - len(A)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pad(A, (0, 0, 0, missing))
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pad(scale * B, (0, missing))
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, folder / WEIGHTS, metadata={"format": "pt"})
+    config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def fold_peft(model: nn.Module) -> None:
     """Merge PEFT's adapters into the model, and restore its linear modules and the trained modules of its head.
 

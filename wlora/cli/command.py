@@ -15,6 +15,8 @@ COMMANDS = {
     "figures": ("wlora.cli.figures", "draw the paper's figures and others for a study"),
     "report": ("wlora.cli.report", "write one HTML page about a study"),
     "export": ("wlora.cli.export", "export the trained adapters of a run for PEFT, or merged into a plain model"),
+    "verify-export": ("wlora.cli.verify_export", "compare the logits of an export with those of its run"),
+    "push": ("wlora.cli.push", "upload the trained adapters of a run, or the merged model, to the hub"),
     "memory": ("wlora.cli.memory", "measure the memory of a training step by number of adapters (Figure 3)"),
     "sweep": ("wlora.cli.sweep", "list the runs of a sweep, which are done, and the time that the rest takes"),
 }
@@ -51,7 +53,7 @@ def describe() -> str:
             "",
             *lines,
             "",
-            "wlora COMMAND --help describes a command; `python -m wlora.COMMAND` is equivalent. The default command is run:",
+            "wlora COMMAND --help describes a command; `python -m wlora COMMAND` is equivalent. The default command is run:",
             "  wlora task=rte method=wlora_plus rank=4",
             "  wlora experiment=demo        needs no data, no GPU and no network",
             "wlora --version prints the version.",

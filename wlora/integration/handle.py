@@ -205,12 +205,14 @@ class Handle:
         counts = self._counts | {"adapter_final": count_elements(kept.values())}
         return {"method": self.name, "steps": self.done, "adapters": acting, "parameters": counts, "events": self.events}
 
-    def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+    def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, compact: bool = False) -> Path:
         """Write adapters and head as a folder for `PeftModel.from_pretrained(base, folder)`; replaces an older one.
 
         Args:
             folder: the folder.
             tokenizer: is saved there, too.
+            compact: every adapter keeps its own rank and alpha (`rank_pattern`, `alpha_pattern`); otherwise ranks are
+                padded to the largest, and alpha / rank is 1.
 
         Raises:
             ConfigError: the method has no adapters, or none is left.
@@ -218,8 +220,9 @@ class Handle:
         """
         self.check_settled()
         kind = next((kind for end, kind in _KINDS.items() if type(self.model).__name__.endswith(end)), None)
-        if not save_adapter(self.model, self.method, Path(folder), kind=kind):
+        if not save_adapter(self.model, self.method, Path(folder), kind=kind, compact=compact):
             raise ConfigError(f"export: method={self.name} has no adapters, or none is left: allowed is a method with some")
+        self.model.config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return Path(folder)
