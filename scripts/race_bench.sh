@@ -16,6 +16,7 @@ mkdir -p "$RESULTS"
 # run KIND OVERRIDE...: a sweep into RESULTS/KIND; its seconds are added to RESULTS/KIND.seconds
 run() {
     local words
+    # shellcheck disable=SC2206,SC2207 # words without spaces
     words=(task=sst2 $(small sst2) ${DATA:+task.path=$DATA/sst2} method=${METHOD:-lora} "seed=$TUNE_SEED" "lr=$rates" "warmup=$warmups")
     { time python -m wlora.run -m "results_dir=$RESULTS/$1" "${words[@]}" "${extra[@]}" "${@:2}" 2>&3; } \
         3>&2 2>>"$RESULTS/$1.seconds"

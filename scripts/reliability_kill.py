@@ -187,10 +187,10 @@ class Observer:
                 self._die_if_aimed_at("restructuring")
             original(trainer, events)
 
-    def around_evaluate(self, original: Callable[..., Any], *given: Any) -> None:
+    def around_evaluate(self, original: Callable[..., Any], *given: Any) -> Any:
         """Note an evaluation."""
         with self._doing("evaluating"):
-            original(*given)
+            return original(*given)
 
     def around_write(self, original: Callable[..., Any], *given: Any) -> Any:
         """Note the writing of a checkpoint."""

@@ -57,7 +57,7 @@ def main() -> None:
                 write_study(study, count)
         rows = []
         for name, words, lines, turns in commands(args.cells):
-            for count, study in studies.items() if words[0] == "wlora.cli.run" else [(args.records, studies[args.records])]:
+            for count, study in studies.items() if words[0] == "wlora.run" else [(args.records, studies[args.records])]:
                 for turn in turns:
                     filled, given = ([word.format(study) for word in part] for part in (words, lines))
                     told = measure(filled, given, study, turn)
@@ -93,15 +93,15 @@ def commands(cells: int) -> Iterator[tuple[str, list[str], list[str], tuple[str,
     """
     both = ("first", "again")
     yield "tables all", ["wlora.tables", "all", STUDY], [], both
-    yield "report", ["wlora.cli.report", STUDY], [], both
+    yield "report", ["wlora.report", STUDY], [], both
     tuned = [*SETTING, STUDY, "task=sst2", f"method={METHODS[0]}", "rank=8", "seed=77", "dry_run=true"]
-    yield "run lr=tuned dry_run=true", ["wlora.cli.run", *tuned, "lr=tuned"], [], both
-    yield "run lr=1e-3 dry_run=true", ["wlora.cli.run", *tuned, "lr=1e-3"], [], ("again",)
+    yield "run lr=tuned dry_run=true", ["wlora.run", *tuned, "lr=tuned"], [], both
+    yield "run lr=1e-3 dry_run=true", ["wlora.run", *tuned, "lr=1e-3"], [], ("again",)
     asked = [f"lr={','.join(map(str, RATES))}", "seed=range(10)"]
-    yield "dry run of the study", ["wlora.cli.sweep"], [*sweeps(RANKS, asked)], ("again",)
+    yield "dry run of the study", ["wlora.sweep"], [*sweeps(RANKS, asked)], ("again",)
     ranks = range(1, 1 + -(-cells // (len(TASKS) * len(METHODS))))
     asked = ["lr=1e-4,1e-3,1e-2", "seed=range(5)"]
-    yield f"sweep of {cells:,} cells or a few more", ["wlora.cli.sweep"], [*sweeps(ranks, asked)], ("again",)
+    yield f"sweep of {cells:,} cells or a few more", ["wlora.sweep"], [*sweeps(ranks, asked)], ("again",)
 
 
 def sweeps(ranks: Sequence[int], points: Sequence[str]) -> Iterator[str]:

@@ -10,9 +10,13 @@
 #   RACE=1            race the tuning sweeps (docs/sweeps.md): rates that fall behind are stopped
 #   JOBS=N            sweeps at once; with GPUS=N each takes one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
+#
+# PHASE and PHASES are shared with the scripts; the words of `small` are split on purpose:
+# shellcheck shell=bash disable=SC2034,SC2046,SC2153
 
 set -euo pipefail
-export SCALE=${SCALE:-paper} RESULTS=${RESULTS:-results/${SCALE:-paper}_study} GPUS=${GPUS:-} TUNE_SEED=${TUNE_SEED:-100}
+export SCALE=${SCALE:-paper}
+export RESULTS=${RESULTS:-results/${SCALE}_study} GPUS=${GPUS:-} TUNE_SEED=${TUNE_SEED:-100}
 case $SCALE in paper | cpu) ;; *) echo "error: SCALE=$SCALE: allowed is paper | cpu" >&2; exit 2 ;; esac
 extra=("$@") queue=() planned=()
 
@@ -32,18 +36,28 @@ sweep() {
     queue+=("results_dir=$RESULTS task=$1 ${DATA:+task.path=$DATA/$1} method=$2$words")
 }
 
-# The small studies: MiniLM (K out of 18 adapters on query, key and value, or 36 on all linears) on samples. small TASK prints
-# the words that all their runs have. tune_small SEEDS TASK METHOD OVERRIDE...: four rates on TUNE_SEED, a fifth where the best is
+# The small studies: MiniLM (K out of 18 adapters on query, key and value, or 36 on all linears) on samples, and SmolLM2-135M for
+# Table 3 (MODEL). small TASK prints the words that all their runs have. tune_small SEEDS TASK METHOD OVERRIDE...: four rates on TUNE_SEED, a fifth where the best is
 # at an edge, then the reported seeds 0 to SEEDS - 1 at the best rate; call it once per phase of PHASES, with a stage after it.
 PHASES="grid beyond seeds"
 small() {
-    echo "model=minilm precision=bf16 task.batch_size=32 train.accumulation_steps=1 train.checkpoint_every=0" \
-        "train.save_adapter=false"
+    local shared="precision=bf16 train.accumulation_steps=1 train.checkpoint_every=0 train.save_adapter=false"
+    if [ "${MODEL:-minilm}" != minilm ]; then
+        echo "$MODEL $shared task.batch_size=16 task.max_train_rows=1024 task.epochs=1"
+        return
+    fi
+    echo "model=minilm $shared task.batch_size=32"
     case $1 in
     sst2) echo "task.max_train_rows=4000 task.epochs=3" ;;
     mrpc) echo "task.epochs=3" ;;
     qnli) echo "task.max_train_rows=4000 task.epochs=2" ;;
+    squad_v1) echo "task.max_train_rows=4000 task.max_eval_rows=1000 task.epochs=2" ;;
     esac
+}
+# tuned_rate TASK METHOD OVERRIDE...: the best rate on TUNE_SEED among the recorded runs, for use in another setting
+tuned_rate() {
+    python -m wlora.run dry_run=true results_dir="$RESULTS" task="$1" ${DATA:+task.path="$DATA/$1"} method="$2" $(small "$1") \
+        "${@:3}" seed=0 lr=tuned | sed -n 's/^tuned: lr=\([^ ,]*\).*/\1/p'
 }
 tune_small() {
     local seeds=$1 task=$2 method=$3 rates=3e-4,1e-3,3e-3,1e-2

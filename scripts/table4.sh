@@ -5,14 +5,31 @@
 # Settings: scripts/study.sh, and TARGETS=all (the paper's text) or release (the 60 adapters of its percentages).
 . "$(dirname "$0")/study.sh"
 
-[ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1 and 6 have a small study" >&2; exit 2; }
-targets=${TARGETS:-all}
-for point in "warmup=100 seed=$TUNE_SEED" "lr=tuned seed=$TUNE_SEED" "lr=tuned warmup=tuned seed=range(5)"; do
-    for task in squad_v1 squad_v2; do
-        for method in lora "wlora k=20" wlora_plus; do
-            sweep $task $method experiment=table4 rank=1,2,4,8 targets=$targets $point
+case $SCALE in
+paper)
+    targets=${TARGETS:-all}
+    for point in "warmup=100 seed=$TUNE_SEED" "lr=tuned seed=$TUNE_SEED" "lr=tuned warmup=tuned seed=range(5)"; do
+        for task in squad_v1 squad_v2; do
+            for method in lora "wlora k=20" wlora_plus; do
+                sweep $task $method experiment=table4 rank=1,2,4,8 targets=$targets $point
+            done
         done
+        stage
+    done
+    finish wlora.tables 4 model=deberta_v3_base targets=$targets
+    ;;
+cpu) # MiniLM, K = 10 of 36 adapters, SQuAD v1.1; rates are tuned at rank 8 and used at rank 1, too
+    for PHASE in $PHASES; do
+        for method in lora "wlora k=10" wlora_plus; do tune_small 3 squad_v1 $method targets=all rank=8; done
+        stage
+    done
+    for method in lora "wlora k=10" wlora_plus; do
+        rate=1e-3 # of a dry run, before rates are known
+        [ -n "${DRY:-}" ] || rate=$(tuned_rate squad_v1 $method targets=all rank=8)
+        # shellcheck disable=SC2046 # words without spaces
+        sweep squad_v1 $method $(small squad_v1) targets=all rank=1 "seed=range(3)" "lr=$rate"
     done
     stage
-done
-finish wlora.tables 4 model=deberta_v3_base targets=$targets
+    finish wlora.tables 4 model=minilm targets=all
+    ;;
+esac

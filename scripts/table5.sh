@@ -4,7 +4,7 @@
 # tuned under a warm-up of 100, then the warm-up at that rate; then five seeds. Settings: scripts/study.sh.
 . "$(dirname "$0")/study.sh"
 
-[ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1 and 6 have a small study" >&2; exit 2; }
+[ "$SCALE" = paper ] || { echo "error: SCALE=$SCALE: allowed is paper; only Tables 1, 2 and 6 have a small study" >&2; exit 2; }
 for point in "warmup=100 seed=$TUNE_SEED" "lr=tuned seed=$TUNE_SEED" "lr=tuned warmup=tuned seed=range(5)"; do
     for task in xsum cnn_dailymail; do
         for method in lora "wlora k=20" wlora_plus; do

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.bombs import Bomb
 from wlora.distributed import TOLD
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 # Kept in the environment, which the processes of xdist inherit.
 GPUS = os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+RunMain = Callable[..., tuple[int, str, str]]
 TINY = [
     "task=story_nli",
     "model=tiny_bert",
@@ -29,6 +32,18 @@ TINY = [
     "task.epochs=2",
     "lr=1e-3",
 ]
+
+
+# What a test asks for if it needs a whole run or command.
+WHOLE = {"run_tiny", "run_main"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put every test that is not slow into one of the tiers `unit` and `integration`."""
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in ("slow", "integration")):
+            whole = WHOLE & set(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.integration if whole else pytest.mark.unit)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -111,9 +126,24 @@ def enter_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 @pytest.fixture
-def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunMain:
     """Return `enter_main` with the test's own `monkeypatch`; its result is exit code, output and errors."""
-    return lambda *words: (enter_main(monkeypatch, *words), *capsys.readouterr())
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()  # what came before is not the command's
+        return enter_main(monkeypatch, *words), *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    """Return the file that a bomb makes, once it is shown that one does."""
+    file = tmp_path / "boom"
+    pickle.loads(pickle.dumps(Bomb(file)))
+    assert file.exists()
+    file.unlink()
+    return file
 
 
 def run_cli(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

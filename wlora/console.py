@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from wlora.distributed import first_time
+from wlora.distributed import first_time, is_main
 from wlora.errors import ConfigError, RunFault, as_fault
 
 
@@ -79,6 +79,12 @@ def put(text: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stdout
     stream.write(f"{text}\n")
     stream.flush()
+
+
+def tell(text: str) -> None:
+    """Print text for the user once per command, on the main process only. Unlike `say` it does not import torch."""
+    if is_main() and first_time(text):
+        put(text)
 
 
 def say(text: str) -> None:

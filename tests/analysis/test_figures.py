@@ -11,7 +11,7 @@ from matplotlib import pyplot
 
 from tests.conftest import ROOT
 from tests.support.synthetic import make_record
-from wlora.analysis.figures import adapters, footprint, scores
+from wlora.analysis.figures import adapters, canvas, footprint, scores
 from wlora.analysis.study_reader import read_runs
 from wlora.cli import figures
 from wlora.errors import ConfigError
@@ -122,10 +122,9 @@ def test_rates_draws_the_reported_seeds_or_the_tuning_seed_and_stars_the_choice(
     assert drawn["LoRA"][0].get_xydata().tolist() == [[3e-4, 0.6], [1e-3, 0.8], [3e-3, 0.7]], "the tuning seed's"
     assert drawn["WLoRA K=5"][0].get_ydata().tolist() == pytest.approx([0.51, 0.71, 0.61]) and drawn["WLoRA K=5"].has_yerr
     stars = [container[0] for container in axis.containers if container[0].get_marker() == "*"]
-    assert sorted(tuple(star.get_xydata()[0]) for star in stars) == [
-        (1e-3, pytest.approx(0.71)),
-        (1e-3, pytest.approx(0.75)),
-    ]
+    assert sorted(star.get_ydata()[0] for star in stars) == pytest.approx([0.71, 0.75])
+    places = sorted(star.get_xdata()[0] for star in stars)
+    assert places == pytest.approx([1e-3, 1e-3], rel=0.05) and places[0] < places[1], "side by side"
     assert axis.get_xscale() == "log" and [t.get_text() for t in axis.get_xticklabels()] == ["3e-4", "1e-3", "3e-3"]
 
 
@@ -161,10 +160,53 @@ def test_selection_draws_score_against_k_and_omega_of_all_adapters(tmp_path: Pat
     for k, score in ((1, 0.6), (3, 0.7), (5, 0.75)):
         make_record(tmp_path, "method=wlora", "task=sst2", f"k={k}", metrics=score, **kept(VALUE.format(5)))
     make_record(tmp_path, "method=lora", "task=sst2", metrics=0.8)
-    by_k, by_steps, histogram = scores.selection(read_runs(tmp_path)).axes
+    by_k, histogram = scores.selection(read_runs(tmp_path)).axes
     assert sorted(by_k.lines[0].get_xydata().tolist()) == [[1, 0.6], [3, 0.7], [5, 0.75]]
-    assert 0.8 in [line.get_ydata()[0] for line in by_steps.lines]
+    assert 0.8 in [line.get_ydata()[0] for line in by_k.lines] and by_k.get_ylim()[1] > 0.8, "LoRA, inside the panel"
     assert sum(bar.get_height() for bar in histogram.patches) == 6, "two ω in each of three cuts"
+
+
+def test_selection_draws_score_against_t_where_several_have_run(tmp_path: Path) -> None:
+    for steps, score in ((5, 0.7), (10, 0.75)):
+        events = [{"step": steps, "kind": "cut", "omega": {VALUE.format(5): 0.5}}]
+        words = ("method=wlora", "task=sst2", "k=5", f"method.select_steps={steps}")
+        make_record(tmp_path, *words, metrics=score, events=events)
+    _, by_steps, _ = scores.selection(read_runs(tmp_path)).axes
+    assert by_steps.lines[0].get_xydata().tolist() == [[5, 0.7], [10, 0.75]]
+
+
+def test_marks_at_one_place_stand_side_by_side() -> None:
+    moved = canvas.side_by_side([1.0, 2.0, 1.0, 1.0], ratio=2.0, widest=100.0)
+    assert moved == pytest.approx([0.5, 2.0, 1.0, 2.0])
+    assert max(canvas.side_by_side([1.0] * 9, ratio=2.0, widest=4.0)) == pytest.approx(2.0)
+
+
+def test_more_settings_than_can_be_told_apart_are_refused() -> None:
+    with pytest.raises(ConfigError, match="25 settings, more than the 24"):
+        canvas.style_of([str(number) for number in range(25)])
+    styles = canvas.style_of([str(number) for number in range(24)]).values()
+    assert len({(style["color"], style["marker"]) for style in styles}) == 24
+
+
+def test_seconds_are_those_of_one_kind_of_machine(tmp_path: Path) -> None:
+    for seed, (processor, train) in enumerate((("Quick", 10.0), ("Quick", 12.0), ("Slow", 90.0))):
+        environment = {"precision": "fp32", "processor": processor}
+        seconds = {"train": train, "eval": 1.0, "total": train}
+        make_record(tmp_path, "method=lora", "task=sst2", f"seed={seed}", seconds=seconds, environment=environment)
+    _, lower = scores.pareto(read_runs(tmp_path)).axes
+    assert lower.lines[0].get_xdata().tolist() == [pytest.approx(11)] and "Quick" in lower.get_xlabel()
+
+
+def test_the_panels_keep_their_size_beside_a_long_legend(tmp_path: Path) -> None:
+    for steps in range(2, 14):
+        words = ("method=wlora", "task=sst2", "k=5", f"method.select_steps={steps}")
+        record = make_record(tmp_path, *words, metrics=0.8)
+        points = [{"step": step, "loss": 1.0, "metrics": {"accuracy": 0.8}} for step in (10, 20)]
+        (tmp_path / "records" / f"{record.run_id}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    figure = scores.curves(read_runs(tmp_path), RecordStore(tmp_path))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert all(legend.get_window_extent().y1 <= axis.get_window_extent().y0 for axis in figure.axes)
 
 
 def test_more_panels_than_a_page_holds_are_refused_with_the_way_to_choose(
@@ -192,7 +234,8 @@ def test_curves_skip_the_torn_last_line_of_a_crash(tmp_path: Path) -> None:
     for file in (tmp_path / "records").glob("*.jsonl"):
         file.write_text(file.read_text() + '{"step": 30, "lo')
     upper, lower = scores.curves(read_runs(tmp_path), RecordStore(tmp_path)).axes
-    assert upper.lines[0].get_xdata().tolist() == [10, 20] and lower.lines[0].get_ydata().tolist() == [0.8]
+    assert upper.lines[0].get_xdata().tolist() == [10, 20]
+    assert not lower.lines and "a single evaluation" in lower.texts[0].get_text(), "no panel for one point"
 
 
 def test_the_committed_study_can_be_drawn(tmp_path: Path) -> None:

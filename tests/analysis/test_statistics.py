@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from wlora.analysis.statistics import compare, generator, interval, resample, summarize, summarize_strata
+from wlora.analysis.statistics import (
+    compare,
+    difference,
+    generator,
+    interquartile_mean,
+    interval,
+    mcnemar,
+    performance_profile,
+    resample,
+    summarize,
+    summarize_strata,
+)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -90,3 +101,60 @@ def test_tasks_weigh_the_same_and_those_of_one_side_are_left_out() -> None:
 def test_a_single_pair_per_task_has_no_interval() -> None:
     found = compare({"x": {0: 1.0}}, {"x": {0: 0.5}}, rng())
     assert found is not None and found.difference.low is None
+
+
+def test_the_paired_interval_on_one_task_is_that_of_the_t_test() -> None:
+    a, b = {0: 0.81, 1: 0.84, 2: 0.80, 3: 0.86}, {0: 0.80, 1: 0.82, 2: 0.81, 3: 0.83}
+    found = difference({"x": a}, {"x": b})
+    expected = stats.ttest_rel(list(a.values()), list(b.values()))
+    assert found is not None and found.paired and found.pairs == (4,)
+    assert found.p_different() == pytest.approx(expected.pvalue)
+    assert found.interval() == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert found.p_above(0.0) == pytest.approx(stats.ttest_rel([*a.values()], [*b.values()], alternative="greater").pvalue)
+    lower = stats.ttest_1samp([a[s] - b[s] for s in a], -0.05, alternative="greater").pvalue
+    upper = stats.ttest_1samp([a[s] - b[s] for s in a], 0.05, alternative="less").pvalue
+    assert found.p_within(0.05) == pytest.approx(max(lower, upper)) and found.p_within(0.05) != found.p_within(0.02)
+
+
+def test_unpaired_runs_get_welchs_interval() -> None:
+    a, b = [0.81, 0.84, 0.80], [0.70, 0.82, 0.75, 0.71]
+    found = difference({"x": dict(enumerate(a))}, {"x": {9 + seed: score for seed, score in enumerate(b)}})
+    expected = stats.ttest_ind(a, b, equal_var=False)
+    assert found is not None and not found.paired and found.p_different() == pytest.approx(expected.pvalue)
+    assert found.interval() == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_a_difference_over_tasks_has_the_error_of_the_seeds_within_them() -> None:
+    a = {"x": {0: 0.9, 1: 0.8}, "y": {0: 0.3, 1: 0.4}}
+    b = {"x": {0: 0.7, 1: 0.7}, "y": {0: 0.3, 1: 0.1}}
+    found = difference(a, b)
+    assert found is not None and found.mean == pytest.approx(0.15)
+    # Differences are 0.2, 0.1 and 0.0, 0.3: variances of the means 0.0025 and 0.0225, one degree of freedom each.
+    assert found.error == pytest.approx(math.sqrt(0.0025 + 0.0225) / 2)
+    assert found.freedom == pytest.approx(0.025**2 / (0.0025**2 + 0.0225**2))
+
+
+def test_a_single_pair_or_pairs_without_spread_have_no_interval() -> None:
+    for a, b in (({0: 1.0}, {0: 0.5}), ({0: 0.5, 1: 0.7}, {0: 0.4, 1: 0.6})):
+        found = difference({"x": a}, {"x": b})
+        assert found is not None and found.mean > 0
+        assert (found.interval(), found.p_different(), found.p_within(1.0)) == (None, None, None)
+    assert difference({"x": {0: 1.0}}, {"y": {0: 1.0}}) is None
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end() -> None:
+    values = [0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 9.0]
+    found = interquartile_mean([values[:4], values[4:]], rng())
+    assert found.mean == pytest.approx(stats.trim_mean(values, 0.25)) == pytest.approx(0.45) and found.n == 8
+    assert found.low is not None and found.high is not None and found.low < found.mean < found.high
+    assert interquartile_mean([[0.1], [0.2, 0.3]], rng()).low is None
+
+
+def test_a_performance_profile_weighs_tasks_the_same() -> None:
+    assert performance_profile([[0.0, 1.0, 1.0, 1.0], [0.0]], [0.0, 0.5, 2.0]) == pytest.approx([1.0, 0.375, 0.0])
+
+
+def test_mcnemar_is_the_binomial_test_of_the_examples_that_one_side_answers() -> None:
+    for a, b in ((3, 12), (12, 3), (5, 5), (0, 6), (1, 0)):
+        assert mcnemar(a, b) == pytest.approx(stats.binomtest(a, a + b, 0.5).pvalue)
+    assert mcnemar(0, 0) == 1.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, compose, run_cli
+from tests.conftest import ROOT, RunMain, compose
 from tests.support.synthetic import make_record, watch_loads
 from wlora.analysis.study import Point, flatten, name_rows, read_value, read_words, require_one_setting, select
 from wlora.analysis.study_reader import read_runs
@@ -258,17 +258,15 @@ def test_reading_never_imports_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_the_entry_point_tunes(tmp_path: Path) -> None:
+def test_the_entry_point_tunes(tmp_path: Path, run_main: RunMain) -> None:
     words = ["task=story_nli", "model=tiny_bert", "task.max_train_rows=32", "task.max_eval_rows=8", "task.epochs=4"]
     words += ["task.batch_size=8", "method=probe", f"results_dir={tmp_path}"]
-    refused = run_cli(*words, "lr=tuned")
-    assert (
-        refused.returncode == 2 and refused.stderr.startswith("error: lr=tuned: ") and len(refused.stderr.splitlines()) == 2
-    )
-    assert run_cli("-m", *words, "lr=1e-4,1e-2").returncode == 0
-    done = run_cli("-m", *words, "lr=tuned", "seed=0,1")
-    assert done.returncode == 0 and "best of 2 on story_nli seed=0" in done.stdout
-    assert "is done" in done.stdout and len(read_runs(tmp_path)) == 3
+    code, _, error = run_main(*words, "lr=tuned")
+    assert code == 2 and error.startswith("error: lr=tuned: ") and len(error.splitlines()) == 2
+    assert run_main("-m", *words, "lr=1e-4,1e-2")[0] == 0
+    code, out, _ = run_main("-m", *words, "lr=tuned", "seed=0,1")
+    assert code == 0 and "best of 2 on story_nli seed=0" in out
+    assert "is done" in out and len(read_runs(tmp_path)) == 3
 
 
 def test_tuned_reads_only_the_records_of_its_task_and_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

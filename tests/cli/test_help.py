@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.config.test_schema import METHODS, read, read_method
 from tests.conftest import ROOT
+from tests.support.conf_files import METHODS, read, read_method
 from wlora.cli.help import list_keys, read_comments, show
 from wlora.config.rules import RULES
 from wlora.config.schema import METHOD_NOTES

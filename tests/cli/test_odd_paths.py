@@ -115,7 +115,7 @@ def write_plain(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["a link", "not a folder"])
 @pytest.mark.parametrize(
     ("program", "part"),
-    [("tables", "tables"), ("figures", "figures"), ("report", "tables"), ("report", "figures"), ("memory", "memory")]
+    [("tables", "tables"), ("figures", "figures"), ("memory", "memory")]
     + [("export", "exports"), ("run", "reruns"), ("run", "tracking"), *(("run", part) for part in PARTS)],
 )
 def test_what_stands_for_a_folder_that_is_written_into_is_refused(

@@ -39,16 +39,7 @@ def _a_line_is_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hydra, "get_mode", lambda *given, **named: None)
 
 
-@settings(
-    max_examples=500,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],  # no shrinking: the lines are short as they are
-    suppress_health_check=list(HealthCheck),
-)
-@given(line=lines)
-def test_an_override_is_understood_or_refused_in_a_line_or_two(
+def check(
     line: tuple[str, list[str], str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     method, words, prefix = line
@@ -68,3 +59,29 @@ def test_an_override_is_understood_or_refused_in_a_line_or_two(
     else:
         assert "adapter parameters" in out or "trainable" in out, (words, out)
     assert not (tmp_path / "records").exists()
+
+
+FUZZ = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # no shrinking: the lines are short as they are
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@settings(FUZZ, max_examples=60)
+@given(line=lines)
+def test_an_override_is_understood_or_refused_in_a_line_or_two(
+    line: tuple[str, list[str], str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check(line, capfd, monkeypatch, tmp_path)
+
+
+@pytest.mark.slow
+@settings(FUZZ, max_examples=500)
+@given(line=lines)
+def test_many_overrides_are_understood_or_refused(
+    line: tuple[str, list[str], str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check(line, capfd, monkeypatch, tmp_path)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tests.config.test_schema import METHODS, options, read, read_method
 from tests.conftest import ROOT, TINY, compose, enter_main
+from tests.support.conf_files import METHODS, options, read, read_method
 from wlora.cli.sweep import compose as compose_cell
 from wlora.config.identity import method_revision, run_id, scientific_fields
 from wlora.config.presets import TEXTS, apply_presets, explicit_keys

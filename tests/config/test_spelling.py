@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.config.test_schema import read_method
 from tests.conftest import ROOT, TINY
+from tests.support.conf_files import read_method
 from wlora.cli.sweep import _compose
 from wlora.config.schema import config_folder
 from wlora.config.spelling import _IDLE, SHORT, Idle, check_read, find_keys

@@ -1,12 +1,10 @@
-"""Rows from local files of every format, from the generator and the hub, and what is said about bad ones."""
+"""Rows from local files of every format, from the generator and the hub."""
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,74 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT
-from wlora.config.schema import TaskConfig
+from tests.support.mnli_files import ROWS, Rows, fault_of, make_task, write, write_both
 from wlora.data.local_files import EXTENSIONS
 from wlora.data.sources import fingerprint, load_splits
 from wlora.errors import ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-Rows = dict[str, list[Any]]
-
-# What each format finds hard: digits and dates as text, commas, quotes, an apostrophe, and characters beyond ASCII.
-ROWS: Rows = {
-    "premise": ["007", "2020-01-01", 'He said "no", twice.', "N/A", "naïve – 漢字"],
-    "hypothesis": ["1.0", "null", "It's a 5\" disk", "true", "nan"],
-    "label": [0, 1, 2, 1, 0],
-}
-
-
-def make_task(folder: Path | None, **fields: Any) -> TaskConfig:
-    """Return a small three-way task with a local folder."""
-    known: dict[str, Any] = {
-        "name": "mnli",
-        "kind": "classification",
-        "benchmark": "glue",
-        "hub_id": "nyu-mll/glue",
-        "subset": "mnli",
-        "columns": ["premise", "hypothesis"],
-        "labels": ["entailment", "neutral", "contradiction"],
-        "validation": ["validation_matched"],
-        "metrics": ["accuracy"],
-        "primary_metric": "accuracy",
-        "path": None if folder is None else str(folder),
-    }
-    return TaskConfig(**(known | fields))
-
-
-def write(file: Path, rows: Rows) -> None:
-    """Write rows in the format of the file's extension."""
-    records = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-    if file.suffix == ".parquet":
-        pq.write_table(pa.table(rows), file)
-    elif file.suffix == ".json":
-        file.write_text(json.dumps(records))
-    elif file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    else:
-        with file.open("w", newline="", encoding="utf-8") as stream:
-            if file.suffix == ".csv":
-                writer = csv.writer(stream)
-                writer.writerows([list(rows), *zip(*rows.values(), strict=True)])
-            else:
-                lines = [list(rows), *zip(*rows.values(), strict=True)]
-                stream.writelines("\t".join(map(str, line)) + "\n" for line in lines)
-
-
-def write_both(folder: Path, rows: Rows, extension: str = "jsonl") -> Path:
-    """Write the same rows as both splits."""
-    for split in ("train", "validation_matched"):
-        write(folder / f"{split}.{extension}", rows)
-    return folder
-
-
-def fault_of(task: TaskConfig) -> str:
-    """Return the message that loading ends with, after checking its form."""
-    with pytest.raises(ConfigError) as caught:
-        load_splits(task, offline=True)
-    message = str(caught.value)
-    assert message.startswith(f"task.path={task.path}")
-    assert len(message.splitlines()) <= 2
-    return message
 
 
 @pytest.mark.parametrize("extension", EXTENSIONS)
@@ -225,83 +161,6 @@ def test_categories_and_large_strings_of_pandas_are_read(tmp_path: Path) -> None
     assert rows[:] == ROWS | {"label": [1] * 5}
 
 
-@pytest.mark.parametrize("extension", EXTENSIONS)
-def test_regression_takes_finite_numbers(tmp_path: Path, extension: str) -> None:
-    rows = ROWS | {"label": [0.0, 5.0, 2.5, 3.2, 1.75]}
-    task = make_task(write_both(tmp_path, rows, extension), labels=[])
-    assert load_splits(task, offline=True).rows["train"][:] == rows
-
-
-BAD_ROWS: dict[str, tuple[Rows, list[str]]] = {
-    "missing column": (
-        {"premise": ["a"], "label": [0]},
-        ["train.jsonl", "no column hypothesis", "there is: premise, label"],
-    ),
-    "missing label": ({"premise": ["a"], "hypothesis": ["b"]}, ["no column label"]),
-    "null text": ({"premise": ["a", None], "hypothesis": ["b", "c"], "label": [0, 1]}, ["column premise: row 1", "null"]),
-    "number for text": ({"premise": [7], "hypothesis": ["b"], "label": [0]}, ["column premise holds int64", "text"]),
-    "mixed text": ({"premise": ["a", 7], "hypothesis": ["b", "c"], "label": [0, 1]}, ["column premise: row 1 has int"]),
-    "null label": ({"premise": ["a"], "hypothesis": ["b"], "label": [None]}, ["column label: row 0", "null"]),
-    "label too high": (
-        ROWS | {"label": [0, 1, 2, 3, 0]},
-        ["row 3 has 3", "0..2", "entailment, neutral, contradiction"],
-    ),
-    "hidden label": (ROWS | {"label": [0, 1, -1, 2, 0]}, ["row 2 has -1, as hidden test labels do", "0..2"]),
-    "unknown name": (ROWS | {"label": ["neutral", "maybe", "neutral", "x", "y"]}, ["row 1 has 'maybe'", "neutral"]),
-    "float label": (ROWS | {"label": [0.0, 1.0, 2.0, 1.0, 0.5]}, ["column label holds double", "0..2"]),
-    "bool label": (ROWS | {"label": [True, False, True, True, True]}, ["column label holds bool", "0..2"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_rows_are_refused(tmp_path: Path, case: str) -> None:
-    rows, parts = BAD_ROWS[case]
-    message = fault_of(make_task(write_both(tmp_path, rows)))
-    assert all(part in message for part in parts), message
-
-
-@pytest.mark.parametrize("extension", ["csv", "tsv"])
-def test_bad_labels_in_text_formats_are_refused(tmp_path: Path, extension: str) -> None:
-    task = make_task(write_both(tmp_path, ROWS | {"label": [0, 1, 7, "", 0]}, extension))
-    assert "row 2 has '7'" in fault_of(task)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "much", None])
-def test_regression_refuses_what_is_no_finite_number(tmp_path: Path, value: Any) -> None:
-    rows: Rows = {"premise": ["a"], "hypothesis": ["b"], "label": [value]}
-    assert "row 0" in fault_of(make_task(write_both(tmp_path, rows), labels=[]))
-
-
-def _cut_short(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-20])
-
-
-BAD_FILES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
-    "empty": ("csv", lambda file: file.write_bytes(b""), ["train.csv", "empty"]),
-    "corrupt parquet": ("parquet", _cut_short, ["train.parquet", "cannot be read as parquet"]),
-    "corrupt json": ("json", _cut_short, ["train.json", "cannot be read as json"]),
-    "corrupt jsonl": ("jsonl", _cut_short, ["train.jsonl", "cannot be read as jsonl: line 5"]),
-    "ragged csv": ("csv", lambda file: file.write_text("premise,hypothesis,label\na,b,0,9\n"), ["read as csv"]),
-    "header only": ("tsv", lambda file: file.write_text("premise\thypothesis\tlabel\n"), ["train.tsv", "no rows"]),
-    "no header": ("tsv", lambda file: file.write_text("a\tb\t0\n"), ["no column premise", "there is: a, b, 0"]),
-    "cut within lines": ("json", lambda file: file.write_text('{\n"premise": "a"'), ["cannot be read as json: line 2"]),
-    "too deep": ("json", lambda file: file.write_text("[" * 200_000), ["cannot be read as json"]),
-    "no objects": ("json", lambda file: file.write_text("[1, 2]"), ["train.json", "row 0 is not an object"]),
-    "no rows": ("json", lambda file: file.write_text("[]"), ["train.json", "no rows"]),
-    "not utf-8": ("csv", lambda file: file.write_bytes(b"premise,hypothesis,label\n\xff,b,0\n"), ["read as csv"]),
-    "no file": ("csv", lambda file: file.unlink(), ["split train", "train.{parquet,json,jsonl,csv,tsv}"]),
-    "two files": ("csv", lambda file: write(file.with_suffix(".json"), ROWS), ["train.json", "train.csv"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files_are_refused(tmp_path: Path, case: str) -> None:
-    extension, spoil, parts = BAD_FILES[case]
-    spoil(write_both(tmp_path, ROWS, extension) / f"train.{extension}")
-    message = fault_of(make_task(tmp_path))
-    assert all(part in message for part in parts), message
-
-
 def test_a_missing_split_names_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "train.csv", ROWS)
     message = fault_of(make_task(tmp_path))
@@ -311,7 +170,16 @@ def test_a_missing_split_names_what_is_there(tmp_path: Path) -> None:
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert "does not exist" in fault_of(make_task(tmp_path / "absent"))
     (tmp_path / "file").touch()
-    assert "is a file" in fault_of(make_task(tmp_path / "file"))
+    assert "a file of type none; allowed is parquet" in fault_of(make_task(tmp_path / "file"))
+    (tmp_path / "file.csv").write_text("premise,hypothesis,label\na,b,0\n")
+    assert "is a file: expected is a folder with validation_matched." in fault_of(make_task(tmp_path / "file.csv"))
+
+
+def test_missing_texts_are_empty_and_counted(tmp_path: Path) -> None:
+    rows: Rows = {"premise": ["a", None, " "], "hypothesis": ["b", "c", "d"], "label": [0, 1, 2]}
+    splits = load_splits(make_task(write_both(tmp_path, rows)), offline=True)
+    assert splits.rows["train"][:]["premise"] == ["a", "", " "]
+    assert splits.empty == {"train": {"premise": 2}, "validation_matched": {"premise": 2}}
 
 
 def test_training_subsets_are_fixed_and_nested(tmp_path: Path) -> None:
@@ -423,7 +291,7 @@ def test_a_split_that_the_hub_does_not_have_is_refused(asked: dict[str, Any]) ->
 def test_offline_without_a_cache_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path[:0] = ['.', 'tests']\n"
-        "from tests.data.test_sources import make_task\n"
+        "from tests.support.mnli_files import make_task\n"
         "from wlora.errors import ConfigError\n"
         "from wlora.data.sources import load_splits\n"
         "try: load_splits(make_task(None), offline=True)\n"

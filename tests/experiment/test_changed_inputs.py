@@ -23,6 +23,8 @@ from wlora.experiment.shared_inputs import SharedInputs
 from wlora.storage.content_hash import hash_file, read_as_hashed
 from wlora.storage.records import RecordStore
 
+pytestmark = pytest.mark.integration
+
 SHORT = ["method=lora", "train.max_steps=2", "task.max_train_rows=16", "task.max_eval_rows=8"]
 
 

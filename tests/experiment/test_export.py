@@ -12,10 +12,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.support.bart_folder import build_bart_folder
+from tests.support.outputs import TEXTS, logits
 from wlora.adapters.peft_format import CONFIG, WEIGHTS, fingerprint
 from wlora.cli.export import main
 from wlora.config.schema import restore_config
@@ -25,15 +25,7 @@ from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import locate
 from wlora.storage.records import RecordStore
 
-TEXTS = ["Anna went to the library.", "Ben took the lamp to the garden. Anna is in the school."]
 WORDS = ["method=wlora", "k=3", "targets=all", "lr=1e-2", "precision=fp32"]
-
-
-def logits(model: Any, tokenizer: Any) -> Tensor:
-    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        found: Tensor = model.eval()(**inputs).logits
-    return found
 
 
 @pytest.fixture

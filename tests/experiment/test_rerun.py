@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import run_cli
+from tests.conftest import RunMain
 from wlora.storage.environment import compare_environments, describe_environment
 from wlora.storage.records import RecordStore
 
 
 @pytest.fixture
-def enter(run_main: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def enter(run_main: RunMain, tmp_path: Path) -> Callable[..., Any]:
     """Return a function that calls the entry point in this process; it returns exit code, output and errors."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return run_main(*words, f"results_dir={tmp_path}")  # type: ignore[no-any-return]
-
-    return call
+    return lambda *words: run_main(*words, f"results_dir={tmp_path}")
 
 
 @pytest.mark.parametrize("method", ["wlora", "adalora", "full"])
@@ -146,15 +142,13 @@ def test_a_committed_record_of_an_earlier_version_is_understood(enter: Callable[
     assert code == 2 and "task.path" in err and "nowhere" in err
 
 
-def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+def test_mistakes_are_told_before_torch_is_imported(enter: Callable[..., Any]) -> None:
     code = (
         "import sys, wlora.experiment.rerun, wlora.experiment.export, wlora.storage.trackers; print('torch' in sys.modules)"
     )
-    import subprocess
-
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
-    told = run_cli("from=abc", f"results_dir={tmp_path}")
-    assert told.returncode == 2 and told.stderr.startswith("error: abc: no record")
+    code, _, error = enter("from=abc")
+    assert code == 2 and error.startswith("error: abc: no record")
 
 
 def test_an_environment_tells_enough_to_run_again() -> None:

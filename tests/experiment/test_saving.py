@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.conftest import ROOT, TINY, compose
 from tests.support.bart_folder import build_bart_folder
+from tests.support.conf_files import FITTING, METHODS
+from tests.support.outputs import TEXTS, logits
 from wlora.config.identity import scientific_fields
-from wlora.config.schema import config_folder
 from wlora.errors import ConfigError, RunFault
 from wlora.experiment import run as experiment
 from wlora.experiment import saving
@@ -28,22 +28,13 @@ from wlora.models.source import locate
 from wlora.storage.atomic_write import Put
 from wlora.storage.records import RecordStore
 
-TEXTS = ["Anna went to the library.", "Ben took the lamp to the garden. Anna is in the school."]
+pytestmark = pytest.mark.integration
+
 STORY = ["task=story_summary", "model=tiny_bart", "targets=all", "task.max_train_rows=64", "task.max_eval_rows=16"]
 STORY += ["task.generation.max_new_tokens=12", "precision=fp32", "lr=1e-2"]
-SPECIAL = {"nora": ["method.outer_rank=16"], "single": ["method.index=4"]}
+SPECIAL = {**FITTING, "single": ["method.index=4"]}
 
 Seen = dict[str, Any]
-
-
-def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return the logits of two texts in evaluation mode."""
-    inputs = dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
-    if model.config.is_encoder_decoder:
-        inputs.pop("token_type_ids", None)
-    with torch.no_grad():
-        found: Tensor = model.eval()(**inputs).logits
-    return found
 
 
 @pytest.fixture
@@ -77,9 +68,6 @@ def load(folder: Path, *words: str, head: str, num_labels: int = 3) -> tuple[Pre
     config = compose(*TINY, *words, *kept, f"model.path={folder}")
     tokenizer = load_tokenizer(config.model, locate(config.model))
     return load_model(config.model, locate(config.model), tokenizer, head=head, num_labels=num_labels, seed=7), tokenizer
-
-
-METHODS = sorted(path.stem for path in (config_folder() / "method").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY, compose
+from tests.support.conf_files import FITTING, METHODS
 from wlora.adapters.layer import AdaptedLinear
-from wlora.config.schema import config_folder
 from wlora.experiment import run as experiment
 from wlora.experiment.dry_run import describe
 from wlora.training.trainer import Trainer
 
-# NoRA's frame of rank 64 is wider than a tiny model.
-OWN = {"nora": ["method.outer_rank=16"], "wlora_depth": ["method.depth_cost=100"]}
-METHODS = sorted(file.stem for file in (config_folder() / "method").glob("*.yaml"))
+OWN = {**FITTING, "wlora_depth": ["method.depth_cost=100"]}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.methods.test_selection import COMMON, SETTINGS, WIDTH, N, Rig, Tanh
+from tests.support.toy_model import COMMON, SETTINGS, WIDTH, N, Rig, Tanh
 from wlora.adapters.variants import BlockDiagonalAdapter, FramedAdapter
 from wlora.errors import ConfigError
 

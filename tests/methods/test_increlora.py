@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.methods.test_selection import COMMON, SETTINGS, WIDTH, N, Rig, Tanh
 from tests.models.test_architectures import SQUARE, attach_on_meta
+from tests.support.toy_model import COMMON, SETTINGS, WIDTH, N, Rig, Tanh
 from wlora.adapters.variants import GrowingAdapter
 from wlora.errors import ConfigError
 from wlora.methods.increlora import IncreLoRA

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.methods.test_selection import COMMON, ROWS, SETTINGS, WIDTH, N, Rig
+from tests.support.toy_model import COMMON, ROWS, SETTINGS, WIDTH, N, Rig
 from wlora.errors import ConfigError
 from wlora.methods.flexlora import decompose
 from wlora.methods.lora_drop import choose

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.methods.test_selection import COMMON, SETTINGS, WIDTH, Rig
+from tests.support.toy_model import COMMON, SETTINGS, WIDTH, Rig
 from wlora.errors import ConfigError
 from wlora.methods.single import Single
 from wlora.methods.training_data import TrainingData

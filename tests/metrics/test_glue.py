@@ -149,6 +149,7 @@ def _score_on_a_share(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     mp.spawn(_score_on_a_share, args=(str(tmp_path),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     alone = repr(compute(["f1", "matthews"], *_rows()))

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.conftest import TINY, compose
+from tests.support.conf_files import FITTING, METHODS
 from wlora.config.identity import run_id, scientific_fields
-from wlora.config.schema import config_folder
 from wlora.experiment.build import assemble
 from wlora.methods.base import Method
 from wlora.methods.registry import build_method
@@ -22,9 +22,7 @@ from wlora.models.source import ModelSource
 from wlora.models.targets import find_layout, list_targets
 
 MODELS = ["tiny_bert", "tiny_deberta", "tiny_bart", "tiny_llama"]
-METHODS = sorted(file.stem for file in (config_folder() / "method").glob("*.yaml"))
-# What fits the tiny model and the few rows.
-FITTING = {"nora": ["method.outer_rank=16"], "flexora": ["method.held_out=16"]}
+OWN = {**FITTING, "flexora": ["method.held_out=16"]}  # of the few rows
 
 
 class Rig:
@@ -125,7 +123,7 @@ def test_a_run_has_the_same_curve_and_identity(method: str, run_tiny: Any, tmp_p
     records, curves = [], []
     for on in ("false", "true"):
         words = [f"method={method}", "task.max_train_rows=64", "train.max_steps=16", "precision=fp32"]
-        words += FITTING.get(method, [])
+        words += OWN.get(method, [])
         record = run_tiny(*words, f"train.gradient_checkpointing={on}", results=tmp_path / on)
         records.append(record)
         lines = (tmp_path / on / "records" / f"{record.run_id}.jsonl").read_text().splitlines()

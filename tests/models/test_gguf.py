@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tests.conftest import TINY, compose, enter_main, run_cli
+from tests.conftest import TINY, RunMain, compose, enter_main
 from tests.support.llama_folder import BOS, EOS, LAYERS, WORDS, build_llama_folder, llama_weights, write_gguf
 from wlora.adapters.adapter_set import AdapterSet
 from wlora.adapters.layer import LowRankAdapter
@@ -69,11 +69,11 @@ def test_the_head_names_the_shape_of_the_model(folder: Path) -> None:
     assert config.k == 5, "of the file's 14 linears, not of SmolLM2's 210"
 
 
-def test_a_dry_run_counts_from_the_head_without_reading_weights(folder: Path) -> None:
-    done = run_cli(*words(folder), *TINY[:1], "targets=all", "method=lora", "rank=1", "dry_run=true")
+def test_a_dry_run_counts_from_the_head_without_reading_weights(folder: Path, run_main: RunMain) -> None:
+    code, out, error = run_main(*words(folder), *TINY[:1], "targets=all", "method=lora", "rank=1", "dry_run=true")
     # Per layer: 2·64 for q and o, 64 + 32 for k and v, 64 + 128 for each of the three feed-forward linears.
-    assert done.returncode == 0 and f"{2 * (2 * 128 + 2 * 96 + 3 * 192):,} adapter parameters" in done.stdout, done.stderr
-    assert done.stderr == ""
+    assert code == 0 and f"{2 * (2 * 128 + 2 * 96 + 3 * 192):,} adapter parameters" in out, error
+    assert error == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"nonsense" * 10, b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)])
@@ -107,9 +107,9 @@ def test_a_file_needs_no_model_of_its_family(tmp_path: Path) -> None:
     assert model.name == tmp_path.name and model.architecture["model_type"] == "llama"
 
 
-def test_a_missing_file_is_refused_and_those_there_are_named(folder: Path) -> None:
-    done = run_cli(*words(folder, "model.Q4.gguf"), *TINY[:1])
-    assert done.returncode == 2 and f"there: {FILE}" in done.stderr and len(done.stderr.splitlines()) <= 2
+def test_a_missing_file_is_refused_and_those_there_are_named(folder: Path, run_main: RunMain) -> None:
+    code, _, error = run_main(*words(folder, "model.Q4.gguf"), *TINY[:1])
+    assert code == 2 and f"there: {FILE}" in error and len(error.splitlines()) <= 2
 
 
 def test_a_package_or_random_model_has_no_gguf_file() -> None:

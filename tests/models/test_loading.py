@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tests.conftest import compose, run_cli
+from tests.conftest import RunMain, compose, run_cli
+from tests.support.bombs import Bomb
 from tests.support.hub_folder import (
     CONFIG,
     VOCABULARY,
@@ -144,15 +143,18 @@ def test_a_character_never_seen_is_unknown_and_not_padding(hub_folder: Path) -> 
 
 @pytest.mark.parametrize("variant", ["bin", "shards"])
 def test_the_papers_command_runs_from_local_copies_without_a_hub(
-    variant: str, hub_folder: Path, rte_folder: Path, tmp_path: Path
+    variant: str, hub_folder: Path, rte_folder: Path, tmp_path: Path, run_main: RunMain
 ) -> None:
     folder = copy_folder(hub_folder, tmp_path / "model")
     if variant == "shards":
         to_safetensors(folder, shards=3)
     words = [*SHORT, "method=wlora_plus", f"model.path={folder}", f"task.path={rte_folder}", f"results_dir={tmp_path}"]
-    done = run_cli(*words)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    if variant == "bin":
+        done = run_cli(*words)
+        code, error = done.returncode, done.stderr
+    else:
+        code, _, error = run_main(*words, "offline=true")
+    assert (code, error) == (0, "")
     (file,) = (tmp_path / "records").glob("*.json")
     record = json.loads(file.read_text())
     assert record["status"] == "success" and 0 <= record["metrics"]["accuracy"] <= 1
@@ -163,16 +165,6 @@ def test_the_papers_command_runs_from_local_copies_without_a_hub(
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    """Unpickling this opens a file for writing."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
-        return open, (str(self.file), "w")
 
 
 def write_bomb(folder: Path, kind: str) -> Path:
@@ -197,14 +189,14 @@ def test_a_pickle_bomb_is_refused_and_does_not_go_off(kind: str, hub_folder: Pat
 
 
 def test_a_pickle_bomb_ends_the_run_with_exit_code_2_and_no_record(
-    hub_folder: Path, rte_folder: Path, tmp_path: Path
+    hub_folder: Path, rte_folder: Path, tmp_path: Path, run_main: RunMain
 ) -> None:
     folder = copy_folder(hub_folder, tmp_path / "copy")
     mark = write_bomb(folder, "torch")
     results = tmp_path / "results"
-    done = run_cli(*SHORT, f"model.path={folder}", f"task.path={rte_folder}", f"results_dir={results}")
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) <= 2 and lines[0].startswith(f"error: model.path={folder}: ")
+    code, _, error = run_main(*SHORT, f"model.path={folder}", f"task.path={rte_folder}", f"results_dir={results}")
+    lines = error.strip().splitlines()
+    assert code == 2 and len(lines) <= 2 and lines[0].startswith(f"error: model.path={folder}: ")
     assert not mark.exists() and not list(results.rglob("*.json"))
 
 
@@ -227,11 +219,14 @@ def test_truncated_safetensors_are_refused(share: float, hub_folder: Path, tmp_p
     assert "the weights cannot be loaded" in refusal(folder)
 
 
-def test_truncated_weights_end_the_run_with_exit_code_2(hub_folder: Path, rte_folder: Path, tmp_path: Path) -> None:
+def test_truncated_weights_end_the_run_with_exit_code_2(
+    hub_folder: Path, rte_folder: Path, tmp_path: Path, run_main: RunMain
+) -> None:
     folder = copy_folder(hub_folder, tmp_path / "copy")
     cut(folder / "pytorch_model.bin", 0.5)
-    done = run_cli(*SHORT, f"model.path={folder}", f"task.path={rte_folder}", f"results_dir={tmp_path / 'results'}")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) <= 2
+    words = [f"model.path={folder}", f"task.path={rte_folder}", f"results_dir={tmp_path / 'results'}"]
+    code, _, error = run_main(*SHORT, *words)
+    assert code == 2 and len(error.strip().splitlines()) <= 2
 
 
 def test_weights_that_are_not_a_dictionary_are_refused(hub_folder: Path, tmp_path: Path) -> None:

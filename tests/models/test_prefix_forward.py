@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import compose
+from tests.support.outputs import losses
 from wlora.config.identity import run_id, scientific_fields
 from wlora.data.features import Features
 from wlora.experiment.build import assemble
@@ -124,11 +124,6 @@ def test_alora_scores_the_same_from_where_a_component_acts(name: str, monkeypatc
     assert found == rig.method.ablation_scores(data, rig.batch)
 
 
-def losses(record: Record, results: Path) -> list[float]:
-    lines = (results / "records" / f"{record.run_id}.jsonl").read_text().splitlines()
-    return [point["loss"] for point in map(json.loads, lines) if "loss" in point]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_without_dropout_losses_are_the_same(name: str, run_tiny: Callable[..., Record], tmp_path: Path) -> None:
     plain = run_tiny(*WLORA, *no_dropout(name), results=tmp_path / "a")
@@ -137,7 +132,7 @@ def test_without_dropout_losses_are_the_same(name: str, run_tiny: Callable[..., 
     )
     if "prefix_layers" not in stored.memory:
         pytest.fail(f"nothing was left out: {stored.adapters}")
-    assert losses(stored, tmp_path / "b") == pytest.approx(losses(plain, tmp_path / "a"), rel=1e-5)
+    assert losses(tmp_path / "b", stored.run_id) == pytest.approx(losses(tmp_path / "a", plain.run_id), rel=1e-5)
     assert stored.metrics == pytest.approx(plain.metrics, rel=1e-4) and stored.adapters == plain.adapters
     assert stored.run_id != plain.run_id
 

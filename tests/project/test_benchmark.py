@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 CUT = "WLoRA cut"
 STAGES = ["PEFT LoRA", "LoRA", "WLoRA before the cut", CUT, f"{CUT}, prefix", f"{CUT}, prefix, micro-batch grown"]
 MODELS = {"DeBERTaV3-base": "deberta", "BART-large": "bart", "SmolLM2-135M": "llama", "MiniLM-L6": "minilm"}

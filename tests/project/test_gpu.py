@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from tests.conftest import GPUS, ROOT, TINY
-from tests.methods.test_every_method import METHODS
+from tests.support.conf_files import METHODS
 from wlora.storage.records import Record, RecordStore
+
+pytestmark = pytest.mark.integration
 
 DROPOUT = {name: ["hidden_dropout_prob", "attention_probs_dropout_prob"] for name in ("tiny_bert", "tiny_deberta")}
 DROPOUT["tiny_bart"] = ["dropout"]

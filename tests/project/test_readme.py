@@ -1,11 +1,10 @@
-"""README and docs say what is true: commands run (small and local), links lead somewhere, the tree is the real one."""
+"""The commands of the README and of docs/ run, small and local."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
 import re
@@ -23,29 +22,23 @@ import pytest
 from tests.conftest import ROOT, compose, enter_main
 from tests.support.llama_folder import build_llama_folder, write_gguf
 from tests.support.model_folders import build_model_folder
+from tests.support.pages import PAGES, README, blocks
 from wlora.cli import export as exports
 from wlora.cli import figures, memory, tables
+from wlora.cli import predict as predictions
 from wlora.config.schema import ModelConfig, config_folder
 from wlora.experiment import run as experiment
 from wlora.models.source import locate
 from wlora.storage.records import Record, RecordStore
 
-FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in FILES}
-README = PAGES["README.md"]
-
-
-def blocks(page: str, language: str) -> list[str]:
-    """Return the code blocks of a page that are in a language; "" stands for none."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    return [block for name, block in found if name == language]
-
+pytestmark = pytest.mark.integration
 
 # A command that stands on several pages is checked once.
 LINES = list(dict.fromkeys(line for page in PAGES.values() for block in blocks(page, "bash") for line in block.splitlines()))
 SETUP = [line for line in LINES if line.startswith("pip install")]
 LAUNCHED = [line for line in LINES if re.search(r"^(accelerate|torchrun) |hydra/launcher=|hardware=", line)]
-AFTERWARDS = [line for line in LINES if "RUN_ID" in line]
+PREDICTIONS = [line for line in LINES if line.startswith("python -m wlora.predict ")]
+AFTERWARDS = [line for line in LINES if "RUN_ID" in line and line not in PREDICTIONS]
 RUNS = [line for line in LINES if line.startswith("python -m wlora.run ") and line not in AFTERWARDS + LAUNCHED]
 SCRIPTS = [line for line in LINES if line.startswith("python scripts/")]
 STUDIES = [line for line in LINES if re.search(r"(^| )scripts/\w+\.sh$", line)]
@@ -81,16 +74,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow.parquet as pq
 
     folder = tmp_path_factory.mktemp("data")
-    for file in (config_folder() / "task").glob("*.yaml"):
-        task = compose(f"task={file.stem}", "model=tiny_bart", "task.max_length=512").task
+    benchmarks = [
+        file.stem for file in (config_folder() / "task").glob("*.yaml") if "benchmark: table" not in file.read_text()
+    ]
+    for name in benchmarks:
+        task = compose(f"task={name}", "model=tiny_bart", "task.max_length=512").task
         (folder / task.name).mkdir()
-        for split in ("train", *task.validation):
+        for split in ("train", *task.validation, "test"):
             rows = rows_of(task, TRAIN_ROWS if split == "train" else EVAL_ROWS)
             pq.write_table(pa.table(rows), folder / task.name / f"{split}.parquet")
     (folder / "tickets").mkdir()
     for split in ("train", "validation"):
         lines = [f'"It fails, ""again"", {row}",{CLASSES[row % 3]}' for row in range(TRAIN_ROWS)]
         (folder / "tickets" / f"{split}.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    own = [f'{row},"It fails,\n""again"", {row}",{CLASSES[row % 7 % 3]}' for row in range(28)]
+    (folder / "tickets.csv").write_text("\n".join(["id,text,kind", *own]), encoding="utf-8")
+    (folder / "new.csv").write_text("\n".join(["id,text", *(f"{row},again {row}" for row in range(5))]), encoding="utf-8")
+    (folder / "conf" / "task").mkdir(parents=True)
+    (yaml,) = blocks(PAGES["docs/tasks.md"], "yaml")
+    (folder / "conf" / "task" / "tickets.yaml").write_text(yaml.replace("DATA", str(folder)), encoding="utf-8")
     return folder
 
 
@@ -147,7 +149,7 @@ def shrink(line: str, data: Path, results: Path) -> list[str]:
         words += [f"model={'tiny_bert' if '-m' in words else 'tiny_deberta'}", LAYERS]  # a sweep with the faster one
     if "-m" in words:
         words.append("lr=5e-4")  # one of its rates and, below, one of its seeds
-    if not any(word.startswith("task.path=") for word in words):
+    if not any(word.startswith(("task.path=", "--config-dir=")) for word in words):
         words.append(f"task.path={data}/${{task.name}}")
     return [*words, *SMALL]
 
@@ -158,7 +160,8 @@ def records_in(results: Path) -> list[Record]:
 
 def test_every_line_is_a_command_that_is_checked_here() -> None:
     assert len(SETUP) == 2 and RUNS and SCRIPTS and STUDIES and TABLES and FIGURES and COMPLETION
-    assert sorted(LINES) == sorted(LAUNCHED + AFTERWARDS + SETUP + RUNS + SCRIPTS + STUDIES + TABLES + FIGURES + COMPLETION)
+    known = LAUNCHED + AFTERWARDS + PREDICTIONS + SETUP + RUNS + SCRIPTS + STUDIES + TABLES + FIGURES + COMPLETION
+    assert sorted(LINES) == sorted(known)
 
 
 def test_setup_installs_extras_that_exist() -> None:
@@ -211,6 +214,20 @@ def test_what_is_done_with_a_run_afterwards(
         else:
             exports.main(words[3:])
     assert (results / "reruns" / "records" / f"{record.run_id}.json").is_file() and (export / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("line", PREDICTIONS)
+def test_predictions_are_made(line: str, enter: Enter, data: Path, tmp_path: Path) -> None:
+    own = "split=" not in line
+    trained = next(run for run in RUNS if "task=text_classification" in run) if own else "python -m wlora.run task=rte"
+    assert enter(*shrink(trained, data, tmp_path / "results")) == 0
+    (record,) = records_in(tmp_path / "results")
+    words = shlex.split(line.replace("RUN_ID", record.run_id).replace("DATA", str(data)))[3:]
+    predictions.main([*words, f"results_dir={tmp_path / 'results'}"])
+    written = tmp_path / ("labelled.csv" if own else "glue/RTE.tsv")
+    assert written.read_text(encoding="utf-8").splitlines()[0] == (
+        "id,text,prediction,probability" if own else "index\tprediction"
+    )
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("rank=4", "rnk=4"), ("task=rte", "task=rtee"), ("method=", "metod=")])
@@ -290,21 +307,6 @@ def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
     assert drawn["results/selection"] == {"selection.png", "selection.pdf"}
 
 
-def test_every_score_that_is_shown_stands_in_a_committed_table() -> None:
-    made = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "results").glob("*/tables/*.md"))
-    shown = [score for page in PAGES.values() for score in re.findall(r"0\.\d{4} ± 0\.\d{4}", page)]
-    assert len(shown) > 50 and [score for score in shown if score not in made] == []
-
-
-def test_the_study_that_is_shown_is_the_committed_one() -> None:
-    section = PAGES["docs/studies.md"].split("## CPU study", 1)[1]
-    stretches = itertools.groupby(section.splitlines(), lambda line: line.startswith("| "))
-    shown = ["\n".join(lines) for is_table, lines in stretches if is_table]
-    folder = ROOT / "results" / "cpu_study" / "tables"
-    made = [(folder / f"{name}.md").read_text(encoding="utf-8") for name in ("summary", "table1", "table6")]
-    assert shown and all(any(table in page for page in made) for table in shown)
-
-
 @pytest.mark.parametrize("line", STUDIES)
 def test_table_scripts_are_there_and_list_their_cells(line: str, tmp_path: Path) -> None:
     *settings, script = shlex.split(line)
@@ -317,6 +319,7 @@ def test_table_scripts_are_there_and_list_their_cells(line: str, tmp_path: Path)
     assert done.returncode == 0 and " runs done; " in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_comparison_of_whole_runs_with_peft_runs_once(
     enter: Enter, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,70 +350,6 @@ def test_every_script_is_run_here_or_in_test_benchmark() -> None:
     assert {shlex.split(line)[1] for line in SCRIPTS} == {"scripts/benchmark.py"}
 
 
-def tree(page: str) -> set[str]:
-    """Return the paths in a page's tree; a folder ends in `/`."""
-    (block,) = (block for block in blocks(page, "") if block.startswith("conf/"))
-    found, parents = set(), [""]
-    for line in block.splitlines():
-        match = re.fullmatch(r"( *)(\S+) +(\S.*)", line)
-        assert match, f"a path and what it is: {line}"
-        depth = len(match[1]) // 2
-        path = parents[depth] + match[2]
-        parents[depth + 1 :] = [path]
-        found.add(path)
-    return found
-
-
-def files_of_the_project() -> list[str]:
-    """List the files of the checkout, or of an unpacked sdist those of its main folders."""
-    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-        return [name for name in listed if (ROOT / name).is_file()]
-    folders = ("conf", "scripts", "tests", "wlora")
-    return [file.relative_to(ROOT).as_posix() for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
-
-
-def test_the_tree_is_complete() -> None:
-    listed = tree(PAGES["docs/tree.md"])
-    for name in files_of_the_project():
-        folder, _, rest = name.partition("/")
-        if rest:
-            assert any(entry.startswith(f"{folder}/") for entry in listed), f"{folder}/ is not in docs/tree.md"
-        if re.fullmatch(r"(wlora|scripts)/.*\.py", name) and not name.endswith("__init__.py"):
-            assert name in listed, f"{name} is not in docs/tree.md"
-        if re.fullmatch(r"conf/\w+/.*", name):
-            assert name.rpartition("/")[0] + "/" in listed
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/tree.md"])
-def test_the_tree_lists_nothing_that_is_not_there(page: str) -> None:
-    made_later = {"results/"}
-    missing = [path for path in tree(PAGES[page]) - made_later if not (ROOT / path).exists()]
-    # An sdist has no continuous integration.
-    assert [path for path in missing if not path.startswith(".")] == []
-
-
-def first_cells(page: str) -> list[str]:
-    """Return the first cells of a page's tables that hold names in backticks."""
-    return re.findall(r"^\| (`[^|]*`) \|", page, re.MULTILINE)
-
-
-def test_methods_and_record_keys_are_the_real_ones() -> None:
-    methods = {file.stem for file in (config_folder() / "method").glob("*.yaml")}
-    (table,) = re.findall(r"^\| `method=` .*?\n\n", README, re.MULTILINE | re.DOTALL)
-    assert set(re.findall(r"^\| `(\w+)` \| [A-Z]", table, re.MULTILINE)) == methods
-    keys = {key for cell in first_cells(PAGES["docs/records.md"]) for key in re.findall(r"`(\w+)`", cell)}
-    assert keys == {f.name for f in dataclasses.fields(Record)}
-
-
-@pytest.mark.parametrize(("page", "group"), [("tasks", "task"), ("models", "model"), ("sweeps", "hydra/launcher")])
-def test_every_choice_is_described(page: str, group: str) -> None:
-    cells = first_cells(PAGES[f"docs/{page}.md"])
-    described = {name.rpartition("=")[2] for cell in cells for name in re.findall(r"`([^`]*)`", cell)}
-    assert {file.stem for file in (config_folder() / group).glob("*.yaml")} - described == set()
-
-
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {}
@@ -421,38 +360,3 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         elif "plain" in space and "record" not in space:
             assert len(block.splitlines()) <= 25 and space["handle"].events[0].kind == "cut"
     assert space["record"].status == "success" and space["logits"].shape == (1, 3)
-
-
-def anchors(page: str) -> set[str]:
-    """Return the anchors that GitHub gives to the headings of a page."""
-    text = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
-    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-def test_links_lead_to_files_and_headings() -> None:
-    more = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
-    for file in [*FILES, *more]:
-        for link in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", file.read_text(encoding="utf-8")):
-            target, _, anchor = "".join(link).partition("#")
-            if target.startswith("https://") or (
-                target.startswith("results/") and not (ROOT / "results" / "selection").is_dir()
-            ):
-                continue  # an sdist has no results
-            there = file.parent / target if target else file
-            assert there.is_file(), f"{file.name}: {target}"
-            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), f"{file.name}: {target}#{anchor}"
-
-
-def test_the_readme_is_short_and_leads_to_every_page() -> None:
-    assert len(README.splitlines()) <= 200
-    assert [name for name in PAGES if name != "README.md" and f"({name})" not in README] == []
-
-
-def test_the_citation_names_the_paper_and_no_second_version() -> None:
-    import yaml
-
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
-    assert citation["preferred-citation"]["title"] in README
-    assert "version" not in citation, "the version stands in wlora/__init__.py alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ ROOMS = (
     *("errors", "distributed", "console", "reading", "metrics", "config", "storage", "data", "tasks", "models"),
     *("adapters", "methods", "training", "analysis", "experiment", "integration", "cli"),
 )
-ENTRIES = ("__init__", "__main__", "run", "tables", "figures", "report", "export", "memory", "sweep")
+ENTRIES = ("__init__", "__main__", "run", "tables", "figures", "report", "export", "predict", "memory", "sweep")
 SOURCES = sorted([*(ROOT / "wlora").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 400
 
@@ -66,3 +67,18 @@ def test_functions_and_modules_are_short(file: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, node.name
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_test_modules_are_short(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= LONGEST_MODULE
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    bounds = re.findall(r'"([a-z][\w-]*)>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
+    pinned = dict(re.findall(r"^([a-z][\w-]*)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    padded = {name: [*version.split("."), "0", "0"][:3] for name, version in pinned.items()}
+    differing = [name for name, least in bounds if name in padded and [*least.split("."), "0", "0"][:3] != padded[name]]
+    assert not differing
+    (needed,) = re.findall(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r'"([a-z][\w-]*)>=', needed)) <= set(pinned)

@@ -18,15 +18,17 @@ from wlora.training.interruption import Guard
 from wlora.training.trainer import Trainer
 
 HOLD = """
-import sys, time
+import sys
 from wlora.storage.locks import RunLock
 print(RunLock(sys.argv[1], "run").acquire(), flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
 def start_holder(folder: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "True\n"
     return process
 
@@ -54,6 +56,7 @@ def test_a_silent_holder_on_another_machine_is_watched_and_then_taken_over(
     told = first.path.read_text()
     first.release()
     first.path.write_text(told.replace(f"host={os.uname().nodename}", "host=elsewhere"))
+    os.utime(first.path, (4e9, 4e9))  # of another machine's clock
     assert not RunLock(tmp_path, "run").acquire(), "it may be alive"
     os.utime(first.path, (1e9, 1e9))
     assert RunLock(tmp_path, "run").acquire()

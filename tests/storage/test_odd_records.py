@@ -66,7 +66,8 @@ def replace(file: Path, kind: str) -> None:
     if kind == "pipe":
         os.mkfifo(file)
     elif kind == "socket":
-        with contextlib.chdir(file.parent), socket.socket(socket.AF_UNIX) as end:
+        with pytest.MonkeyPatch.context() as patch, socket.socket(socket.AF_UNIX) as end:
+            patch.chdir(file.parent)  # the name of a socket may not be long
             end.bind(file.name)
     elif kind == "device":
         file.symlink_to("/dev/zero")

@@ -113,6 +113,17 @@ def build_rte_folder(folder: Path, *, rows: int = 24) -> Path:
     return folder
 
 
+def build_table_repository(folder: Path, splits: dict[str, dict[str, list[Any]]]) -> Path:
+    """Write a data set as it lies on the hub: Parquet files of the splits below `data`, without a loading script."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "data").mkdir(parents=True)
+    for split, columns in splits.items():
+        pq.write_table(pa.table(columns), folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
 def _shapes() -> dict[str, tuple[int, ...]]:
     width, inner, words = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["vocab_size"]
     linears = {"deberta.encoder.layer.{}.intermediate.dense": (inner, width)}

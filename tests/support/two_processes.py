@@ -25,7 +25,7 @@ SETTING = [
 STILL = ["dropout=0", "+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0"]
 # Of the methods those that are also stopped and resumed here; tests/training/test_checkpoints.py and a signal stop others.
 STOPPED = ("wlora_plus", "increlora")
-LONG = [*SETTING, "method=wlora", "train.max_steps=120", "train.checkpoint_every=0", "train.eval_every=120"]
+LONG = [*SETTING, "method=wlora", "train.checkpoint_every=0", "train.eval_every=20"]
 # 49 rows in batches of 8 leave one for the last: a process has nothing to do there.
 SHARDED = [*SETTING, "model=tiny_llama", "method=lora", "targets=all", "task.max_eval_rows=49", "task.eval_batch_size=8"]
 

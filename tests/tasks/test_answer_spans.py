@@ -101,7 +101,7 @@ def test_a_dev_set_of_the_size_of_squads_is_decoded_and_scored_in_seconds() -> N
         ends=np.concatenate([edge[1:] - 1 for edge in edges]),
     )
     logits = [torch.randn(64, tokens, generator=generator) for _ in range(2)]
-    begin = time.perf_counter()
+    begin = time.process_time()  # which no other load of the machine prolongs
     found = []
     for start in range(0, windows, 64):
         size = min(64, windows - start)
@@ -110,5 +110,5 @@ def test_a_dev_set_of_the_size_of_squads_is_decoded_and_scored_in_seconds() -> N
         found.append(find_best_spans(starts, ends, context, n_best=20, max_answer_length=30).numpy())
     texts, _ = choose_answers(np.concatenate(found), places, contexts)
     score = score_answers(texts, [[text, "w1 w2", "w3"] for text in texts])
-    assert time.perf_counter() - begin < 60
+    assert time.process_time() - begin < 60
     assert score == {"exact_match": 1.0, "f1": 1.0} and all(texts)

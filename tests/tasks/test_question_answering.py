@@ -1,8 +1,7 @@
-"""Windows, positions, decoding and scoring on contexts written by hand; rows that are refused; short runs."""
+"""Windows, positions, decoding and scoring on contexts written by hand."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import TINY, compose
 from tests.support.hub_folder import build_folder
-from wlora.config.schema import TaskConfig
+from tests.support.outputs import losses
+from tests.support.squad import CONTEXT, NONE, Answers, find, make_rows, make_task
 from wlora.data.sources import load_splits
 from wlora.errors import ConfigError
 from wlora.metrics.glue import Shard, merge_shards
@@ -25,11 +25,8 @@ from wlora.models.source import locate
 from wlora.tasks.base import build_task
 from wlora.tasks.question_answering import QuestionAnswering
 
-Answers = dict[str, list[Any]]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "who", "is", "w", *(f"##{n}" for n in range(10)), "x", "."]
 PAD, UNK, CLS, SEP, WHO, IS, W = range(7)
-CONTEXT = " ".join(f"w{n}" for n in range(10))
-"""20 tokens: the word n is the tokens 2n (`w`) and 2n + 1 (`##n`), from character 3n on."""
 
 
 @pytest.fixture(scope="module")
@@ -53,42 +50,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",  # which positions must not depend on
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
-
-
-def make_config(**fields: Any) -> TaskConfig:
-    known: dict[str, Any] = {
-        "name": "squad_v2",
-        "kind": "question_answering",
-        "benchmark": "squad",
-        "columns": ["question", "context"],
-        "unanswerable": True,
-        "validation": ["validation"],
-        "metrics": ["exact", "f1"],
-        "primary_metric": "f1",
-        "max_length": 16,
-        "stride": 4,
-        "n_best": 5,
-        "max_answer_length": 6,
-    }
-    return TaskConfig(**(known | fields))
-
-
-def make_task(**fields: Any) -> QuestionAnswering:
-    task = build_task(make_config(**fields))
-    assert isinstance(task, QuestionAnswering)
-    return task
-
-
-def find(text: str, context: str = CONTEXT) -> Answers:
-    return {"text": [text], "answer_start": [context.index(text)]}
-
-
-NONE: Answers = {"text": [], "answer_start": []}
-
-
-def make_rows(*answers: Answers, question: str = "who is", context: str = CONTEXT) -> Dataset:
-    count = len(answers)
-    return Dataset.from_dict({"question": [question] * count, "context": [context] * count, "answers": list(answers)})
 
 
 def positions(features: Dataset) -> list[tuple[int, int]]:
@@ -314,105 +275,6 @@ def test_tokenizers_that_cannot_carry_it_are_refused(tokenizer: PreTrainedTokeni
         make_task().encode(make_rows(NONE), bare, training=True)
 
 
-ROWS: list[dict[str, Any]] = [
-    {"id": "a", "title": "t", "context": "Ann saw 2020.", "question": "Who?", "answers": find("Ann", "Ann saw 2020.")},
-    {"id": "b", "title": "t", "context": "Ann saw 2020.", "question": "What?", "answers": find("2020", "Ann saw 2020.")},
-    {"id": "c", "title": "t", "context": "Ann saw 2020.", "question": "Where?", "answers": NONE},
-]
-
-
-def write_both(folder: Path, rows: Any, suffix: str = "jsonl") -> str:
-    for split in ("train", "validation"):
-        file = folder / f"{split}.{suffix}"
-        if suffix == "parquet":
-            Dataset.from_list(rows).to_parquet(file)
-        elif suffix == "jsonl":
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        else:
-            file.write_text(json.dumps(rows))
-    return str(folder)
-
-
-def nest(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return rows in the form in which SQuAD itself is distributed."""
-    questions = [
-        {
-            "id": row["id"],
-            "question": row["question"],
-            "is_impossible": not row["answers"]["text"],
-            "answers": [
-                {"text": text, "answer_start": start}
-                for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
-            ],
-        }
-        for row in rows
-    ]
-    return {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": rows[0]["context"], "qas": questions}]}]}
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "nested", "indented"])
-def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    nested = suffix in ("nested", "indented")
-    folder = write_both(tmp_path, nest(ROWS) if nested else ROWS, "json" if nested else suffix)
-    if suffix == "indented":
-        for file in tmp_path.iterdir():
-            file.write_text(json.dumps(json.loads(file.read_text()), indent=2))
-    rows = load_splits(make_config(path=folder), offline=True).rows
-    for split in ("train", "validation"):
-        assert rows[split][:]["question"] == ["Who?", "What?", "Where?"]
-        assert rows[split][:]["answers"] == [row["answers"] for row in ROWS]
-
-
-@pytest.mark.parametrize(
-    ("row", "changes", "message"),
-    [
-        (0, {"context": None}, "column context: row 0 is empty"),
-        (0, {"question": 7}, "column question: row 1 has str; expected is int"),
-        (1, {"answers": None}, "column answers: row 1 is empty"),
-        (1, {"context": "", "answers": {"text": ["a"], "answer_start": [0]}}, "row 1 has an empty context; expected is"),
-        (2, {"context": " \n"}, "row 2 has an empty context; expected is the text"),
-        (1, {"answers": {"text": ["2020"], "answer_start": [13]}}, "row 1 has answer_start 13; allowed is 0 to 12"),
-        (1, {"answers": {"text": ["2020"], "answer_start": [-5]}}, "row 1 has answer_start -5; allowed is 0 to 12"),
-        (1, {"answers": {"text": ["2020"], "answer_start": [7]}}, "row 1 has the answer '2020' at 7, where .* ' 202'"),
-        (1, {"answers": {"text": ["2020"], "answer_start": [11]}}, "row 1 has the answer '2020' at 11, where .* '0.'"),
-        (1, {"answers": {"text": ["2020", "Ann"], "answer_start": [8]}}, "row 1 has 2 texts and 1 values of answer_start"),
-        (2, {"answers": {"text": [" "], "answer_start": [3]}}, "row 2 has an answer without text"),
-        (1, {"answers": {"text": ["2020"]}}, "row 1 is empty \\(null\\); expected are text and answer_start"),
-        (1, {"answers": {"text": [None], "answer_start": [8]}}, "row 1 is empty"),
-    ],
-)
-def test_bad_rows_are_named(tmp_path: Path, row: int, changes: dict[str, Any], message: str) -> None:
-    rows = [dict(known, **(changes if index == row else {})) for index, known in enumerate(ROWS)]
-    with pytest.raises(ConfigError, match=message) as caught:
-        load_splits(make_config(path=write_both(tmp_path, rows)), offline=True)
-    assert str(caught.value).count("\n") <= 1 and "task.path=" in str(caught.value)
-
-
-def test_a_question_without_an_answer_is_refused_where_all_have_one(tmp_path: Path) -> None:
-    folder = write_both(tmp_path, ROWS)
-    assert len(load_splits(make_config(path=folder), offline=True).rows["train"]) == 3
-    with pytest.raises(ConfigError, match="row 2 has no answer; allowed where task.unanswerable=true"):
-        load_splits(make_config(path=folder, unanswerable=False), offline=True)
-
-
-def test_missing_columns_and_flat_answers_are_refused(tmp_path: Path) -> None:
-    for name in ("context", "question", "answers"):
-        folder = tmp_path / name
-        folder.mkdir()
-        rows = [{key: value for key, value in row.items() if key != name} for row in ROWS]
-        with pytest.raises(ConfigError, match=f"no column {name}"):
-            load_splits(make_config(path=write_both(folder, rows)), offline=True)
-    rows = [dict(row, answers=row["question"]) for row in ROWS]
-    with pytest.raises(ConfigError, match="column answers holds string; expected is"):
-        load_splits(make_config(path=write_both(tmp_path, rows)), offline=True)
-
-
-def test_a_nested_file_that_is_not_squads_is_refused(tmp_path: Path) -> None:
-    folder = write_both(tmp_path, {"data": [{"paragraphs": [{"qas": []}, 3]}]}, "json")
-    with pytest.raises(ConfigError, match="not nested as SQuAD is"):
-        load_splits(make_config(path=folder), offline=True)
-
-
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_deberta", "tiny_bart"])
 def test_a_run_from_the_stories_to_the_record(tmp_path: Path, model: str) -> None:
     from wlora.experiment import run as experiment
@@ -437,9 +299,8 @@ def test_positions_are_learnt(tmp_path: Path) -> None:
         *("task.batch_size=16", "task.epochs=30", "train.eval_every=120", f"results_dir={tmp_path}"),
     )
     record = experiment.run(config)
-    lines = (tmp_path / "records" / f"{record.run_id}.jsonl").read_text().splitlines()
-    losses = [point["loss"] for point in map(json.loads, lines) if "loss" in point]
-    assert losses[-1] < losses[0] / 2
+    found = losses(tmp_path, record.run_id)
+    assert found[-1] < found[0] / 2
 
 
 def test_llama_has_no_such_head() -> None:

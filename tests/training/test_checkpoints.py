@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, RunMain
 from tests.support.damage import KINDS, damage, flip
+from tests.support.signals import holding, wait_until_held
 from wlora.errors import RunFault
 from wlora.storage import atomic_write as staging
 from wlora.storage.records import Record, RecordStore
@@ -261,24 +261,41 @@ def test_a_checkpoint_that_does_not_fit_the_code_is_refused(
         run_tiny(*SETTINGS, results=tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_ends_the_step_saves_and_says_so(number: signal.Signals, tmp_path: Path) -> None:
-    words = [*TINY, "method=wlora", "rank=4", "task.epochs=400", "train.checkpoint_every=0", f"results_dir={tmp_path}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "wlora.run", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not [*tmp_path.glob("records/*.jsonl")] or not curve(tmp_path):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, error
-    (record,) = RecordStore(tmp_path)
+def check_that_it_stopped(number: signal.Signals, code: int, error: str, results: Path) -> None:
+    assert code == 128 + number, error
+    (record,) = RecordStore(results)
     assert record.status == "interrupted" and number.name in (record.error or "")
-    (folder,) = tmp_path.glob("checkpoints/*/step-*")
+    (folder,) = results.glob("checkpoints/*/step-*")
     step = json.loads((folder / "facts.json").read_text())["step"]
     assert f"after step {step}" in error and os.listdir(folder.parent) == [folder.name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_ends_the_step_saves_and_says_so(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_main: RunMain
+) -> None:
+    before = Trainer._take_step
+
+    def signalled(trainer: Trainer, step: int, loss: torch.Tensor) -> None:
+        if step == 3:
+            os.kill(os.getpid(), number)
+        before(trainer, step, loss)
+
+    monkeypatch.setattr(Trainer, "_take_step", signalled)
+    words = [*TINY, "method=wlora", "rank=4", "train.checkpoint_every=0", f"results_dir={tmp_path}"]
+    code, _, error = run_main(*words)
+    check_that_it_stopped(number, code, error, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_from_another_process_stops_a_run(tmp_path: Path) -> None:
+    words = [*TINY, "method=wlora", "rank=4", "train.checkpoint_every=0", f"results_dir={tmp_path}"]
+    command, environment = [sys.executable, "-m", "wlora.run", *words], holding(tmp_path / "held")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until_held(process, tmp_path / "held")
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=600)
+    check_that_it_stopped(signal.SIGTERM, process.returncode, error, tmp_path)
 
 
 def test_a_signal_in_the_last_evaluation_ends_the_sweep_after_the_record(

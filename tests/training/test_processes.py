@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import pytest
 from filelock import FileLock
 
 from tests.conftest import ROOT, TINY
+from tests.support.outputs import losses
+from tests.support.signals import holding, wait_until_held
 from tests.support.two_processes import LONG, SETTING, SHARDED, STILL, STOPPED
 from wlora import distributed as processes
 from wlora.cli import job as jobs
@@ -45,13 +46,13 @@ TOLD = {
 WHOLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
-def launch(*words: str) -> subprocess.Popen[str]:
+def launch(*words: str, **environment: str) -> subprocess.Popen[str]:
     """Start `python -m words` in two processes under a launcher."""
     settings = {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=ROOT,
-        env={**os.environ, **settings},
+        env={**os.environ, **settings, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -69,12 +70,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
             out, _ = process.communicate(timeout=600)
             assert process.returncode == 0, out
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-def losses(folder: Path, run_id: str) -> list[float]:
-    """Return the training losses of a learning curve."""
-    points = [json.loads(line) for line in (folder / "records" / f"{run_id}.jsonl").read_text().splitlines()]
-    return [point["loss"] for point in points if "loss" in point]
 
 
 def record_of(folder: Path, method: str) -> Record:
@@ -138,11 +133,8 @@ def test_a_signal_to_the_launcher_stops_all_and_the_same_command_goes_on(
     both: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     words = [*ACCELERATE, "-m", "wlora.run", *LONG, f"results_dir={tmp_path}"]
-    process = launch(*words)
-    deadline = time.monotonic() + 300
-    while not any(file.read_text() for file in tmp_path.glob("records/*.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    process = launch(*words, **holding(tmp_path / "held"))
+    wait_until_held(process, tmp_path / "held", processes=2)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=600)
     assert process.returncode != 0

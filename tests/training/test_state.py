@@ -12,14 +12,12 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from wlora.config.schema import config_folder
+from tests.support.conf_files import FITTING, METHODS
 from wlora.experiment import run as experiment
 from wlora.training.state import State, capture
 from wlora.training.trainer import Trainer
 
-# NoRA's frame of rank 64 is wider than a tiny model.
-OWN = {"nora": ["method.outer_rank=16"], "lora_drop": ["method.share=true"], "flexlora": ["method.ranks=[2,4,4,3]"]}
-METHODS = sorted(file.stem for file in (config_folder() / "method").glob("*.yaml"))
+OWN = {**FITTING, "lora_drop": ["method.share=true"], "flexlora": ["method.ranks=[2,4,4,3]"]}
 STEPS = 24
 
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import TINY, compose
+from tests.support.outputs import losses
 from wlora.errors import ConfigError, RunFault
 from wlora.experiment import run as experiment
 from wlora.storage.records import RecordStore
@@ -99,15 +100,13 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(monkeypatch: p
     """Two micro-batches of 4 train like one of 8 where dropout is off and rows are the same."""
     monkeypatch.setattr(batching, "training_batches", _plain_batches)
 
-    def losses(*overrides: str) -> list[float]:
+    def run(*overrides: str) -> list[float]:
         architecture = ["+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0"]
         config = compose(*TINY, *architecture, "dropout=0", "method=lora", f"results_dir={tmp_path}", *overrides)
-        record = experiment.run(config)
-        lines = (tmp_path / "records" / f"{record.run_id}.jsonl").read_text().splitlines()
-        return [point["loss"] for point in map(json.loads, lines) if "loss" in point]
+        return losses(tmp_path, experiment.run(config).run_id)
 
-    whole = losses("task.batch_size=8", "train.accumulation_steps=1")
-    parts = losses("task.batch_size=4", "train.accumulation_steps=2")
+    whole = run("task.batch_size=8", "train.accumulation_steps=1")
+    parts = run("task.batch_size=4", "train.accumulation_steps=2")
     assert whole == pytest.approx(parts, rel=1e-4) and len(set(whole)) > 10
 
 

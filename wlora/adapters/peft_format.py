@@ -37,7 +37,12 @@ _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Module names have at most a few hundred characters. File names do, too, and `_compile` treats the pattern as one.
 _PATTERN = re.compile(r"\^?(\w|-|\.\*|\\?\.){1,300}")
 _LARGEST_CONFIG = 1 << 20  # bytes
-_TASK_TYPES = {"sequence_classification": "SEQ_CLS", "question_answering": "QUESTION_ANS", "seq2seq": "SEQ_2_SEQ_LM"}
+_TASK_TYPES = {
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
 # Other settings of PEFT's LoRA that change the function. Only these values are supported.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

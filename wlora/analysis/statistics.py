@@ -1,12 +1,14 @@
-"""Statistics over seeds: standard deviation, bootstrap intervals and paired comparisons. All random draws are seeded."""
+"""Statistics over seeds, tasks and examples: intervals, paired comparisons and tests. All random draws are seeded."""
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import special
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -148,3 +150,112 @@ def _with_interval(values: Sequence[float], draws: Sequence[np.ndarray], pairs: 
         return Summary(mean, n=pairs)
     low, high = interval(np.mean(draws, axis=0))
     return Summary(mean, n=pairs, low=low, high=high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean over tasks of mean(a) - mean(b), with the t distribution of its error.
+
+    Attributes:
+        mean: the difference, in the units of the scores.
+        pairs: by task, the number of common seeds; of unpaired runs the smaller number of runs.
+        paired: whether a and b share seeds on every task.
+        error: standard error; None if a task has fewer than two pairs, or if nothing varies.
+        freedom: degrees of freedom by Welch and Satterthwaite.
+    """
+
+    mean: float
+    pairs: tuple[int, ...]
+    paired: bool
+    error: float | None = None
+    freedom: float = 0.0
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float] | None:
+        """Return the ends of the interval at a level, None without an error."""
+        if self.error is None:
+            return None
+        half = float(special.stdtrit(self.freedom, (1 + level) / 2)) * self.error
+        return self.mean - half, self.mean + half
+
+    def p_above(self, bound: float) -> float | None:
+        """Return the one-sided p-value of "the difference is above `bound`", None without an error."""
+        return None if self.error is None else float(special.stdtr(self.freedom, (bound - self.mean) / self.error))
+
+    def p_different(self) -> float | None:
+        """Return the two-sided p-value of "the difference is not 0" (paired t test), None without an error."""
+        above = self.p_above(0.0)
+        return None if above is None else 2 * min(above, 1 - above)
+
+    def p_within(self, margin: float) -> float | None:
+        """Return the p-value of "the difference is within ± `margin`": the larger one of two one-sided tests."""
+        above, below = self.p_above(-margin), self.p_above(margin)
+        return None if above is None or below is None else max(above, 1 - below)
+
+
+def difference(a: Scores, b: Scores) -> Difference | None:
+    """Compare two methods on the tasks that both have; return None if there are none.
+
+    Runs are paired by seed as in `compare`. Tasks are fixed and weigh the same; the error is that of the seeds within them.
+    The t distribution makes the interval as wide as so few seeds require, which the bootstrap does not.
+    """
+    tasks = [task for task in a if a[task] and b.get(task)]
+    if not tasks:
+        return None
+    means, pairs, parts, paired = [], [], list[np.ndarray](), True
+    for task in tasks:
+        common = sorted(a[task].keys() & b[task].keys())
+        x, y = (np.array([side[task][seed] for seed in (common or sorted(side[task]))]) for side in (a, b))
+        means.append(float(x.mean() - y.mean()))
+        pairs.append(min(len(x), len(y)))
+        parts += [x - y] if common else [x, y]
+        paired &= bool(common)
+    found = Difference(float(np.mean(means)), tuple(pairs), paired)
+    if any(len(part) < 2 for part in parts):
+        return found
+    squares = [float(part.var(ddof=1)) / len(part) for part in parts]
+    # A spread of the size of rounding errors is none: all pairs of all tasks differ by the same amount.
+    if sum(squares) <= 1e-24:
+        return found
+    freedom = sum(squares) ** 2 / sum(square**2 / (len(part) - 1) for square, part in zip(squares, parts, strict=True))
+    return replace(found, error=math.sqrt(sum(squares)) / len(tasks), freedom=freedom)
+
+
+def interquartile_mean(strata: Sequence[Sequence[float]], rng: np.random.Generator) -> Summary:
+    """Return the mean of the middle half of all runs over all tasks, with its 95 % bootstrap interval.
+
+    This is the aggregate of Agarwal et al. (2021) and of their library rliable: a quarter of the runs is cut off at each
+    end, and the bootstrap draws runs within each task. rliable itself would add arch, statsmodels and seaborn.
+
+    Args:
+        strata: scores by task; they must be comparable between tasks.
+        rng: draws the bootstrap.
+    """
+    values = np.concatenate([np.asarray(stratum, dtype=float) for stratum in strata])
+    mean = float(_trimmed(values))
+    if any(len(stratum) < 2 for stratum in strata):
+        return Summary(mean, n=len(values))
+    draws = np.concatenate([resample(np.asarray(stratum, dtype=float), rng) for stratum in strata], axis=1)
+    low, high = interval(_trimmed(draws))
+    return Summary(mean, n=len(values), low=low, high=high)
+
+
+def _trimmed(values: np.ndarray) -> np.ndarray:
+    """Average the middle half along the last axis, as `scipy.stats.trim_mean(values, 0.25)` does."""
+    cut = values.shape[-1] // 4
+    middle: np.ndarray = np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
+    return middle
+
+
+def performance_profile(strata: Sequence[Sequence[float]], thresholds: Sequence[float]) -> list[float]:
+    """Return the share of runs with a score of at least each threshold, every task weighing the same."""
+    return [float(np.mean([np.mean(np.asarray(stratum) >= threshold) for stratum in strata])) for threshold in thresholds]
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Return the two-sided p-value of McNemar's exact test.
+
+    Args:
+        only_a: examples that only a answers correctly.
+        only_b: examples that only b answers correctly.
+    """
+    return min(1.0, 2 * float(special.bdtr(min(only_a, only_b), only_a + only_b, 0.5))) if only_a + only_b else 1.0

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
 from wlora.config.identity import later_keys, scientific_fields
-from wlora.config.schema import TaskConfig, config_folder, restore_config
+from wlora.config.schema import Config, TaskConfig, config_folder, restore_config
+from wlora.data.held_out import count_folds
 from wlora.errors import ConfigError, unknown_name
 from wlora.models.layout import FAMILIES
 from wlora.models.targets import count_targets
@@ -45,6 +47,9 @@ TRIED = (*ENDED, "stopped")
 """A run with one of these counts as tried where points are compared: one that a race has stopped was beaten."""
 
 _NAMES = ("task", "model", "method")
+
+FOLD_STRIDE = 1000
+"""The runs of `task.validation=folds=N` count as seeds: fold 2 of seed 0 as 2, and of seed 1 as 1002."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,8 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
-        return int(self.record.config["seed"])
+        """What tells the run from others of its setting and point: its seed; with folds, also its fold."""
+        return _with_fold(int(self.record.config["seed"]), self.record.config["task"].get("fold"))
 
     @property
     def point(self) -> Point:
@@ -127,6 +132,16 @@ class Run:
         return self.record.metrics[self.record.primary_metric]
 
 
+def _with_fold(seed: int, fold: int | None) -> int:
+    return seed if fold is None else seed * FOLD_STRIDE + fold
+
+
+def seeds_of(config: Config) -> list[int]:
+    """Return what `Run.seed` will be for the runs of a configuration: one, or one per fold."""
+    folds = count_folds(config.task) if config.task.fold is None else None
+    return [_with_fold(config.seed, fold) for fold in (range(folds) if folds else [config.task.fold])]
+
+
 # What a task's rows are. Where the rows come from counts only without `task.path`, which may be a copy.
 _SCHEMA = ("kind", "benchmark", "columns", "labels", "validation", "metrics", "unanswerable")
 _SOURCE = ("hub_id", "subset", "generator")
@@ -135,10 +150,14 @@ _SOURCE = ("hub_id", "subset", "generator")
 def name_rows(task: Mapping[str, Any]) -> str:
     """Return the name under which the rows of a task's configuration stand: NAME, or NAME_own where they are not NAME's.
 
+    An own table without a name of its own has that of its file or repository.
+
     They are not where schema or source differ from the task's YAML, as after `task.columns=...`: a table would print
     such rows as the benchmark's.
     """
     name = str(task["name"])
+    if task.get("benchmark") == "table" and shipped_task(name):
+        return Path(str(task.get("path") or task.get("hub_id") or name)).stem
     benchmark = shipped_task(name)
     keys = _SCHEMA if task.get("path") else _SCHEMA + _SOURCE
     own = benchmark and any(key in task and task[key] != benchmark[key] for key in keys)
@@ -296,7 +315,9 @@ def _lookup(run: Run, key: str) -> tuple[bool, Any]:
 
 
 def without_point(fields: dict[str, Any]) -> dict[str, Any]:
-    return flatten({key: value for key, value in fields.items() if key not in ("version", "seed", *Point._fields)})
+    flat = flatten({key: value for key, value in fields.items() if key not in ("version", "seed", *Point._fields)})
+    flat.pop("task.fold", None)  # folds are averaged, as seeds are
+    return flat
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

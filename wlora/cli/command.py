@@ -11,12 +11,16 @@ from wlora.errors import ConfigError, unknown_name
 
 COMMANDS = {
     "run": ("wlora.cli.run", "train one run, or a sweep with -m; from=RUN_ID repeats a recorded run"),
-    "tables": ("wlora.cli.tables", "write the paper's tables or a summary of a study as CSV, LaTeX and Markdown"),
+    "tables": ("wlora.cli.tables", "write the paper's tables, tests of its claims, or a summary of a study"),
     "figures": ("wlora.cli.figures", "draw the paper's figures and others for a study"),
-    "report": ("wlora.cli.report", "write one HTML page about a study"),
+    "report": ("wlora.cli.report", "write one interactive HTML page about a study"),
     "export": ("wlora.cli.export", "export the trained adapters of a run for PEFT, or merged into a plain model"),
     "verify-export": ("wlora.cli.verify_export", "compare the logits of an export with those of its run"),
     "push": ("wlora.cli.push", "upload the trained adapters of a run, or the merged model, to the hub"),
+    "predict": (
+        "wlora.cli.predict",
+        "label new rows with a trained run, or write the files that the GLUE server takes",
+    ),
     "memory": ("wlora.cli.memory", "measure the memory of a training step by number of adapters (Figure 3)"),
     "sweep": ("wlora.cli.sweep", "list the runs of a sweep, which are done, and the time that the rest takes"),
 }

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from wlora.config.presets import TEXTS, explicit_keys
 from wlora.config.rules import RULES
@@ -23,7 +23,7 @@ WIDTH = 120
 MEANINGS = {name: part.metadata["meaning"] for name, part in walk()}
 # Keys that are set in the YAML file of a task or model, not on the command line.
 _FILES = {
-    "task": "name kind benchmark hub_id subset generator columns labels validation metrics primary_metric",
+    "task": "name kind benchmark hub_id subset generator columns labels validation_path metrics primary_metric",
     "model": "name hub_id package sha256 architecture accumulation_steps k",
 }
 _UNSEEN = (
@@ -35,6 +35,7 @@ _UNSEEN = (
 )
 _TYPES = {
     "dict[str, Any]": "mapping",
+    "Any": "text, number or list",
     "bool": "true | false",
     "str": "text",
     "list[str]": "list of texts",
@@ -126,7 +127,7 @@ def read_comments(file: Path) -> dict[str, str]:
 
 def show(value: Any) -> str:
     """Format a value as it is typed on the command line."""
-    if isinstance(value, list):
+    if isinstance(value, list | ListConfig):
         return f"[{','.join(show(item) for item in value)}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -5,6 +5,7 @@ torch is imported only after the configuration of the run has been checked.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import signal
@@ -21,8 +22,9 @@ from wlora.cli.help import show_values
 from wlora.config.presets import apply_presets
 from wlora.config.schema import Config
 from wlora.config.spelling import check_read, explain, unknown_key
-from wlora.console import protect_output, put
-from wlora.distributed import all_failed, first_time, is_main, lost_another, several
+from wlora.console import protect_output, put, tell
+from wlora.data.held_out import count_folds
+from wlora.distributed import all_failed, is_main, lost_another, several
 from wlora.errors import ConfigError, RunFault, as_fault, wrong_value
 
 if TYPE_CHECKING:
@@ -187,6 +189,8 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
         in_sweep: whether the run belongs to a sweep, whose runs share loaded models and data.
     """
     config = settle(composed, overrides, in_sweep=in_sweep)
+    if (folds := count_folds(config.task)) and config.task.fold is None and not config.dry_run:
+        return _run_folds(name, config, overrides, folds)
     if config.dry_run:
         from wlora.experiment.dry_run import describe
 
@@ -196,6 +200,27 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     from wlora.experiment.shared_inputs import inputs_of_process
 
     return outcome_of(name, run(config, overrides, inputs_of_process() if in_sweep else None))
+
+
+def _run_folds(name: str, config: Config, overrides: list[str], folds: int) -> Outcome:
+    """Train once per fold, and print and return the mean score. Each fold has a record."""
+    from wlora.experiment.run import run
+    from wlora.experiment.shared_inputs import inputs_of_process
+
+    found = []
+    for fold in range(folds):
+        put(f"fold {fold + 1} of {folds}")
+        own = copy.deepcopy(config)
+        own.task.fold = fold
+        found.append(outcome_of(name, run(own, overrides, inputs_of_process())))
+    scores = [outcome.score for outcome in found if outcome.score is not None]
+    mean = sum(scores) / len(scores) if scores else None
+    if mean is not None and len(scores) == folds:
+        spread = (sum((score - mean) ** 2 for score in scores) / (folds - 1)) ** 0.5
+        put(f"folds      {config.task.primary_metric} {mean:.4f}, standard deviation {spread:.4f}, over {folds} folds")
+    seconds = [outcome.seconds for outcome in found if outcome.seconds is not None]
+    worst = next((outcome for outcome in found if outcome.status != "success"), found[-1])
+    return dataclasses.replace(worst, score=mean, seconds=sum(seconds) if seconds else None)
 
 
 def outcome_of(name: str, record: Record) -> Outcome:
@@ -276,12 +301,6 @@ def _refuse_added_keys(composed: DictConfig) -> None:
 def _node(config: DictConfig, parent: str) -> DictConfig:
     node: DictConfig = OmegaConf.select(config, parent) if parent else config
     return node
-
-
-def tell(text: str) -> None:
-    """Print a text once per command, even if several runs of a sweep repeat it."""
-    if is_main() and first_time(text):
-        put(text)
 
 
 def fail(error: Exception) -> None:

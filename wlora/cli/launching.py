@@ -12,11 +12,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.analysis.study import Run
-from wlora.cli.job import OUTCOMES, Outcome, Sweep, tell
+from wlora.cli.job import OUTCOMES, Outcome, Sweep
 from wlora.cli.packed import Packing, prepare_one
 from wlora.cli.racing import is_raced, race
 from wlora.config.presets import apply_presets
 from wlora.config.spelling import check_read, swept_keys
+from wlora.console import tell
 from wlora.errors import ConfigError, RunFault
 
 # Launchers with a file in conf/hydra/launcher, and the extra of wlora that installs each.

@@ -22,6 +22,7 @@ from wlora.analysis.study_reader import read_runs
 from wlora.cli.entry import serve
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
+from wlora.data.own_tables import require_source
 from wlora.errors import wrong_value
 from wlora.experiment.build import Assembly, assemble, prepare_method
 from wlora.models.architectures import read_architecture
@@ -54,6 +55,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def write(config: Config) -> Path:
     """Measure one setting, write the results and return their path."""
+    require_source(config.task)
     task, n = config.task, len(_target_names(config))
     name = f"{config.model.name}_{config.targets}_r{config.rank}_{task.batch_size}x{task.max_length}"
     if not re.fullmatch(r"[\w.-]{1,100}", config.model.name):

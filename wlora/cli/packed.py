@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wlora.cli.job import OUTCOMES, Outcome, Sweep, attempt, outcome_of, settle
 from wlora.console import protect_output, say
+from wlora.data.held_out import count_folds
 from wlora.distributed import several
 from wlora.errors import ConfigError
 
@@ -43,6 +44,11 @@ def prepare_one(composed: DictConfig, sweep: Sweep) -> Prepared | Outcome:
         from wlora.experiment.packed import Entry
 
         config = settle(composed, overrides, in_sweep=True)
+        if (folds := count_folds(config.task)) and config.task.fold is None:
+            numbers = ",".join(map(str, range(folds)))
+            raise ConfigError(
+                f"task.validation=folds={folds} hydra/launcher=packed: add the folds, as in task.fold={numbers}"
+            )
         if config.dry_run:
             from wlora.experiment.dry_run import describe
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from wlora.analysis.racing import RUNGS, judge
-from wlora.analysis.study import Run
+from wlora.analysis.study import Run, seeds_of
 from wlora.analysis.tuning import wanted_keys
 from wlora.cli.sweep import Cell, asked_run, expand, read_records
 from wlora.config.schema import Config
@@ -71,7 +71,7 @@ class Field:
         except ConfigError:
             self._alone.add(job)  # its run will print what is wrong with it
             return
-        if wanted_keys(config):
+        if wanted_keys(config) or len(seeds_of(config)) > 1:  # each fold is a run of its own
             self._alone.add(job)
             return
         run = asked_run(config)

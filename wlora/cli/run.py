@@ -16,7 +16,7 @@ from wlora.cli.help import register_help
 from wlora.cli.job import OUTCOMES, Outcome, attempt, fail, run_one
 from wlora.cli.launching import collecting
 from wlora.config.schema import config_folder, register_schema
-from wlora.config.spelling import check_form, explain
+from wlora.config.spelling import check_form, explain, quote_folds
 from wlora.config.untrusted_yaml import guard_files, refuse_words
 from wlora.console import protect_output
 from wlora.distributed import TOLD, is_main, require_launch
@@ -48,6 +48,8 @@ def _run(words: Sequence[str]) -> int:
         if any(word.startswith("from=") for word in words):
             OUTCOMES.outcomes.append(attempt("", lambda: _repeat(words)))
         else:
+            words = quote_folds(words)
+            sys.argv[1:] = words  # read by Hydra
             check_form(words)
             refuse_words(words)
             guard_files()

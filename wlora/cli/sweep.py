@@ -20,14 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.analysis.racing import Entrant, divide, judge, read_entrant, work_left
-from wlora.analysis.study import Point, name_rows, read_value
+from wlora.analysis.study import Point, name_rows, read_value, seeds_of
 from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tuning import WORDS, Choice, Settings, wanted_keys
 from wlora.cli.entry import serve
 from wlora.config.presets import KEYED_BY, apply_presets
 from wlora.config.rules import RULES, satisfies
 from wlora.config.schema import Config, config_folder, register_schema
-from wlora.config.spelling import check_read, explain
+from wlora.config.spelling import check_read, explain, quote_folds
 from wlora.config.untrusted_yaml import guard_files
 from wlora.data.sources import fingerprint
 from wlora.errors import ConfigError, wrong_value
@@ -105,7 +105,7 @@ class Cell:
             own = config.tune_on in (None, config.task.name)
             if wanted_keys(config) and own and self._covers(config):
                 continue  # `tuned` will be a point of the grid that is requested anyway, `beyond` perhaps one more
-            self.wanted.add(asked_run(config))
+            self.wanted |= {(asked_run(config)[0], seed) for seed in seeds_of(config)}
 
     def place(self, words: dict[str, str]) -> Config:
         """Return the configuration of a run, `tuned` and `beyond` replaced if the records determine them.
@@ -129,13 +129,13 @@ class Cell:
 
     def _covers(self, config: Config) -> bool:
         """Tell whether an already requested run with the same seed may become identical once `tuned` is replaced."""
-        mine, asked = asked_run(config)[0], (point for point, seed in self.wanted if seed == config.seed)
+        mine, asked = asked_run(config)[0], (point for point, seed in self.wanted if seed in seeds_of(config))
         return any(all(own in (*WORDS, value) for own, value in zip(mine, point, strict=True)) for point in asked)
 
 
 def asked_run(config: Config) -> tuple[Point, int]:
     """Return what a cell knows a run by."""
-    return Point(config.lr, config.warmup, config.head_lr), config.seed
+    return Point(config.lr, config.warmup, config.head_lr), seeds_of(config)[0]
 
 
 def _check(config: Config) -> None:
@@ -247,7 +247,7 @@ def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
     """
     cells: dict[tuple[str, ...], Cell] = {}
     for words in sweeps:
-        parts = list(expand(words))
+        parts = list(expand(quote_folds(words)))
         check_read([overrides for overrides, _ in parts], _compose)
         for overrides, points in parts:
             key = tuple(sorted(overrides))

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wlora.analysis.study import Run, main_model, read_words, select
+from wlora.analysis.examples import Predictions
+from wlora.analysis.study import Run, read_words, select
 from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tables.best import read_best
-from wlora.analysis.tables.caption import caption, machines, notes
+from wlora.analysis.tables.caption import EVALUATION, caption, machines, notes
 from wlora.analysis.tables.cells import NOT_COMPARED, Best, Score, Table, belongs, fill
+from wlora.analysis.tables.claims import TESTED, check_claims
+from wlora.analysis.tables.claims_text import claim_parts
 from wlora.analysis.tables.comparisons import compare_rows
 from wlora.analysis.tables.grid import draw, draw_companion, draw_comparisons
 from wlora.analysis.tables.layouts import LAYOUTS, Layout
@@ -23,15 +26,18 @@ from wlora.cli.entry import serve
 from wlora.config.schema import config_folder
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.storage.atomic_write import check_folders, write_whole
+from wlora.storage.records import RecordStore
 
 USAGE = """\
-usage: python -m wlora.tables 1|2|3|4|5|6|all|demo|summary [key=value ...]
+usage: python -m wlora.tables 1|2|3|4|5|6|all|demo|claims|summary [key=value ...]
 
 Reads the records of one study and writes to <results_dir>/tables: tableN.csv, .md and .tex; tableN_paper.* (the paper's
 numbers and our differences from them); tableN_comparisons.* (WLoRA against RLoRA and LoRA); runs.csv (one line per run).
 summary.* has one line per task and setting: score, parameters, seconds, memory. It includes runs that fit no table of the
 paper. `all` also writes the summary if some runs fit no table, and only the summary if no run fits one. Runs on your own
 data with a benchmark's name are listed as NAME_own, never in the benchmark's column.
+claims.* says of each claim of the paper whether it holds on these runs, does not hold, or is undecided: per task and over
+tasks, with intervals and tests, over the examples of the dev sets, and with one learning rate for both methods.
 
   results_dir=results     folder of the study; results/paper prints the paper's own numbers
   model=NAME              only runs of this model; default for each table: the paper's model if it has runs, else the model
@@ -78,9 +84,9 @@ class Request:
 def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
     defaults = {"results_dir": "results", "model": None, "seeds": None, "bootstrap_seed": "0", "score": "last"}
     names, options, filters = read_words(words, defaults)
-    layouts = [] if names == ["summary"] else _layouts(names)
+    layouts = [] if names == ["summary"] else _layouts(["all"] if names == ["claims"] else names)
     seeds, bootstrap_seed = _integer("seeds", options["seeds"], 1), _integer("bootstrap_seed", options["bootstrap_seed"], 0)
-    score = _score(options["score"])
+    score = read_score(options["score"])
     results = Path(options["results_dir"] or "results")
     check_folders(results, "tables")
     if os.path.isfile(results / "table1.csv") and not os.path.isdir(results / "records"):
@@ -88,13 +94,16 @@ def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
             _write_paper(layout, results)
         return
     everything = read_runs(results) if known is None else known
-    _check_model(options["model"], everything)
+    check_model(options["model"], everything)
     # Methods in NOT_COMPARED, such as `single` (one adapter per run, for Figure 2), belong in no table.
     runs = [run for run in select(everything, filters) if run.method not in NOT_COMPARED]
     mine = [run for run in runs if options["model"] in (None, run.model)]
     request = Request(results / "tables", options["model"], score, seeds, bootstrap_seed or 0, read_best(results, mine))
     if not layouts:
         _write_summary(mine, request, shown=True)
+        return
+    if names == ["claims"]:
+        _write_claims(_restrict([LAYOUTS[name] for name in TESTED], filters), runs, request)
         return
     done = [run for run in mine if run.status == "success"]
     left = [run for run in done if not any(belongs(run, layout) for layout in layouts)]
@@ -116,7 +125,8 @@ def _where(runs: Sequence[Run]) -> str:
     return f"{len(runs)} runs on {', '.join(tasks)} are"
 
 
-def _score(text: str | None) -> Score:
+def read_score(text: str | None) -> Score:
+    """Read the option `score`; ConfigError for a wrong value."""
     if text == "best":
         return "best"
     if text != "last":
@@ -126,11 +136,13 @@ def _score(text: str | None) -> Score:
 
 def _layouts(names: Sequence[str]) -> list[Layout]:
     if len(names) != 1:
-        raise ConfigError(f"tables={' '.join(names) or 'none'}: allowed is one of {', '.join(LAYOUTS)}, all, summary")
+        raise ConfigError(
+            f"tables={' '.join(names) or 'none'}: allowed is one of {', '.join(LAYOUTS)}, all, claims, summary"
+        )
     if names[0] == "all":
         return [layout for name, layout in LAYOUTS.items() if name != "demo"]
     if names[0] not in LAYOUTS:
-        raise unknown_name(f"table {names[0]}", names[0], [*LAYOUTS, "all", "summary"])
+        raise unknown_name(f"table {names[0]}", names[0], [*LAYOUTS, "all", "claims", "summary"])
     return [LAYOUTS[names[0]]]
 
 
@@ -160,8 +172,8 @@ def _integer(key: str, text: str | None, least: int) -> int | None:
     return int(text)
 
 
-def _check_model(model: str | None, runs: Sequence[Run]) -> None:
-    """Reject a model name that is in no record and no configuration file."""
+def check_model(model: str | None, runs: Sequence[Run]) -> None:
+    """Reject a model name that is in no record and no configuration file; ConfigError with a similar one."""
     known = {run.model for run in runs} | {file.stem for file in (config_folder() / "model").glob("*.yaml")}
     if model is not None and model not in known:
         raise unknown_name(f"model={model}", model, known)
@@ -169,11 +181,7 @@ def _check_model(model: str | None, runs: Sequence[Run]) -> None:
 
 def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown: bool) -> None:
     """Write one table and its companion files. Print the table if `shown`, and always one line about it."""
-    fitting = [run for run in runs if belongs(run, layout)]
-    model = request.model or main_model(fitting, layout.model) or main_model(runs) or layout.model
-    folder, bootstrap_seed = request.folder, request.bootstrap_seed
-    options: dict[str, Any] = {"seeds": request.seeds, "best": request.best, "score": request.score}
-    table = fill(layout, runs, model=model, bootstrap_seed=bootstrap_seed, **options)
+    table, folder, bootstrap_seed = _fill(layout, runs, request), request.folder, request.bootstrap_seed
     name, title = f"table{layout.name}", f"Table {layout.name}"
     grid, said, below = draw(table), caption(table), notes(table)
     text = to_markdown(grid)
@@ -202,7 +210,35 @@ def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown
     if shown:
         print("\n\n".join([said, text.strip(), *below]) + "\n")
     missing, full = sum(cell.missing for cell in table.cells.values()), sum(bool(c.runs) for c in table.cells.values())
-    print(f"{folder / name}.md: {full} of {len(table.cells)} cells, {missing} runs missing (model={model})", flush=True)
+    print(
+        f"{folder / name}.md: {full} of {len(table.cells)} cells, {missing} runs missing (model={table.model})", flush=True
+    )
+
+
+def _fill(layout: Layout, runs: Sequence[Run], request: Request) -> Table:
+    options: dict[str, Any] = {"seeds": request.seeds, "best": request.best, "score": request.score}
+    return fill(layout, runs, model=request.model, bootstrap_seed=request.bootstrap_seed, **options)
+
+
+def _write_claims(layouts: Sequence[Layout], runs: Sequence[Run], request: Request) -> None:
+    """Test the paper's claims on every table that has runs. Write the results and print the verdicts."""
+    tables: dict[str, Table] = {}
+    for layout in layouts:
+        table = _fill(layout, runs, request)
+        if table.runs() and not table.repeats(tables.values()):
+            tables[layout.name] = table
+    findings = check_claims(tables.values(), bootstrap_seed=request.bootstrap_seed)
+    parts = claim_parts(findings, tables, Predictions(RecordStore(request.folder.parent)), request.bootstrap_seed)
+    if not parts:
+        raise ConfigError("claims: no two methods of a claim have runs on a common task")
+    said = f"{', '.join(sorted({table.model for table in tables.values()}))}: dev sets, {EVALUATION[request.score]}."
+    page = [f"# Claims\n\n{said}"]
+    for part in parts:
+        _save(request.folder / f"{part.name}.csv", write_csv(part.lines))
+        _save(request.folder / f"{part.name}.tex", to_latex(part.grid, caption=part.about, label=f"tab:{part.name}"))
+        page += [f"## {part.title}\n\n{part.about}\n\n{to_markdown(part.grid)}".strip()]
+    _save(request.folder / "claims.md", "\n\n".join(page) + "\n")
+    print(f"{said}\n\n{to_markdown(parts[0].grid)}\n{request.folder / 'claims.md'}: {len(parts)} tables")
 
 
 def _write_summary(runs: Sequence[Run], request: Request, *, shown: bool) -> None:

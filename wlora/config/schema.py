@@ -67,14 +67,26 @@ class TaskConfig:
     """A task: the source of its data, how inputs are built, and which metrics are reported."""
 
     name: str = key(MISSING, "", "name in records and tables")
-    kind: str = key(MISSING, "", "classification, question_answering or summarization")
+    kind: str = key(MISSING, "", "what is predicted; see wlora/tasks/base.py")
     benchmark: str = key(MISSING, "", "benchmark that the task belongs to")
     hub_id: str | None = key(None, "", "data set on the hub", "origin")
     subset: str | None = key(None, "", "configuration (subset) of the data set on the hub", "origin")
     generator: str | None = key(None, "", "generator of synthetic data, used instead of files", "course")
     columns: list[str] = key(list, "", "input columns, named as on the hub")
-    labels: list[str] = key(list, "", "class names in order; empty for regression and text targets")
-    validation: list[str] = key(list, "", "evaluated splits; the first one is reported")
+    text: Any = key(None, "", "text columns of an own table, NAME or [NAME,NAME]; null: found in the data", "course")
+    label: str | None = key(None, "", "column of the labels; null: label (answers), in an own table also found", later=True)
+    labels: list[str] = key(list, "", "class names in order; empty for regression, text targets, and to be found in a table")
+    class_weights: str = key("none", "none | balanced", "balanced: rare classes weigh more in the training loss", later=True)
+    validation: Any = key(
+        list,
+        "",
+        "evaluated splits (the first one is reported), or FILE, or a share such as 0.1, or folds=N of the training rows",
+    )
+    validation_path: str | None = key(None, "", "file of the evaluated rows; filled in from task.validation=FILE", "nothing")
+    fold: int | None = key(
+        None, "int >= 0 or null", "with task.validation=folds=N: the evaluated fold; null: all", later=True
+    )
+    split_seed: int = key(0, "int >= 0", "random seed of the split by task.validation=SHARE or folds=N", later=True)
     metrics: list[str] = key(list, "", "metrics to compute")
     primary_metric: str = key(MISSING, "", "metric that is reported and used for tuning")
     epochs: float = key(MISSING, "float > 0", "passes over the training data")
@@ -90,7 +102,7 @@ class TaskConfig:
     train_rows: int | None = key(None, "", "size of the training split on the hub, for dry runs", "course")
     max_train_rows: int | None = key(None, "int >= 1 or null", "use a random sample of this many training rows; null: all")
     max_eval_rows: int | None = key(None, "int >= 1 or null", "maximum rows of each evaluated split; null: all")
-    path: str | None = key(None, "", "folder of local files with the task's columns, used instead of the hub", "nothing")
+    path: str | None = key(None, "", "file, or folder of files, with the task's columns, used instead of the hub", "nothing")
     revision: str = key("main", "", "commit or branch of the data set on the hub", "origin")
     preset: str | None = key(None, "", "published values for all keys that are not set explicitly: release", "course")
     presets: dict[str, Any] = key(dict, "", "content of the presets", "course")
@@ -127,6 +139,18 @@ class TrainConfig:
     max_grad_norm: float = key(1.0, "float > 0", "gradient clipping: maximum global norm")
     eval_every: int | None = key(
         None, "int >= 1 or null", "optimiser steps between evaluations; null: every epoch", "course"
+    )
+    best: str | None = key(
+        None,
+        "",
+        "metric (or loss): end with the adapters of the evaluation where it is best; null: of the last step",
+        later=True,
+    )
+    patience: int | None = key(
+        None,
+        "int >= 1 or null",
+        "stop after this many evaluations without a better train.best (or reported metric)",
+        later=True,
     )
     gradient_checkpointing: bool = key(
         False, "", "recompute activations in the backward pass: slower, less memory", "nothing"

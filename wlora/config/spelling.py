@@ -93,6 +93,11 @@ def check_form(words: Sequence[str]) -> None:
             raise _not_an_assignment(given.overrides, index)
 
 
+def quote_folds(words: Sequence[str]) -> list[str]:
+    """Return the arguments with `task.validation=folds=5` in quotes, because Hydra allows no second `=` without them."""
+    return [re.sub(r"^(\+*task\.validation)=(folds=\d+)$", r"\1='\2'", word) for word in words]
+
+
 def _not_an_assignment(words: Sequence[str], index: int) -> ConfigError:
     """Build the error for a word without `=`. Often the user has typed spaces around `=` or after a comma."""
     word, before, (after, beyond) = words[index], words[index - 1] if index else "", [*words[index + 1 :], "", ""][:2]

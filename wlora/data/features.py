@@ -57,6 +57,13 @@ class Features:
         """
         return self.column("loss_tokens") if "loss_tokens" in self.table.column_names else [1] * len(self)
 
+    @property
+    def single_labels(self) -> list[Any] | None:
+        """The class or value of each row; None for targets that a sample cannot be stratified by (spans, texts, sets)."""
+        if "labels" not in self.table.column_names or pa.types.is_list(self.table.schema.field("labels").type):
+            return None
+        return self.column("labels")
+
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return rows by index. Lists are numpy arrays; they are views and must not be modified."""
         found: list[dict[str, Any]] = [{} for _ in indices]

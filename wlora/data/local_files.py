@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from wlora.errors import ConfigError
 from wlora.reading import read_file
@@ -16,7 +16,12 @@ from wlora.reading import read_file
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from wlora.config.schema import TaskConfig
+
 EXTENSIONS = ("parquet", "json", "jsonl", "csv", "tsv")
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_OF_A_SPLIT = re.compile(r"(train|valid|val|dev|test|eval|predict)", re.IGNORECASE)
+_CSV_DELIMITERS = ",;\t|"
 _NAMES_SHOWN = 8
 _LINE = 160
 _CSV_BLOCK = 1 << 24
@@ -24,9 +29,16 @@ _CSV_BLOCK = 1 << 24
 _SPACE = re.compile(r"\s*")
 
 
-def fault(file: Path, text: str) -> ConfigError:
-    """Build the error for an unusable file in the folder `task.path`."""
-    return ConfigError(f"task.path={file.parent}: {file.name}: {text}")
+def location(task: TaskConfig, file: Path) -> str:
+    """Return how messages name a file of a task: by the key that the user has set."""
+    path = Path(task.path or "").expanduser()
+    if task.validation_path is not None and file == Path(task.validation_path).expanduser():
+        return f"task.validation={task.validation_path}"
+    return f"task.path={task.path}" if file == path else f"task.path={task.path}: {file.name}"
+
+
+def _fault(at: str, text: str) -> ConfigError:
+    return ConfigError(f"{at}: {text}")
 
 
 def line_of(error: BaseException) -> str:
@@ -35,36 +47,70 @@ def line_of(error: BaseException) -> str:
     return text if len(text) <= _LINE else text[:_LINE] + "…"
 
 
-def find_files(folder: Path, split: str) -> list[Path]:
+def find_files(task: TaskConfig, split: str) -> list[Path]:
     """Return the file of a split, or its shards in order (`train-00000-of-00002.parquet`, as on the hub).
+
+    If `task.path` is a file, it is the training split. A folder without a file named after the training split may hold it in
+    files of other names, all of one type; files that are named after another split do not count.
 
     Raises:
         ConfigError: the folder or file is missing, there are several files, or a shard is missing or empty.
     """
-    if not os.path.isdir(folder):
-        what = "is a file" if os.path.exists(folder) else "does not exist"
-        raise ConfigError(f"task.path={folder} {what}: expected is a folder with {_names_of(split)}")
-    shard_name = re.compile(re.escape(split) + r"-(\d{5})-of-(\d{5})\.parquet")
+    place = Path(task.path or "").expanduser()
+    if task.validation_path is not None and split in task.validation:
+        found = [Path(task.validation_path).expanduser()]
+    elif os.path.isfile(place) and split == "train":
+        found = [place]
+    elif os.path.isdir(place):
+        found = _find_named(place, split) or (_find_others(place) if split == "train" else [])
+    else:
+        what = "is a file: expected is" if os.path.exists(place) else "does not exist: expected is a file, or"
+        raise ConfigError(f"task.path={place} {what} a folder with {_names_of(split)}")
+    if not found:
+        raise ConfigError(
+            f"task.path={place}: no file for the split {split}: looked for {_names_of(split)}\n"
+            f"there is: {_listed(sorted(file.name for file in place.iterdir()))}"
+        )
+    for file in found:
+        at = location(task, file)
+        if file.suffix[1:] not in EXTENSIONS:
+            raise _fault(at, f"a file of type {file.suffix or 'none'}; allowed is {', '.join(EXTENSIONS)}")
+        if file.stat().st_size == 0:
+            raise _fault(at, "the file is empty; expected are rows")
+    return found
+
+
+def find_validation(place: Path) -> str | None:
+    """Return the name of the validation split in a folder (`VALIDATION_NAMES`); None for a file, or if there is none."""
+    there = os.path.isdir(place)
+    return next((name for name in VALIDATION_NAMES if there and _find_named(place, name)), None)
+
+
+def _find_named(folder: Path, split: str) -> list[Path]:
+    """Return the file or all shards with the name of a split; an empty list if there are none."""
+    shard_name = re.compile(rf"{re.escape(split)}-(\d{{5}})-of-(\d{{5}})\.({'|'.join(EXTENSIONS)})")
     shards = sorted(file for file in folder.iterdir() if shard_name.fullmatch(file.name))
     whole = [file for extension in EXTENSIONS if os.path.isfile(file := folder / f"{split}.{extension}")]
-    if not whole and not shards:
-        raise ConfigError(
-            f"task.path={folder}: no file for the split {split}: looked for {_names_of(split)}\n"
-            f"there is: {_listed(sorted(file.name for file in folder.iterdir()))}"
-        )
-    expected = [f"{split}-{i:05}-of-{len(shards):05}.parquet" for i in range(len(shards))]
+    expected = [f"{split}-{i:05}-of-{len(shards):05}{shards[0].suffix}" for i in range(len(shards))]
     if len(whole) + bool(shards) > 1 or [file.name for file in shards] != expected:
         found = _listed([file.name for file in whole + shards])
         raise ConfigError(
             f"task.path={folder}: expected is one file, or all its shards, for the split {split}\nthere is: {found}"
         )
-    for file in whole + shards:
-        if file.stat().st_size == 0:
-            raise fault(file, "the file is empty; expected are rows")
     return whole or shards
 
 
-def read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:
+def _find_others(folder: Path) -> list[Path]:
+    """Return the data files of a folder that are not named after a split, in the order of their names."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix[1:] in EXTENSIONS and os.path.isfile(file)]
+    own = [file for file in files if not _OF_A_SPLIT.match(file.name)]
+    if len({file.suffix for file in own}) > 1:
+        found = _listed([file.name for file in own])
+        raise ConfigError(f"task.path={folder}: expected are files of one type, or a file train.*\nthere is: {found}")
+    return own
+
+
+def read_table(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
     """Read one file into memory.
 
     Args:
@@ -73,6 +119,7 @@ def read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:
             `data`, or the nested format of SQuAD. All columns of CSV and TSV are read as text, so that text consisting of
             digits remains text. The encoding is UTF-8, with or without a byte order mark.
         columns: the columns to read; None for all.
+        at: how messages name the file.
 
     Raises:
         ConfigError: the file is unreadable or corrupt, or a column is missing.
@@ -81,28 +128,25 @@ def read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:
 
     read = {".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_csv}.get(file.suffix, _read_json)
     try:
-        return read(file, columns)
+        return read(file, columns, at)
     except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
-        raise fault(file, f"cannot be read as {file.suffix[1:]}: {line_of(error)}") from error
+        raise _fault(at, f"cannot be read as {file.suffix[1:]}: {line_of(error)}") from error
 
 
-def _read_parquet(file: Path, columns: Sequence[str] | None) -> pa.Table:
+def _read_parquet(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as source:
-        return source.read(columns=_choose(source.schema_arrow.names, columns, file))
+        return source.read(columns=_choose(source.schema_arrow.names, columns, at))
 
 
-def _read_csv(file: Path, columns: Sequence[str] | None) -> pa.Table:
+def _read_csv(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
     plain = file.suffix == ".tsv"
-    delimiter = "\t" if plain else ","
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, "excel-tab", quoting=csv.QUOTE_NONE) if plain else csv.reader(stream)
-        header = next(reader, [])
-    chosen = _choose(header, columns, file)
+    delimiter, header = ("\t", _read_header(file, "\t", csv.QUOTE_NONE)) if plain else _find_delimiter(file)
+    chosen = _choose(header, columns, at)
     return arrow_csv.read_csv(
         file,
         read_options=arrow_csv.ReadOptions(block_size=_CSV_BLOCK),
@@ -113,18 +157,51 @@ def _read_csv(file: Path, columns: Sequence[str] | None) -> pa.Table:
     )
 
 
-def _read_json(file: Path, columns: Sequence[str] | None) -> pa.Table:
+def _read_header(file: Path, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> list[str]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        return next(csv.reader(stream, delimiter=delimiter, quoting=quoting), [])
+
+
+def _find_delimiter(file: Path) -> tuple[str, list[str]]:
+    """Return the delimiter by which the header has most columns, and these columns."""
+    headers = {delimiter: _read_header(file, delimiter) for delimiter in _CSV_DELIMITERS}
+    best = max(headers, key=lambda delimiter: len(headers[delimiter]))  # the first of equal ones, so the comma
+    return best, headers[best]
+
+
+def write_table(table: pa.Table, file: Path) -> None:
+    """Write rows to a new file as CSV, TSV, JSON lines or Parquet, by its extension.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        pq.write_table(table, file)
+        return
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        if file.suffix in (".json", ".jsonl"):
+            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
+            return
+        rows = csv.writer(stream, delimiter="\t" if file.suffix == ".tsv" else ",", lineterminator="\n")
+        rows.writerow(table.column_names)
+        for row in table.to_pylist():
+            rows.writerow([json.dumps(cell) if isinstance(cell, list | dict) else cell for cell in row.values()])
+
+
+def _read_json(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
     # pyarrow.json is not used, because it converts date-like strings to dates and cannot read arrays.
     import pyarrow as pa
 
     rows = _unwrap(_parse_values(read_file(file).decode("utf-8-sig")))
     wrong = next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)
     if wrong is not None:
-        raise fault(file, f"row {wrong} is not an object; expected is one object per row with named columns")
+        raise _fault(at, f"row {wrong} is not an object; expected is one object per row with named columns")
     if not rows:
-        raise fault(file, "there are no rows")
-    chosen = _choose(list(rows[0]), columns, file)
-    return pa.table({name: _to_array(name, [row.get(name) for row in rows], file) for name in chosen})
+        raise _fault(at, "there are no rows")
+    chosen = _choose(list(rows[0]), columns, at)
+    return pa.table({name: _to_array(name, [row.get(name) for row in rows], at) for name in chosen})
 
 
 def _parse_values(text: str) -> list[Any]:
@@ -170,7 +247,7 @@ def _unnest(articles: list[Any]) -> list[Any]:
         raise ValueError(f"not nested as SQuAD is (data, paragraphs, qas, answers): {line_of(error)}") from None
 
 
-def _to_array(name: str, values: list[Any], file: Path) -> pa.Array:
+def _to_array(name: str, values: list[Any], at: str) -> pa.Array:
     import pyarrow as pa
 
     try:
@@ -182,17 +259,17 @@ def _to_array(name: str, values: list[Any], file: Path) -> pa.Array:
         if row is None:
             raise
         text = f"column {name}: row {row} has {kinds[row]}; expected is {first}, as before"
-        raise fault(file, text) from error
+        raise _fault(at, text) from error
 
 
-def _choose(present: Sequence[str], columns: Sequence[str] | None, file: Path) -> list[str]:
+def _choose(present: Sequence[str], columns: Sequence[str] | None, at: str) -> list[str]:
     missing = [name for name in columns or () if name not in present]
     if missing:
-        raise fault(file, f"no column {' and no column '.join(missing)}\nthere is: {_listed(present)}")
+        raise _fault(at, f"no column {' and no column '.join(missing)}\nthere is: {_listed(present)}")
     chosen = list(columns or present)
     doubled = [name for name in chosen if list(present).count(name) > 1]
     if doubled:
-        raise fault(file, f"more than one column is named {doubled[0]}")
+        raise _fault(at, f"more than one column is named {doubled[0]}")
     return chosen
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wlora.data import local_files as files
-from wlora.data.row_checks import check_rows, needed_columns
+from wlora.data.held_out import hold_out, made_from_train
+from wlora.data.row_checks import ANSWERS, LABEL, check_rows, count_empty, needed_columns
 from wlora.errors import ConfigError
-from wlora.storage.content_hash import hash_bytes, hash_files, read_as_hashed
+from wlora.storage.content_hash import hash_bytes, hash_file, hash_files, read_as_hashed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,8 +33,8 @@ class Splits:
     """The checked rows of a task.
 
     Attributes:
-        rows: `train` and every validation split by its name. A classification task has its text columns
-            (strings) and `label` (int64 class number, or float64 for regression); others keep all columns.
+        rows: `train` and every validation split by its name, with the columns of `check_rows`.
+        empty: number of empty texts by split and column, without columns that have none.
         fingerprint: the value of `fingerprint(task)`; for the hub, `hub_id@commit`.
         revision: resolved commit on the hub; None for local and generated data.
     """
@@ -40,6 +42,7 @@ class Splits:
     rows: dict[str, Dataset]
     fingerprint: str
     revision: str | None
+    empty: dict[str, dict[str, int]]
 
 
 def fingerprint(task: TaskConfig) -> str | None:
@@ -52,7 +55,7 @@ def fingerprint(task: TaskConfig) -> str | None:
     """
     if task.path is not None:
         try:
-            return hash_files(find_local(task))
+            return _hash_local(task)
         except OSError as error:
             raise ConfigError(f"task.path={task.path}: {error.filename} cannot be read ({error.strerror})") from error
     if task.generator is not None:
@@ -62,13 +65,24 @@ def fingerprint(task: TaskConfig) -> str | None:
     return None
 
 
+def _hash_local(task: TaskConfig) -> str:
+    """Hash the local files. The name of a single file does not count: it may have any."""
+    place = Path(task.path or "").expanduser()
+    if not place.is_file() and task.validation_path is None:
+        return hash_files(find_local(task))
+    named = [(split, file) for split in _loaded_names(task) for file in files.find_files(task, split)]
+    single = {place, Path(task.validation_path or "").expanduser()}
+    lines = [f"{split + file.suffix if file in single else file.name}:{hash_file(file)}\n" for split, file in named]
+    return hash_bytes("".join(lines).encode())
+
+
 def find_local(task: TaskConfig) -> list[Path]:
     """Return the files in `task.path` for all splits in order; an empty list if `task.path` is null.
 
     Raises:
         ConfigError: a folder, file or shard is missing, or empty.
     """
-    return [] if task.path is None else [file for split in _split_names(task) for file in _local_files(task, split)]
+    return [] if task.path is None else [file for split in _loaded_names(task) for file in files.find_files(task, split)]
 
 
 def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
@@ -77,6 +91,8 @@ def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
     `task.max_train_rows` selects the first n training rows of one fixed permutation. The subset is the same for every seed
     and method, and a smaller subset is contained in a larger one. `task.max_eval_rows` selects the first n rows of each
     validation split. A limit larger than the number of rows selects all rows.
+
+    A share or fold of the training rows (`wlora.data.held_out`) is taken before the limits apply.
 
     Args:
         task: the task to load.
@@ -88,27 +104,65 @@ def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
     content, revision = fingerprint(task), None
     if task.path is not None:
         with read_as_hashed(f"task.path={task.path}", content, lambda: (fingerprint(task), find_local(task))):
-            tables = {split: _read_local(task, split) for split in _split_names(task)}
+            tables = {split: _read_local(task, split) for split in _loaded_names(task)}
     elif task.generator is not None:
-        made = {split: _generate(task.generator, split) for split in _split_names(task)}
-        tables = _check_all(made, task, f"task.generator={task.generator}")
+        generated = {split: _generate(task.generator, split) for split in _loaded_names(task)}
+        tables = _check_all(generated, task, f"task.generator={task.generator}")
     else:
-        loaded, revision = _load_hub(task, offline=offline)
-        tables = _check_all(loaded, task, f"task={task.name}: {task.hub_id}")
+        loaded, revision = load_hub(task, _loaded_names(task), offline=offline)
+        tables = _check_all({split: loaded[split] for split in _loaded_names(task)}, task, _where(task))
+    made = [name for name in task.validation if made_from_train(name)]
+    for name in made:
+        groups = _groups(tables["train"], task)
+        tables["train"], tables[name] = hold_out(tables["train"], groups, task, _where(task))
     identity = content or f"{task.hub_id}@{revision or task.revision}"
     rows = {}
     for split, table in tables.items():
         chosen = _limit(table, task, split)
-        rows[split] = _wrap(chosen, f"{identity}/{task.subset}/{split}/{chosen.num_rows}")
-    return Splits(rows=rows, fingerprint=identity, revision=revision)
+        part = f"{split}/{made[0]}/{task.fold}/{task.split_seed}" if made else split
+        rows[split] = wrap(chosen, f"{identity}/{task.subset}/{part}/{chosen.num_rows}")
+    empty = {split: texts for split, table in tables.items() if (texts := count_empty(table, task))}
+    return Splits(rows=rows, fingerprint=identity, revision=revision, empty=empty)
 
 
-def _split_names(task: TaskConfig) -> list[str]:
-    return ["train", *task.validation]
+def load_inputs(task: TaskConfig, split: str, *, offline: bool) -> pa.Table:
+    """Load the rows of any split without checking them, for predictions: the test split of a benchmark has no labels.
+
+    Raises:
+        ConfigError: the split does not exist, or cannot be read.
+    """
+    if task.path is not None:
+        return _read_all(task, split, check=False)
+    return load_hub(task, [split], offline=offline)[0][split]
 
 
-def _local_files(task: TaskConfig, split: str) -> list[Path]:
-    return files.find_files(Path(task.path or "").expanduser(), split)
+def read_raw(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], str]:
+    """Load `train`, and from the hub every other split, unchecked, and how messages name the rows.
+
+    Raises:
+        ConfigError: a file or split is missing or cannot be read, or two files have different columns.
+    """
+    if task.path is not None:
+        return {"train": _read_all(task, "train", check=False)}, _where(task)
+    return load_hub(task, ["train"], offline=offline)[0], _where(task)
+
+
+def _loaded_names(task: TaskConfig) -> list[str]:
+    """Return the splits that are loaded: all but the one that is made from training rows."""
+    return ["train", *(name for name in task.validation if not made_from_train(name))]
+
+
+def _where(task: TaskConfig) -> str:
+    return f"task.path={task.path}" if task.path is not None else f"task={task.name}: {task.hub_id}"
+
+
+def _groups(table: pa.Table, task: TaskConfig) -> list[Any] | None:
+    """Return what a split is stratified by: labels, or whether a question has an answer; None for summaries."""
+    if LABEL in table.column_names:
+        return list(table.column(LABEL).to_pylist())
+    if ANSWERS in table.column_names and task.unanswerable:
+        return [[bool(answer["text"])] for answer in table.column(ANSWERS).to_pylist()]
+    return None
 
 
 def _check_all(tables: dict[str, pa.Table], task: TaskConfig, where: str) -> dict[str, pa.Table]:
@@ -116,12 +170,34 @@ def _check_all(tables: dict[str, pa.Table], task: TaskConfig, where: str) -> dic
 
 
 def _read_local(task: TaskConfig, split: str) -> pa.Table:
-    """Read and check the rows of a split. Shards are checked separately, because their class names and types may differ."""
+    return _read_all(task, split, check=True)
+
+
+def _read_all(task: TaskConfig, split: str, *, check: bool) -> pa.Table:
+    """Read the files of a split. Shards are checked separately, because their class names and types may differ."""
     import pyarrow as pa
 
-    read = {file: files.read_table(file, needed_columns(task)) for file in _local_files(task, split)}
-    filled = {file: table for file, table in read.items() if table.num_rows} or read
-    return pa.concat_tables(check_rows(table, task, f"task.path={task.path}: {file.name}") for file, table in filled.items())
+    named = {files.location(task, file): file for file in files.find_files(task, split)}
+    read = {at: files.read_table(file, needed_columns(task) if check else None, at) for at, file in named.items()}
+    filled = {at: table for at, table in read.items() if table.num_rows} or read
+    if check:
+        return pa.concat_tables(check_rows(table, task, at) for at, table in filled.items())
+    (first, schema), *others = ((at, table.schema) for at, table in filled.items())
+    for at, other in others:
+        missing = [name for name in schema.names if name not in other.names] or [
+            name for name in other.names if name not in schema.names
+        ]
+        if missing:
+            owner, lacking = (first, at) if missing[0] in schema.names else (at, first)
+            raise ConfigError(
+                f"{lacking}: no column {missing[0]}, which {owner.rpartition(': ')[2]} has\n"
+                "expected are files with the same columns"
+            )
+    try:
+        return pa.concat_tables(filled.values(), promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        what = f"the files have columns of different types: {files.line_of(error)}"
+        raise ConfigError(f"task.path={task.path}: {what}") from error
 
 
 @functools.cache
@@ -133,8 +209,17 @@ def _generate(generator: str, split: str) -> pa.Table:
     return pa.table(generate(generator, split))
 
 
-def _load_hub(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], str | None]:
-    """Return the tables of all splits and their commit (None for caches of old versions of the datasets library)."""
+def load_hub(task: TaskConfig, needed: Sequence[str], *, offline: bool) -> tuple[dict[str, pa.Table], str | None]:
+    """Return the tables of all splits and their commit (None for caches of old versions of the datasets library).
+
+    Args:
+        task: names repository, subset and revision.
+        needed: splits that have to be there.
+        offline: use only the local caches.
+
+    Raises:
+        ConfigError: the data set cannot be loaded, is of another commit, or lacks a split.
+    """
     if offline:
         from wlora.data.hub import go_offline
 
@@ -157,11 +242,11 @@ def _load_hub(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], 
     if _COMMIT.fullmatch(task.revision) and commit != task.revision:
         # Offline, the library uses any commit in its cache.
         raise ConfigError(f"task.revision={task.revision}: the cache holds {commit or 'another one'}")
-    absent = [split for split in _split_names(task) if split not in loaded]
+    absent = [split for split in needed if split not in loaded]
     if absent:
         there = ", ".join(loaded)
         raise ConfigError(f"task={task.name}: {task.hub_id} has no split {absent[0]}; there is: {there}")
-    return {split: loaded[split].data.table for split in _split_names(task)}, commit
+    return {split: rows.data.table for split, rows in loaded.items()}, commit
 
 
 def _find_builder(task: TaskConfig) -> DatasetBuilder:
@@ -190,7 +275,8 @@ def _limit(table: pa.Table, task: TaskConfig, split: str) -> pa.Table:
     return table.take(np.random.RandomState(_SUBSET_SEED).permutation(table.num_rows)[:limit])
 
 
-def _wrap(table: pa.Table, identity: str) -> Dataset:
+def wrap(table: pa.Table, identity: str) -> Dataset:
+    """Return rows as a data set, whose fingerprint is a hash of `identity`."""
     from datasets import Dataset
 
     # Without an explicit fingerprint the library would hash the whole table.

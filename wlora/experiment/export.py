@@ -165,10 +165,31 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 def merge(
     config: Config, source: ModelSource, adapters: Mapping[str, bytes]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base of a run in float32, merge its adapters, and set its trained head and label names."""
+    """Load the base of a run in float32, merge its adapters, and set its trained head and label names.
+
+    Raises:
+        ConfigError: the adapters cannot be loaded or merged.
+    """
+    from wlora.adapters.peft_format import fold_peft
+
+    base, tokenizer = load_trained(config, source, adapters)
+    try:
+        fold_peft(base)
+    except ValueError as error:
+        raise ConfigError(f"the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
+    return base, tokenizer
+
+
+def load_trained(
+    config: Config, source: ModelSource, adapters: Mapping[str, bytes]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base of a run in float32 with its adapters as modules of PEFT, its trained head and its label names.
+
+    Raises:
+        ConfigError: base or adapters cannot be loaded.
+    """
     from peft import PeftModel
 
-    from wlora.adapters.peft_format import fold_peft
     from wlora.models.heads import name_classes
     from wlora.models.loading import load_model, load_tokenizer, quiet
     from wlora.tasks.base import build_task
@@ -181,10 +202,9 @@ def merge(
         with quiet(), tempfile.TemporaryDirectory() as folder:
             write_files(adapters, Path(folder))
             PeftModel.from_pretrained(base, folder)  # it changes the base in place
-        fold_peft(base)
     except Exception as error:  # PEFT, safetensors and torch raise many kinds of exceptions for invalid files
         raise ConfigError(f"the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
-    name_classes(base, config.task.labels, head=task.head)
+    name_classes(base, config.task.labels, head=task.head, several=config.task.kind == "multi_label")
     if isinstance(task, Summarization):
         task.set_generation(base)
     return base, tokenizer
@@ -208,7 +228,9 @@ def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
     except ConfigError as error:
         print(f"notice: the tokenizer is not exported: {error}", file=sys.stderr)
         return
-    name_classes(SimpleNamespace(config=described), config.task.labels, head=task.head)  # type: ignore[arg-type]
+    name_classes(
+        SimpleNamespace(config=described), config.task.labels, head=task.head, several=config.task.kind == "multi_label"
+    )  # type: ignore[arg-type]
     with quiet():
         tokenizer.save_pretrained(folder)
         described.save_pretrained(folder)

@@ -12,6 +12,7 @@ from wlora.tasks.base import find_kind
 
 _CLASSES = {
     "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
     "question_answering": "AutoModelForQuestionAnswering",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
@@ -34,8 +35,8 @@ def write_card(file: Path, record: Record, config: Config, *, merged: bool) -> N
         f"# {model.name} on {task.name} by {method['name']}",
         _introduction(record, config, merged=merged),
         _usage(record, config, merged=merged),
-        "## Scores\n\nOn the dev set, after the last step; nothing was chosen by an earlier evaluation. If settings were "
-        "tuned, they were tuned on this same set.\n\n" + _table(("metric", "dev set"), _scores(record)),
+        f"## Scores\n\nOn the dev set, {_moment(config)}. If settings were tuned, they were tuned on this same set.\n\n"
+        + _table(("metric", "dev set"), _scores(record)),
         "## Parameters\n\n" + _table(("what", "elements"), list(record.parameters.items())),
         "## Adapters\n\n" + _adapters(record),
         "## Training\n\n" + _table(("", ""), _training(record)),
@@ -65,7 +66,7 @@ def _usage(record: Record, config: Config, *, merged: bool) -> str:
         lines = [f"from transformers import {name}", f'model = {name}.from_pretrained("DIR")']
     else:
         classes = f", id2label={dict(enumerate(config.task.labels))}" if config.task.labels else ", num_labels=1"
-        labels = classes if head == "sequence_classification" else ""
+        labels = classes if head in ("sequence_classification", "token_classification") else ""
         revision = f', revision="{record.model["revision"]}"' if record.model.get("revision") else ""
         base = config.model.hub_id if config.model.source == "hub" and config.model.path is None else "BASE"
         lines = [
@@ -75,6 +76,12 @@ def _usage(record: Record, config: Config, *, merged: bool) -> str:
             'model = PeftModel.from_pretrained(base, "DIR")  # its head comes along',
         ]
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _moment(config: Config) -> str:
+    if config.train.best is None:
+        return "after the last step; nothing was chosen by an earlier evaluation"
+    return f"at the evaluation with the best {config.train.best}, which was chosen on this same set"
 
 
 def _scores(record: Record) -> list[tuple[str, Any]]:

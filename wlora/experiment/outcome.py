@@ -75,6 +75,7 @@ def keep_results(store: RecordStore, record: Record, trainer: Trainer, config: C
     """Write predictions and adapters; a run is not lost because one of them cannot be: returns what, None for nothing."""
     failed = []
     if trainer.evaluation is not None:  # else resumed after its last evaluation
+        record.classes = trainer.evaluation.describe_classes(trainer.task, trainer.data.validation)
         try:
             table = trainer.evaluation.tabulate(trainer.task, trainer.data.validation)
             record.predictions = store.write_predictions(record.run_id, table)

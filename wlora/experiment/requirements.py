@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from wlora.config.schema import Config
 from wlora.data.hub import go_offline, require_sources
+from wlora.data.own_tables import require_source
 from wlora.data.sources import find_local
 from wlora.models.source import require_extras
 from wlora.storage.trackers import require_tracker
@@ -18,6 +19,7 @@ def require_all(config: Config) -> None:
     Raises:
         ConfigError: names what is missing and how to provide it.
     """
+    require_source(config.task)
     find_local(config.task)
     if config.offline:
         go_offline()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,9 @@ from wlora.adapters.peft_format import fingerprint
 from wlora.config.identity import method_revision
 from wlora.config.rules import RULES, check, check_rules, look_up
 from wlora.config.schema import METHOD_NOTES, TARGET_SETS, AdapterConfig, Config, ModelConfig, method_names, read_method
+from wlora.console import tell
+from wlora.data.hub import require_sources
+from wlora.data.own_tables import BENCHMARK, settle
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.models.architectures import order_classes, read_architecture
 from wlora.models.layout import Layout
@@ -21,6 +25,7 @@ from wlora.tasks.base import find_kind
 # Models with each head (`Task.head`), for messages.
 EXAMPLES = {
     "sequence_classification": "deberta_v3_base",
+    "token_classification": "deberta_v3_base",
     "question_answering": "deberta_v3_base",
     "seq2seq": "bart_large",
 }
@@ -29,7 +34,8 @@ EXAMPLES = {
 def resolve(config: Config) -> Config:
     """Check a composed configuration in place and fill in the defaults that depend on other keys.
 
-    This function sets `k` from the number of adapters, and `train.accumulation_steps` from model and task. Values that
+    This function sets `k` from the number of adapters, and `train.accumulation_steps` from model and task. For an own table
+    it reads the table and sets columns, labels and validation rows (`wlora.data.own_tables`). Values that
     depend on the number of rows (warm-up, selection steps) are set after the data are loaded (`wlora.training.run_length`).
 
     Raises:
@@ -43,6 +49,7 @@ def resolve(config: Config) -> Config:
     check_method(config.method)
     _check_model(config.model)
     settle_model(config.model, offline=config.offline)
+    _settle_task(config)
     _check_saving(config)
     _check_sharding(config)
     identify_adapter(config.adapter)
@@ -63,6 +70,18 @@ def resolve(config: Config) -> Config:
     if (revision := method_revision(config.method, release=config.compat == "release")) > 1:
         config.method["revision"] = revision
     return config
+
+
+def _settle_task(config: Config) -> None:
+    """Fill in what the table tells of the task, tell the user, and check what depends on it."""
+    task = config.task
+    if task.benchmark == BENCHMARK and task.path is None and task.hub_id is not None:
+        require_sources(dataclasses.replace(config, model=dataclasses.replace(config.model, source="random", path=None)))
+    for line in settle(task, offline=config.offline):
+        tell(line)
+    best = config.train.best
+    if best is not None and best not in (*task.metrics, "loss"):
+        raise wrong_value("train.best", best, f"{', '.join([*task.metrics, 'loss'])}, or null")
 
 
 def identify_adapter(adapter: AdapterConfig) -> None:

@@ -381,6 +381,8 @@ def _settings(config: Config, method: Method, precision: Precision, process: int
         sharded=config.train.fsdp,
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
         grow_batch=config.train.grow_batch,
+        best=config.train.best,
+        patience=config.train.patience,
         prefix=_prefix_storage(config),
     )
 

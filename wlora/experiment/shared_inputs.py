@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wlora.config.schema import Config
 from wlora.console import notice
 from wlora.data.sources import Splits, fingerprint, load_splits
-from wlora.models.heads import head_parameters, name_classes, reorder_head, start_head
+from wlora.models.heads import head_parameters, name_classes, reorder_head, start_head, weigh_classes
 from wlora.models.loading import load_base, load_tokenizer
 from wlora.models.source import ModelSource
 from wlora.storage.content_hash import changed
@@ -97,9 +97,9 @@ class SharedInputs:
                 config.model, source, material.tokenizer, head=head, num_labels=labels, device=device, dtype=dtype
             )
             if not self._keep or config.model.quantization != "none":  # quantised weights cannot be shared
-                return _with_head(base, fresh, config, seed, kind=head)
+                return _with_head(base, fresh, config, material, seed)
             self._base = key, base, fresh, _versions(base)
-        return _with_head(_duplicate(self._base[1], own=own), self._base[2], config, seed, kind=head)
+        return _with_head(_duplicate(self._base[1], own=own), self._base[2], config, material, seed)
 
 
 @functools.cache
@@ -108,12 +108,16 @@ def inputs_of_process() -> SharedInputs:
     return SharedInputs()
 
 
-def _with_head(model: PreTrainedModel, fresh: list[str], config: Config, seed: int, *, kind: str) -> PreTrainedModel:
+def _with_head(model: PreTrainedModel, fresh: list[str], config: Config, material: Material, seed: int) -> PreTrainedModel:
     """Initialise the head of a loaded model for a task (fresh or kept), with outputs in the order of the task's classes."""
+    kind = material.task.head
     start_head(model, fresh, seed)
     if config.model.head == "kept" and kind == "sequence_classification":
         reorder_head(model, config.task.labels)
-    name_classes(model, config.task.labels, head=kind)
+    name_classes(model, config.task.labels, head=kind, several=config.task.kind == "multi_label")
+    weights = getattr(material.task, "class_weights", None)
+    if weights is not None:
+        weigh_classes(model, weights)
     return model
 
 
@@ -137,9 +141,12 @@ def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tu
 
     Returns:
         The features, and information for the record: `truncated_share` by split, and `lost_answers`, the number of training
-        rows whose answer is completely in no window.
+        rows whose answer is completely in no window; `empty_texts` by split and column, where there are any.
     """
     features, shares, lost = {}, {}, 0
+    for name, found_empty in splits.empty.items():
+        told = ", ".join(f"{number} in column {column}" for column, number in found_empty.items())
+        notice(f"empty texts among the {len(splits.rows[name])} rows of {name}: {told}")
     for name, rows in splits.rows.items():
         found = features[name] = task.encode(rows, tokenizer, training=name == "train")
         shares[name] = found.truncated_share
@@ -150,7 +157,8 @@ def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tu
             notice(f"{lost} of {len(rows)} rows of {name} have an answer that fits in no window: see task.stride")
     train = features.pop("train")
     validation = {name: Split(splits.rows[name], encoded) for name, encoded in features.items()}
-    return Data(train=train, validation=validation), {"truncated_share": shares, "lost_answers": lost}
+    unfit = {"truncated_share": shares, "lost_answers": lost}
+    return Data(train=train, validation=validation), unfit | ({"empty_texts": splits.empty} if splits.empty else {})
 
 
 def _key(*parts: Any) -> str:

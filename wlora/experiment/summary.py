@@ -5,6 +5,7 @@ from __future__ import annotations
 from wlora.config.schema import Config
 from wlora.console import notice, say
 from wlora.methods.base import Method
+from wlora.metrics.classes import format_classes
 from wlora.storage.records import Record
 from wlora.training.precision import Precision
 from wlora.training.run_length import Plan
@@ -44,6 +45,7 @@ def summarize(record: Record, method: Method, path: str) -> str:
     shares = share_of_model(last, counts)
     lines = [
         f"metric     {metrics} (dev set)",
+        *(f"{'' if number else 'classes':10} {line}".rstrip() for number, line in enumerate(format_classes(record.classes))),
         f"trainable  {first:,} -> {last:,} ({shares}), head {counts['head']:,}",
         f"kept       {len(record.adapters)} adapters"
         + (f", lowest in layer {method.adapters.lowest_layer}" if kept else ""),

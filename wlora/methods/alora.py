@@ -75,6 +75,10 @@ class ALoRA(AdapterMethod):
             return []
         return [self.allocate(step, self.ablation_scores(self._data, self._batch))]
 
+    def last_change(self) -> int:
+        """Return the step of the last round."""
+        return max(self.round_steps)
+
     def allocate(self, step: int, scores: dict[str, list[float]]) -> Event:
         """Prune the components with the lowest scores (n in total) and add as many to adapters that lost none."""
         moved = len(self.adapters)

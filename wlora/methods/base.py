@@ -138,6 +138,13 @@ class Method:
         """Return whether the method makes no more changes and takes no more actions after this step."""
         return False
 
+    def last_change(self) -> int:
+        """Return the step of the last change of the adapters that the schedule plans; 0 if it plans none.
+
+        Earlier evaluations do not count for `train.best` and `train.patience`.
+        """
+        return 0
+
     def final_count(self) -> tuple[int, int] | None:
         """Return the smallest and the largest possible number of adapter elements after the last change.
 

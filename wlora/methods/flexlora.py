@@ -98,6 +98,10 @@ class FlexLoRA(AdapterMethod):
         self._load(None if last else (client + 1) % self.clients)
         return [Event(step, "redistribute" if client == self.clients - 1 else "hand over", {"client": client}, reset=True)]
 
+    def last_change(self) -> int:
+        """Return the end of the last turn, which is the end of the run."""
+        return self._ends[-1]
+
     @torch.no_grad()
     def _collect(self) -> None:
         """Store a client's update: s·B and A of every adapter, and the head."""

@@ -86,6 +86,10 @@ class Flexora(AdapterMethod):
         self._step_alpha()
         return [self._select(step)] if step == self.stage_steps else []
 
+    def last_change(self) -> int:
+        """Return the end of stage one."""
+        return self.stage_steps
+
     def _step_alpha(self) -> None:
         """Take one Adam step on α from the gradient of the held-out loss with respect to γ."""
         omegas = [a.omega for a in self.adapters.values() if a.omega is not None]

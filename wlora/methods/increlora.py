@@ -112,6 +112,10 @@ class IncreLoRA(AdapterMethod):
         adapter.watching = self.target_rank > 1
         return adapter
 
+    def last_change(self) -> int:
+        """Return the step of the last growth."""
+        return max(self.growth_steps, default=0)
+
     def final_count(self) -> tuple[int, int]:
         """Return the bounds for n·`rank` components."""
         costs = [adapter.A.shape[1] + adapter.B.shape[0] for adapter in self.components.values()]

@@ -92,6 +92,10 @@ class LoRADrop(AdapterMethod):
                 self.adapters.disconnect(name)
         return [Event(step, "share" if self.share else "cut", {"kept": kept, "importance": importance})]
 
+    def last_change(self) -> int:
+        """Return the end of stage one."""
+        return self.stage_steps or 0
+
     def final_count(self) -> tuple[int, int] | None:
         """Return the bounds for the kept share.
 

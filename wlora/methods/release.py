@@ -57,6 +57,10 @@ class ReleaseWLoRA(WLoRA):
         """Return False: ω changes until the end of the run."""
         return False
 
+    def last_change(self) -> int:
+        """Return 0: nothing is cut. ω is part of what is kept of an evaluation."""
+        return 0
+
 
 class ReleaseWLoRAPlus(ReleaseWLoRA, WLoRAPlus):
     """WeightLoRA+ as published: it projects only at its two cuts, extends before it selects, and never disconnects.
@@ -90,6 +94,10 @@ class ReleaseWLoRAPlus(ReleaseWLoRA, WLoRAPlus):
         if step not in self._cut_steps:
             return []
         return [self._extend(step, {name: 2 * self.adapters[name].rank for name in self._chosen})]
+
+    def last_change(self) -> int:
+        """Return the step of the second cut."""
+        return self._cut_steps[-1]
 
     def after_step(self, step: int) -> list[Event]:
         """At a cut, halve the set of chosen adapters. ω of the others becomes 0; they stay in the model."""

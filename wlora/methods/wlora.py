@@ -99,6 +99,10 @@ class WLoRA(AdapterMethod):
         """Return whether the cut at T, the last change, is done."""
         return self.select_steps is not None and step >= self.select_steps
 
+    def last_change(self) -> int:
+        """Return T, the step of the cut."""
+        return self.select_steps or 0
+
     def mask(self, omega: Tensor) -> Tensor:
         """Return which adapters a projection keeps, as a boolean tensor of shape [n], given all ω."""
         return top_k(omega, self.k)

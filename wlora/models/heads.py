@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -20,6 +21,7 @@ from wlora.models.architectures import order_classes
 
 AUTO: dict[str, Any] = {
     "sequence_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
     "question_answering": AutoModelForQuestionAnswering,
     "seq2seq": AutoModelForSeq2SeqLM,
 }
@@ -93,15 +95,37 @@ def reorder_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
         parameter.data = parameter.data[order]
 
 
-def name_classes(model: PreTrainedModel, labels: Sequence[str], *, head: str) -> None:
+def name_classes(model: PreTrainedModel, labels: Sequence[str], *, head: str, several: bool = False) -> None:
     """Write into a model's configuration what its outputs stand for, in place of what another training left there.
 
     Args:
         labels: the task's classes in the order of the outputs; none for regression and for other heads.
         head: the kind of head.
+        several: whether a row may have any number of classes; it decides the loss.
     """
     names = list(labels) or [f"LABEL_{number}" for number in range(model.config.num_labels)]
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: number for number, name in enumerate(names)}
     if head == "sequence_classification":
-        model.config.problem_type = "single_label_classification" if labels else "regression"
+        one = "single_label_classification" if labels else "regression"
+        model.config.problem_type = "multi_label_classification" if several else one
+
+
+def weigh_classes(model: PreTrainedModel, weights: Sequence[float]) -> None:
+    """Let rare classes weigh more in the training loss: the mean over rows of weight times cross-entropy.
+
+    In evaluation mode the loss stays the model's own, unweighted.
+
+    Args:
+        model: a model with a classification head; its outputs get another `loss`.
+        weights: the weight of each class. If their mean over the training rows is 1, so is the scale of the loss.
+    """
+
+    def reweigh(_: nn.Module, args: Any, inputs: dict[str, Any], outputs: Any) -> Any:
+        if model.training and inputs.get("labels") is not None:
+            labels = inputs["labels"]
+            losses = nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="none")
+            outputs.loss = (torch.tensor(weights, device=losses.device)[labels] * losses).mean()
+        return outputs
+
+    model.register_forward_hook(reweigh, with_kwargs=True)

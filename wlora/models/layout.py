@@ -113,10 +113,10 @@ FAMILIES: dict[str, tuple[Described, ...]] = {
 
 _ENCODER_HEADS = ("sequence_classification", "question_answering")
 HEADS: dict[str, tuple[str, ...]] = {
-    "deberta-v2": _ENCODER_HEADS,
-    "bert": _ENCODER_HEADS,
+    "deberta-v2": (*_ENCODER_HEADS, "token_classification"),
+    "bert": (*_ENCODER_HEADS, "token_classification"),
     "bart": (*_ENCODER_HEADS, "seq2seq"),
-    "llama": ("sequence_classification",),
+    "llama": ("sequence_classification", "token_classification"),
 }
 """The heads (`Task.head`) that each family of `FAMILIES` supports."""
 

@@ -33,6 +33,7 @@ class Record:
     """What is known of a run; the meaning of every key stands in the design under "A record".
 
     Attributes:
+        classes: scores of every class on the reported split (`wlora.metrics.classes`); empty for tasks without classes.
         error: what ended a run that did not succeed; of one that did, which of its files could not be written.
         packed: of a run that trained in a pack, `with`: the run_ids of the others, and `dropout`: how masks were made.
         trained: whether this process trained it to the end, rather than found it recorded. Not written.
@@ -47,6 +48,7 @@ class Record:
     task: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    classes: dict[str, Any] = field(default_factory=dict)
     primary_metric: str = ""
     parameters: dict[str, int] = field(default_factory=dict)
     adapters: list[dict[str, Any]] = field(default_factory=list)

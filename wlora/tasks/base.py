@@ -28,7 +28,11 @@ class Kind(NamedTuple):
 
 
 _KINDS = {
+    # One class of `labels` per row; without labels a value, as in STS-B.
     "classification": Kind("wlora.tasks.classification", "SequenceClassification", "sequence_classification"),
+    "regression": Kind("wlora.tasks.classification", "SequenceClassification", "sequence_classification"),
+    "multi_label": Kind("wlora.tasks.multi_label", "MultiLabel", "sequence_classification"),
+    "token_classification": Kind("wlora.tasks.token_classification", "TokenClassification", "token_classification"),
     "question_answering": Kind("wlora.tasks.question_answering", "QuestionAnswering", "question_answering"),
     "summarization": Kind("wlora.tasks.summarization", "Summarization", "seq2seq"),
 }
@@ -41,8 +45,8 @@ class Task(Protocol):
     or more per row, because a long text is cut into windows.
 
     Attributes:
-        head: the kind of model head, a key of `wlora.models.loading`: `sequence_classification`, `question_answering`
-            or `seq2seq`.
+        head: the kind of model head, a key of `wlora.models.loading`: `sequence_classification`, `token_classification`,
+            `question_answering` or `seq2seq`.
         num_labels: number of outputs of the head.
         any_padding: whether more padding leaves a row's loss as it is.
         primary_metric: the reported metric, a key of `score` for the first validation split.
@@ -60,7 +64,7 @@ class Task(Protocol):
             Columns of the model's inputs (not padded) and `length` (tokens). Training features also have the targets of
                 the loss: `labels`, or `start_positions` and `end_positions`. Validation features have them if a
                 validation loss is defined, and further columns that `predict` and `score` read. If the loss is a mean
-                over tokens, `loss_tokens` is their number.
+                over tokens, `loss_tokens` is their number. Rows without labels (`wlora predict`) give no targets.
         """
         ...
 
@@ -116,6 +120,21 @@ class Task(Protocol):
             Columns `row` (int32, in the split's order), `prediction`, and per-row scores in half precision: for classes
                 `scores` (the logits, a list per row), for texts one column per metric. Classes and values also have
                 `label`. Reference texts are not included, because they belong to their publishers.
+        """
+        ...
+
+    def describe_classes(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, Any]:
+        """Return the scores of every class on one complete validation split (`wlora.metrics.classes`).
+
+        The result is JSON for the record. It is empty for tasks without classes.
+        """
+        ...
+
+    def answer(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
+        """Return predictions as people read them, one line per row; the rows need no labels.
+
+        Returns:
+            The column `prediction` (class names, values or texts), and `probability` for classes.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from wlora.config.schema import TaskConfig
 from wlora.data.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad
 from wlora.data.row_checks import LABEL
 from wlora.errors import wrong_value
+from wlora.metrics.classes import score_classes
 from wlora.metrics.glue import compute, metrics_of
 from wlora.tasks.base import check_metrics
 
@@ -27,6 +29,8 @@ class SequenceClassification:
         head: the kind of model head.
         num_labels: number of outputs of the head; 1 for regression.
         primary_metric: the reported metric, one of `task.metrics`.
+        class_weights: the weight of each class in the training loss, once the training rows are encoded; None for equal
+            ones. Their mean over the rows is 1.
 
     Raises:
         ConfigError: `task.labels` has a single name or a duplicate, or a metric is not defined for this number of
@@ -41,19 +45,27 @@ class SequenceClassification:
         if classes == 1 or len(set(config.labels)) < classes:
             allowed = "two or more different names, or [] for values (regression)"
             raise wrong_value("task.labels", f"[{','.join(config.labels)}]", allowed)
-        of = f"{classes} classes" if classes else "values (task.labels=[])"
-        check_metrics(config, metrics_of(classes), of)
+        if (config.kind == "regression" and classes) or (config.kind == "multi_label" and not classes):
+            allowed = "[] with task.kind=regression" if classes else "two or more different names"
+            raise wrong_value("task.labels", f"[{','.join(config.labels)}]", allowed)
+        self._check_metrics(config)
         self.config = config
         self.regression = not config.labels
         self.num_labels = len(config.labels) or 1
         self.primary_metric = config.primary_metric
+        self.class_weights: list[float] | None = None
+
+    def _check_metrics(self, config: TaskConfig) -> None:
+        classes = len(config.labels)
+        check_metrics(config, metrics_of(classes), f"{classes} classes" if classes else "values (task.labels=[])")
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Tokenise rows, truncated to `task.max_length` tokens and not padded.
 
         Returns:
             Columns `input_ids`, `attention_mask` and, if the tokenizer provides them, `token_type_ids` (lists of
-                `length` integers); `labels` (int64, or float32 for regression) and `length` (tokens, int32).
+                `length` integers); `labels` (int64, or float32 for regression; missing for rows without labels) and
+                `length` (tokens, int32).
         """
         pieces, truncated = [], 0
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -64,15 +76,21 @@ class SequenceClassification:
                 max_length=self.config.max_length,
             )
             truncated += sum(find_truncated(encoded, self.config.max_length))
-            labels = pa.array(texts[LABEL], pa.float32() if self.regression else pa.int64())
-            pieces.append(pa.table({**input_columns(encoded), "labels": labels}))
+            labels = {"labels": self._label_array(texts[LABEL])} if LABEL in texts else {}
+            pieces.append(pa.table({**input_columns(encoded), **labels}))
+        if training and self.config.class_weights == "balanced":
+            self.class_weights = balance_classes(rows[LABEL][:], self.num_labels)
         return Features(pieces, truncated_share=truncated / len(rows))
+
+    def _label_array(self, labels: Sequence[Any]) -> pa.Array:
+        return pa.array(labels, pa.float32() if self.regression else pa.int64())
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Pad features to the longest one. Labels have shape [rows], int64 or (regression) float32."""
         batch = pad(features, tokenizer)
         dtype = torch.float32 if self.regression else torch.int64
-        batch["labels"] = torch.tensor([feature["labels"] for feature in features], dtype=dtype)
+        if "labels" in features[0]:
+            batch["labels"] = torch.tensor([feature["labels"] for feature in features], dtype=dtype)
         return batch
 
     def row_losses(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -81,7 +99,10 @@ class SequenceClassification:
         logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
         if self.regression:
             return F.mse_loss(logits.view(-1), labels.to(logits.dtype), reduction="none")
-        return F.cross_entropy(logits, labels, reduction="none")
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        if self.class_weights is not None and model.training:
+            losses = losses * torch.tensor(self.class_weights, device=losses.device, dtype=losses.dtype)[labels]
+        return losses
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
@@ -96,6 +117,9 @@ class SequenceClassification:
         For example, MNLI has `accuracy` (matched) and `accuracy_mismatched`.
         """
         found = compute(self.config.metrics, self._decide(predictions), np.asarray(features.column("labels")))
+        return self._name_scores(split, found)
+
+    def _name_scores(self, split: str, found: dict[str, float]) -> dict[str, float]:
         if split == self.config.validation[0]:
             return found
         suffix = split.removeprefix("validation_")
@@ -106,12 +130,40 @@ class SequenceClassification:
         columns: dict[str, Any] = {"row": pa.array(range(len(rows)), pa.int32()), "label": features.array("labels")}
         columns["prediction"] = pa.array(self._decide(predictions))
         if not self.regression:
-            logits = pa.array(np.stack(predictions).astype(np.float16).ravel())
-            columns["scores"] = pa.FixedSizeListArray.from_arrays(logits, self.num_labels)
+            columns["scores"] = self._logits(predictions)
         return pa.table(columns)
+
+    def describe_classes(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, Any]:
+        """Return the scores of every class on a split, with the confusion matrix; empty for regression."""
+        if self.regression:
+            return {}
+        return score_classes(np.asarray(features.column("labels")), self._decide(predictions), self.config.labels)
+
+    def answer(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
+        """Return `prediction` and, for classes, the `probability` of the predicted class (softmax of the logits)."""
+        decided = self._decide(predictions)
+        if self.regression:
+            return pa.table({"prediction": pa.array(decided.astype(np.float64))})
+        logits = np.stack(predictions).astype(np.float64)
+        chances = np.exp(logits - logits.max(axis=1, keepdims=True))
+        top = (chances / chances.sum(axis=1, keepdims=True)).max(axis=1)
+        return pa.table({"prediction": [self.config.labels[number] for number in decided], "probability": np.round(top, 4)})
+
+    def _logits(self, predictions: Sequence[Any]) -> pa.Array:
+        logits = pa.array(np.stack(predictions).astype(np.float16).ravel())
+        return pa.FixedSizeListArray.from_arrays(logits, self.num_labels)
 
     def _decide(self, predictions: Sequence[Any]) -> np.ndarray:
         """Return class indices (int64) or values (float32), shape [rows]."""
         logits = np.stack(predictions)
         decided: np.ndarray = logits[:, 0] if self.regression else logits.argmax(axis=1)
         return decided
+
+
+def balance_classes(labels: Sequence[int], classes: int) -> list[float]:
+    """Return a weight per class that is inversely proportional to its frequency, with mean 1 over the rows.
+
+    A class without rows has weight 0. This is `class_weight="balanced"` of scikit-learn for the classes that occur.
+    """
+    counts = Counter(labels)
+    return [len(labels) / (len(counts) * counts[number]) if number in counts else 0.0 for number in range(classes)]

@@ -151,7 +151,7 @@ class QuestionAnswering:
 
     def score(self, split: str, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, float]:
         """Return `task.metrics` of a split. Keys of all splits except the first end with the split's name."""
-        texts, no_answer, answers = self._answer(predictions, features, rows)
+        (texts, no_answer), answers = self._find(predictions, features, rows), self._golds(rows)
         scores = (
             score_answers_or_none(texts, no_answer, answers) if self.config.unanswerable else score_answers(texts, answers)
         )
@@ -160,22 +160,32 @@ class QuestionAnswering:
 
     def tabulate(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
         """Return `row`, `prediction`, `exact_match` and `f1`; for v2.0 `exact` and `f1` at threshold 0, and `no_answer`."""
-        texts, no_answer, golds = self._answer(predictions, features, rows)
+        (texts, no_answer), golds = self._find(predictions, features, rows), self._golds(rows)
         columns = {"row": pa.array(range(len(rows)), pa.int32())}
         if self.config.unanswerable:
-            texts = ["" if score > 0 else text for text, score in zip(texts, no_answer, strict=True)]
+            texts = _silence(texts, no_answer)
             golds = count_as_answers(golds)
             columns["no_answer"] = pa.array(no_answer.astype(np.float16))
         exact, f1 = score_each(texts, golds, empty_f1=self.config.unanswerable)
         columns["exact" if self.config.unanswerable else "exact_match"] = pa.array(exact.astype(np.float16))
         return pa.table({**columns, "f1": pa.array(f1.astype(np.float16)), "prediction": pa.array(texts, pa.string())})
 
-    def _answer(
-        self, predictions: Sequence[Any], features: Features, rows: Dataset
-    ) -> tuple[list[str], np.ndarray, list[list[str]]]:
-        """Return the predicted text, the no-answer score and the reference answers of every question."""
-        texts, no_answer = choose_answers(np.stack(predictions), _windows(features), rows[self.context][:])
-        return texts, no_answer, [answer["text"] for answer in rows[ANSWERS][:]]
+    def describe_classes(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, Any]:
+        """Return nothing: answers have no classes."""
+        return {}
+
+    def answer(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
+        """Return `prediction`: the text of each answer, "" for no answer."""
+        texts, no_answer = self._find(predictions, features, rows)
+        return pa.table({"prediction": _silence(texts, no_answer) if self.config.unanswerable else texts})
+
+    def _find(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> tuple[list[str], np.ndarray]:
+        """Return the predicted text and the no-answer score of every question."""
+        return choose_answers(np.stack(predictions), _windows(features), rows[self.context][:])
+
+    def _golds(self, rows: Dataset) -> list[list[str]]:
+        """Return the reference answers of every question."""
+        return [answer["text"] for answer in rows[ANSWERS][:]]
 
     def _shorten(self, question: str, tokenizer: PreTrainedTokenizerBase) -> str:
         """Truncate a question so that there is room for more context than the stride; if possible at the end of a word."""
@@ -189,6 +199,11 @@ class QuestionAnswering:
             end = encoding.offsets[inside or most][0]
             question = question[: min(end, len(question) - 1)].rstrip()
         return question
+
+
+def _silence(texts: Sequence[str], no_answer: np.ndarray) -> list[str]:
+    """Return the texts, with "" where the no-answer score is above 0."""
+    return ["" if score > 0 else text for text, score in zip(texts, no_answer, strict=True)]
 
 
 def _answer_positions(encodings: Sequence[Any], row_of: Sequence[int], answers: Sequence[Any]) -> np.ndarray:

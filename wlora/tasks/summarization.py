@@ -62,12 +62,15 @@ class Summarization:
         """
         self._tokenizer = tokenizer
         document, summary = self.config.columns
+        known = summary in rows.column_names
         limits = self.config.max_length, self.config.max_target_length
         pieces, truncated = [], 0
         for start in range(0, len(rows), ROWS_AT_ONCE):
             texts = rows[start : start + ROWS_AT_ONCE]
             source = tokenizer(texts[document], truncation=True, max_length=limits[0])
-            target = tokenizer(text_target=texts[summary], truncation=True, max_length=limits[1])
+            # A row without a summary, which is to be predicted, gets an empty one. Its loss is not used.
+            summaries = texts[summary] if known else [""] * len(texts[document])
+            target = tokenizer(text_target=summaries, truncation=True, max_length=limits[1])
             cut = (find_truncated(encoded, limit) for encoded, limit in zip((source, target), limits, strict=True))
             truncated += sum(any(both) for both in zip(*cut, strict=True))
             # The tokenizer's token_type_ids are dropped: encoder-decoder models do not accept them.
@@ -113,6 +116,14 @@ class Summarization:
         scores = score_documents(self.config.metrics, predictions, rows[self.config.columns[1]]).astype(np.float16)
         columns = {"row": pa.array(range(len(rows)), pa.int32()), "prediction": pa.array(predictions, pa.string())}
         return pa.table({**columns, **{name: pa.array(scores[:, i]) for i, name in enumerate(self.config.metrics)}})
+
+    def describe_classes(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> dict[str, Any]:
+        """Return nothing: summaries have no classes."""
+        return {}
+
+    def answer(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
+        """Return `prediction`: the summaries."""
+        return pa.table({"prediction": pa.array(predictions, pa.string())})
 
     def set_generation(self, model: PreTrainedModel) -> None:
         """Write the configured settings into the model's `generation_config`, the only place that generation reads.

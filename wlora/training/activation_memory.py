@@ -45,6 +45,11 @@ def make_batch(model: PreTrainedModel, config: Config) -> dict[str, Tensor]:
         return {**batch, "start_positions": zeros, "end_positions": zeros}
     if head == "seq2seq":
         return {**batch, "labels": ids[:, : config.task.max_target_length or length].contiguous()}
+    if head == "token_classification":
+        return {**batch, "labels": torch.zeros_like(ids)}
+    if config.task.kind == "multi_label":
+        model.config.problem_type = "multi_label_classification"
+        return {**batch, "labels": zeros.float()[:, None].expand(-1, len(config.task.labels))}
     return {**batch, "labels": zeros if config.task.labels else zeros.float()}
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.data.features import Features
 from wlora.distributed import gather
+from wlora.errors import RunFault
 from wlora.metrics.glue import merge_shards
 from wlora.tasks.base import Task
 from wlora.training.batch_order import evaluation_batches, share
@@ -48,6 +49,11 @@ class Evaluation:
             table = task.tabulate(predictions, splits[name].features, splits[name].rows)
             tables.append(table.add_column(0, "split", pa.array([name] * len(table)).dictionary_encode()))
         return pa.concat_tables(tables)
+
+    def describe_classes(self, task: Task, splits: dict[str, Split]) -> dict[str, Any]:
+        """Return the scores of every class on the reported split, the first (see `Task.describe_classes`)."""
+        name, predictions = next(iter(self.predictions.items()))
+        return task.describe_classes(predictions, splits[name].features, splits[name].rows)
 
 
 @torch.no_grad()
@@ -108,6 +114,30 @@ def evaluate(
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
     return Evaluation(metrics, found)
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    task: Task,
+    features: Features,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> list[Any]:
+    """Return one prediction per feature (see `Task.predict`), for rows that need no labels.
+
+    Raises:
+        RunFault: logits are not finite.
+    """
+    model.eval()
+    found, _, finite = _predict(
+        model, task, features, tokenizer, batch_size, accelerator, lambda *_: contextlib.nullcontext(), False
+    )
+    if not finite:
+        raise RunFault("the logits are not finite")
+    return found
 
 
 def _predict(

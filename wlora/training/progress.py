@@ -16,9 +16,9 @@ def progress_bar(total_steps: int, *, shown: bool) -> tqdm[Any]:
     return tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=not shown or not sys.stderr.isatty())
 
 
-def advance(bar: tqdm[Any], losses: list[float], scores: Mapping[str, float], method: Method) -> None:
-    """Move the bar by one step, and show the last loss that was read, the last scores and the number of adapters."""
+def advance(bar: tqdm[Any], losses: list[float], metrics: Mapping[str, float], primary: str, method: Method) -> None:
+    """Move the bar by one step, and show the last loss that was read, the primary metric and the number of adapters."""
     shown: dict[str, Any] = {"loss": f"{losses[-1]:.4f}"} if losses else {}
-    shown |= {name: f"{score:.4f}" for name, score in scores.items()}
+    shown |= {primary: f"{metrics[primary]:.4f}"} if primary in metrics else {}
     bar.set_postfix(shown | {"adapters": len(method.attached())}, refresh=False)
     bar.update()

@@ -39,6 +39,8 @@ class Settings:
         autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
         grow_batch: what grows into the memory that a cut has freed: `micro` for the micro-batch alone, `effective` for the
             rows of an optimiser step, too; `off` for nothing.
+        best: metric whose best evaluation decides the final adapters, None for the last step.
+        patience: evaluations without a better one before the run stops, None for never.
         prefix: where the output of layers that no longer change is stored; None computes it in every step.
     """
 
@@ -53,6 +55,8 @@ class Settings:
     sharded: bool = False
     autocast: torch.dtype | None = None
     grow_batch: str = "off"
+    best: str | None = None
+    patience: int | None = None
     prefix: Storage | None = None
 
 

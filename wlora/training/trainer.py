@@ -26,6 +26,7 @@ from wlora.tasks.base import Task
 from wlora.training.activation_memory import activation_bytes, saved_bytes
 from wlora.training.batch_growth import BatchGrowth
 from wlora.training.batch_order import share, step_batches
+from wlora.training.best import Best
 from wlora.training.evaluation import Evaluation, evaluate
 from wlora.training.losses import Losses
 from wlora.training.optimizers import Optimizers
@@ -74,6 +75,7 @@ class Trainer:
         self.prefix: PrefixCache | None = None
         self.result = Result()
         self.evaluation: Evaluation | None = None  # the last
+        self.best = Best(settings.best, settings.patience, task.primary_metric)
         self.step = 0
         self.keyed = False  # whether dropout masks are those of a pack (`wlora.models.keyed_dropout`)
         self.companions: set[str] = set()  # the runs that shared a pack with this one
@@ -86,7 +88,7 @@ class Trainer:
         )
         self._before = 0  # the step before the present one
         self.upcoming: list[list[int]] = []  # the micro-batches of the plan's next step
-        self.prefetch = Prefetcher(lambda rows: self._collate_on_cpu(self.data.train, rows))
+        self.prefetch = Prefetcher(lambda rows: task.collate(data.train.rows(rows), tokenizer))
 
     def begin(self) -> None:
         """Draw what the method draws, and build the optimisers; called once, before `restore` or `run`.
@@ -94,7 +96,13 @@ class Trainer:
         Raises:
             ConfigError: the method asks for more training rows than there are.
         """
-        self.phases = self.method.phases(self._training_data(), self.plan.total_steps)
+        data = TrainingData(
+            self.bare_model,
+            lengths=self.data.train.lengths,
+            labels=self.data.train.single_labels,
+            collate=lambda rows: self._collate(self.data.train, list(rows)),
+        )
+        self.phases = self.method.phases(data, self.plan.total_steps)
         self.optimizers = Optimizers(
             self._groups(), weight_decay=self.settings.weight_decay, release=self.method.release_adamw
         )
@@ -117,6 +125,7 @@ class Trainer:
         state.facts |= {"keyed": self.keyed, "companions": sorted(self.companions)}
         state.facts |= {"parts": self.parts, "growth": self.growth.factor, "bytes": self.growth.before}
         state.facts["scaler"] = self.scaler.state_dict() if self.scaler else None
+        self.best.save(state)
         return state
 
     def restore(self, state: State) -> None:
@@ -133,6 +142,7 @@ class Trainer:
         self.result = Result(**{**state.facts["result"], "events": events})
         if self.scaler:
             self.scaler.load_state_dict(state.facts["scaler"])
+        self.best.load(state)
 
     def course(
         self, log: Callable[[dict[str, Any]], None], on_step: Callable[[Trainer], None] | None = None, *, bar: bool = True
@@ -161,7 +171,7 @@ class Trainer:
             first_token_alone(self.bare_model),
             self.prefetch.running(),
         ):
-            for step, batches in self._updates():
+            for step, batches in self.best.until_exhausted(self._updates()):
                 begin = time.perf_counter()
                 with self.losses.noticing_divergence(step):
                     self.optimizers.set_schedule(self.step, warmup=self.plan.warmup, total=self.plan.total_steps)
@@ -180,9 +190,10 @@ class Trainer:
                         log(self._evaluate(step))
                 if on_step is not None:
                     on_step(self)
-                primary = self.task.primary_metric
-                scores = {name: score for name, score in self.result.metrics.items() if name == primary}
-                advance(shown, self.losses.values, scores, self.method)
+                advance(shown, self.losses.values, self.result.metrics, self.task.primary_metric, self.method)
+            if self.best.put_back(self.step, self.bare_model, self.method):
+                self._score()
+            self.result.events += self.best.events(self.step, self.plan.total_steps)
             self.result.memory |= {"saved": self.measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
         return self.result
 
@@ -213,17 +224,6 @@ class Trainer:
             if count >= self.growth.steps or step % self.plan.steps_per_epoch == 0 or step == self.plan.total_steps:
                 yield step, gathered
                 gathered, count = [], 0
-
-    def _training_data(self) -> TrainingData:
-        """Offer the method batches of training rows."""
-        # Spans and texts are no classes that a sample could be stratified by.
-        labels = self.data.train.column("labels") if self.task.head == "sequence_classification" else None
-        return TrainingData(
-            self.bare_model,
-            lengths=self.data.train.lengths,
-            labels=labels,
-            collate=lambda rows: self._collate(self.data.train, list(rows)),
-        )
 
     def _take_step(self, step: int, loss: Tensor) -> None:
         """Take one optimiser step with the gradients that are there; the mean loss over its rows stays unread."""
@@ -315,10 +315,7 @@ class Trainer:
 
     def _collate(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
         """Return rows of features as the model's inputs, on its device."""
-        return move(self._collate_on_cpu(features, rows), self.accelerator.device)
-
-    def _collate_on_cpu(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
-        return self.task.collate(features.rows(rows), self.tokenizer)
+        return move(self.task.collate(features.rows(rows), self.tokenizer), self.accelerator.device)
 
     def _groups(self) -> list[ParameterGroup]:
         return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.head_lr)]
@@ -337,6 +334,12 @@ class Trainer:
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Evaluate the dev set; returns the point of the learning curve."""
+        metrics = self._score()
+        self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
+        self.best.observe(step, metrics, self.bare_model, self.method)
+        return {"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics}
+
+    def _score(self) -> dict[str, float]:
         begin = time.perf_counter()
         with self.autocast():
             self.evaluation = evaluate(
@@ -349,7 +352,6 @@ class Trainer:
                 prefix=self.prefix,
                 together=self.settings.sharded,
             )
-        metrics = self.result.metrics = self.evaluation.metrics
-        self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
+        self.result.metrics = self.evaluation.metrics
         self.result.eval_seconds += time.perf_counter() - begin
-        return {"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics}
+        return self.result.metrics

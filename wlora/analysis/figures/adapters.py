@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -14,10 +15,7 @@ from matplotlib.patches import Patch
 from wlora.analysis.figures.canvas import COLOURS, COLUMN, PAGE, new_figure, nothing
 from wlora.analysis.study import Run, require_one_setting
 from wlora.analysis.tables.settings import TITLES, chosen_runs, tasks_of
-from wlora.config.schema import restore_config
-from wlora.models.architectures import read_architecture
-from wlora.models.targets import Target, list_targets
-from wlora.tasks.base import find_kind
+from wlora.analysis.targets import selects, short_kind, targets_of
 
 # At least this share of the runs keeps a starred adapter.
 STARRED = 0.5
@@ -30,18 +28,22 @@ def adapters(runs: Sequence[Run]) -> Figure:
     One panel per task and method that selects. A cell is dark if every run keeps the adapter; its text is the mean ω of
     the runs that do and, where ranks have grown, the mean rank.
     """
-    chosen = {key: group for key, group in chosen_runs(runs).items() if _selects(group[0])}
+    chosen = {key: group for key, group in chosen_runs(runs).items() if selects(group[0])}
     if not chosen:
         raise nothing("adapters", "no successful run of a method that selects adapters, as wlora does")
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
     layers = max(target.layer for group in chosen.values() for target in targets_of(group[0])) + 1
     width = max(COLUMN, min(PAGE, 1.9 * len(tasks)))
-    figure, axes = new_figure(len(labels), len(tasks), width=width, height=0.45 + 0.17 * layers)
+    titles = {
+        key: textwrap.fill(f"{TITLES.get(key[1], key[1])}, {key[0]}", round(14 * width / len(tasks))) for key in chosen
+    }
+    lines = max(title.count("\n") for title in titles.values())
+    figure, axes = new_figure(len(labels), len(tasks), width=width, height=0.45 + 0.17 * layers + 0.11 * lines)
     for line, label in zip(axes, labels, strict=True):
         for axis, task in zip(line, tasks, strict=True):
             if (label, task) in chosen:
                 image = _draw_kept(axis, chosen[label, task])
-                axis.set_title(f"{TITLES.get(task, task)}, {label}")
+                axis.set_title(titles[label, task], fontsize=7)
             else:
                 axis.set_axis_off()
     panels = [axis for line in axes for axis in line]
@@ -49,25 +51,6 @@ def adapters(runs: Sequence[Run]) -> Figure:
     height = min(0.8, 2 / len(axes))
     figure.colorbar(image, ax=panels, label="share of runs that keep the adapter", shrink=height, aspect=15)
     return figure
-
-
-def _selects(run: Run) -> bool:
-    return any(event.get("kind") in ("cut", "select") for event in run.record.events)
-
-
-def targets_of(run: Run) -> list[Target]:
-    """Return the modules that a run could adapt."""
-    config = restore_config(run.record.config)
-    # The model's files may not be on this machine, so shapes are read from the architecture.
-    config.model.path = None
-    head = find_kind(config.task.kind).head
-    return list_targets(read_architecture(config.model), config.method["targets"], head)
-
-
-def short_kind(kind: str) -> str:
-    """Shorten a module's name for an axis: `attention.self.query` is `query`."""
-    words = kind.split(".")
-    return ".".join(words[-2:]) if words[-1] == "dense" else words[-1].removesuffix("_proj")
 
 
 def _draw_kept(axis: Axes, runs: Sequence[Run]) -> AxesImage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ DASHES = ("-", "--", "-.", ":")
 
 # More panels than this are too small on a page to be read, and take a minute to lay out.
 PANELS = 60
+
+# More settings than this have no colour and marker of their own.
+SETTINGS = 24
 
 STYLE: dict[Any, Any] = {
     "font.size": 7,
@@ -88,7 +92,16 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def style_of(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Assign a distinct colour, marker and line style to every label."""
+    """Assign a distinct colour, marker and line style to every label.
+
+    Raises:
+        ConfigError: more than `SETTINGS`.
+    """
+    if len(labels) > SETTINGS:
+        raise ConfigError(
+            f"figure: {len(labels)} settings, more than the {SETTINGS} that can be told apart\n"
+            "way out: choose, as in method=lora,wlora rank=8"
+        )
     return {
         label: {
             "color": COLOURS[index % len(COLOURS)],
@@ -97,6 +110,23 @@ def style_of(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
         }
         for index, label in enumerate(labels)
     }
+
+
+def side_by_side(values: Sequence[float], *, ratio: float, widest: float) -> list[float]:
+    """Move marks that stand at the same place of a logarithmic axis to either side of it, so that none hides another.
+
+    Args:
+        values: the places.
+        ratio: between neighbours.
+        widest: at most this ratio between the first and the last mark of a place.
+    """
+    count, seen = Counter(values), Counter[float]()
+    moved = []
+    for value in values:
+        step = min(ratio, widest ** (1 / max(1, count[value] - 1)))
+        moved.append(value * step ** (seen[value] - (count[value] - 1) / 2))
+        seen[value] += 1
+    return moved
 
 
 def count_axis(axis: Axes) -> None:

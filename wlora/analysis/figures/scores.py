@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from wlora.analysis.figures.canvas import COLUMN, PAGE, count_axis, new_figure, nothing, style_of
+from wlora.analysis.figures.canvas import COLUMN, PAGE, count_axis, new_figure, nothing, side_by_side, style_of
+from wlora.analysis.series import smooth
 from wlora.analysis.statistics import Summary, generator, summarize
 from wlora.analysis.study import Run
 from wlora.analysis.study_reader import read_curve
@@ -26,47 +28,62 @@ MARKED = ("cut", "select", "extend", "grow", "prune", "share", "allocate")
 def pareto(runs: Sequence[Run]) -> Figure:
     """Draw score against cost, one point per setting, with 95 % intervals.
 
-    Costs are trained parameters, training seconds, and where all records tell them the bytes saved for the backward pass.
+    Costs are trained parameters, training seconds on the machine that made most of the runs, and where all records tell
+    them the bytes saved for the backward pass. Settings with as many parameters stand side by side.
     """
     chosen = chosen_runs(runs)
     if not chosen:
         raise nothing("pareto", "no successful run")
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
     styles = style_of(labels)
-    several = len({run.machine for group in chosen.values() for run in group}) > 1
-    with_memory = all("saved" in run.record.memory for group in chosen.values() for run in group)
-    rows = 3 if with_memory else 2
-    figure, axes = new_figure(rows, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.9)
+    machine = Counter(run.machine for group in chosen.values() for run in group).most_common(1)[0][0]
+    costs: dict[str, _Cost] = {
+        "trained parameters without the head": lambda group: Summary(float(np.mean([_trained(run) for run in group]))),
+        f"training seconds\n{machine}": lambda group: _seconds(group, machine),
+    }
+    if all("saved" in run.record.memory for group in chosen.values() for run in group):
+        costs["MiB saved for the backward pass"] = lambda group: Summary(
+            float(np.mean([run.record.memory["saved"] for run in group])) / 2**20
+        )
+    figure, axes = new_figure(len(costs), len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=2.2)
     for column, task in enumerate(tasks):
-        panels = [line[column] for line in axes]
-        upper, lower, *memory = panels
-        for label in labels:
-            group = chosen.get((label, task))
-            if not group:
-                continue
-            score = _summary(group, f"{label} {task}")
-            seconds = summarize([run.record.seconds["train"] for run in group], generator(0, f"{label} {task} seconds"))
-            parameters = float(np.mean([_trained(run) for run in group]))
-            style: dict[str, Any] = {
-                "color": styles[label]["color"],
-                "fmt": styles[label]["marker"],
-                "elinewidth": 0.6,
-                "label": label,
-            }
-            upper.errorbar(parameters, score.mean, yerr=_bars(score), **style)
-            lower.errorbar(seconds.mean, score.mean, xerr=_bars(seconds), yerr=_bars(score), **style)
-            for panel in memory:
-                saved = float(np.mean([run.record.memory["saved"] for run in group])) / 2**20
-                panel.errorbar(saved, score.mean, yerr=_bars(score), **style)
-                panel.set_xlabel("MiB saved for the backward pass")
-        _count_scale(upper, max(_trained(run) for group in chosen.values() for run in group))
-        upper.set_title(TITLES.get(task, task))
-        upper.set_xlabel("trained parameters without the head")
-        lower.set_xlabel("training seconds" + (", on different machines" if several else ""))
-        for axis in panels:
+        groups = {label: chosen[label, task] for label in labels if (label, task) in chosen}
+        for line, (title, cost) in zip(axes, costs.items(), strict=True):
+            axis = line[column]
+            _draw_costs(axis, groups, cost, styles, task, apart=title.startswith("trained"))
+            axis.set_xlabel(title)
             axis.set_ylabel(_metric(chosen, task))
+        _count_scale(axes[0][column], max(_trained(run) for group in chosen.values() for run in group))
+        axes[0][column].set_title(TITLES.get(task, task))
     _legend(figure, axes[0])
     return figure
+
+
+_Cost = Callable[[Sequence[Run]], Summary | None]
+
+
+def _seconds(group: Sequence[Run], machine: str) -> Summary | None:
+    """Return the training seconds of the runs on a machine: those of different machines are not comparable."""
+    values = [run.record.seconds["train"] for run in group if run.machine == machine]
+    return summarize(values, generator(0, f"{group[0].record.run_id} seconds")) if values else None
+
+
+def _draw_costs(
+    axis: Axes,
+    groups: dict[str, list[Run]],
+    cost: _Cost,
+    styles: dict[str, dict[str, Any]],
+    task: str,
+    *,
+    apart: bool,
+) -> None:
+    found = {label: price for label, group in groups.items() if (price := cost(group)) is not None}
+    means = [price.mean for price in found.values()]
+    for (label, price), x in zip(found.items(), side_by_side(means, ratio=1.2, widest=4.0) if apart else means, strict=True):
+        score = _summary(groups[label], f"{label} {task}")
+        style: dict[str, Any] = {"color": styles[label]["color"], "fmt": styles[label]["marker"], "label": label}
+        style |= {"elinewidth": 0.6, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.3}
+        axis.errorbar(x, score.mean, xerr=_bars(price), yerr=_bars(score), **style)
 
 
 def _count_scale(axis: Axes, largest: int) -> None:
@@ -104,7 +121,8 @@ def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
             losses, metric = found
             style = {key: styles[label][key] for key in ("color", "linestyle")}
             _draw_band(upper, losses, label, style)
-            _draw_band(lower, metric, label, style, marker=styles[label]["marker"])
+            if metric.shape[1] > 1:
+                _draw_band(lower, metric, label, style, marker=styles[label]["marker"])
             events = (event for run in chosen[label, task] for event in run.record.events)
             moments = sorted({event["step"] for event in events if event["kind"] in MARKED})
             for moment in moments if len(moments) <= 4 else (moments[0], moments[-1]):
@@ -113,6 +131,8 @@ def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
         upper.set_title(TITLES.get(task, task))
         upper.set_ylabel("training loss, smoothed")
         lower.set_ylabel(_metric(chosen, task))
+        if not any(band[1].shape[1] > 1 for (_, where), band in bands.items() if where == task and band):
+            _leave_out(lower, "a single evaluation,\nwhich the tables show")
         for axis in (upper, lower):
             axis.set_xlim(left=0)
         lower.set_xlabel("optimiser step")
@@ -129,17 +149,9 @@ def _read_bands(group: Sequence[Run], store: RecordStore) -> tuple[np.ndarray, n
     metric, losses, scores = group[0].record.primary_metric, [], []
     for run in group:
         curve = read_curve(store, run)
-        losses.append(_smooth([(p["step"], p["loss"]) for p in curve if "loss" in p]))
+        losses.append(smooth([(p["step"], p["loss"]) for p in curve if "loss" in p]))
         scores.append([(p["step"], p["metrics"][metric]) for p in curve if metric in p.get("metrics", {})])
     return (_band(losses), _band(scores)) if any(losses) or any(scores) else None
-
-
-def _smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average each point with those around it, a tenth of the curve in all."""
-    half, count = len(curve) // 20, len(curve)
-    sums = np.concatenate([[0.0], np.cumsum([value for _, value in curve])])
-    edges = ((max(0, index - half), min(count, index + half + 1)) for index in range(count))
-    return [(step, (sums[high] - sums[low]) / (high - low)) for (step, _), (low, high) in zip(curve, edges, strict=True)]
 
 
 def _band(series: Sequence[Sequence[tuple[int, float]]]) -> np.ndarray:
@@ -176,24 +188,21 @@ def rates(runs: Sequence[Run]) -> Figure:
     tasks, labels = tasks_of(run for group in groups.values() for run in group), list(dict.fromkeys(k for k, _ in found))
     styles = style_of(labels)
     wide = len(tasks) > 1 or len(labels) > 6
-    # The height includes the legend.
-    height = 2.2 + 0.13 * len(labels) / (4 if wide else 2)
-    figure, axes = new_figure(1, len(tasks), width=PAGE if wide else COLUMN, height=height)
+    figure, axes = new_figure(1, len(tasks), width=PAGE if wide else COLUMN, height=2.2)
     star: dict[str, Any] = {"marker": "*", "markersize": 6, "linestyle": "none"}
     star |= {"markeredgewidth": 0.4, "markeredgecolor": "black"}
     for axis, task in zip(axes[0], tasks, strict=True):
         every = {run.point.lr for (_, where), group in groups.items() if where == task for run in group}
-        for label in labels:
-            if (label, task) in found:
-                choice, group = found[label, task]
-                lines = {
-                    rate: _summary(kept, f"{label} {task} {rate}") for rate, kept in _along_rates(choice, group).items()
-                }
-                _draw_line(axis, list(lines.items()), label, styles[label])
-                reported = [run for run in choice.reported(group) if run.status == "success"]
-                if reported:
-                    score, style = _summary(reported, f"{label} {task}"), {**star, "color": styles[label]["color"]}
-                    axis.errorbar([choice.point.lr], [score.mean], yerr=_bars(score), elinewidth=0.6, zorder=5, **style)
+        here = [label for label in labels if (label, task) in found]
+        stars = side_by_side([found[label, task][0].point.lr for label in here], ratio=1.05, widest=1.2)
+        for label, place in zip(here, stars, strict=True):
+            choice, group = found[label, task]
+            lines = {rate: _summary(kept, f"{label} {task} {rate}") for rate, kept in _along_rates(choice, group).items()}
+            _draw_line(axis, list(lines.items()), label, styles[label])
+            reported = [run for run in choice.reported(group) if run.status == "success"]
+            if reported:
+                score, style = _summary(reported, f"{label} {task}"), {**star, "color": styles[label]["color"]}
+                axis.errorbar([place], [score.mean], yerr=_bars(score), elinewidth=0.6, zorder=5, **style)
         axis.set_xscale("log")
         axis.set_xticks(sorted(every), [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in sorted(every)])
         axis.minorticks_off()
@@ -230,36 +239,76 @@ def _along_rates(choice: Choice, group: Sequence[Run]) -> dict[float, list[Run]]
 
 
 def selection(runs: Sequence[Run]) -> Figure:
-    """Draw score against K (at the default T) and against T, with LoRA as a line, and the histogram of ω at the cut."""
+    """Draw score against K (at the default T) and against T, with LoRA as a line, and the histogram of ω at the cut.
+
+    Of settings with the same method, K and T the one with most runs is drawn. Without several T there is no such row.
+    """
     chosen = chosen_runs(runs)
     selecting = [run for group in chosen.values() for run in group if run.k is not None]
     if not selecting:
         raise nothing("selection", "no successful run of a method that reads k; scripts/k_curve.sh makes them")
     tasks = tasks_of(selecting)
-    figure, axes = new_figure(3, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.6)
+    by_t = {task: _several_t([group for (_, where), group in chosen.items() if where == task]) for task in tasks}
+    rows = 3 if any(by_t.values()) else 2
+    figure, axes = new_figure(rows, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.7)
     styles = style_of(list(dict.fromkeys(name for run in selecting for name in (LABELS[run.method], _row(run)))))
     for column, task in enumerate(tasks):
         mine = [group for (_, where), group in chosen.items() if where == task]
-        by_k, by_steps, histogram = (axes[row][column] for row in range(3))
+        by_k, *by_steps, histogram = (line[column] for line in axes)
         default_steps = [group for group in mine if group[0].setting.get("method.select_steps") is None]
-        _draw_against(by_k, default_steps or mine, lambda run: run.k, lambda run: LABELS[run.method], styles)
-        _draw_against(by_steps, [group for group in mine if group[0].method == "wlora"], _cut_step, _row, styles)
-        for group in mine:
-            if group[0].method == "lora":
-                mean = _summary(group, f"lora {task}").mean
-                for axis in (by_k, by_steps):
-                    axis.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=LABELS["lora"])
-        histogram.hist([w for group in mine for run in group for w in _omegas(run)], bins=40, color="0.4")
+        shown = _largest(
+            [group for group in default_steps or mine if group[0].k is not None], lambda run: (run.method, run.k)
+        )
+        _draw_against(by_k, shown, lambda run: run.k, lambda run: LABELS[run.method], styles)
         by_k.set_title(TITLES.get(task, task))
         by_k.set_xlabel("K, adapters kept")
-        by_steps.set_xlabel("T, steps of selection")
-        histogram.set_xlabel("ω at WLoRA's cut, all adapters")
-        histogram.set_ylabel("adapters")
-        for axis in (by_k, by_steps):
+        for axis in by_steps:
+            _draw_against(axis, by_t[task], _cut_step, _row, styles)
+            axis.set_xlabel("T, steps of selection")
+        for axis in (by_k, *by_steps):
+            _draw_lora(axis, [group for group in mine if group[0].method == "lora"], task)
             axis.set_ylabel(_metric(chosen, task))
             count_axis(axis)
-    _legend(figure, [axes[0][0], axes[1][0]])
+        for axis in by_steps:
+            if not by_t[task]:
+                _leave_out(axis, "a single T")
+        histogram.hist([w for group in mine for run in group for w in _omegas(run)], bins=40, color="0.4")
+        histogram.set_xlabel("ω at WLoRA's cut, all adapters")
+        histogram.set_ylabel("adapters")
+    _legend(figure, [axis for line in axes[:-1] for axis in line])
     return figure
+
+
+def _several_t(groups: Sequence[Sequence[Run]]) -> list[Sequence[Run]]:
+    """Return the groups of `wlora` whose K has run at several T, one per K and T."""
+    mine = _largest([group for group in groups if group[0].method == "wlora"], lambda run: (run.k, _cut_step(run)))
+    counts = Counter(group[0].k for group in mine)
+    return [group for group in mine if counts[group[0].k] > 1]
+
+
+def _draw_lora(axis: Axes, groups: Sequence[Sequence[Run]], task: str) -> None:
+    """Draw the mean of each group of LoRA as a line across, inside the panel."""
+    for group in groups:
+        mean = _summary(group, f"lora {task}").mean
+        axis.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=LABELS["lora"])
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, mean - 0.06 * (high - low)), max(high, mean + 0.06 * (high - low)))
+
+
+def _leave_out(axis: Axes, why: str) -> None:
+    """Say in a panel's place why there is nothing to see."""
+    axis.clear()
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, why, ha="center", va="center", color="0.4", transform=axis.transAxes)
+
+
+def _largest(groups: Sequence[Sequence[Run]], key: Callable[[Run], object]) -> list[Sequence[Run]]:
+    """Keep one group per key: the one with most runs, as the others differ in a setting that the axis does not show."""
+    kept: dict[object, Sequence[Run]] = {}
+    for group in groups:
+        if len(group) > len(kept.get(key(group[0]), ())):
+            kept[key(group[0])] = group
+    return list(kept.values())
 
 
 def _row(run: Run) -> str:
@@ -324,6 +373,9 @@ def _legend(figure: Figure, axes: Sequence[Axes], more: dict[str, Any] | None = 
     once |= more or {}
     for columns in range(min(len(once), 4), 0, -1):
         legend = figure.legend(list(once.values()), list(once), loc="outside lower center", ncols=columns)
-        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+        box = legend.get_window_extent()
+        if columns == 1 or box.width <= figure.bbox.width:
+            # The figure grows by its legend, so that the panels keep their size.
+            figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
             return
         legend.remove()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from wlora.analysis.statistics import Summary, generator, summarize, summarize_strata
-from wlora.analysis.study import ENDED, TRIED, Run, require_distinct_seeds, require_one_setting
+from wlora.analysis.study import ENDED, TRIED, Point, Run, main_model, require_distinct_seeds, require_one_setting
 from wlora.analysis.tables.layouts import LAYOUTS, Column, Layout, Row, row_of
 from wlora.analysis.tuning import Choice, choose_point
 
@@ -30,6 +30,7 @@ class Cell:
         last: one summary per metric of the column, as the layout scales them, after the last step.
         best: the same at the best evaluation of each run; empty where a run's is not known.
         scores: per seed, the mean over the column's metrics.
+        tried: the same of all successful runs, by point and seed.
         runs: the successful runs at the chosen point.
         choice: how learning rates and warm-up were chosen; None without a successful run.
         diverged: runs at the chosen point (at any, if none succeeded) that diverged.
@@ -41,6 +42,7 @@ class Cell:
     last: tuple[Summary, ...] = ()
     best: tuple[Summary, ...] = ()
     scores: Mapping[int, float] = field(default_factory=dict)
+    tried: Mapping[Point, Mapping[int, float]] = field(default_factory=dict)
     runs: tuple[Run, ...] = ()
     choice: Choice | None = None
     diverged: int = 0
@@ -96,12 +98,17 @@ class Table:
         """Return the successful runs in the table."""
         return [run for cell in self.cells.values() for run in cell.runs]
 
+    def repeats(self, others: Iterable[Table]) -> bool:
+        """Tell whether all runs stand in another table, as those of a study of one model in the table of another model."""
+        mine = {run.record.run_id for run in self.runs()}
+        return any(mine <= {run.record.run_id for run in other.runs()} for other in others)
+
 
 def fill(
     layout: Layout,
-    runs: Iterable[Run],
+    runs: Sequence[Run],
     *,
-    model: str,
+    model: str | None = None,
     seeds: int | None = None,
     bootstrap_seed: int = 0,
     best: Best | None = None,
@@ -112,7 +119,7 @@ def fill(
     Args:
         layout: the table.
         runs: a study's runs, filtered as the user asked.
-        model: whose runs to take.
+        model: whose runs to take; None: the paper's model if it has runs, else the one with most runs.
         seeds: runs expected per cell; None: the paper's with the paper's model, else as many as the fullest cell has.
         bootstrap_seed: seed of all intervals.
         best: the metrics of runs at their best evaluation, as far as they are known.
@@ -121,7 +128,9 @@ def fill(
     Raises:
         ConfigError: runs of different settings, or a seed twice, where they would be averaged or compared.
     """
-    mine = [run for run in runs if run.model == model and belongs(run, layout)]
+    fitting = [run for run in runs if belongs(run, layout)]
+    model = model or main_model(fitting, layout.model) or main_model(runs) or layout.model
+    mine = [run for run in fitting if run.model == model]
     rows = _rows(layout, mine, model)
     groups: dict[tuple[Row, str], list[Run]] = {(row, column.task): [] for row in rows for column in layout.columns}
     for run in mine:
@@ -200,20 +209,30 @@ def _fill_cell(
 
     # Use all runs or none, because a mean over some seeds is not comparable with means over all seeds.
     peaks = [best[run.record.run_id] for run in good] if all(run.record.run_id in best for run in good) else []
-    shown = peaks if score == "best" else [run.record.metrics for run in good]
     after_last, at_best = summaries([run.record.metrics for run in good]), summaries(peaks) if peaks else ()
     return Cell(
         summaries=at_best if score == "best" else after_last,
         last=after_last,
         best=at_best,
-        scores={
-            run.seed: sum(scale * metrics[name] for name in column.metrics) / len(column.metrics)
-            for run, metrics in zip(good, shown, strict=False)
+        scores=_by_seed(good, column, scale, best if score == "best" else None) if peaks or score == "last" else {},
+        tried={
+            point: _by_seed([run for run in ended if run.point == point], column, scale, best if score == "best" else None)
+            for point in {run.point: None for run in ended}
         },
         runs=good,
         choice=choice,
         diverged=len(chosen) - len(good),
     )
+
+
+def _by_seed(runs: Iterable[Run], column: Column, scale: float, best: Best | None) -> dict[int, float]:
+    """Return, by seed, the mean over a column's metrics: after the last step, or where `best` knows it at the best one."""
+    found = {}
+    for run in runs:
+        metrics = run.record.metrics if best is None else best.get(run.record.run_id)
+        if run.status == "success" and metrics is not None:
+            found[run.seed] = sum(scale * metrics[name] for name in column.metrics) / len(column.metrics)
+    return found
 
 
 def _parameters(table: Table) -> dict[Row, Parameters]:

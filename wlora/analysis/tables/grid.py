@@ -83,8 +83,8 @@ def draw_comparisons(answers: Sequence[Answer], layout: Layout) -> Grid:
             (
                 "" if answer.a.rank is None else str(answer.a.rank),
                 f"{answer.a.label} vs {answer.b.label}",
-                _with_ends(found.difference, decimals(layout), signed=True),
-                _with_ends(found.probability, 2, signed=False),
+                with_ends(found.difference, decimals(layout), signed=True),
+                with_ends(found.probability, 2, signed=False),
                 str(found.tasks),
                 str(found.pairs),
                 "yes" if found.paired else "no",
@@ -181,8 +181,9 @@ def _with_difference(paper: Sequence[float], ours: Sequence[float], digits: int)
     return f"{figures} ({gaps.replace('-', MINUS)})"
 
 
-def _with_ends(summary: Summary, digits: int, *, signed: bool) -> str:
+def with_ends(summary: Summary, digits: int, *, signed: bool) -> str:
+    """Write a mean and the ends of its interval, if it has one: `+1.2 [+0.4, +2.0]`."""
     sign = "+" if signed else ""
     ends = [summary.mean] if summary.low is None or summary.high is None else [summary.mean, summary.low, summary.high]
-    mean, *rest = [f"{value:{sign}.{digits}f}".replace("-", MINUS) for value in ends]
+    mean, *rest = [f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", MINUS) for value in ends]
     return f"{mean} [{', '.join(rest)}]" if rest else mean

@@ -1,0 +1,66 @@
+"""Scores of single classes over the runs of a study: per task and method, means over runs and one confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wlora.analysis.study import Run
+
+MOST_CONFUSED = 20
+"""Maximum number of classes of a confusion matrix that is shown."""
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """The class scores of one method on one task.
+
+    Attributes:
+        title: task, model, method and number of runs.
+        head: the headings of `rows`.
+        rows: a line per class (precision, recall, F1 as means over runs, rows of the class over all runs), then the means.
+        names: the classes, as headings of `confusion`.
+        confusion: rows by true and predicted class, summed over runs; empty where it is not known or too large.
+    """
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    names: list[str]
+    confusion: list[list[int]]
+
+
+def summarize_classes(runs: Sequence[Run]) -> list[ClassScores]:
+    """Return the class scores of every task and method with successful runs that recorded them.
+
+    Runs of one task, model and method that have other classes are shown apart.
+    """
+    groups: dict[tuple[str, str, str, tuple[str, ...]], list[Run]] = {}
+    for run in runs:
+        if run.status == "success" and run.record.classes:
+            names = tuple(run.record.classes["names"])
+            groups.setdefault((run.task, run.model, run.method, names), []).append(run)
+    return [_summarize(key, group) for key, group in sorted(groups.items())]
+
+
+def _summarize(key: tuple[str, str, str, tuple[str, ...]], runs: Sequence[Run]) -> ClassScores:
+    task, model, method, names = key
+    blocks = [run.record.classes for run in runs]
+    rows = []
+    for number, name in enumerate(names):
+        means = [_mean([block[score][number] for block in blocks]) for score in ("precision", "recall", "f1")]
+        rows.append([name, *means, str(sum(block["support"][number] for block in blocks))])
+    rows += [
+        [f"{mean} mean", "", "", _mean([block[f"{mean}_f1"] for block in blocks]), ""] for mean in ("macro", "weighted")
+    ]
+    confusion: list[list[int]] = []
+    if all("confusion" in block for block in blocks) and len(names) <= MOST_CONFUSED:
+        size = range(len(names))
+        confusion = [[sum(block["confusion"][true][found] for block in blocks) for found in size] for true in size]
+    many = "run" if len(runs) == 1 else "runs"
+    title = f"{task}, {model}, method={method}: {len(runs)} {many}"
+    return ClassScores(title, ["class", "precision", "recall", "F1", "rows"], rows, list(names), confusion)
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.4f}"

@@ -1,0 +1,73 @@
+"""The runs of a study as columns, for the table and the charts of the report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from wlora.analysis.study import Run
+from wlora.analysis.tables.cells import Best
+from wlora.analysis.tables.layouts import LABELS, row_of
+
+DIGITS = 5
+
+
+def columns_of(
+    runs: Sequence[Run], labels: Mapping[str, str], reported: Collection[str], best: Best
+) -> dict[str, list[Any]]:
+    """Return one list per column, each with a value per run; None where a run has none.
+
+    Args:
+        runs: what to list.
+        labels: the label of a run's setting, by run_id; a run that has not ended is labelled by its method.
+        reported: run_ids of the runs that tables average.
+        best: metrics at the best evaluations.
+    """
+    lines = [_line(run, labels, reported, best.get(run.record.run_id)) for run in runs]
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    return {name: [line.get(name) for line in lines] for name in names}
+
+
+def _line(
+    run: Run, labels: Mapping[str, str], reported: Collection[str], best: Mapping[str, float] | None
+) -> dict[str, Any]:
+    record, memory = run.record, run.record.memory
+    primary, counts, seconds = record.primary_metric, record.parameters, record.seconds
+    whole = counts["base"] + counts["head"] if counts and counts["base"] else 0
+    return {
+        "id": record.run_id,
+        "task": run.task,
+        "model": run.model,
+        "method": LABELS.get(run.method, run.method),
+        "setting": labels.get(record.run_id, row_of(run).label),
+        "k": run.k,
+        "rank": run.rank,
+        "lr": run.point.lr,
+        "warmup": run.point.warmup,
+        "seed": run.seed,
+        "status": run.status,
+        "metric": primary,
+        "last": _rounded(record.metrics.get(primary)),
+        "best": _rounded((best or {}).get(primary)),
+        "parameters": counts["adapter_final"] + whole if counts else None,
+        "kept": len(record.adapters) if run.rank is not None and run.status == "success" else None,
+        "seconds": _rounded(seconds.get("train"), 1),
+        "saved": memory.get("saved"),
+        "peak": memory.get("device", memory.get("process")),
+        "machine": run.machine,
+        "reported": record.run_id in reported,
+        "command": command_of(run),
+        "error": record.error,
+    }
+
+
+def command_of(run: Run) -> str:
+    """Return the command of a run, as it was typed; of a record without it, the one that repeats the run."""
+    words = [str(word) for word in run.record.environment.get("overrides") or [f"from={run.record.run_id}"]]
+    return f"python -m wlora.run {shlex.join(words)}"
+
+
+def _rounded(value: float | None, digits: int = DIGITS) -> float | None:
+    # JSON has no NaN, which a diverged run may have recorded.
+    return round(value, digits) if value is not None and value == value and abs(value) != float("inf") else None

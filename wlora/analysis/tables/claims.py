@@ -1,0 +1,200 @@
+"""The paper's claims, tested on the runs of a table: which hold, which do not, and which are undecided at this scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from wlora.analysis.statistics import Difference, Scores, Summary, compare, difference, generator
+from wlora.analysis.study import Point
+from wlora.analysis.tables.cells import Table
+from wlora.analysis.tables.layouts import LAYOUTS, Row
+
+MARGIN = 1.0
+"""Points within which two scores count as equivalent."""
+
+LEVEL = 0.95
+Kind = Literal["better", "worse", "equivalent", "at least"]
+Verdict = Literal["holds", "does not hold", "undecided"]
+
+# Layouts whose runs are tested. Table 6 is left out, as its runs are also those of Table 1.
+TESTED = tuple(name for name in LAYOUTS if name != "6")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper about the difference of two methods.
+
+    Attributes:
+        text: the claim, as displayed.
+        kind: what is claimed of the score of `first` beside that of `second`.
+        first: methods, each of which the claim is about.
+        second: the method that they are compared with.
+        same_k: compare only rows with the same K.
+    """
+
+    text: str
+    kind: Kind
+    first: tuple[str, ...]
+    second: str
+    same_k: bool = False
+
+
+OTHERS = tuple(row.method for row in LAYOUTS["1"].rows if row.method not in ("full", "lora", "wlora"))
+CLAIMS = (
+    Claim("WLoRA is better than RLoRA with as many adapters", "better", ("wlora",), "rlora", same_k=True),
+    Claim("WLoRA equals LoRA within one point, with fewer parameters", "equivalent", ("wlora",), "lora"),
+    Claim("WLoRA+ is at least as good as LoRA", "at least", ("wlora_plus",), "lora"),
+    Claim("The other methods are worse than LoRA", "worse", OTHERS, "lora"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim on one task, or over all tasks that both rows have.
+
+    Attributes:
+        claim: the claim.
+        table: name of the layout.
+        a: row of the first method.
+        b: row of the second method.
+        task: the task's title; None over several tasks.
+        tasks: names of the tasks with runs of both.
+        found: the difference in points.
+        probability: the probability of improvement.
+        share: trained parameters of a over those of b; None if unknown.
+        rates: the same difference at every point (learning rate, warm-up) that both rows have run, by point.
+    """
+
+    claim: Claim
+    table: str
+    a: Row
+    b: Row
+    task: str | None
+    tasks: tuple[str, ...]
+    found: Difference
+    probability: Summary
+    share: float | None
+    rates: Mapping[Point, Difference]
+
+    @property
+    def p(self) -> float | None:
+        """The p-value of the claim: t test (two-sided), or two one-sided tests, or one; None without an interval."""
+        if self.claim.kind == "equivalent":
+            return self.found.p_within(MARGIN)
+        return self.found.p_above(-MARGIN) if self.claim.kind == "at least" else self.found.p_different()
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the claim holds (see `judge`)."""
+        return judge(self.claim.kind, self.found)
+
+    @property
+    def turned(self) -> list[Point]:
+        """The common points at which the difference has the other sign than at the tuned points."""
+        return [point for point, other in self.rates.items() if other.mean * self.found.mean < 0]
+
+
+def judge(kind: Kind, found: Difference) -> Verdict:
+    """Judge a claim by the interval of its difference in points.
+
+    - better, worse: it holds if the 95 % interval lies on that side of 0, and does not if it lies on the other side.
+    - equivalent: it holds if both one-sided tests at 5 % reject a difference of `MARGIN` or more (the 90 % interval lies
+      within it), and does not if the 95 % interval lies outside.
+    - at least: it does not hold if the 95 % interval lies below 0. Otherwise it holds if the one-sided test at 5 % rejects
+      a loss of `MARGIN` or more.
+    """
+    ends = found.interval(LEVEL)
+    if ends is None:
+        return "undecided"
+    low, high = ends
+    limit = 1 - LEVEL
+    if kind in ("better", "worse"):
+        holds, fails = (low > 0, high < 0) if kind == "better" else (high < 0, low > 0)
+    elif kind == "equivalent":
+        holds, fails = (found.p_within(MARGIN) or 0.0) < limit, low > MARGIN or high < -MARGIN
+    else:
+        fails = high < 0
+        holds = not fails and (found.p_above(-MARGIN) or 0.0) < limit
+    return "holds" if holds else "does not hold" if fails else "undecided"
+
+
+def check_claims(tables: Iterable[Table], *, bootstrap_seed: int = 0) -> list[Finding]:
+    """Test every claim on filled tables: for each pair of rows per task, then over its tasks if there are several."""
+    known = list(tables)
+    return [
+        finding
+        for claim in CLAIMS
+        for table in known
+        for a, b in pairs(table, claim)
+        for finding in _findings(table, claim, a, b, bootstrap_seed)
+    ]
+
+
+def pairs(table: Table, claim: Claim) -> Iterator[tuple[Row, Row]]:
+    """Yield the rows of a table that a claim compares: equal ranks, and if it asks for that, equal K."""
+    for a in (row for row in table.rows if row.method in claim.first):
+        for b in (row for row in table.rows if row.method == claim.second and row.rank == a.rank):
+            if not claim.same_k or a.k == b.k:
+                yield a, b
+
+
+def order(point: Point) -> tuple[float, float, float]:
+    """Return the sort key of a point: learning rate, warm-up, learning rate of the head."""
+    return point.lr, point.warmup or 0, point.head_lr or 0
+
+
+def points(table: Table) -> float:
+    """Return the factor from a table's units to points."""
+    return 1.0 if table.layout.percent else 100.0
+
+
+def _findings(table: Table, claim: Claim, a: Row, b: Row, bootstrap_seed: int) -> Iterator[Finding]:
+    titles = {column.task: column.title for column in table.layout.columns}
+    both = [task for task in titles if table.cells[a, task].scores and table.cells[b, task].scores]
+    counts = [table.parameters.get(row) for row in (a, b)]
+    share = counts[0].final / counts[1].final if counts[0] and counts[1] and counts[1].final else None
+    for tasks in [[task] for task in both] + ([both] if len(both) > 1 else []):
+        first, second = (_scores(table, row, tasks) for row in (a, b))
+        found = difference(first, second)
+        rng = generator(bootstrap_seed, f"claims {table.layout.name} {a} {b} {' '.join(tasks)}")
+        compared = compare(first, second, rng)
+        if found and compared:
+            yield Finding(
+                claim=claim,
+                table=table.layout.name,
+                a=a,
+                b=b,
+                task=titles[tasks[0]] if len(tasks) == 1 else None,
+                tasks=tuple(tasks),
+                found=found,
+                probability=compared.probability,
+                share=share,
+                rates=_at_rates(table, a, b, tasks),
+            )
+
+
+def _scores(table: Table, row: Row, tasks: Sequence[str]) -> Scores:
+    scale = points(table)
+    return {task: {seed: scale * score for seed, score in table.cells[row, task].scores.items()} for task in tasks}
+
+
+def _at_rates(table: Table, a: Row, b: Row, tasks: Sequence[str]) -> dict[Point, Difference]:
+    """Return the difference at every point that both rows have run with common seeds on all of these tasks."""
+    tried = [[table.cells[row, task].tried for task in tasks] for row in (a, b)]
+    common = set.intersection(*(set(cell) for side in tried for cell in side))
+    scale, found = points(table), {}
+    for point in sorted(common, key=order):
+        first, second = (
+            {
+                task: {seed: scale * score for seed, score in cell[point].items()}
+                for task, cell in zip(tasks, side, strict=True)
+            }
+            for side in tried
+        )
+        if all(first[task].keys() & second[task].keys() for task in tasks):
+            at_point = difference(first, second)
+            if at_point is not None:
+                found[point] = at_point
+    return found

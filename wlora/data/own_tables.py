@@ -1,0 +1,219 @@
+"""Own tables: what a table itself tells of a task. The columns, the labels and the validation rows are filled in.
+
+A task with `benchmark: table` (`conf/task/text_classification.yaml` and the like) names no columns and no labels. They are
+found here once and written into the configuration. From then on such a task is like any benchmark. The validation rows are
+settled for every task. It never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wlora.data import local_files as files
+from wlora.data.column_names import find_columns, listed
+from wlora.data.held_out import ALLOWED, check_split, made_from_train
+from wlora.data.labels import count_labels, name_cells, order_names, plain, refuse_nulls, split_cells, stored_names
+from wlora.data.row_checks import LABEL, label_column
+from wlora.data.sources import find_local, read_raw
+from wlora.errors import ConfigError, shorten, wrong_value
+from wlora.metrics.entities import TAG_METRICS, mark_entities
+from wlora.metrics.squad import UNANSWERABLE_METRICS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from wlora.config.schema import TaskConfig
+
+BENCHMARK = "table"
+SHARE = "0.1"
+"""The share of the training rows that is held out where a table has no validation rows."""
+_CLASSES_SHOWN = 20
+_WITH_CLASSES = ("classification", "multi_label", "token_classification")
+
+
+def settle(task: TaskConfig, *, offline: bool) -> list[str]:
+    """Fill in what the keys `text` and `validation` mean and, for an own table, what the table tells.
+
+    Args:
+        task: the task; its `text`, `columns`, `label`, `labels`, `validation` and `validation_path` are completed.
+        offline: use only the hub's local caches.
+
+    Returns:
+        Lines that tell the user what was found.
+
+    Raises:
+        ConfigError: a value is wrong, columns cannot be inferred, or the labels are not what was asked for.
+    """
+    _settle_text(task)
+    told = _settle_validation(task)
+    check_split(task)
+    _check_weights(task)
+    if task.benchmark != BENCHMARK or (task.path is None and task.hub_id is None):
+        return told
+    find_local(task)
+    tables, where = read_raw(task, offline=offline)
+    told += _settle_splits(task, list(tables))
+    table = tables["train"]
+    if table.num_rows == 0:
+        raise ConfigError(f"{where}: there are no rows")
+    found = find_columns(table, task, where)
+    task.columns, task.label = found.columns, None if found.label == _standard(task) else found.label
+    unused = f"; not used: {listed(found.unused)}" if found.unused else ""
+    label = f", task.label={found.label}" if label_column(task) else ""
+    told.insert(0, f"table      {table.num_rows:,} rows, task.text=[{','.join(found.columns)}]{label}{unused}")
+    if task.kind in _WITH_CLASSES:
+        told.insert(1, _settle_labels(task, table, where))
+    elif task.kind == "question_answering":
+        _settle_answers(task, table)
+    return told
+
+
+def require_source(task: TaskConfig) -> None:
+    """Refuse an own table of which nobody has said where it is, and a kind of task that needs a missing package.
+
+    Raises:
+        ConfigError: neither `task.path` nor `task.hub_id` is set, or seqeval is not installed.
+    """
+    if task.kind == "token_classification" and importlib.util.find_spec("seqeval") is None:
+        raise ConfigError(f"task={task.name}: the package seqeval is not installed\nway out: pip install 'wlora[tokens]'")
+    if task.benchmark == BENCHMARK and task.path is None and task.hub_id is None:
+        raise ConfigError(
+            f"task={task.name} reads a table of yours: add task.path=FILE (or a folder) or task.hub_id=OWNER/NAME"
+        )
+
+
+def _settle_text(task: TaskConfig) -> None:
+    """Move `task.text` to `task.columns`; for a summary the label is the second column."""
+    text = task.text
+    if text is None:
+        return
+    names = [text] if isinstance(text, str) else text
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise wrong_value("task.text", text, "NAME, [NAME] or [NAME,NAME], columns of the table")
+    if len(set(names)) < len(names) or len(names) > 2:
+        raise wrong_value("task.text", f"[{','.join(names)}]", "one column, or two different ones")
+    target = [task.label] if task.kind == "summarization" and task.label else []
+    task.columns, task.text = [*names, *target], None
+
+
+def _settle_validation(task: TaskConfig) -> list[str]:
+    """Turn `task.validation` into a list of split names; a file goes to `task.validation_path`."""
+    given = task.validation
+    single = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if isinstance(single, int | float) and not isinstance(single, bool):
+        single = f"{single:g}"
+    if isinstance(single, str):
+        single = single.strip()
+        share = single.replace(".", "", 1).replace("e-", "", 1).isdecimal()
+        if share and not made_from_train(single):
+            raise wrong_value("task.validation", single, ALLOWED)
+        if not made_from_train(single) and (os.sep in single or Path(single).suffix[1:] in files.EXTENSIONS):
+            if not os.path.isfile(Path(single).expanduser()):
+                raise ConfigError(f"task.validation={single}: the file does not exist")
+            if task.path is None:
+                raise ConfigError(f"task.validation={single}: a file is allowed only beside task.path")
+            task.validation_path, single = single, "validation"
+        task.validation = [single]
+    elif not isinstance(given, list) or not all(isinstance(name, str) and name for name in given):
+        raise wrong_value("task.validation", given, ALLOWED)
+    made = any(made_from_train(name) for name in task.validation)
+    if made:
+        task.validation = [f"{float(n):g}" if not n.startswith("folds=") else n for n in task.validation]
+        task.validation_path = None
+    elif task.path and os.path.isfile(Path(task.path).expanduser()) and task.validation_path is None:
+        task.validation = [SHARE]
+        return [_describe(task)]
+    return [_describe(task)] if made else []
+
+
+def _describe(task: TaskConfig) -> str:
+    name = task.validation[0]
+    if name.startswith("folds="):
+        return f"validation one of {name.removeprefix('folds=')} folds of the training rows (task.validation={name})"
+    return f"validation {float(name):.0%} of the training rows, stratified (task.validation={name})"
+
+
+def _settle_splits(task: TaskConfig, there: Sequence[str]) -> list[str]:
+    """Choose the validation rows of an own table: a split with a usual name, otherwise a share of the training rows."""
+    if task.validation:
+        return []
+    if task.path is not None:
+        name = files.find_validation(Path(task.path).expanduser())
+    else:
+        name = next((name for name in files.VALIDATION_NAMES if name in there), None)
+    task.validation = [name or SHARE]
+    return [f"validation the rows of {name}"] if name else [_describe(task)]
+
+
+def _standard(task: TaskConfig) -> str | None:
+    """Return the name of the label column where `task.label` is null."""
+    before, task.label = task.label, None
+    name = label_column(task)
+    task.label = before
+    return name
+
+
+def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
+    """Find the classes of the label column, or check the given ones; return the line that lists them."""
+    name = label_column(task) or LABEL
+    at, column, names = f"{where}: column {name}", table.column(name), stored_names(table.schema, name)
+    if task.kind != "multi_label":
+        refuse_nulls(plain(column), at)
+    cells = name_cells(column, names, at)
+    if task.kind == "classification":
+        listed_cell = next((row for row, cell in enumerate(cells) if isinstance(cell, list)), None)
+        if listed_cell is not None:
+            raise ConfigError(
+                f"{at}: row {listed_cell} has a list of labels: allowed is task=multi_label or one label per row"
+            )
+        if "" in cells:
+            raise ConfigError(
+                f"{at}: row {cells.index('')}, one of {cells.count('')}, has no label; expected is one in every row"
+            )
+    else:
+        cells = split_cells(cells, tags=task.kind == "token_classification")
+    counted = count_labels(cells, at)
+    if names is not None and any(cell.isdecimal() is False for cell, _ in counted):
+        counted = order_names(names, counted)
+    if task.labels:
+        _compare(task.labels, [label for label, _ in counted], at)
+        counts = {label.lower(): number for label, number in counted}
+        counted = [(label, counts.get(label.lower(), 0)) for label in task.labels]
+    else:
+        task.labels = [label for label, _ in counted]
+    if task.kind == "token_classification" and not mark_entities(task.labels):
+        task.metrics, task.primary_metric = list(TAG_METRICS), TAG_METRICS[0]  # entities cannot be counted
+    shown = [f"{label} {number:,}" for label, number in counted[:_CLASSES_SHOWN]]
+    more = [f"… {len(counted) - _CLASSES_SHOWN} more"] if len(counted) > _CLASSES_SHOWN else []
+    return f"labels     {', '.join([*shown, *more])}"
+
+
+def _compare(given: Sequence[str], found: Sequence[str], at: str) -> None:
+    """Refuse given classes if the data have others. Numbers of the given classes are allowed in their place."""
+    known = {name.lower() for name in given} | {str(number) for number in range(len(given))}
+    strange = [name for name in found if name.lower() not in known]
+    if strange:
+        raise ConfigError(
+            f"{at}: {shorten(', '.join(strange[:_CLASSES_SHOWN]))} not among task.labels=[{shorten(','.join(given))}]\n"
+            f"the column holds {shorten(', '.join(found[:_CLASSES_SHOWN]))}"
+        )
+
+
+def _settle_answers(task: TaskConfig, table: pa.Table) -> None:
+    """Use the scores of SQuAD v2.0 if some questions have no answer."""
+    answers: list[Any] = table.column(label_column(task) or "").to_pylist()
+    none = [not (answer["text"] if isinstance(answer, dict) and "text" in answer else answer) for answer in answers]
+    if any(none) and not task.unanswerable:
+        task.unanswerable, task.metrics = True, list(UNANSWERABLE_METRICS)
+
+
+def _check_weights(task: TaskConfig) -> None:
+    values = task.benchmark != BENCHMARK and not task.labels
+    if task.class_weights != "none" and (task.kind != "classification" or values):
+        raise wrong_value(
+            "task.class_weights", task.class_weights, f"none for task={task.name}, which has no single class per row"
+        )
