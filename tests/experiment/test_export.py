@@ -51,7 +51,7 @@ def test_both_formats_give_the_logits_of_the_run(saved: tuple[Any, Any, Any], tm
     assert whole.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
     assert (whole.config.label2id["neutral"], whole.config.problem_type) == (1, "single_label_classification")
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json"}
-    assert {file.name for file in peft.iterdir()} == {"README.md", *tokenizer_files, CONFIG, WEIGHTS}
+    assert {file.name for file in peft.iterdir()} == {"README.md", "config.json", *tokenizer_files, CONFIG, WEIGHTS}
     assert AutoTokenizer.from_pretrained(peft)(TEXTS) == tokenizer(TEXTS)
     assert [folder.name for folder in (tmp_path / "exports").iterdir() if folder.name.startswith(".")] == []
 

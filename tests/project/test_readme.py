@@ -355,4 +355,8 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     space: dict[str, Any] = {}
     for block in blocks(PAGES["docs/python.md"], "python"):
         exec(block, space)
+        if "plain" not in space and "trainer" in space:
+            assert len(block.splitlines()) <= 40 and len(space["handle"].summary()["adapters"]) == 2
+        elif "plain" in space and "record" not in space:
+            assert len(block.splitlines()) <= 25 and space["handle"].events[0].kind == "cut"
     assert space["record"].status == "success" and space["logits"].shape == (1, 3)

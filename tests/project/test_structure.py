@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 # From the ground up: a module imports from its own room and from those before it.
 ROOMS = (
     *("errors", "distributed", "console", "reading", "metrics", "config", "storage", "data", "tasks", "models"),
-    *("adapters", "methods", "training", "analysis", "experiment", "cli"),
+    *("adapters", "methods", "training", "analysis", "experiment", "integration", "cli"),
 )
 ENTRIES = ("__init__", "__main__", "run", "tables", "figures", "report", "export", "predict", "memory", "sweep")
 SOURCES = sorted([*(ROOT / "wlora").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])

@@ -104,7 +104,7 @@ def describe_lora(
 
 
 def write_adapter(
-    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], head: Mapping[str, nn.Module], *, kind: str
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], head: Mapping[str, nn.Module], *, kind: str | None
 ) -> dict[str, str]:
     """Write a PEFT folder.
 
@@ -113,7 +113,7 @@ def write_adapter(
         config: PEFT's configuration of the adapters.
         tensors: the adapters' tensors.
         head: the modules of head and pooler by name; they become PEFT's `modules_to_save`.
-        kind: the kind of head (`Task.head`).
+        kind: the kind of head (`Task.head`); None for one that has no name here.
 
     Returns:
         The first 16 hex digits of the SHA-256 of both files, by their keys in a record.
@@ -126,12 +126,43 @@ def write_adapter(
     in_head = {f"{_PREFIX}{name}.{key}": p for name, module in head.items() for key, p in module.state_dict().items()}
     whole = {key: value.detach().cpu().float().clone() for key, value in sorted({**tensors, **in_head}.items())}
     content = save(whole, metadata={"format": "pt"})
-    described = config | {"modules_to_save": sorted(head) or None, "task_type": _TASK_TYPES[kind], "inference_mode": True}
+    described = config | {
+        "modules_to_save": sorted(head) or None,
+        "task_type": _TASK_TYPES.get(kind or ""),
+        "inference_mode": True,
+    }
     folder.mkdir(parents=True)
     files = {WEIGHTS: content, CONFIG: (json.dumps(described, indent=2, sort_keys=True) + "\n").encode()}
     for name, text in files.items():
         (folder / name).write_bytes(text)
     return {RECORDED[name]: hash_bytes(text) for name, text in files.items()}
+
+
+def make_uniform(folder: Path) -> None:
+    """Rewrite a folder of plain LoRA adapters with one rank and alpha / rank = 1 for all of them; ΔW is the same.
+
+    The scale is folded into B, and A and B are padded with zeros to the largest rank. Readers that know neither
+    `rank_pattern` nor `alpha_pattern` can then load the folder. PEFT's other kinds of adapters stay as they are.
+
+    Raises:
+        ConfigError: the folder is damaged.
+    """
+    from safetensors.torch import save_file
+    from torch.nn.functional import pad
+
+    config = _load_config(folder, f"adapter {folder}")
+    if any(_differs(config, key) for key in _PLAIN):
+        return
+    start = read_adapter(str(folder))
+    rank = max(len(A) for A, _, _ in start.adapters.values())
+    tensors = {f"{_PREFIX}{name}": tensor for name, tensor in start.head.items()}
+    for name, (A, B, scale) in start.adapters.items():
+        missing = rank - len(A)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pad(A, (0, 0, 0, missing))
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pad(scale * B, (0, missing))
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, folder / WEIGHTS, metadata={"format": "pt"})
+    config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def fold_peft(model: nn.Module) -> None:

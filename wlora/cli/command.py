@@ -15,6 +15,8 @@ COMMANDS = {
     "figures": ("wlora.cli.figures", "draw the paper's figures and others for a study"),
     "report": ("wlora.cli.report", "write one interactive HTML page about a study"),
     "export": ("wlora.cli.export", "export the trained adapters of a run for PEFT, or merged into a plain model"),
+    "verify-export": ("wlora.cli.verify_export", "compare the logits of an export with those of its run"),
+    "push": ("wlora.cli.push", "upload the trained adapters of a run, or the merged model, to the hub"),
     "predict": (
         "wlora.cli.predict",
         "label new rows with a trained run, or write the files that the GLUE server takes",
@@ -55,7 +57,7 @@ def describe() -> str:
             "",
             *lines,
             "",
-            "wlora COMMAND --help describes a command; `python -m wlora.COMMAND` is equivalent. The default command is run:",
+            "wlora COMMAND --help describes a command; `python -m wlora COMMAND` is equivalent. The default command is run:",
             "  wlora task=rte method=wlora_plus rank=4",
             "  wlora experiment=demo        needs no data, no GPU and no network",
             "wlora --version prints the version.",

@@ -26,6 +26,8 @@ from wlora.tasks.base import find_kind
 from wlora.training.precision import Precision, lower_base
 from wlora.training.sharding import shard_base
 
+NO_START = Start({}, {})
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -116,20 +118,31 @@ def _attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str,
     In `compat=release` these keep their random initialisation, as in the published code. With `adapter.path` only the
     modules that have an adapter in that folder get one, which starts from it.
     """
-    layout = layout_of(model)
-    torch.manual_seed(stream_seed(config.seed, "adapters"))
-    choice = torch.Generator().manual_seed(stream_seed(config.seed, "choice"))
-    targets = select_targets(layout, config.method.get("targets", config.targets))
     start = read_start(config)
-    if start.adapters:
-        targets = [target for target in targets if target.name in start.adapters]
-    method.attach(model, Setting(targets, select_targets(layout, "all"), choice, start.adapters))
+    attach_adapters(model, method, config.method.get("targets", config.targets), seed=config.seed, start=start)
     if config.adapter.head:
         _start_head(model, start, config)
     head = {} if config.compat == "release" else head_parameters(model)
     for parameter in head.values():
         parameter.requires_grad_(True)
     return head
+
+
+def attach_adapters(model: PreTrainedModel, method: Method, targets: str, *, seed: int, start: Start = NO_START) -> None:
+    """Attach a method's adapters to a frozen model.
+
+    Args:
+        model: all parameters frozen.
+        method: the policy.
+        targets: what carries adapters, as for `select_targets`.
+        seed: the run's seed; torch's generators are seeded from it.
+        start: adapters to start from. If there are any, only their modules get one.
+    """
+    layout = layout_of(model)
+    torch.manual_seed(stream_seed(seed, "adapters"))
+    choice = torch.Generator().manual_seed(stream_seed(seed, "choice"))
+    chosen = [target for target in select_targets(layout, targets) if not start.adapters or target.name in start.adapters]
+    method.attach(model, Setting(chosen, select_targets(layout, "all"), choice, start.adapters))
 
 
 def read_start(config: Config) -> Start:
@@ -139,7 +152,7 @@ def read_start(config: Config) -> Start:
         ConfigError: a damaged folder, or an adapter outside the target set.
     """
     if config.adapter.path is None:
-        return Start({}, {})
+        return NO_START
     path = config.adapter.path
     with read_as_hashed(f"adapter.path={path}", config.adapter.fingerprint, lambda: identify_files(path)):
         start = read_adapter(path)

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wlora.adapters.peft_format import CONFIG, RECORDED, refuse_unbounded
+from wlora.adapters.peft_format import CONFIG, RECORDED, make_uniform, refuse_unbounded
 from wlora.analysis.study import read_words
 from wlora.analysis.study_reader import read_run
 from wlora.config.schema import Config, restore_config
 from wlora.data.hub import go_offline, require_sources
 from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
 from wlora.experiment.model_card import write_card
+from wlora.models.architectures import read_architecture
 from wlora.models.source import ModelSource, locate, require_extras
 from wlora.storage.atomic_write import MISSING, check_folders, patiently
 from wlora.storage.content_hash import hash_bytes
@@ -32,7 +33,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMATS = ("peft", "merged")
-OPTIONS = {"format": "peft", "results_dir": "results", "to": None, "model.path": None, "offline": "false"}
+OPTIONS = {
+    "format": "peft",
+    "results_dir": "results",
+    "to": None,
+    "model.path": None,
+    "offline": "false",
+    "compact": "false",
+}
 
 
 def export(words: Sequence[str]) -> Path:
@@ -50,6 +58,8 @@ def export(words: Sequence[str]) -> Path:
     kind, results = options["format"], str(options["results_dir"])
     if kind not in FORMATS:
         raise wrong_value("format", kind, " | ".join(FORMATS))
+    if options["compact"] not in ("true", "false") or (kind == "merged" and options["compact"] == "true"):
+        raise wrong_value("compact", options["compact"], "true | false, with format=peft")
     record = find_record(results, names[0])
     adapters = trained_adapters(results, record)
     target = Path(options["to"] or Path(results) / "exports" / f"{record.run_id}-{kind}")
@@ -68,7 +78,9 @@ def export(words: Sequence[str]) -> Path:
     with replacing(target) as staging:
         if kind == "peft":
             staging.mkdir(parents=True)
-            _write_files(adapters, staging)
+            write_files(adapters, staging)
+            if options["compact"] == "false":
+                make_uniform(staging)
             _add_tokenizer(config, record, staging)
         else:
             write_model(*merge(config, source, adapters), staging)
@@ -144,7 +156,8 @@ def _refuse_unknown_scale(record: Record, results_dir: str) -> None:
         )
 
 
-def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write files by name into a folder."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
@@ -187,7 +200,7 @@ def load_trained(
     base = load_model(config.model, source, tokenizer, head=task.head, num_labels=task.num_labels, seed=0)
     try:
         with quiet(), tempfile.TemporaryDirectory() as folder:
-            _write_files(adapters, Path(folder))
+            write_files(adapters, Path(folder))
             PeftModel.from_pretrained(base, folder)  # it changes the base in place
     except Exception as error:  # PEFT, safetensors and torch raise many kinds of exceptions for invalid files
         raise ConfigError(f"the adapters cannot be merged ({type(error).__name__}: {shorten(error)})") from error
@@ -198,16 +211,29 @@ def load_trained(
 
 
 def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
-    """Add the tokenizer of the base to exported adapters. If the base is not available, only print a notice."""
-    from wlora.models.loading import load_tokenizer, quiet
+    """Add the base's tokenizer, and its configuration with the names of the classes, to exported adapters.
 
+    If the base is not available, only a notice is printed.
+    """
+    from types import SimpleNamespace
+
+    from wlora.models.heads import make_config, name_classes
+    from wlora.models.loading import load_tokenizer, quiet
+    from wlora.tasks.base import build_task
+
+    task = build_task(config.task)
     try:
         tokenizer = load_tokenizer(config.model, require_base(config, record))
+        described = make_config(read_architecture(config.model), num_labels=task.num_labels)
     except ConfigError as error:
         print(f"notice: the tokenizer is not exported: {error}", file=sys.stderr)
         return
+    name_classes(
+        SimpleNamespace(config=described), config.task.labels, head=task.head, several=config.task.kind == "multi_label"
+    )  # type: ignore[arg-type]
     with quiet():
         tokenizer.save_pretrained(folder)
+        described.save_pretrained(folder)
 
 
 def _refuse_packed(config: Config) -> None:

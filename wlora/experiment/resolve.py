@@ -17,6 +17,7 @@ from wlora.data.hub import require_sources
 from wlora.data.own_tables import BENCHMARK, settle
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.models.architectures import order_classes, read_architecture
+from wlora.models.layout import Layout
 from wlora.models.settle import settle_model
 from wlora.models.targets import find_layout, name_kinds, select_targets, supported_heads, unmatched_words
 from wlora.tasks.base import find_kind
@@ -44,7 +45,8 @@ def resolve(config: Config) -> Config:
     for key in ("lr", "head_lr"):
         if isinstance(getattr(config, key), (int, float)):
             setattr(config, key, float(getattr(config, key)))
-    _check_method(config)
+    assert config.method.get("preset") is None and config.task.preset is None, "apply_presets comes first"
+    check_method(config.method)
     _check_model(config.model)
     settle_model(config.model, offline=config.offline)
     _settle_task(config)
@@ -101,18 +103,21 @@ def identify_adapter(adapter: AdapterConfig) -> None:
     adapter.fingerprint = found
 
 
-def _check_method(config: Config) -> None:
-    """Check the method's keys against the rules in the packaged YAML file, and remove its descriptive entries."""
-    assert config.method.get("preset") is None and config.task.preset is None, "apply_presets comes first"
-    rules = {**RULES, **_method_rules(config.method.get("name"))}
+def check_method(method: dict[str, Any]) -> None:
+    """Check a method's keys against the rules in the packaged YAML file, and remove its descriptive entries.
+
+    Raises:
+        ConfigError: the method is unknown, or a key is unknown to it or violates its rule.
+    """
+    rules = {**RULES, **_method_rules(method.get("name"))}
     for note in METHOD_NOTES:
-        config.method.pop(note, None)
-    for key, value in config.method.items():
+        method.pop(note, None)
+    for key, value in method.items():
         if key in rules:
-            config.method[key] = check(f"method.{key}", value, rules[key])
+            method[key] = check(f"method.{key}", value, rules[key])
         elif key != "name":
             own = ", ".join(name for name in rules if name not in RULES)
-            raise ConfigError(f"method.{key} is unknown to method={config.method['name']}: allowed is {own}")
+            raise ConfigError(f"method.{key} is unknown to method={method['name']}: allowed is {own}")
 
 
 def _method_rules(name: Any) -> dict[str, str]:
@@ -228,28 +233,49 @@ def check_results_folder(results_dir: str) -> None:
 
 
 def _resolve_k(config: Config) -> None:
-    """Fill in `k` and check that it does not exceed n, the number of adapters.
+    """Fill in `k` and check that it does not exceed n, the number of adapters."""
+    targets = config.method["targets"]
+    layout = find_layout(read_architecture(config.model), find_kind(config.task.kind).head)
+    key = "targets" if targets == config.targets else "method.targets"
+    n = count_adapters(layout, targets, key=key, model=config.model.name)
+    if config.k is not None and config.k > n and "k" in config.method:
+        raise wrong_value("k", config.k, f"1 to {n}, the adapters of targets={targets} on {config.model.name}")
+    if config.k is None:
+        config.k = default_k(config.method["name"], n, own=config.model.k, release=config.compat == "release")
+    if "k" in config.method and config.method["k"] is None:
+        config.method["k"] = config.k
+
+
+def count_adapters(layout: Layout, targets: str, *, key: str, model: str) -> int:
+    """Return n, the number of adapters of a target set.
+
+    Args:
+        layout: the model's layout.
+        targets: as for `select_targets`.
+        key: the key that holds them, for messages.
+        model: the model's name, for messages.
+
+    Raises:
+        ConfigError: a word of `targets`, or all of it, selects no module.
+    """
+    if unmatched := unmatched_words(layout, targets):
+        raise ConfigError(
+            f"{key}={unmatched[0]}: allowed is {' | '.join(TARGET_SETS)}, or names of linear modules in the layers of "
+            f"model={model}: {', '.join(name_kinds(layout))}"
+        )
+    n = len(select_targets(layout, targets))
+    if n == 0:
+        layers = sum(len(stack.layers) for stack in layout.stacks)
+        raise ConfigError(f"{key}={targets}: allowed is a layer from 0 to {layers - 1} of model={model}")
+    return n
+
+
+def default_k(method: str, n: int, *, own: int | None = None, release: bool = False) -> int:
+    """Return how many of n adapters are kept by default.
 
     The default is the model's own `k` if it has one, otherwise 5 for n <= 48 and 20 for larger n. WLoRA+ keeps n / 4,
     rounded up, as in the paper's rows "k = 15" (n = 60) and "k = 48" (n = 192).
     """
-    targets = config.method["targets"]
-    layout = find_layout(read_architecture(config.model), find_kind(config.task.kind).head)
-    n = len(select_targets(layout, targets))
-    key = "targets" if targets == config.targets else "method.targets"
-    if unmatched := unmatched_words(layout, targets):
-        raise ConfigError(
-            f"{key}={unmatched[0]}: allowed is {' | '.join(TARGET_SETS)}, or names of linear modules in the layers of "
-            f"model={config.model.name}: {', '.join(name_kinds(layout))}"
-        )
-    if n == 0:
-        layers = sum(len(stack.layers) for stack in layout.stacks)
-        raise ConfigError(f"{key}={targets}: allowed is a layer from 0 to {layers - 1} of model={config.model.name}")
-    if config.k is not None and config.k > n and "k" in config.method:
-        raise wrong_value("k", config.k, f"1 to {n}, the adapters of targets={targets} on {config.model.name}")
-    if config.k is None and config.method["name"] == "wlora_plus" and config.compat != "release":
-        config.k = math.ceil(n / 4)
-    elif config.k is None:
-        config.k = min(n, config.model.k or (5 if n <= 48 else 20))
-    if "k" in config.method and config.method["k"] is None:
-        config.method["k"] = config.k
+    if method == "wlora_plus" and not release:
+        return math.ceil(n / 4)
+    return min(n, own or (5 if n <= 48 else 20))

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from wlora.adapters.peft_format import write_adapter
+from wlora.adapters.peft_format import make_uniform, write_adapter
 from wlora.errors import RunFault
 from wlora.models.heads import head_modules
 from wlora.models.loading import quiet
@@ -31,18 +31,21 @@ def adapter_folder(results_dir: str | Path, run_id: str) -> Path:
     return Path(results_dir) / "adapters" / run_id
 
 
-def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: str, put: Put = put) -> dict[str, str]:
+def save_adapter(
+    model: PreTrainedModel, method: Method, folder: Path, *, kind: str | None, put: Put = put, compact: bool = True
+) -> dict[str, str]:
     """Write the adapters and head of a trained model atomically as a PEFT folder (`train.save_adapter`).
 
     Args:
         model: the trained model.
         method: the method whose adapters are saved.
         folder: target folder; it is replaced if it exists.
-        kind: the kind of head (`Task.head`).
+        kind: the kind of head (`Task.head`); None for one that has no name here.
         put: moves the finished folder to its final path.
+        compact: every adapter keeps its own rank and alpha; false: one rank and one scale (`make_uniform`).
 
     Returns:
-        Hashes of the two files for the record's `model`; empty if the method has no adapters or none is left.
+        Hashes of the two compact files for the record's `model`; empty if the method has no adapters or none is left.
 
     Raises:
         RunFault: the disk is full or the folder cannot be written; an existing folder is kept.
@@ -54,7 +57,10 @@ def save_adapter(model: PreTrainedModel, method: Method, folder: Path, *, kind: 
     config["base_model_name_or_path"] = model.config.name_or_path or None
     config["revision"] = getattr(model.config, "_commit_hash", None)
     with replacing(folder, put) as staging:
-        return write_adapter(staging, config, tensors, head_modules(model), kind=kind)
+        written = write_adapter(staging, config, tensors, head_modules(model), kind=kind)
+        if not compact:
+            make_uniform(staging)
+        return written
 
 
 def save_model(

@@ -83,6 +83,7 @@ class Method:
         startable: whether the adapters can start from given adapters of any rank (`Setting.start`).
         packable: whether runs can train in a pack (`wlora.training.pack`): all adapters are `LowRankAdapter`s, and the
             method acts between steps only, on parameters and their gradients.
+        planned_first: whether `attach` needs the schedule (`plan`).
         adapters: the adapters in the model.
         base_parameters: parameters of the model's body that train; empty except for full fine-tuning.
     """
@@ -92,6 +93,7 @@ class Method:
     plain_base = False
     startable = False
     packable = False
+    planned_first = False
 
     def plan(self, steps: Steps) -> None:
         """Compute the method's schedule. Raises ConfigError if a value from the configuration does not fit the run."""

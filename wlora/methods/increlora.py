@@ -49,6 +49,8 @@ class IncreLoRA(AdapterMethod):
         orthogonal: weight of the orthogonality penalty on A and B.
     """
 
+    planned_first = True
+
     def __init__(
         self,
         *,

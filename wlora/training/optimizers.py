@@ -114,6 +114,11 @@ class Optimizers:
                 factor = linear_schedule(step - start, warmup=warmup, total=total - start) if group["scheduled"] else 1.0
                 group["lr"] = group["peak"] * factor
 
+    def scale(self, factor: float) -> None:
+        """Set the learning rate of every scheduled group to a share of its peak, in place of `set_schedule`."""
+        for group in (group for optimizer in self._rules.values() for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * (factor if group["scheduled"] else 1.0)
+
     def step(self) -> None:
         """Update all parameters that have gradients. The gradients must be unscaled and clipped.
 

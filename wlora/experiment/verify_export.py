@@ -1,0 +1,210 @@
+"""Check of an exported folder: its logits beside those of the recorded adapters, and what servers would refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wlora.adapters.peft_format import CONFIG, fold_peft, read_adapter
+from wlora.analysis.study import read_words
+from wlora.config.schema import Config, restore_config
+from wlora.errors import ConfigError, RunFault, shorten, unknown_name
+from wlora.experiment.export import find_record, require_base, trained_adapters, write_files
+from wlora.reading import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OPTIONS = {"results_dir": "results", "model.path": None, "offline": "false"}
+# The largest difference of logits, as a share of the largest logit (or of 1).
+TOLERANCE = 1e-4
+_TEXTS = ["The garden.", "Anna took the lamp to the garden, and Ben is in the kitchen.", "Where is it? Nobody knows."]
+# What vLLM's reader of PEFT folders takes in `modules_to_save`, and its default `max_lora_rank`.
+_VLLM_HEADS, _VLLM_RANK = ("classifier", "score"), 16
+_VLLM_WAY_OUT = "way out: serve the model of format=merged"
+
+
+def verify(words: Sequence[str]) -> list[str]:
+    """Compare the logits of an export with those of its run; return lines for the user.
+
+    The logits are those of a few texts in evaluation mode and float32: of the base with the adapters that the run recorded
+    (in this project's own layer), of the folder loaded by PEFT, of the merged model, and, where it is installed, of the
+    merged model in ONNX Runtime.
+
+    Raises:
+        ConfigError: the folder is not an export, or its run or base are not there.
+        RunFault: logits differ by more than `TOLERANCE`.
+    """
+    names, options, strange = read_words(words, dict(OPTIONS))
+    for key in strange:
+        raise unknown_name(key, key, OPTIONS)
+    if len(names) != 1:
+        raise ConfigError(f"{' '.join(names) or 'DIR is missing'}: allowed is one folder that wlora export wrote")
+    folder = Path(names[0])
+    results = str(options["results_dir"])
+    record = find_record(results, read_run_id(folder))
+    adapters = trained_adapters(results, record)
+    config = restore_config(record.config)
+    config.model.path, config.offline = options["model.path"] or config.model.path, options["offline"] == "true"
+    source = require_base(config, record)
+    import torch
+
+    from wlora.models.loading import load_model, load_tokenizer, quiet
+    from wlora.tasks.base import build_task
+
+    task, tokenizer = build_task(config.task), load_tokenizer(config.model, source)
+
+    def base() -> PreTrainedModel:
+        return load_model(config.model, source, tokenizer, head=task.head, num_labels=task.num_labels, seed=0)
+
+    inputs = _inputs(tokenizer, config, head=task.head)
+    with quiet(), torch.no_grad():
+        found = {"training": _logits(_as_trained(base(), adapters), inputs)}
+        model = _load(folder, base(), found, inputs)
+        found["merged"] = _logits(model, inputs)
+        lines = []
+        if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+            found["onnx"] = _onnx_logits(model, inputs)
+        else:
+            lines = ["onnx      not installed: pip install 'wlora[onnx]' compares ONNX Runtime, too"]
+    return [*_compare(found), *lines, *_tell_vllm(folder)]
+
+
+def read_run_id(folder: Path) -> str:
+    """Return the run of an exported folder, as its model card names it.
+
+    Raises:
+        ConfigError: there is no such card.
+    """
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    run = re.search(r"Run `([\w-]{1,100})` of wlora", text)
+    if run is None:
+        raise ConfigError(
+            f"{shorten(folder)}: has no model card that names a run: allowed is a folder that wlora export wrote"
+        )
+    return run[1]
+
+
+def _as_trained(model: PreTrainedModel, adapters: Mapping[str, bytes]) -> PreTrainedModel:
+    """Attach the recorded adapters as in training; what PEFT has trained, PEFT attaches."""
+    from peft import PeftModel
+
+    from wlora.experiment.build import attach_adapters
+    from wlora.methods.registry import build_method
+    from wlora.models.heads import head_parameters
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(adapters, Path(folder))
+        try:
+            start = read_adapter(folder)
+        except ConfigError:  # not plain LoRA
+            PeftModel.from_pretrained(model, folder)
+            return model
+    lora = build_method({"name": "lora", "rank": 1, "alpha": 1.0, "dropout": 0.0})
+    attach_adapters(model, lora, ",".join(start.adapters), seed=0, start=start)
+    for name, parameter in head_parameters(model).items():
+        if name in start.head:
+            parameter.data.copy_(start.head[name])
+    return model
+
+
+def _load(folder: Path, base: PreTrainedModel, found: dict[str, Tensor], inputs: dict[str, Tensor]) -> PreTrainedModel:
+    """Load an export and return it as a plain model; the logits of PEFT's model are noted on the way."""
+    from peft import PeftModel
+
+    try:
+        if not (folder / CONFIG).is_file():
+            return type(base).from_pretrained(folder)
+        PeftModel.from_pretrained(base, str(folder))  # it changes the base in place
+        found["peft"] = _logits(base, inputs)
+        fold_peft(base)
+        return base
+    except Exception as error:  # PEFT, transformers and safetensors raise many kinds of exceptions for invalid files
+        raise ConfigError(f"{folder}: cannot be loaded ({type(error).__name__}: {shorten(error)})") from error
+
+
+def _inputs(tokenizer: PreTrainedTokenizerBase, config: Config, *, head: str) -> dict[str, Tensor]:
+    """Return a batch of texts of different lengths."""
+    encoded = tokenizer(_TEXTS, padding=True, truncation=True, max_length=config.task.max_length, return_tensors="pt")
+    inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+    if head == "seq2seq":
+        inputs["decoder_input_ids"] = encoded["input_ids"][:, :4]
+    return inputs
+
+
+def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
+    output: Any = model(**inputs)
+    names = ("logits", "start_logits", "end_logits")
+    return [output[name] for name in names if name in output]
+
+
+def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Return all logits as one vector."""
+    import torch
+
+    return torch.cat([part.float().flatten() for part in _outputs(model.eval(), inputs)])
+
+
+def _onnx_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the logits of a plain model in ONNX Runtime on the CPU, as one vector."""
+    import onnxruntime
+    import torch
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *values: Tensor) -> list[Tensor]:
+            return _outputs(self.model, dict(zip(inputs, values, strict=True)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "model.onnx")
+        given = tuple(inputs.values())
+        torch.onnx.export(Plain().eval(), given, file, input_names=list(inputs), dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        parts = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return torch.cat([torch.from_numpy(part).float().flatten() for part in parts])
+
+
+def _compare(found: dict[str, Tensor]) -> list[str]:
+    """Return a line for each source of logits.
+
+    Raises:
+        RunFault: one of them differs from training.
+    """
+    expected = found.pop("training")
+    largest = float(expected.abs().max())
+    lines = [f"training  {expected.numel()} logits, the largest {largest:.4g}"]
+    for name, logits in found.items():
+        difference = float((logits - expected).abs().max())
+        lines.append(f"{name:<9} differs by at most {difference:.1e}")
+        if not difference <= TOLERANCE * max(1.0, largest):
+            raise RunFault("\n".join([*lines, f"more than {TOLERANCE:g} of the largest: this is not what was trained"]))
+    return lines
+
+
+def _tell_vllm(folder: Path) -> list[str]:
+    """Say what vLLM's reader of PEFT folders would refuse, and the way out."""
+    if not (folder / CONFIG).is_file():
+        return ["vllm      reads a merged model as any other"]
+    config: Any = read_json((folder / CONFIG).read_bytes())
+    others = [name for name in config.get("modules_to_save") or [] if name not in _VLLM_HEADS]
+    lines = []
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        lines.append(f"refuses this kind of adapter, it reads plain LoRA\n{_VLLM_WAY_OUT}")
+        return [f"vllm      {line}" for line in lines]
+    if others:
+        allowed = " and ".join(_VLLM_HEADS)
+        lines.append(f"refuses modules_to_save={','.join(others)}, it takes only {allowed}\n{_VLLM_WAY_OUT}")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        lines.append("reads one rank and one alpha, the folder has several\nway out: export without compact=true")
+    if config["r"] > _VLLM_RANK:
+        lines.append(f"refuses rank {config['r']} by default\nway out: --max-lora-rank {config['r']} or more")
+    return [f"vllm      {line}" for line in lines] or ["vllm      nothing in the adapter's settings that it refuses"]

@@ -1,0 +1,116 @@
+"""`wlora.attach`: attach a method's adapters to a model in your own training script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import PreTrainedModel
+
+from wlora.adapters.layer import AdaptedLinear
+from wlora.config.rules import RULES, check
+from wlora.config.schema import method_names, read_method
+from wlora.errors import ConfigError, unknown_name, wrong_value
+from wlora.experiment.build import Assembly, attach_adapters
+from wlora.experiment.resolve import check_method, count_adapters, default_k
+from wlora.integration.handle import Handle
+from wlora.methods.base import Steps
+from wlora.methods.registry import build_method
+from wlora.models.discovery import layout_of
+from wlora.models.heads import head_parameters
+
+
+def attach(
+    model: PreTrainedModel,
+    method: str = "wlora",
+    *,
+    targets: str | Sequence[str] = "qkv",
+    rank: int = 8,
+    alpha: float = 32.0,
+    dropout: float = 0.05,
+    k: int | None = None,
+    steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    seed: int = 0,
+    head: bool = True,
+    **options: Any,
+) -> Handle:
+    """Freeze a model, attach a method's adapters to it, and let its head train.
+
+    The defaults are those of the command line, so the same values give the adapters of a run. Torch's random generators
+    are left as they were. A method that has no `k`, `rank`, `alpha` or `dropout` ignores it.
+
+    Args:
+        model: a model of transformers of any family. It is changed in place and keeps its device and dtype.
+        method: a name of `conf/method/` (docs/methods.md gives the paper of each).
+        targets: the linear modules with adapters: `qkv`, `attention`, `all`, or names of modules, with `*` for anything.
+        rank: r of every adapter: A has the shape [r, d_in] and B the shape [d_out, r] (Hu et al., 2021).
+        alpha: the scale of an adapter is alpha / rank.
+        dropout: dropout probability on the input of an adapter.
+        k: adapters to keep (WeightLoRA, section 3.3); None means 5 of at most 48 adapters, else 20.
+        steps: optimiser steps of the whole training; needed here only by `increlora`, else by `Handle.begin`.
+        steps_per_epoch: optimiser steps of one pass over the data; None means `steps`.
+        seed: seed of A and of what the method draws, as the key `seed` of a run.
+        head: whether head and pooler train, too.
+        options: the method's own keys, such as `select_steps=50` (`wlora run method=wlora --help` lists them).
+
+    Raises:
+        ConfigError: an unknown method or key, a wrong value, targets that match nothing, or a model that has adapters.
+    """
+    _check_model(model)
+    settings = _settings(
+        model, method, {"targets": targets, "rank": rank, "alpha": alpha, "dropout": dropout, "k": k}, options
+    )
+    policy = build_method(settings, quantized=bool(getattr(model, "is_quantized", False)))
+    length = None if steps is None else Steps(steps, steps_per_epoch or steps)
+    if length is not None:
+        policy.plan(length)
+    elif policy.planned_first:
+        raise ConfigError(f"method={method}: steps is missing: its adapters depend on the optimiser steps of the training")
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})):
+        attach_adapters(model, policy, settings.get("targets", "all"), seed=seed)
+    trained = head_parameters(model) if head else {}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    return Handle(Assembly(model, policy, trained), method, length)
+
+
+def _settings(model: PreTrainedModel, method: str, shared: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's keys with their values: those given, else the defaults of its YAML file and of the model.
+
+    Args:
+        model: the plain model.
+        method: the name of the method.
+        shared: values of the keys that several methods have.
+        options: values of the method's own keys.
+
+    Raises:
+        ConfigError: an unknown method or key, a wrong value, or targets that match nothing.
+    """
+    if method not in method_names():
+        raise unknown_name(f"method={method}", method, method_names())
+    given = shared["targets"]
+    targets = check("targets", given if isinstance(given, str) else list(given), RULES["targets"])
+    content = {**shared, "targets": targets, "method": {**read_method(method), **options, "name": method}}
+    resolved: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+    settings: dict[str, Any] = resolved["method"]
+    if "targets" in settings:
+        n = count_adapters(layout_of(model), targets, key="targets", model=model.config.model_type)
+        if "k" in settings:
+            k = default_k(method, n) if settings["k"] is None else settings["k"]
+            settings["k"] = check("k", k, f"int >= 1, <= {n}")
+    check_method(settings)
+    return settings
+
+
+def _check_model(model: nn.Module) -> None:
+    """Reject what is no model of transformers, and a model that has adapters already."""
+    if not isinstance(model, PreTrainedModel):
+        raise wrong_value("model", type(model).__name__, "a model of transformers, without PEFT's wrapper around it")
+    taken = next((name for name, part in model.named_modules() if isinstance(part, AdaptedLinear)), None)
+    if taken or getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(f"model={type(model).__name__}: has adapters already ({taken or 'PEFT'}): allowed is a plain one")

@@ -1,0 +1,142 @@
+"""`WLoRACallback`: a handle under transformers' Trainer.
+
+The Trainer builds an AdamW over all parameters that train. ω must not be in it, and an optimiser must not outlive a cut.
+Therefore the handle's own optimisers take every step, just before the Trainer's, which then finds no gradients. The
+Trainer's optimiser remains as the carrier of the learning-rate schedule, and of the handle's state in checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from wlora.adapters.layer import AdaptedLinear
+from wlora.console import notice
+from wlora.errors import ConfigError, wrong_value
+from wlora.integration.handle import Handle
+from wlora.methods.base import Method
+
+_STATE = "wlora"  # the key of the handle's state in the first group of the Trainer's optimiser
+_OPTIMS = ("adamw_torch", "adamw_torch_fused")
+
+
+class WLoRACallback(TrainerCallback):  # type: ignore[misc]
+    """Train a handle's model under transformers' Trainer: `Trainer(model, args, callbacks=[WLoRACallback(handle)])`.
+
+    Learning rate, schedule, weight decay, clipping and length are those of the `TrainingArguments`. ω has its own optimiser,
+    outside schedule and clipping. Checkpoints of the Trainer hold the state of the handle, so
+    `trainer.train(resume_from_checkpoint=...)` goes on also after the cut. Methods that look at training rows get the
+    Trainer's training set.
+
+    Args:
+        handle: what `wlora.attach` returned for the Trainer's model.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self._max_grad_norm = 0.0
+        # The Trainer loads a checkpoint's weights into newly attached adapters before any event of a callback.
+        handle.model.register_load_state_dict_pre_hook(_fit_checkpoint)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **known: Any) -> None:
+        """Begin the handle's training, or go on from the state in the Trainer's checkpoint.
+
+        Raises:
+            ConfigError: an argument of the Trainer that does not go with this callback.
+        """
+        optimizer: Any = getattr(known["optimizer"], "optimizer", known["optimizer"])
+        self._check(args, known["model"], optimizer)
+        loader = known["train_dataloader"]
+        per_epoch = -(-len(loader) // args.gradient_accumulation_steps) if hasattr(loader, "__len__") else None
+        linear = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) == "linear"
+        self._factor = None if linear else (lambda: optimizer.param_groups[0]["lr"] / args.learning_rate)
+        rows = getattr(loader, "dataset", None)
+        self.handle.begin(
+            state.max_steps,
+            lr=args.learning_rate,
+            warmup=args.get_warmup_steps(state.max_steps),
+            steps_per_epoch=per_epoch,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            rows=rows if hasattr(rows, "__len__") else None,
+            collate=loader.collate_fn,
+        )
+        if rows is not None and any(len(phase.rows) < len(rows) for phase in self.handle.phases):
+            notice(f"method={self.handle.name} wants parts of the training rows (handle.phases); the Trainer draws from all")
+        if saved := optimizer.param_groups[0].get(_STATE):
+            self.handle.load_state_dict(saved)
+        if self.handle.done != state.global_step:
+            raise ConfigError(
+                f"the Trainer is at step {state.global_step}, the handle at {self.handle.done}: allowed is a checkpoint "
+                "that was written with WLoRACallback and save_only_model=False"
+            )
+        optimizer.register_state_dict_post_hook(self._add_state)
+        # The Trainer clips all gradients together, ω's as well; the handle clips all but ω's.
+        self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **known: Any
+    ) -> None:
+        """Take the handle's step; the Trainer's own then finds no gradients."""
+        self.handle.step(self._factor() if self._factor else None)
+        known["optimizer"].zero_grad(set_to_none=True)  # also of adapters that have just left
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **known: Any) -> None:
+        """Check that the cut came.
+
+        Raises:
+            RunFault: the training ended before the cut.
+        """
+        args.max_grad_norm = self._max_grad_norm
+        self.handle.check_settled()
+
+    def _add_state(self, optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
+        content["param_groups"][0][_STATE] = self.handle.state_dict()
+
+    def _check(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Reject arguments of the Trainer that would be ignored or give something else."""
+        if model is not self.handle.model:
+            raise ConfigError("WLoRACallback: the Trainer has another model: allowed is the one of wlora.attach")
+        if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
+            raise wrong_value(
+                "world_size", max(args.world_size, args.n_gpu), "1: a cut under several processes is for wlora run"
+            )
+        optim = str(getattr(args.optim, "value", args.optim))
+        if optim not in _OPTIMS or not isinstance(optimizer, torch.optim.AdamW):
+            raise wrong_value("optim", optim, f"{' | '.join(_OPTIMS)}: the handle brings its own AdamW")
+        shared = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        for key, only in zip(shared, (*optimizer.defaults["betas"], optimizer.defaults["eps"]), strict=True):
+            default = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}[key]
+            if only != default:
+                raise wrong_value(key, only, f"{default}, as in a run")
+        for key in ("fp16", "auto_find_batch_size"):
+            if getattr(args, key, False):
+                raise wrong_value(key, "True", "False; bf16=True works" if key == "fp16" else "False")
+        method = type(self.handle.method)
+        changes = method.before_step is not Method.before_step or method.after_step is not Method.after_step
+        if args.load_best_model_at_end and changes:
+            raise wrong_value(
+                "load_best_model_at_end",
+                "True",
+                f"False: method={self.handle.name} changes the model's structure on the way",
+            )
+
+
+def _fit_checkpoint(module: nn.Module, content: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Fit a checkpoint's weights to newly attached adapters: after a cut it has plain modules, and other shapes.
+
+    What is left out here is in the handle's state.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, AdaptedLinear):
+            for key, tensor in list(part.adapter.state_dict().items()):
+                found = content.get(f"{prefix}{name}.adapter.{key}")
+                if found is not None and found.shape != tensor.shape:
+                    del content[f"{prefix}{name}.adapter.{key}"]
+            for key in part.base.state_dict():
+                plain = f"{prefix}{name}.{key}"
+                if plain in content:
+                    content[f"{prefix}{name}.base.{key}"] = content.pop(plain)
