@@ -13,6 +13,8 @@ import json
 import math
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any, BinaryIO, Union, get_args, get_origin, get_type_hints, is_typeddict
@@ -123,3 +125,39 @@ def _is_bounded(value: float) -> bool:
 
 def _mismatch(value: Any, kind: Any, at: str) -> str:
     return f"{at.lstrip('.')} is {repr(value)[:40]}, not {getattr(kind, '__name__', kind)}"
+
+
+# A file that cannot be looked at for one of these reasons counts as absent, as for `os.path`.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EACCES}
+
+
+@contextmanager
+def strict_lookups() -> Iterator[None]:
+    """Within this block, `os.path.isfile`, `isdir` and `exists` raise where a file cannot be looked at.
+
+    They usually say then that there is no such file. A library that reads a folder leaves the file out, and loads something
+    else than the folder holds.
+    """
+
+    def strictly(found: Callable[[int], bool]) -> Callable[[Any], bool]:
+        def look(path: Any) -> bool:
+            try:
+                return found(os.stat(path).st_mode)
+            except ValueError:
+                return False
+            except OSError as error:
+                if error.errno in _ABSENT:
+                    return False
+                raise
+
+        return look
+
+    tests = {"isfile": stat.S_ISREG, "isdir": stat.S_ISDIR, "exists": lambda mode: True}
+    before = {name: getattr(os.path, name) for name in tests}
+    for name, found in tests.items():
+        setattr(os.path, name, strictly(found))
+    try:
+        yield
+    finally:
+        for name, original in before.items():
+            setattr(os.path, name, original)

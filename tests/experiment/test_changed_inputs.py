@@ -157,7 +157,7 @@ def test_an_export_holds_the_bytes_that_were_hashed(
 
     monkeypatch.setattr(module, "trained_adapters", swap)
     there = f"results_dir={tmp_path}"
-    peft = export([record.run_id, there])
+    peft = export([record.run_id, there, "compact=true"])
     assert {name: (peft / name).read_bytes() for name in expected} == expected
     for name, content in expected.items():
         (folder / name).write_bytes(content)

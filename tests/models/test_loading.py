@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.conftest import RunMain, compose, run_cli
 from tests.support.bombs import Bomb
@@ -26,6 +29,8 @@ from wlora.errors import ConfigError
 from wlora.models.heads import head_parameters
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.source import locate
+from wlora.models.tiny import build_tokenizer
+from wlora.reading import strict_lookups
 
 STORY = "Anna went to the library. Ben grabbed the ball."
 CLAIM = "Anna is in the library."
@@ -341,3 +346,24 @@ def test_other_weights_under_a_pinned_name_are_refused_unless_the_pin_is_lifted(
     assert "53aa51172d14" in lines[0] and "model.sha256=null" in lines[1]
     lifted = compose("model=minilm", f"model.path={tmp_path}", "model.sha256=null", "k=1").model
     assert locate(lifted).location == str(tmp_path)
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_taken_for_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers leaves out `tokenizer_config.json` then, and the run would have other numbers."""
+    folder = tmp_path / "tokenizer"
+    build_tokenizer().save_pretrained(str(folder))
+    look = os.stat
+
+    def fail(path: Any, *given: Any, **named: Any) -> os.stat_result:
+        if str(path).endswith("tokenizer_config.json"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return look(path, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", fail)
+        AutoTokenizer.from_pretrained(folder)  # no word of it
+        with strict_lookups(), pytest.raises(OSError, match="Input/output error"):
+            AutoTokenizer.from_pretrained(folder)
+    with strict_lookups():
+        AutoTokenizer.from_pretrained(folder)
+        assert not os.path.exists(tmp_path / "none") and not os.path.isfile(folder) and os.path.isdir(folder)

@@ -26,7 +26,7 @@ _BINS = 10  # groups of values in a regression
 
 def made_from_train(name: str) -> bool:
     """Tell whether the name of a validation split is a share or a number of folds, as in `0.1` or `folds=5`."""
-    return bool(re.fullmatch(r"0?\.\d+|folds=\d+", name))
+    return bool(re.fullmatch(r"0?\.\d+|folds=\d+", str(name)))
 
 
 def count_folds(task: TaskConfig) -> int | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from wlora.config.schema import ModelConfig
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.gguf import find_gguf
-from wlora.reading import read_file, read_json
+from wlora.reading import read_file, read_json, strict_lookups
 from wlora.storage.content_hash import hash_file, hash_files, read_as_hashed
 
 _CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt"}
@@ -77,18 +77,21 @@ def _hashed(key: str, location: str, files: list[Path]) -> ModelSource:
         raise ConfigError(f"{key}: {error.filename} cannot be read ({error.strerror})") from error
 
 
-def unchanged(model: ModelConfig, source: ModelSource) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager for reading a model's files. It fails if they differ from those of `source`.
+@contextlib.contextmanager
+def unchanged(model: ModelConfig, source: ModelSource) -> Iterator[None]:
+    """Context manager for reading a model's files. It fails if they differ from those of `source`.
 
     Raises:
         ConfigError: the files changed, detected at the beginning or the end of the block.
+        OSError: a file cannot be looked at, which libraries would take for its absence.
     """
 
     def identify() -> tuple[str | None, Sequence[Path]]:
         found = locate(model)
         return found.fingerprint, found.files
 
-    return read_as_hashed(f"model.path={source.location}", source.fingerprint, identify)
+    with read_as_hashed(f"model.path={source.location}", source.fingerprint, identify), strict_lookups():
+        yield
 
 
 def _refuse_elsewhere(index: Path, key: str) -> None:
