@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from wlora.analysis.study import Run, setting_of
-from wlora.distributed import first_time
 from wlora.errors import ConfigError, wrong_value
 from wlora.reading import find_misfit
 from wlora.storage.index import Entry, Index
@@ -135,6 +134,5 @@ def read_curve(store: RecordStore, run: Run, *, key: str = "") -> list[dict[str,
     try:
         return store.read_curve(run.record, key=key)
     except ConfigError as damage:
-        if first_time(str(damage)):
-            print(f"notice: {damage}; it is left out", file=sys.stderr)
+        print(f"notice: {damage}; it is left out", file=sys.stderr)
         return []
