@@ -79,7 +79,6 @@ def load_model(args: argparse.Namespace) -> Any:
 
 def train(args: argparse.Namespace, model: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
     """Train and evaluate after every epoch; returns what there is to print of it."""
-    import torch
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     class TimedTrainer(Trainer):  # type: ignore[misc]
@@ -107,7 +106,6 @@ def train(args: argparse.Namespace, model: Any, data: Any, tokenizer: Any) -> di
             warmup_steps=20,
             seed=args.seed,
             bf16=args.bf16,
-            use_cpu=not torch.cuda.is_available(),
             eval_strategy="epoch",
             save_strategy="no",
             logging_strategy="no",

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import os
 import signal
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -109,9 +110,7 @@ def run_one(composed: DictConfig, sweep: Sweep | None = None) -> Outcome:
     from hydra.core.hydra_config import HydraConfig
 
     protect_output()
-    # Unresolved: arguments may contain interpolations, which cannot be resolved within Hydra's own configuration.
-    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    overrides = [str(word) for word in words]
+    overrides = job_words()
     name = ""
     if sweep is not None:
         name = sweep.label(overrides)
@@ -128,6 +127,15 @@ def run_one(composed: DictConfig, sweep: Sweep | None = None) -> Outcome:
             _hand_on(outcome.exit_code)
     OUTCOMES.outcomes.append(outcome)
     return outcome
+
+
+def job_words() -> list[str]:
+    """Return the command-line arguments of the run that Hydra has just composed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    # Unresolved: arguments may contain interpolations, which cannot be resolved within Hydra's own configuration.
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return [str(word) for word in words]
 
 
 def _hand_on(exit_code: int) -> None:
@@ -192,14 +200,19 @@ def _run_composed(name: str, composed: DictConfig, overrides: list[str], *, in_s
     if (folds := count_folds(config.task)) and config.task.fold is None and not config.dry_run:
         return _run_folds(name, config, overrides, folds)
     if config.dry_run:
-        from wlora.experiment.dry_run import describe
-
-        print(describe(config))
-        return Outcome(name, "described", None, 0)
+        return describe_run(name, config)
     from wlora.experiment.run import run
     from wlora.experiment.shared_inputs import inputs_of_process
 
     return outcome_of(name, run(config, overrides, inputs_of_process() if in_sweep else None))
+
+
+def describe_run(name: str, config: Config) -> Outcome:
+    """Print what a run would do (`dry_run=true`)."""
+    from wlora.experiment.dry_run import describe
+
+    print(describe(config))
+    return Outcome(name, "described", None, 0)
 
 
 def _run_folds(name: str, config: Config, overrides: list[str], folds: int) -> Outcome:
@@ -214,9 +227,9 @@ def _run_folds(name: str, config: Config, overrides: list[str], folds: int) -> O
         own.task.fold = fold
         found.append(outcome_of(name, run(own, overrides, inputs_of_process())))
     scores = [outcome.score for outcome in found if outcome.score is not None]
-    mean = sum(scores) / len(scores) if scores else None
+    mean = statistics.fmean(scores) if scores else None
     if mean is not None and len(scores) == folds:
-        spread = (sum((score - mean) ** 2 for score in scores) / (folds - 1)) ** 0.5
+        spread = statistics.stdev(scores)
         put(f"folds      {config.task.primary_metric} {mean:.4f}, standard deviation {spread:.4f}, over {folds} folds")
     seconds = [outcome.seconds for outcome in found if outcome.seconds is not None]
     worst = next((outcome for outcome in found if outcome.status != "success"), found[-1])

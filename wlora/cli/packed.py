@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from wlora.cli.job import OUTCOMES, Outcome, Sweep, attempt, outcome_of, settle
+from wlora.cli.job import OUTCOMES, Outcome, Sweep, attempt, describe_run, job_words, outcome_of, settle
 from wlora.console import protect_output, say
 from wlora.data.held_out import count_folds
 from wlora.distributed import several
@@ -33,11 +33,8 @@ class Prepared:
 
 def prepare_one(composed: DictConfig, sweep: Sweep) -> Prepared | Outcome:
     """Check one composed configuration: the function that Hydra's launcher calls for each run."""
-    from hydra.core.hydra_config import HydraConfig
-
     protect_output()
-    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    overrides = [str(word) for word in words]
+    overrides = job_words()
     name, found = sweep.label(overrides), list[Prepared]()
 
     def act() -> Outcome:
@@ -50,10 +47,7 @@ def prepare_one(composed: DictConfig, sweep: Sweep) -> Prepared | Outcome:
                 f"task.validation=folds={folds} hydra/launcher=packed: add the folds, as in task.fold={numbers}"
             )
         if config.dry_run:
-            from wlora.experiment.dry_run import describe
-
-            print(describe(config))
-            return Outcome(name, "described", None, 0)
+            return describe_run(name, config)
         found.append(Prepared(name, Entry(config, overrides)))
         return Outcome(name, "prepared", None, 0)
 

@@ -7,6 +7,7 @@ settled for every task. It never imports torch.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -151,10 +152,7 @@ def _settle_splits(task: TaskConfig, there: Sequence[str]) -> list[str]:
 
 def _standard(task: TaskConfig) -> str | None:
     """Return the name of the label column where `task.label` is null."""
-    before, task.label = task.label, None
-    name = label_column(task)
-    task.label = before
-    return name
+    return label_column(dataclasses.replace(task, label=None))
 
 
 def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:

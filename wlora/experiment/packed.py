@@ -113,7 +113,7 @@ def _start(index: int, entry: Entry, signals: StopSignals) -> _Active | Record |
         job: Job = next(steps)
         trainer = job.trainer
         if trainer.step > 0 and not trainer.keyed:
-            say("it was begun alone and goes on alone")
+            say(f"{job.record.run_id} was begun alone and goes on alone")
             return drive(steps, lambda batches: compute_gradients(trainer, batches))
         trainer.keyed = True
         return _Active(index, steps, job, next(steps))

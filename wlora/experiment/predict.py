@@ -158,12 +158,12 @@ def _predict_glue(config: Config, record: Record, results: str, folder: Path) ->
 
 def _label(trained: Trained, inputs: pa.Table) -> pa.Table:
     """Return the predictions of checked rows, one line per row (see `Task.answer`)."""
-    import torch
     from accelerate import Accelerator
 
     from wlora.training.evaluation import predict as predict_rows
+    from wlora.training.precision import has_accelerator
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=not has_accelerator())
     rows = wrap(inputs, f"predict/{inputs.num_rows}/{id(inputs)}")
     features = trained.task.encode(rows, trained.tokenizer, training=False)
     if features.truncated_share:

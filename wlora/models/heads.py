@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from wlora.models.architectures import order_classes
+from wlora.tasks.class_weights import class_losses
 
 AUTO: dict[str, Any] = {
     "sequence_classification": AutoModelForSequenceClassification,
@@ -123,9 +124,7 @@ def weigh_classes(model: PreTrainedModel, weights: Sequence[float]) -> None:
 
     def reweigh(_: nn.Module, args: Any, inputs: dict[str, Any], outputs: Any) -> Any:
         if model.training and inputs.get("labels") is not None:
-            labels = inputs["labels"]
-            losses = nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="none")
-            outputs.loss = (torch.tensor(weights, device=losses.device)[labels] * losses).mean()
+            outputs.loss = class_losses(outputs.logits.float(), inputs["labels"], weights).mean()
         return outputs
 
     model.register_forward_hook(reweigh, with_kwargs=True)

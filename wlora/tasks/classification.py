@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from wlora.errors import wrong_value
 from wlora.metrics.classes import score_classes
 from wlora.metrics.glue import compute, metrics_of
 from wlora.tasks.base import check_metrics
+from wlora.tasks.class_weights import balance_classes, class_losses
 
 
 class SequenceClassification:
@@ -99,10 +99,7 @@ class SequenceClassification:
         logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
         if self.regression:
             return F.mse_loss(logits.view(-1), labels.to(logits.dtype), reduction="none")
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        if self.class_weights is not None and model.training:
-            losses = losses * torch.tensor(self.class_weights, device=losses.device, dtype=losses.dtype)[labels]
-        return losses
+        return class_losses(logits, labels, self.class_weights if model.training else None)
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any
@@ -158,12 +155,3 @@ class SequenceClassification:
         logits = np.stack(predictions)
         decided: np.ndarray = logits[:, 0] if self.regression else logits.argmax(axis=1)
         return decided
-
-
-def balance_classes(labels: Sequence[int], classes: int) -> list[float]:
-    """Return a weight per class that is inversely proportional to its frequency, with mean 1 over the rows.
-
-    A class without rows has weight 0. This is `class_weight="balanced"` of scikit-learn for the classes that occur.
-    """
-    counts = Counter(labels)
-    return [len(labels) / (len(counts) * counts[number]) if number in counts else 0.0 for number in range(classes)]

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -74,6 +74,16 @@ class Member:
         return self.trainer.method.adapters.lowest_layer
 
 
+@dataclass
+class _Pass:
+    """One forward pass: the runs whose rows it has, their dropout and stacked parameters, and the calls of each module."""
+
+    members: list[Member]
+    dropout: KeyedDropout
+    stacks: Stacks = field(default_factory=Stacks)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
 class Pack:
     """Runs that train together. They share model, precision, task and data; `join` makes room for one more.
 
@@ -86,17 +96,14 @@ class Pack:
         self.device = first.accelerator.device
         self.most_rows: int | None = None  # of a pass; None without a bound
         self._members: dict[int, Member] = {}
-        self._now: list[Member] = []
-        self._dropout = KeyedDropout([0], 1, self.device)
-        self._stacks = Stacks()
-        self._calls: Counter[str] = Counter()
+        self._pass: _Pass
         self.carrier = _strip(first.bare_model).train()
         self._depth = int(self.carrier.config.num_hidden_layers)
         self._patched: set[str] = set()
         for name in _with_parameters(self.carrier):
             self._patch(name, self._apply_own)
         self._dtype = next(p.dtype for p in first.head) if first.head else torch.float32
-        self._open = ExitStack()
+        self._open = ExitStack()  # for as long as there is a pack
         self._open.enter_context(first_token_alone(self.carrier))
         self.join(first)
 
@@ -187,8 +194,8 @@ class Pack:
             for member, piece in zip(members, pieces, strict=True)
         ]
         weighting = inputs.pop("shares")
-        self._now, self._stacks, self._calls = members, Stacks(), Counter()
-        with KeyedDropout(keys, rows, self.device) as self._dropout:
+        with KeyedDropout(keys, rows, self.device) as dropout:
+            self._pass = _Pass(members, dropout)
             losses = self.task.row_losses(self.carrier, inputs).view(len(members), rows)
         each = (losses.to(self._dtype) * weighting).sum(1)
         scalers = [member.trainer.scaler for member in members]
@@ -197,7 +204,7 @@ class Pack:
             torch.autograd.backward(torch.stack(scaled).sum())
         else:
             torch.autograd.backward(each.sum())
-        self._stacks.divide()
+        self._pass.stacks.divide()
         return each.detach().unbind()
 
     def _patch(self, name: str, forward: Any) -> None:
@@ -208,22 +215,22 @@ class Pack:
 
     def _apply_adapted(self, name: str, base: Any, x: Tensor) -> Tensor:
         """Apply a base module to all rows, and each run's adapter to the rows of that run."""
-        adapters = [member.adapters.get(name) for member in self._now]
-
-        self._calls[name] += 1  # a module may be called more than once in a pass, as in ALBERT's shared layers
-        place = f"{name}/{self._calls[name]}"
+        now = self._pass
+        adapters = [member.adapters.get(name) for member in now.members]
+        now.calls[name] += 1  # a module may be called more than once in a pass, as in ALBERT's shared layers
+        place = f"{name}/{now.calls[name]}"
 
         def drop(rows: Tensor, p: float, index: Tensor | None) -> Tensor:
-            return self._dropout.drop(rows, p, place, index)
+            return now.dropout.drop(rows, p, place, index)
 
-        return add_adapters(base(x), x, adapters, drop, self._stacks)
+        return add_adapters(base(x), x, adapters, drop, now.stacks)
 
     def _apply_own(self, name: str, base: Any, x: Tensor) -> Tensor:
         """Apply each run's own module of the head to the rows of that run."""
-        modules = [member.heads[name] for member in self._now]
+        modules = [member.heads[name] for member in self._pass.members]
         linears = [module for module in modules if isinstance(module, nn.Linear)]
         if len(linears) == len(modules):
-            return apply_linears(x, linears, self._stacks)
+            return apply_linears(x, linears, self._pass.stacks)
         blocks = x.view(len(modules), -1, *x.shape[1:]).unbind()
         return torch.cat([module(block) for module, block in zip(modules, blocks, strict=True)])
 

@@ -43,9 +43,9 @@ def plan_passes(
         most_rows: the most rows of a pass; None without a bound.
         padded: whether a piece may be padded to the length of another. If not, only pieces of equal length share a pass.
     """
-    passes = [[part] for piece in pieces for part in _divide(piece, most_rows)]
     if len({(piece.length, piece.lowest) for piece in pieces}) == 1 and most_rows is None:
         return [pieces]
+    passes = [[part] for piece in pieces for part in _divide(piece, most_rows)]
     constant = _PASS.get(device, _PASS["cuda"])
 
     def cost(group: list[Piece]) -> float:
