@@ -106,6 +106,7 @@ def train(args: argparse.Namespace, model: Any, data: Any, tokenizer: Any) -> di
             warmup_steps=20,
             seed=args.seed,
             bf16=args.bf16,
+            use_cpu=not torch.cuda.is_available(),  # without it bf16 is refused where there is no GPU
             eval_strategy="epoch",
             save_strategy="no",
             logging_strategy="no",
