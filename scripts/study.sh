@@ -36,23 +36,22 @@ sweep() {
     queue+=("results_dir=$RESULTS task=$1 ${DATA:+task.path=$DATA/$1} method=$2$words")
 }
 
-# The small studies: MiniLM (K out of 18 adapters on query, key and value, or 36 on all linears) on samples, and SmolLM2-135M for
-# Table 3 (MODEL). small TASK prints the words that all their runs have. tune_small SEEDS TASK METHOD OVERRIDE...: four rates on TUNE_SEED, a fifth where the best is
-# at an edge, then the reported seeds 0 to SEEDS - 1 at the best rate; call it once per phase of PHASES, with a stage after it.
+# The small studies: MiniLM (K out of 18 adapters on query, key and value, or 36 on all linears) on samples of the tasks. MODEL
+# names another model: SmolLM2-135M in Table 3, a small BART in Table 5. small TASK prints the words that all their runs have.
+# tune_small SEEDS TASK METHOD OVERRIDE...: four rates on TUNE_SEED, a fifth where the best is at an edge, then the reported
+# seeds 0 to SEEDS - 1 at the best rate; call it once per phase of PHASES, with a stage after it.
 PHASES="grid beyond seeds"
 small() {
-    local shared="precision=bf16 train.accumulation_steps=1 train.checkpoint_every=0 train.save_adapter=false"
-    if [ "${MODEL:-minilm}" != minilm ]; then
-        echo "$MODEL $shared task.batch_size=16 task.max_train_rows=1024 task.epochs=1"
-        return
-    fi
-    echo "model=minilm $shared task.batch_size=32"
-    case $1 in
-    sst2) echo "task.max_train_rows=4000 task.epochs=3" ;;
-    mrpc) echo "task.epochs=3" ;;
-    qnli) echo "task.max_train_rows=4000 task.epochs=2" ;;
-    squad_v1) echo "task.max_train_rows=4000 task.max_eval_rows=1000 task.epochs=2" ;;
+    local words="${MODEL:-model=minilm} precision=bf16 train.accumulation_steps=1 train.checkpoint_every=0 train.save_adapter=false"
+    case "${MODEL:-minilm} $1" in
+    model=smollm2*) words+=" task.batch_size=16 task.max_train_rows=1024 task.epochs=1" ;;
+    *story_summary) words+=" task.batch_size=32 task.epochs=5" ;;
+    *sst2) words+=" task.batch_size=32 task.max_train_rows=4000 task.epochs=3" ;;
+    *mrpc) words+=" task.batch_size=32 task.epochs=3" ;;
+    *qnli) words+=" task.batch_size=32 task.max_train_rows=4000 task.epochs=2" ;;
+    *squad_v1) words+=" task.batch_size=32 task.max_train_rows=4000 task.max_eval_rows=1000 task.epochs=2" ;;
     esac
+    echo "$words"
 }
 # tuned_rate TASK METHOD OVERRIDE...: the best rate on TUNE_SEED among the recorded runs, for use in another setting
 tuned_rate() {

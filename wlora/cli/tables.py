@@ -190,7 +190,7 @@ def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown
     _save(folder / f"{name}.tex", to_latex(grid, caption=said, label=f"tab:{name}", notes=below))
     printed = read_printed(layout)
     if printed:
-        beside = draw_companion(table, printed)
+        beside = draw_companion(table, layout, printed)
         about = f"The paper's {title}, and in brackets ours minus the paper's. {_model_note(table)}{layout.remark}".strip()
         page += [f"## {title} in the paper", about, to_markdown(beside), *_row_notes(layout)]
         _save(folder / f"{name}_paper.csv", companion_csv(table, printed))

@@ -145,12 +145,13 @@ def _table(whole: Table) -> str:
         compared = to_html(draw_comparisons(answers, table.layout))
         about = _caption("Mean difference and probability of improvement, with 95 % bootstrap intervals over seeds.")
         parts.append(_section("Comparisons", about + compared, opened=False, level="h4"))
-    printed = read_printed(table.layout)
+    layout = LAYOUTS[table.layout.name]
+    printed = read_printed(layout)
     if printed:
         said = (
-            f"The paper's figures with {table.layout.model}, and in brackets ours minus the paper's. {table.layout.remark}"
+            f"The paper's figures with {layout.model}, and in brackets ours minus the paper's. {layout.remark}"
         )
-        beside = _caption(said) + to_html(draw_companion(table, printed))
+        beside = _caption(said) + to_html(draw_companion(table, layout, printed))
         parts.append(_section("In the paper", beside, opened=False, level="h4"))
     return "\n".join(parts)
 

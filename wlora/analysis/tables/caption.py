@@ -36,8 +36,9 @@ def notes(table: Table) -> list[str]:
     found = []
     missing = sum(cell.missing for cell in table.cells.values())
     if missing:
-        expected = table.seeds * len(table.cells)
-        found.append(f"Missing: {missing} of {expected} runs ({table.seeds} per cell); a dash is a cell without any.")
+        fewer = sum(bool(cell.missing) for cell in table.cells.values())
+        which = f"{fewer} of {len(table.cells)} cells have fewer than {table.seeds} runs"
+        found.append(f"{which}: {missing} runs are missing; a dash is a cell without any.")
     for (row, task), cell in table.cells.items():
         if cell.diverged:
             total = cell.diverged + len(cell.runs)

@@ -131,6 +131,7 @@ def fill(
     fitting = [run for run in runs if belongs(run, layout)]
     model = model or main_model(fitting, layout.model) or main_model(runs) or layout.model
     mine = [run for run in fitting if run.model == model]
+    layout = _narrowed(layout, mine, model)
     rows = _rows(layout, mine, model)
     groups: dict[tuple[Row, str], list[Run]] = {(row, column.task): [] for row in rows for column in layout.columns}
     for run in mine:
@@ -162,6 +163,19 @@ def belongs(run: Run, layout: Layout) -> bool:
     has_group = layout.group is None or getattr(row_of(run), layout.group) is not None
     has_group &= layout.others or run.method in layout.methods
     return (targets is None or targets in layout.targets) and fits_rank and has_group
+
+
+def _narrowed(layout: Layout, runs: Sequence[Run], model: str) -> Layout:
+    """Return a layout with only the tasks and ranks that have runs, if these are of another model than the paper's.
+
+    A small study has some of the paper's tasks and ranks. The dashes in its table are then runs that it lacks.
+    """
+    if model == layout.model or not runs:
+        return layout
+    tasks, ranks = {run.task for run in runs}, {run.rank for run in runs}
+    columns = tuple(column for column in (*layout.columns, *layout.stand_ins) if column.task in tasks)
+    rows = tuple(row for row in layout.rows if layout.group != "rank" or row.rank in ranks)
+    return replace(layout, columns=columns, rows=rows)
 
 
 def _rows(layout: Layout, runs: Sequence[Run], model: str) -> tuple[Row, ...]:

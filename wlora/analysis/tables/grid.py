@@ -55,22 +55,28 @@ def draw(table: Table, printed: dict[Row, PrintedRow] | None = None) -> Grid:
     return _arrange(table.layout, table.rows, content)
 
 
-def draw_companion(table: Table, printed: dict[Row, PrintedRow]) -> Grid:
-    """Draw the paper's numbers, each with the difference ours - paper's in brackets."""
-    layout, digits = table.layout, decimals(table.layout)
+def draw_companion(table: Table, layout: Layout, printed: dict[Row, PrintedRow]) -> Grid:
+    """Draw the paper's numbers, each with the difference ours - paper's in brackets.
+
+    Args:
+        table: ours; another model's may have fewer rows and columns.
+        layout: the paper's table.
+        printed: its numbers, read with this layout.
+    """
+    digits = decimals(layout)
     columns = {column.task: column for column in layout.columns}
 
     def cell(row: Row, task: str) -> str:
         column = columns[task]
         figures = [printed[row].values[column_name(column, metric)] for metric in column.metrics]
-        return _with_difference(figures, [s.mean for s in table.cells[row, task].summaries], digits)
+        ours = table.cells.get((row, task))
+        return _with_difference(figures, [s.mean for s in ours.summaries] if ours else [], digits)
 
     def average(row: Row) -> str:
         mean, ours = printed[row].average, table.averages.get(row)
         return _with_difference([mean or 0.0], [s.mean for s in ours.summaries] if ours and table.complete else [], digits)
 
-    rows = tuple(row for row in table.rows if row in printed)
-    return _arrange(layout, rows, Content(cell, lambda row: printed[row].parameters, average))
+    return _arrange(layout, tuple(printed), Content(cell, lambda row: printed[row].parameters, average))
 
 
 def draw_comparisons(answers: Sequence[Answer], layout: Layout) -> Grid:

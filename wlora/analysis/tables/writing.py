@@ -182,10 +182,8 @@ def companion_csv(table: Table, printed: Mapping[Row, PrintedRow]) -> str:
     """Write the paper's figures and ours, one figure per line, in the table's units; `difference` is ours - paper's."""
     lines = []
     for row, line in printed.items():
-        if row not in table.rows:
-            continue
         ours: dict[str, float] = {}
-        for column in table.layout.columns:
+        for column in table.layout.columns if row in table.rows else ():
             means = [summary.mean for summary in table.cells[row, column.task].summaries]
             ours |= dict(zip((column_name(column, metric) for metric in column.metrics), means, strict=False))
         paper = dict(line.values)
