@@ -159,7 +159,6 @@ def test_failed_runs_leave_gaps_and_mistakes_end_the_study(
     ("name", "options", "said"),
     [
         ("table1", {"SCALE": "big"}, "error: SCALE=big: allowed is paper | cpu"),
-        ("table5", {"SCALE": "cpu"}, "error: SCALE=cpu: allowed is paper"),
         ("table6", {"PROTOCOL": "x"}, "error: PROTOCOL=x: allowed is steps | printed"),
     ],
 )

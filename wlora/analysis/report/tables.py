@@ -148,9 +148,7 @@ def _table(whole: Table) -> str:
     layout = LAYOUTS[table.layout.name]
     printed = read_printed(layout)
     if printed:
-        said = (
-            f"The paper's figures with {layout.model}, and in brackets ours minus the paper's. {layout.remark}"
-        )
+        said = f"The paper's figures with {layout.model}, and in brackets ours minus the paper's. {layout.remark}"
         beside = _caption(said) + to_html(draw_companion(table, layout, printed))
         parts.append(_section("In the paper", beside, opened=False, level="h4"))
     return "\n".join(parts)
