@@ -7,11 +7,11 @@
 #   DATA=DIR          local copies, one folder per task         [the hub]
 #   TASKS="rte mrpc"  METHODS="lora wlora"                      [all of the script]
 #   TUNE_SEED=N       seed for tuning rates and warm-up; larger than the reported seeds   [100]
-#   RACE=1            race the tuning sweeps (docs/sweeps.md): rates that fall behind are stopped
-#   JOBS=N            sweeps at once; with GPUS=N each takes one of N GPUs   [1]
+#   RACE=1            race the tuning sweeps (docs/sweeps.md): the worse rates are stopped early
+#   JOBS=N            number of simultaneous sweeps; with GPUS=N each uses one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
 #
-# PHASE and PHASES are shared with the scripts; the words of `small` are split on purpose:
+# PHASE and PHASES are shared with the scripts; the output of `small` is split into words on purpose:
 # shellcheck shell=bash disable=SC2034,SC2046,SC2153
 
 set -euo pipefail
@@ -37,8 +37,9 @@ sweep() {
 }
 
 # The small studies: MiniLM (K out of 18 adapters on query, key and value, or 36 on all linears) on samples, and SmolLM2-135M for
-# Table 3 (MODEL). small TASK prints the words that all their runs have. tune_small SEEDS TASK METHOD OVERRIDE...: four rates on TUNE_SEED, a fifth where the best is
-# at an edge, then the reported seeds 0 to SEEDS - 1 at the best rate; call it once per phase of PHASES, with a stage after it.
+# Table 3 (MODEL). small TASK prints the arguments that all their runs share. tune_small SEEDS TASK METHOD OVERRIDE...: four
+# rates on TUNE_SEED, a fifth if the best one is at an edge, then the reported seeds 0 to SEEDS - 1 at the best rate. Call it
+# once per phase of PHASES, and `stage` after each phase.
 PHASES="grid beyond seeds"
 small() {
     local shared="precision=bf16 train.accumulation_steps=1 train.checkpoint_every=0 train.save_adapter=false"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Table 1 (the paper, 4.1 and B.1): every method on GLUE with DeBERTaV3-base, rank 8 on query, key and value.
-# experiment=table1 has batch, accumulation, 512 steps, warm-up 100 and the grid of learning rates. The learning rate is the
-# best of the grid on TUNE_SEED, for each method and task; then five seeds. Settings: scripts/study.sh, and
+# experiment=table1 sets batch size, accumulation, 512 steps, warm-up 100 and the grid of learning rates. For each method and
+# task, the best learning rate on TUNE_SEED is chosen; then five seeds run with it. Settings: scripts/study.sh, and
 #   PROTOCOL=steps    512 steps on every task, as the published code trains
-#   PROTOCOL=printed  one epoch, as the paper prints: 13 steps of RTE; warm-up 100, or a tenth of the run if that is less
+#   PROTOCOL=printed  one epoch, as in the paper's text (13 steps on RTE); warm-up 100, but at most a tenth of the run
 . "$(dirname "$0")/study.sh"
 
 methods="full lora adalora increlora dynamic_lora lora_drop alora melora flexlora"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 6 (the paper, 4.4): WLoRA against the same with random survivors, as in Table 1; K = 1, 5, 10.
-# Its WLoRA runs are those of scripts/table1.sh, which are not repeated. Settings: scripts/study.sh, PROTOCOL as in table1.sh.
+# Table 6 (the paper, 4.4): WLoRA compared with RLoRA, which selects at random; settings as in Table 1; K = 1, 5, 10. The runs
+# of WLoRA are shared with scripts/table1.sh and are not repeated. Settings: scripts/study.sh, and PROTOCOL as in table1.sh.
 . "$(dirname "$0")/study.sh"
 
 case $SCALE in

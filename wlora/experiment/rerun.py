@@ -87,7 +87,7 @@ def _refuse_other_numerics(record: Record, config: Config) -> None:
     if then != now:
         raise ConfigError(
             f"from={record.run_id}: method={config.method['name']} now computes different numbers (revision {now}, not "
-            f"{then}): allowed is a record of revision {now}, or the commit {record.environment.get('git_commit')} that made this one"
+            f"{then}): allowed is a record of revision {now}, or its commit {record.environment.get('git_commit')}"
         )
 
 

@@ -65,9 +65,7 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
             collate=loader.collate_fn,
         )
         if rows is not None and any(len(phase.rows) < len(rows) for phase in self.handle.phases):
-            notice(
-                f"method={self.handle.name} requests parts of the training rows (handle.phases), but the Trainer draws from all"
-            )
+            notice(f"method={self.handle.name} requests parts of the rows (handle.phases), but the Trainer draws from all")
         if saved := optimizer.param_groups[0].get(_STATE):
             self.handle.load_state_dict(saved)
         if self.handle.done != state.global_step:
