@@ -227,7 +227,7 @@ def _tell(words: Sequence[str]) -> None:
     unknown = sum(cell.left for cell in cells if cell.seconds is None)
     seconds = sum(cell.seconds_left or 0 for cell in cells)
     print(f"{total - left} of {total} runs done; {duration(seconds)} left on one process", end="")
-    print(f", and {unknown} runs of unknown length" if unknown else "")
+    print(f", not counting {unknown} runs of unknown length" if unknown else "")
 
 
 def _split(line: str) -> list[str]:
