@@ -1,8 +1,8 @@
 """Pause the owner of a run for longer than its lock's lease: the part `pause` of `scripts/reliability.py`.
 
 A first process runs a tiny experiment and is paused at a random moment. In every second trial, an external signal
-pauses it. In the other trials, it pauses itself before a random write operation, that is, between a check and the write. When
-the lease has expired, a second process takes over the run. The first process is continued before a random write operation of
+pauses it. In the other trials, it pauses itself before a random write operation, that is, between a check and the write.
+When the lease has expired, a second process takes over the run. The first process is continued before a random write of
 the second process, or after the end of the second process.
 
 All processes are forked from one process that has imported all modules and loaded the data and the model.

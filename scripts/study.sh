@@ -23,6 +23,15 @@ extra=("$@") queue=() planned=()
 # chosen LIST NAME: whether NAME is in LIST; an empty list contains every name
 chosen() { [ -z "$1" ] || [[ " $1 " == *" $2 "* ]]; }
 
+# set_protocol: sets `protocol` to the arguments of PROTOCOL (Tables 1 and 6)
+set_protocol() {
+    case ${PROTOCOL:-steps} in
+    steps) protocol="train.max_steps=512" ;;
+    printed) protocol="train.max_steps=null task.epochs=1 warmup=null" ;;
+    *) echo "error: PROTOCOL=$PROTOCOL: allowed is steps | printed" >&2; exit 2 ;;
+    esac
+}
+
 # sweep TASK METHOD OVERRIDE...
 sweep() {
     chosen "${TASKS:-}" "$1" && chosen "${METHODS:-}" "$2" || return 0

@@ -10,11 +10,7 @@ methods="full lora adalora increlora dynamic_lora lora_drop alora melora flexlor
 
 case $SCALE in
 paper)
-    case ${PROTOCOL:-steps} in
-    steps) protocol="train.max_steps=512" ;;
-    printed) protocol="train.max_steps=null task.epochs=1 warmup=null" ;;
-    *) echo "error: PROTOCOL=$PROTOCOL: allowed is steps | printed" >&2; exit 2 ;;
-    esac
+    set_protocol
     for rate in "seed=$TUNE_SEED" "lr=tuned seed=range(5)"; do
         for task in mnli sst2 cola qqp qnli rte mrpc; do
             for method in $methods; do sweep $task $method experiment=table1 $protocol $rate; done

@@ -5,11 +5,7 @@
 
 case $SCALE in
 paper)
-    case ${PROTOCOL:-steps} in
-    steps) protocol="train.max_steps=512" ;;
-    printed) protocol="train.max_steps=null task.epochs=1 warmup=null" ;;
-    *) echo "error: PROTOCOL=$PROTOCOL: allowed is steps | printed" >&2; exit 2 ;;
-    esac
+    set_protocol
     for rate in "seed=$TUNE_SEED" "lr=tuned seed=range(5)"; do
         for task in mnli sst2 cola qqp qnli rte mrpc; do
             for method in wlora rlora; do sweep $task $method experiment=table6 k=1,5,10 $protocol $rate; done

@@ -238,7 +238,7 @@ def read_adapter(path: str) -> Start:
     alphas = [(_compile(pattern), alpha) for pattern, alpha in config["alpha_pattern"].items()]
     for name, pair in matrices.items():
         if len(pair) < 2 or not len(pair["A"]) == pair["B"].shape[1] > 0:
-            raise ConfigError(f"adapter.path={path}: the shapes of A and B of {name} do not match")
+            raise ConfigError(f"adapter.path={path}: A and B of {name} are incomplete, or their shapes do not match")
         alpha = next((a for pattern, a in alphas if pattern.match(name)), config["lora_alpha"])
         adapters[name] = Factors(pair["A"].float(), pair["B"].float(), alpha / len(pair["A"]))
     return Start(adapters, head)
