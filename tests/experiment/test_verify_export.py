@@ -107,7 +107,7 @@ def test_what_vllm_refuses_is_told_with_the_way_out(
     assert "nothing" in told("model=tiny_llama", "method=lora")
     monkeypatch.setattr("wlora.experiment.verify_export._VLLM_RANK", 4)
     assert "does not support rank 8 by default\nway out: --max-lora-rank 8" in told("model=tiny_llama", "method=lora")
-    assert "it reads plain LoRA" in told("method=vera")
+    assert "only plain LoRA" in told("method=vera")
 
 
 def test_a_folder_that_is_no_export_is_refused_in_a_line(tmp_path: Path) -> None:
