@@ -104,7 +104,7 @@ def test_what_vllm_refuses_is_told_with_the_way_out(
 
     pooler = told("method=lora")
     assert "does not support modules_to_save=bert.pooler, only classifier and score\nway out: serve" in pooler
-    assert "nothing" in told("model=tiny_llama", "method=lora")
+    assert "supports all settings" in told("model=tiny_llama", "method=lora")
     monkeypatch.setattr("wlora.experiment.verify_export._VLLM_RANK", 4)
     assert "does not support rank 8 by default\nway out: --max-lora-rank 8" in told("model=tiny_llama", "method=lora")
     assert "only plain LoRA" in told("method=vera")
