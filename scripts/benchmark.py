@@ -1,22 +1,22 @@
-"""Speed and memory beside PEFT and transformers' Trainer, in one run on one machine. Every figure is a ratio within it.
+"""Benchmarks against PEFT and transformers' Trainer. All ratios compare measurements of one run on one machine.
 
     python scripts/benchmark.py steps [--repeats 3] [--models minilm deberta bart llama] [--times 1]
     python scripts/benchmark.py packs [--repeats 10] [--models minilm deberta] [--sizes 1 4 8 16]
     python scripts/benchmark.py end_to_end --data DIR [--baseline FILE] [--tasks sst2 mrpc] [--seeds 0 1 2] [--epochs 5]
 
-`steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut, without and with a
-stored prefix, and with the micro-batch grown into the freed memory; in float32, and in the low precision that the GPU or
-processor multiplies fast (PEFT's by autocast, where the model survives it). All take turns, and medians count. Batches are
-full, so tokens are unpadded ones; `--times` makes every batch so many times larger.
+`steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut. After the cut, it is
+timed without and with a stored prefix, and with a micro-batch that is enlarged to use the freed memory. The precisions are
+float32 and the low precision for which the hardware has fast products (for PEFT by autocast, if the model supports it). The
+contenders take turns, and medians are reported. Batches contain no padding. `--times` multiplies the batch size.
 
-`packs` times steps of packed runs beside steps of a run alone, and counts the operations dispatched per run
+`packs` times steps of packed runs and of a single run, and counts the operations dispatched per run
 (`scripts/benchmark_packs.py`).
 
-`end_to_end` trains whole runs (`scripts/benchmark_runs.py`) with MiniLM on MRPC and SST-2 (4,000 rows). PEFT under Trainer
-runs with each of its three forms of batches: padded to 128 tokens, random, and grouped by length. The ratio to the grouped
-form, `time_to_grouped`, is the fair one, because this project groups rows by length too. DIR holds mrpc/ and sst2/.
+`end_to_end` trains whole runs (`scripts/benchmark_runs.py`) with MiniLM on MRPC and SST-2 (4,000 rows). PEFT with Trainer
+uses three kinds of batches: padded to 128 tokens, random, and grouped by length. The ratio to the last kind,
+`time_to_grouped`, is the fair one, because this project groups rows by length, too. DIR contains mrpc/ and sst2/.
 
-Both run on the GPU if there is one, and write JSON and a table to --out [results/benchmarks].
+All three use the GPU if there is one, and write JSON and a table to --out [results/benchmarks].
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ from wlora.training.activation_memory import activation_bytes, build_example, ma
 from wlora.training.optimizers import Optimizers
 from wlora.training.precision import Precision, lower_base
 
-# Steps before the clock: on a GPU the first ones choose kernels and fill the allocator.
+# Untimed steps at the beginning: on a GPU, the first steps select kernels and fill the allocator.
 WARM_UP = 5 if DEVICE.type == "cuda" else 1
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the size of its micro-batch, and what a cut leaves: a pattern of module names."""
+    """A model, the size of its micro-batch, and the adapters that a cut keeps, as a pattern of module names."""
 
     words: tuple[str, ...]
     rows: int
@@ -66,13 +66,13 @@ class Case:
     kept: str
 
     def words_of(self, method: str) -> list[str]:
-        """Return the overrides of a run with a method."""
+        """Return the command-line arguments of a run with a method."""
         size = [f"task.batch_size={self.rows}", f"task.max_length={self.tokens}"]
         target = ["task.max_target_length=64"] if "task=xsum" in self.words else []
         return [*self.words, *size, *target, f"method={method}", "rank=8"]
 
 
-# Of DeBERTaV3-base what the paper's release keeps; of the others five in the highest layers.
+# For DeBERTaV3-base, the adapters that the paper's release keeps; for the others, five in the highest layers.
 CASES = {
     "minilm": Case(("task=mrpc", "model=minilm"), 32, 53, r"\.4\..*\.(key|value)|\.5\..*\.(query|key|value)"),
     "deberta": Case(("task=rte", "model=deberta_v3_base"), 32, 64, r"\.(8|10|11)\..*\.value_|\.11\..*\.(query|key)_"),
@@ -83,13 +83,13 @@ CASES = {
 
 @dataclass
 class Contender:
-    """Something whose steps are timed.
+    """A model and method whose steps are timed.
 
     Attributes:
-        step: takes one.
-        rows: of its batch.
-        saved: bytes kept for its backward pass.
-        memory: bytes of weights, gradients, moments and what comes and goes in a step.
+        step: function that takes one step.
+        rows: rows of the batch.
+        saved: bytes saved for the backward pass.
+        memory: bytes of weights, gradients, moments and temporary tensors of a step.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Contender:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     steps = kinds.add_parser("steps")
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time steps of every model; ratios of time are per row, to PEFT's LoRA and to the same in float32."""
+    """Time steps of every model. Time ratios are per row, relative to PEFT's LoRA and to the same contender in float32."""
     rows: list[dict[str, Any]] = []
     precisions = dict.fromkeys(["fp32", fast_precision()])
     for name in args.models:
@@ -192,29 +192,29 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def synchronize() -> None:
-    """Wait for what the GPU has been given to do."""
+    """Wait until the GPU has finished its work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def build_model(config: Config) -> tuple[Any, dict[str, Tensor]]:
-    """Build an architecture with random weights, which cost what trained ones cost, and a full batch without padding."""
+    """Build a model with random weights, whose cost equals that of trained ones, and a full batch without padding."""
     torch.manual_seed(0)
     model = build_example(config, str(DEVICE))
     return model.train(), make_batch(model, config)
 
 
 def build_peft(case: Case, precision: str) -> Contender:
-    """PEFT's LoRA on the same modules with the same head, stepped as Trainer steps it: autocast, clip, AdamW, schedule.
+    """Build PEFT's LoRA on the same modules with the same head. Steps are as in Trainer: autocast, clip, AdamW, schedule.
 
     Raises:
-        RuntimeError: the model does not survive autocast.
+        RuntimeError: the model does not support autocast.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import get_linear_schedule_with_warmup
 
     model, batch = build_model(compose(case.words_of("lora")))
-    restore_attention(model)  # as transformers hands it out
+    restore_attention(model)  # use transformers' own attention
     stacks = layout_of(model).stacks
     suffixes = sorted({suffix.rpartition(".")[2] for stack in stacks for suffix in stack.qkv})
     head = sorted({name.split(".")[0] if "pooler" not in name else "pooler" for name in head_parameters(model)})
@@ -243,7 +243,7 @@ def build_peft(case: Case, precision: str) -> Contender:
 
 
 def measure(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Return the bytes kept for the backward pass, and with weights, gradients and AdamW's moments all of a step."""
+    """Return the bytes saved for the backward pass, and the total of a step with weights, gradients and AdamW's moments."""
     held = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
     saved = saved_bytes(model, batch)
     if DEVICE.type == "cpu":
@@ -254,10 +254,10 @@ def measure(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def build_ours(case: Case, precision: str) -> list[Contender]:
-    """Our LoRA, WeightLoRA before the cut, after it, after it with the prefix stored, and then with more rows at once."""
+    """Build our LoRA, and WeightLoRA before the cut, after the cut, with a stored prefix, and with a larger micro-batch."""
     found = build_stages(case, precision, [("LoRA", "lora", False), ("WLoRA before the cut", "wlora", False)])
     found += build_stages(case, precision, [("WLoRA cut", "wlora", True)])
-    # As `train.grow_batch` does: as many micro-batches at once as one took before the cut.
+    # Like `train.grow_batch`: combine as many micro-batches as fit into the memory of one before the cut.
     growth = found[1].saved // found[-1].saved
     if growth > 1:
         grown = dataclasses.replace(case, rows=growth * case.rows)
@@ -267,7 +267,7 @@ def build_ours(case: Case, precision: str) -> list[Contender]:
 
 
 def build_stages(case: Case, precision: str, plans: list[tuple[str, str, bool]]) -> list[Contender]:
-    """Build contenders: a name, a method, and whether it has cut; of one that has, without and with stored prefix."""
+    """Build contenders from (name, method, whether it has cut). After a cut, also one with the prefix."""
     found = []
     for name, method, cut in plans:
         ours = compose([*case.words_of(method), "k=5"])

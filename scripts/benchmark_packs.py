@@ -1,7 +1,7 @@
-"""Steps of packed runs beside steps of the same runs alone: the part `packs` of `scripts/benchmark.py`.
+"""Compare steps of packed runs with steps of single runs: the part `packs` of `scripts/benchmark.py`.
 
-The runs are real ones on the synthetic task story_nli, a grid of rates of LoRA and WLoRA; they take turns with a run alone.
-Once all have one seed, so that their batches are the same, and once each has its own.
+The runs are a grid of learning rates for LoRA and WLoRA on the synthetic task story_nli. Packs and a single run take turns.
+In one measurement all runs have the same seed, and thus the same batches; in another, each run has its own seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wlora.training.interruption import StopSignals
 from wlora.training.pack import Pack
 from wlora.training.trainer import Trainer
 
-# DeBERTaV3-base's shape with random weights, which cost what trained ones cost.
+# The architecture of DeBERTaV3-base with random weights, whose cost equals that of trained ones.
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 MODELS = {
     "minilm": ["model=minilm"],
@@ -50,13 +50,13 @@ class Counter(TorchDispatchMode):
 
 
 class Runs:
-    """Runs of a grid, alone or in a pack, of which any number of steps can be taken.
+    """Runs of a grid that are trained step by step, alone or in a pack.
 
     Args:
-        words: the words that all runs have.
+        words: the arguments that all runs share.
         size: number of runs.
-        seeds: whether each has a seed of its own.
-        packed: whether they train in a pack.
+        seeds: whether each run has its own seed.
+        packed: whether the runs train in a pack.
     """
 
     def __init__(self, words: list[str], size: int, *, seeds: bool, packed: bool) -> None:
@@ -92,7 +92,7 @@ class Runs:
 
 
 def time_packs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row for each model, number of runs, and kind of seeds; ratios are per run, to a run alone."""
+    """Yield a row for each model, number of runs, and kind of seeds. Ratios are per run, relative to a single run."""
     for model in args.models:
         words = [*MODELS[model], "task=story_nli", "task.epochs=50", f"precision={fast_precision()}", "k=5", "rank=8"]
         words += ["task.max_train_rows=960", "train.eval_every=1500", "train.checkpoint_every=0", "warmup=0"]

@@ -1,8 +1,8 @@
-"""Whole training runs beside PEFT's LoRA under transformers' Trainer: the part `end_to_end` of `scripts/benchmark.py`.
+"""Compare whole training runs with PEFT's LoRA and transformers' Trainer: the part `end_to_end` of `scripts/benchmark.py`.
 
 All runs train MiniLM in the precision that is fast on this machine. Times are training seconds: they include warm-up, cut
-and the filling of the prefix cache, but not evaluations. Runs that are done are not repeated, and a folder with runs of
-another machine is refused.
+and filling the prefix cache, but not evaluations. Finished runs are not repeated. A folder with runs of another machine is
+an error.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from wlora.storage.records import RecordStore
 from wlora.training.precision import choose_precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# PEFT's LoRA under transformers' Trainer: `--batches` of `scripts/peft_baseline.py`, and the name of the contender.
+# PEFT's LoRA with transformers' Trainer: `--batches` of `scripts/peft_baseline.py`, and the name of the contender.
 PEFT = {
     "grouped": "PEFT + Trainer, grouped",
     "random": "PEFT + Trainer, random",
     "padded": "PEFT + Trainer, padded",
 }
-# The runs of this project: the name of the contender, and its words for `python -m wlora.run`.
+# The runs of this project: the name of the contender, and its arguments for `python -m wlora.run`.
 RUNS = {
     "LoRA": ["method=lora"],
     "WLoRA": ["method=wlora", "k=5"],
@@ -44,7 +44,7 @@ TASKS = {"sst2": ["task.max_train_rows=4000"], "mrpc": []}
 
 
 def fast_precision() -> str:
-    """Return what `precision=auto` chooses here."""
+    """Return the precision that `precision=auto` chooses on this machine."""
     return choose_precision("auto", DEVICE).name
 
 
@@ -53,10 +53,10 @@ class Outcome:
     """A finished training.
 
     Attributes:
-        seconds: of training, evaluations apart.
+        seconds: training seconds without evaluations.
         score: accuracy on the dev set.
-        trained: parameters that train in the end, those of the head included.
-        peak: bytes.
+        trained: trained parameters at the end, including those of the head.
+        peak: peak memory in bytes.
         curve: (seconds, accuracy) after every epoch.
     """
 
@@ -72,21 +72,23 @@ class Outcome:
 
 
 def refuse_others(out: Path, machine: str) -> None:
-    """Stop where a folder holds runs of another machine: a ratio of their seconds would be none."""
+    """Exit if a folder contains runs of another machine, because ratios of their times would have no meaning."""
     found = {name_machine(record.environment) for record in RecordStore(out / "runs")}
     found |= {json.loads(file.read_text())["machine"] for file in (out / "peft").glob("*.json")}
     if others := sorted(found - {machine}):
-        raise SystemExit(f"error: --out {out} holds runs of {', '.join(others)}, and this is {machine}: take another folder")
+        raise SystemExit(
+            f"error: --out {out} contains runs of {', '.join(others)}, but this is {machine}: use another folder"
+        )
 
 
 def time_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train every contender once per seed, in turns. Runs that `args.out` holds already are read instead.
+    """Train every contender once per seed, in turns. Runs that exist in `args.out` are read instead.
 
     Args:
         args: the command line: `data`, `baseline`, `tasks`, `seeds`, `epochs` and `out`.
 
     Returns:
-        For each task and contender a row of the table (`summarize`).
+        One row of the table for each task and contender (`summarize`).
     """
     rows: list[dict[str, Any]] = []
     for task in args.tasks:
@@ -105,8 +107,8 @@ def time_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
 def summarize(task: str, found: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
     """Return the rows of one task's table.
 
-    A ratio of times, such as `time_to_grouped`, compares the runs of one seed; the median over the seeds counts. The target
-    of `to_target_s` is one point of accuracy below the mean of the final scores of PEFT with grouped batches.
+    A ratio of times, such as `time_to_grouped`, compares runs of one seed; the median over seeds is reported. The target
+    of `to_target_s` is the mean final accuracy of PEFT with grouped batches, minus one point.
 
     Args:
         task: name of the task.
@@ -142,7 +144,7 @@ def _time_ratio(runs: list[Outcome], others: list[Outcome]) -> float:
 
 
 def _run_peft(args: argparse.Namespace, task: str, seed: int, batches: str) -> Outcome:
-    """Run the baseline script with one form of batches, unless its result is there."""
+    """Run the baseline script with one kind of batches, unless its result exists."""
     file = args.out / "peft" / f"{task}_{batches}_{args.epochs:g}_{fast_precision()}_{seed}.json"
     if not file.exists():
         model = compose(["model=minilm", f"task={task}"]).model
@@ -161,7 +163,7 @@ def _run_peft(args: argparse.Namespace, task: str, seed: int, batches: str) -> O
 
 
 def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> Outcome:
-    """Run one setting in a process of its own, unless its record is there."""
+    """Run one setting in a separate process, unless its record exists."""
     common = ["model=minilm", f"task={task}", f"task.path={args.data / task}", f"precision={fast_precision()}", "lr=1e-3"]
     common += ["warmup=20", "task.batch_size=32", "train.accumulation_steps=1", f"task.epochs={args.epochs:g}"]
     common += [f"results_dir={args.out / 'runs'}", "train.save_adapter=false", *words]
@@ -178,7 +180,7 @@ def _run_ours(args: argparse.Namespace, task: str, words: list[str]) -> Outcome:
 
 
 def _call(words: list[str]) -> str:
-    """Run a command; returns what it prints, or stops with what it says is wrong."""
+    """Run a command and return its output; exit with its error message if it fails."""
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"error: {shlex.join(words)} ended with {done.returncode}\n{done.stderr.strip()[-2000:]}")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Figure 2 (the paper, 3.1): every adapter trained alone and its product with the full gradient. The stars are the adapters
-# that the study's runs of WLoRA on the same task keep (scripts/table1.sh). experiment=figure2 has the published script's
-# steps, batch, rate, scale and dropout (method.preset=authors) on MNLI; five seeds. SCALE=cpu: MiniLM on SST-2, 100 steps, one
-# seed, with the same scale and dropout. Settings: scripts/study.sh.
+# Figure 2 (the paper, 3.1): every adapter is trained alone, and its product with the full gradient is computed. The stars are
+# the adapters that the study's runs of WLoRA on the same task keep (scripts/table1.sh). experiment=figure2 sets steps, batch
+# size, learning rate, scale and dropout of the published script (method.preset=authors) for MNLI; five seeds. SCALE=cpu: MiniLM
+# on SST-2, 100 steps, one seed, with the same scale and dropout. Settings: scripts/study.sh.
 . "$(dirname "$0")/study.sh"
 
 case $SCALE in

@@ -1,9 +1,9 @@
-"""Replay a trajectory of the paper's release with this project's layer, policy and optimisers.
+"""Replay a trajectory of the paper's release with this project's layer, method and optimisers.
 
     python scripts/golden.py FILE
 
-FILE is JSON in the schema that its own `what` field describes. Prints the worst absolute differences of ω and of the
-loss over all steps; exits with 1 if one exceeds 1e-8.
+FILE is JSON; its field `what` describes the schema. The script prints the largest absolute differences of ω and of the loss
+over all steps. The exit code is 1 if one of them exceeds 1e-8.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TanhChain(nn.Module):
 
 
 def replay(golden: dict[str, Any]) -> tuple[float, float]:
-    """Return the worst absolute difference of ω and of the loss over the trajectory."""
+    """Return the largest absolute differences of ω and of the loss over the trajectory."""
     settings = golden["settings"]
     data = {key: torch.tensor(golden[key], dtype=torch.float64) for key in ("W", "A0", "X", "y", "head")}
     model = TanhChain(data["W"], data["head"])
@@ -60,7 +60,7 @@ def replay(golden: dict[str, Any]) -> tuple[float, float]:
     model.double()
     start_B = torch.zeros_like(data["A0"].mT) if golden["B0"] == "zeros" else torch.tensor(golden["B0"]).double()
     for adapter, A0, B0 in zip(method.adapters.values(), data["A0"], start_B, strict=True):
-        # The file multiplies A: d×r and B: r×d from the right; ours are the transposes.
+        # In the file, A (d×r) and B (r×d) are multiplied from the right; ours are the transposes.
         adapter.A.data, adapter.B.data = A0.T.clone(), B0.T.clone()
         assert adapter.omega is not None
         adapter.omega.data.fill_(golden["omega0"])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Score against K and T (the paper, 3.3: a tenth of the adapters suffices, and T may be small), with LoRA as a line.
+# Score against K and T, with LoRA as a reference line (the paper, 3.3: a tenth of the adapters suffices, and T may be small).
 # Settings: scripts/study.sh. RESULTS is a separate folder by default, because tables do not accept several T in one study.
 RESULTS=${RESULTS:-results/k_curve_${SCALE:-paper}}
 . "$(dirname "$0")/study.sh"

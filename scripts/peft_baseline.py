@@ -1,10 +1,11 @@
-"""What one would run without this project: PEFT's LoRA under transformers' Trainer, on one GLUE task.
+"""A baseline without this project: PEFT's LoRA with transformers' Trainer, on one GLUE task.
 
     python scripts/peft_baseline.py --model DIR --data DIR/mrpc --task mrpc --epochs 3
 
-Rank 8 on query, key and value, alpha 32, dropout 0.05, pooler and classifier trained: the work of `method=lora`. Prints
-one JSON line: score (accuracy), train_s (seconds of training, evaluation apart), examples_per_s, peak_rss_mb (of the
-process) or peak_mb (of the GPU), trainable parameters, and curve: training seconds and accuracy after every epoch.
+The settings are those of `method=lora`: rank 8 on query, key and value, alpha 32, dropout 0.05, trained pooler and
+classifier. The script prints one JSON line: score (accuracy), train_s (training seconds without evaluation), examples_per_s,
+peak_rss_mb (of the process) or peak_mb (of the GPU), trainable parameters, and curve: training seconds and accuracy after
+every epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TEXT_COLUMNS = {
     "rte": ["sentence1", "sentence2"],
     "qnli": ["question", "sentence"],
 }
-# Rows padded to 128 tokens (as by run_glue.py), random batches padded to their longest row, rows of like length together.
+# Rows padded to 128 tokens (as in run_glue.py); random batches padded to the longest row; rows grouped by length.
 BATCHES = ("padded", "random", "grouped")
 
 
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--train-rows", type=int, default=None, help="so many training rows, drawn at random")
+    parser.add_argument("--train-rows", type=int, default=None, help="number of training rows, drawn at random")
     parser.add_argument("--batches", choices=BATCHES, default="grouped", help="how batches are made")
     return parser.parse_args()
 
@@ -78,12 +79,12 @@ def load_model(args: argparse.Namespace) -> Any:
 
 
 def train(args: argparse.Namespace, model: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
-    """Train and evaluate after every epoch; returns what there is to print of it."""
+    """Train, evaluate after every epoch, and return the results to print."""
     import torch
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     class TimedTrainer(Trainer):  # type: ignore[misc]
-        """Evaluates after every epoch, beside the clock."""
+        """A Trainer whose training time excludes evaluations."""
 
         begin = 0.0
         evaluating = 0.0
@@ -107,7 +108,7 @@ def train(args: argparse.Namespace, model: Any, data: Any, tokenizer: Any) -> di
             warmup_steps=20,
             seed=args.seed,
             bf16=args.bf16,
-            use_cpu=not torch.cuda.is_available(),  # without it bf16 is refused where there is no GPU
+            use_cpu=not torch.cuda.is_available(),  # without a GPU, Trainer accepts bf16 only with use_cpu
             eval_strategy="epoch",
             save_strategy="no",
             logging_strategy="no",
@@ -131,7 +132,7 @@ def train(args: argparse.Namespace, model: Any, data: Any, tokenizer: Any) -> di
 
 
 def main() -> None:
-    """Train, evaluate, print."""
+    """Train, evaluate and print the results."""
     args = parse()
     import torch
     from transformers import AutoTokenizer, set_seed

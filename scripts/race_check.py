@@ -1,7 +1,7 @@
-"""Does a race find what the whole grid finds, and for how many steps? From recorded grids, without training.
+"""Compare races with complete grids: the chosen rate and the number of steps. Uses recorded grids and trains nothing.
 
-python scripts/race_check.py grids RESULTS_DIR ...     every recorded grid of rates, raced over its learning curves
-python scripts/race_check.py compare UNRACED RACED     the same sweep in two results folders (scripts/race_bench.sh)
+python scripts/race_check.py grids RESULTS_DIR ...     simulate a race on every recorded grid, using its learning curves
+python scripts/race_check.py compare UNRACED RACED     compare the same sweep in two results folders (scripts/race_bench.sh)
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from wlora.analysis.tables.settings import runs_by_setting
 from wlora.storage.records import RecordStore
 from wlora.training.run_length import step_at
 
-WITHIN, SHARE = 0.002, 0.4  # the bar: final score, and share of the steps
+WITHIN, SHARE = 0.002, 0.4  # limits for success: loss of final score, and share of the steps
 Race = Sequence[tuple[Run, Entrant]]  # runs that have ended, lower rates first
 Races = Mapping[tuple[str, str, int], Race]  # by task, setting and seed
 
 
 class Outcome(NamedTuple):
-    """What a race comes to: the run that it chooses, the best of all its runs, and the share of the grid's steps."""
+    """The result of a race: the chosen run, the best of all runs, and the share of the grid's steps."""
 
     chosen: Run
     best: Run
@@ -34,19 +34,19 @@ class Outcome(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """How much lower the final score of the chosen run is."""
+        """The best final score minus that of the chosen run."""
         return round(score(self.best) - score(self.chosen), 9)
 
 
 def score(run: Run) -> float:
-    """Return the final score of a run; 0 for one that diverged."""
+    """Return the final score of a run; 0 if it diverged."""
     return run.score if run.status == "success" else 0.0
 
 
 def read_races(folder: Path) -> tuple[Races, int]:
-    """Return the recorded grids of several rates, and how many others cannot be raced.
+    """Return the recorded grids with several rates, and the number of grids that cannot be raced.
 
-    These were evaluated at their end only, or not all runs at the same steps.
+    The latter were evaluated only at the end, or not all runs at the same steps.
     """
     store, uneven = RecordStore(folder), 0
     races: dict[tuple[str, str, int], Race] = {}
@@ -65,7 +65,7 @@ def read_races(folder: Path) -> tuple[Races, int]:
 
 
 def play(race: Race) -> Outcome:
-    """Race recorded runs as `race=halving` does, with the evaluations that they have."""
+    """Simulate `race=halving` on recorded runs, using their evaluations."""
     known, work = [Entrant() for _ in race], 0.0
     while behind := (now := judge(known)).behind:
         for index in behind:
@@ -75,14 +75,14 @@ def play(race: Race) -> Outcome:
 
 
 def advance(entrant: Entrant, share: float) -> Entrant:
-    """Return what is known of a run at its first evaluation at a share of its steps or later."""
+    """Return the state of a run at its first evaluation at or after a share of its steps."""
     step, marks = step_at(share, entrant.total), entrant.marks
     count = next((number for number, (at, _) in enumerate(marks, start=1) if at >= step), len(marks))
     return dataclasses.replace(entrant, marks=marks[:count], ended=entrant.ended and count == len(marks))
 
 
 def play_schedule(race: Race, cuts: Sequence[tuple[int, int]]) -> Outcome:
-    """Race by another schedule: after so many evaluations, so many runs go on."""
+    """Simulate another schedule: pairs of a number of evaluations and the number of runs that continue after it."""
     alive, work, last = list(range(len(race))), 0.0, 0.0
     for count, kept in cuts:
         at = race[0][1].marks[count - 1][0] / race[0][1].total
@@ -92,13 +92,13 @@ def play_schedule(race: Race, cuts: Sequence[tuple[int, int]]) -> Outcome:
 
 
 def decide(race: Race, finished: Iterable[int], work: float) -> Outcome:
-    """Choose among the finished runs, and among all; in a tie the lower rate wins, as for `lr=tuned`."""
+    """Choose the best of the finished runs, and the best of all. In a tie, the lower rate wins, as for `lr=tuned`."""
     chosen, best = (max((race[index][0] for index in runs), key=score) for runs in (sorted(finished), range(len(race))))
     return Outcome(chosen, best, work / len(race))
 
 
 def summarize(found: Sequence[Outcome]) -> str:
-    """Return a line about several races."""
+    """Return a line that summarises several races."""
     near, cheap = sum(one.loss <= WITHIN for one in found), sum(one.share <= SHARE for one in found)
     lower, share = (sum(values) / len(found) for values in ([one.loss for one in found], [one.share for one in found]))
     return (
@@ -120,12 +120,12 @@ def print_races(races: Races) -> None:
 
 
 def name(point: Point) -> str:
-    """Format a point: `0.001`, with its warm-up where it is set `0.001/10`."""
+    """Format a point: `0.001`, or `0.001/10` if a warm-up is set."""
     return show(point.lr) + ("" if point.warmup is None else f"/{point.warmup}")
 
 
 def print_schedules(races: Sequence[Race]) -> None:
-    """Print what every schedule of two cuts makes of grids of three rates with eight evaluations."""
+    """Print the result of every schedule with two cuts for grids of three rates with eight evaluations."""
     print("\nEvery schedule for three rates (two go on from the first cut, one from the second), cheapest first:\n")
     print("| first cut | second cut | steps | within 0.002 | mean lower by | at most |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
@@ -164,7 +164,7 @@ def grids(folders: Sequence[str]) -> None:
 
 
 def compare(unraced: str, raced: str) -> None:
-    """Compare a raced sweep with the same one without a race: choice, steps, and seconds."""
+    """Compare a raced sweep with the same sweep without a race: choice, steps and seconds."""
     whole, part = ({(run.point, run.seed): run for run in read_runs(folder)} for folder in (unraced, raced))
     best, chosen = (max((run for run in runs.values() if run.status == "success"), key=score) for runs in (whole, part))
     twin = whole[chosen.point, chosen.seed]
@@ -185,17 +185,17 @@ def compare(unraced: str, raced: str) -> None:
 
 
 def steps_of(run: Run) -> int:
-    """Return the steps that a run has taken."""
+    """Return the number of steps of a run."""
     return run.record.steps.get("stopped", run.record.steps["total"])
 
 
 def timed(file: Path, column: int) -> float:
-    """Return the seconds of all commands in a file of scripts/race_bench.sh; 0 without one."""
+    """Return the seconds of all commands in a file of scripts/race_bench.sh; 0 if the file does not exist."""
     return sum(float(line.split()[column]) for line in file.read_text().splitlines()) if file.exists() else 0.0
 
 
 def main(words: Sequence[str]) -> None:
-    """Call the command that the words ask for."""
+    """Execute the command given by the arguments."""
     commands: dict[str, Callable[..., None]] = {"grids": lambda *folders: grids(folders), "compare": compare}
     if len(words) < 2 or words[0] not in commands:
         sys.exit(__doc__)

@@ -1,12 +1,12 @@
-"""Kills and pauses runs at random moments and looks at what is left.
+"""Reliability tests: kill or pause runs, or let file operations fail, and check the results.
 
-    python scripts/reliability.py kill --rounds 3       whole runs of every method, killed and gone on with
-    python scripts/reliability.py store                 records of many processes, some of which are killed
-    python scripts/reliability.py pause --rounds 200    owners of a run, stopped until another process has taken it over
-    python scripts/reliability.py faults --minutes 25   file operations of runs, answered with EIO, ENOSPC, ESTALE or EMFILE
+    python scripts/reliability.py kill --rounds 3       kill runs of every method and continue them
+    python scripts/reliability.py store                 write records with many processes, some of which are killed
+    python scripts/reliability.py pause --rounds 200    pause the owner of a run until another process has taken it over
+    python scripts/reliability.py faults --minutes 25   let file operations of runs fail with EIO, ENOSPC, ESTALE or EMFILE
 
-All write a table (.csv, .md) and a summary (.json) to results/reliability and exit with 1 if anything was lost, torn,
-different or done twice.
+All write a table (.csv, .md) and a summary (.json) to results/reliability. The exit code is 1 if results are missing,
+incomplete, different or duplicated.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from reliability_store import store, work
 
 
 def main() -> None:
-    """Run one of the tests, or be one of their processes."""
+    """Run one of the tests, or act as one of its processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kill", "store", "pause", "faults", "work", "victim"))
     parser.add_argument(
-        "--rounds", type=int, help="kills per method at random moments, one more is aimed (3); pauses in all (200)"
+        "--rounds",
+        type=int,
+        help="kill: random kills per method, in addition to an aimed one (3); pause: number of pauses (200)",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="methods, or pauses, at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--minutes", type=float, default=25, help="of `faults`: calls that are left by then go unanswered")
+    parser.add_argument("--jobs", type=int, default=2, help="number of simultaneous methods or pauses")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments")
+    parser.add_argument("--minutes", type=float, default=25, help="faults: time limit; the remaining calls are not tested")
     parser.add_argument("--out", type=Path, default=Path("results/reliability"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--aim", default="", help=argparse.SUPPRESS)
@@ -47,9 +49,9 @@ def main() -> None:
 
 
 def run_test(args: argparse.Namespace) -> None:
-    """Run one of the tests, write its files and exit with 0 if all went well, else with 1."""
+    """Run one of the tests, write its files, and exit with 0 if it passed and with 1 otherwise."""
     if args.what == "pause":
-        from reliability_pause import pause_all  # which imports torch
+        from reliability_pause import pause_all  # imports torch, which the other tests do not need
 
         args.rounds = args.rounds or 200
         rows, summary, well = pause_all(args)
@@ -72,7 +74,7 @@ def run_test(args: argparse.Namespace) -> None:
 
 
 def page(what: str, rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
-    """Return a summary and, of killed runs, every row as Markdown."""
+    """Return a summary and, for killed runs, every row as Markdown."""
     said = [f"- {key.replace('_', ' ')}: {value}" for key, value in summary.items() if not isinstance(value, dict)]
     said += [
         f"- {key.replace('_', ' ')}: {', '.join(f'{name} {count}' for name, count in value.items())}"

@@ -1,8 +1,8 @@
-"""Answers single file operations of runs with a fault: the part `faults` of `scripts/reliability.py`.
+"""Let single file operations of runs fail: the part `faults` of `scripts/reliability.py`.
 
-A shim stands in for Python's own file functions. It counts what they do to files of the results, the data, the model and
-the adapters, and lets one of these calls fail. It does not see what libraries do natively: safetensors reads and writes
-the weights of models, tokenizers its `tokenizer.json`, pyarrow the rows of data files.
+A shim replaces Python's file functions. It counts their calls on files of the results, the data, the model and the adapters,
+and lets one of these calls fail. It does not see file operations of native code: safetensors reads and writes the weights of
+models, tokenizers reads `tokenizer.json`, and pyarrow reads data files.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ SETTING = [
 ]
 COMPARED = ("status", "metrics", "adapters", "events", "parameters", "steps", "curve", "predictions", "model", "error")
 GOOD = ("went on", "stopped in a line")
-# As long as `wlora.storage.content_hash` does not trust the timestamps of a file, and a margin.
+# The time after which `wlora.storage.content_hash` trusts the timestamps of a file, plus a margin.
 UNTIL_OLD = 3.0
 SECONDS = 300
-"""After which a run counts as one that hangs."""
+"""A run that takes longer than this counts as hanging."""
 
-# The calls that take a path first, and those that take a descriptor.
+# Functions whose first argument is a path, and those whose first argument is a descriptor.
 _READ = ("open", "stat", "lstat", "listdir", "scandir")
 _BY_PATH = (*_READ, "mkdir", "rename", "replace", "link", "unlink", "remove", "rmdir", "utime")
 _BY_DESCRIPTOR = ["fsync", "read", "write", "fstat", "ftruncate"]
 
 
 class Shim:
-    """Counts the calls on files below some folders and answers one of them with a fault.
+    """Counts the calls on files in some folders, and lets one of them fail.
 
     Attributes:
-        calls: each call so far, with the file's place (`replace results/records/json`) and the lines that led to it.
+        calls: all calls so far, each with the kind of file (`replace results/records/json`) and the call stack.
     """
 
     def __init__(self, roots: dict[str, Path], fail_at: int | None, number: int, on_fault: Callable[[str], None]) -> None:
@@ -69,10 +69,10 @@ class Shim:
         self._readlink = os.readlink
 
     def meet(self, call: str, path: Any, dir_fd: int | None = None) -> None:
-        """Note a call of the main thread; OSError where it is the one to fail.
+        """Record a call of the main thread; raise OSError if this call must fail.
 
-        The thread of the lock's heartbeat makes as many calls as the run's seconds have it make, so that calls could not be
-        numbered with them.
+        Calls of the lock's heartbeat thread are not counted: their number depends on time, so the numbers of calls would not
+        be reproducible.
         """
         place = self.place(path, dir_fd)
         if place is None or threading.current_thread() is not threading.main_thread():
@@ -84,7 +84,7 @@ class Shim:
             raise OSError(self.number, os.strerror(self.number), *named)
 
     def place(self, path: Any, dir_fd: int | None = None) -> str | None:
-        """Return the watched folder and the kind of file there, None for any other place."""
+        """Return the watched folder and the kind of file; None for files elsewhere."""
         try:
             if isinstance(path, int):
                 text = self._readlink(f"/proc/self/fd/{path}")
@@ -97,13 +97,13 @@ class Shim:
         for root, name in self.roots.items():
             if text == root or text.startswith(f"{root}/"):
                 parts = text[len(root) :].strip("/").split("/")
-                # What is staged has the name of its target and a number of its own behind it.
+                # The name of a temporary file is that of its target with a unique number appended.
                 kinds = [kind for kind in parts[-1].lstrip(".").split(".")[1:] if kind.isalpha()]
                 return "/".join([name, *parts[:-1][:1], *(kinds[:1] or parts if len(parts) == 1 else kinds[:1])]).strip("/")
         return None
 
     def install(self) -> None:
-        """Put the shim in the place of Python's functions, for good."""
+        """Replace Python's functions by the shim permanently."""
         for name in (*_BY_PATH, *_BY_DESCRIPTOR):
             setattr(os, name, self._wrap(name, getattr(os, name)))
         builtins.open = io.open = self._opener(io.open)  # type: ignore[assignment]
@@ -116,7 +116,7 @@ class Shim:
         return call
 
     def _opener(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `open`, whose files below the watched folders report each read and write of theirs."""
+        """Return a replacement of `open` whose files in the watched folders report each read and write."""
         shim = self
 
         class Watched(io.FileIO):
@@ -149,7 +149,7 @@ class Shim:
 
 
 def _lines_that_led_here() -> str:
-    """Name the lines of the package that a call comes from, the innermost first."""
+    """Return the lines of the package in the call stack, innermost first."""
     found, frame = [], sys._getframe(2)
     while frame.f_back is not None:
         if "/wlora/" in frame.f_code.co_filename:
@@ -160,20 +160,20 @@ def _lines_that_led_here() -> str:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run in a process of its own ended: its exit code, None if it hung, and all that it printed."""
+    """The end of a run in a separate process: its exit code (None if it hung) and its output."""
 
     code: int | None
     output: str
 
     def in_order(self) -> bool:
-        """Tell whether it ended well or with an error of one or two lines."""
+        """Tell whether the run succeeded or ended with an error of one or two lines."""
         error = self.output.partition("error: ")[2].splitlines()
         told = self.code == 0 or (self.code in (1, 2) and 1 <= len(error) <= 2)
         return told and "Traceback" not in self.output
 
 
 class Bench:
-    """The files of the trials and how runs are started on them."""
+    """The files of the trials, and functions that start runs with them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -183,11 +183,11 @@ class Bench:
 
     @property
     def results(self) -> Path:
-        """The results folder, which each trial has anew."""
+        """The results folder, which is created again for each trial."""
         return self.roots["results"]
 
     def prepare(self) -> None:
-        """Write the data, and let runs without a shim make a model and adapters to start from."""
+        """Write the data. Create a model and initial adapters by runs without a shim."""
         from wlora.data.synthetic.story import generate
 
         self.roots["data"].mkdir()
@@ -203,10 +203,10 @@ class Bench:
             shutil.move(made, self.roots[name])
 
     def run(self, words: list[str], arm: Callable[[], Shim] | None = None, calls: Path | None = None) -> Ended:
-        """Run the entry point in a process forked from this one, with a shim or without.
+        """Run the entry point in a forked process, with or without a shim.
 
         Args:
-            calls: where the shim's calls are written.
+            calls: file to which the shim's calls are written.
         """
         output = self.folder / "output"
         _compose(tuple(words))
@@ -229,16 +229,16 @@ class Bench:
         return Ended(None if code == -signal.SIGALRM else code, output.read_text(errors="replace"))
 
     def record(self) -> Record | None:
-        """Return the one record of the results folder, None if there is none that can be read."""
+        """Return the only record of the results folder; None if there is no readable one."""
         return only_record(self.results)
 
     def newest(self) -> int:
-        """Return the step of the newest checkpoint, 0 without any."""
+        """Return the step of the newest checkpoint; 0 if there is none."""
         return max((int(path.name.removeprefix("step-")) for path in self.results.glob("checkpoints/**/step-*")), default=0)
 
 
 def _be_run(words: list[str], arm: Callable[[], Shim] | None, calls: Path | None) -> int:
-    """Be `python -m wlora.run` in a forked process, from where the configuration is composed; returns its exit code."""
+    """Execute `python -m wlora.run` in a forked process, after composing the configuration; return its exit code."""
     from wlora.cli import job as jobs
 
     composed = _compose(tuple(words)).copy()
@@ -256,7 +256,7 @@ def _be_run(words: list[str], arm: Callable[[], Shim] | None, calls: Path | None
 
 @functools.cache
 def _compose(words: tuple[str, ...]) -> DictConfig:
-    """Compose a configuration as the command line does; Hydra reads no file of the results, the data or the model."""
+    """Compose a configuration like the command line. Hydra reads no file of the results, the data or the model."""
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         composed: DictConfig = compose("config", overrides=list(words))
@@ -264,7 +264,7 @@ def _compose(words: tuple[str, ...]) -> DictConfig:
 
 
 def _die_at_six() -> Shim:
-    """Let the run end without a word after its sixth step, whose checkpoint is the third."""
+    """Make the run exit without output after its sixth step, whose checkpoint is the third."""
     from wlora.training.interruption import Guard
 
     before = Guard.__call__
@@ -279,7 +279,7 @@ def _die_at_six() -> Shim:
 
 
 def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
-    """Let one call after the other fail, as many as the minutes allow."""
+    """Let one call fail in each trial, for as many calls as the time allows."""
     import wlora.experiment.run
     import wlora.experiment.shared_inputs  # noqa: F401  # torch and transformers, before the processes fork
 
@@ -294,8 +294,8 @@ def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
         shutil.copytree(bench.results, bench.folder / "whole")
         expected = bench.record()
         assert expected is not None
-        gc.freeze()  # which spares the processes copies
-        time.sleep(UNTIL_OLD)  # files that have just been written are hashed again each time: other calls than later
+        gc.freeze()  # avoids copies of memory pages in forked processes
+        time.sleep(UNTIL_OLD)  # recently written files are hashed on every access, which would change the calls
         starts = {"fresh": None, "resumed": bench.folder / "interrupted", "done": bench.folder / "whole"}
         sites = [(what, start, *site) for what, start in starts.items() for site in _count(bench, start)]
         for index in _in_order(sites):
@@ -324,9 +324,10 @@ def faults(minutes: float) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
 
 
 def _in_order(sites: list[tuple[str, Path | None, int, str, str]]) -> list[int]:
-    """Return in which order calls fail: the first of each kind from each line, then the others.
+    """Return the order in which calls fail: first one call of each kind from each line, then the others.
 
-    Both are ordered so that every beginning is spread evenly over them: where time ends the trials, the rest is thinned.
+    Both parts are ordered so that every initial segment is spread evenly over the part, because the time may not suffice for
+    all calls.
     """
     golden = (5**0.5 - 1) / 2
     seen, first, others = set[tuple[str, str]](), list[int](), list[int]()
@@ -337,7 +338,7 @@ def _in_order(sites: list[tuple[str, Path | None, int, str, str]]) -> list[int]:
 
 
 def _count(bench: Bench, start: Path | None) -> list[tuple[int, str, str]]:
-    """Return the calls of an undisturbed run: each with its number and the lines that led to it."""
+    """Return the calls of an undisturbed run, each with its number and its call stack."""
     _lay_out(bench, start)
     calls = bench.folder / "calls"
     ended = bench.run(bench.words, lambda: Shim(bench.roots, None, 0, print), calls)
@@ -352,7 +353,7 @@ def _lay_out(bench: Bench, start: Path | None) -> None:
 
 
 def _try(bench: Bench, start: Path | None, at: int, number: int, expected: Record) -> dict[str, Any]:
-    """Let a call fail and, unless all is there then, give the same command again; returns what became of both."""
+    """Let a call fail. If results are missing afterwards, repeat the command. Return the outcomes."""
     _lay_out(bench, start)
     noted = bench.folder / "noted"
     noted.write_text("")
@@ -386,7 +387,7 @@ def _try(bench: Bench, start: Path | None, at: int, number: int, expected: Recor
 
 
 def _same(bench: Bench, expected: Record, record: Record) -> bool:
-    """Tell whether a record, the files that it tells of and the saved model are those of an undisturbed run."""
+    """Tell whether a record, the files that it refers to, and the saved model equal those of an undisturbed run."""
     if any(getattr(expected, key) != getattr(record, key) for key in COMPARED):
         return False
     weights = [next(results.glob("models/*/model.safetensors"), None) for results in (bench.folder / "whole", bench.results)]

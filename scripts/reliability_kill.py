@@ -32,7 +32,7 @@ SETTING = [
     *("rank=4", "lr=1e-3", "offline=true"),
 ]
 CUT_LATER = [f"method.select_steps={STEPS // 2}"]
-# NoRA's frame of rank 64 is wider than a tiny model; some variants have more structure than the default, or have it later.
+# NoRA's default outer rank of 64 exceeds a tiny model's width. The variants have more structural changes, or later ones.
 OWN = {"nora": ["method.outer_rank=16"], "flexlora": ["method.ranks=[2,4,4,3]"]}
 OWN |= dict.fromkeys(("wlora", "wlora_plus", "wlora_depth", "rlora"), CUT_LATER)
 METHODS = sorted(file.stem for file in (config_folder() / "method").glob("*.yaml"))
@@ -41,7 +41,7 @@ DOINGS = ("starting", "accumulating", "updating", "restructuring", "evaluating",
 
 
 def kill_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
-    """Kill runs of every method and go on with them."""
+    """Kill runs of every method and continue them."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         streams = {name: random.Random(f"{args.seed}/{name}") for name in METHODS}
         jobs = [pool.submit(kill_method, name, args.rounds, streams[name], Path(folder)) for name in METHODS]
@@ -61,9 +61,9 @@ def kill_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
 
 
 def kill_method(method: str, rounds: int, moments: random.Random, folder: Path) -> list[dict[str, Any]]:
-    """Kill one method's run at `rounds` random moments and an aimed one, each time anew; all then go on to their end.
+    """Kill runs of one method, at `rounds` random moments and an aimed one. Then continue each to its end.
 
-    The aimed moment is in the middle of a structural change or, of a method without one, of writing a checkpoint.
+    The aimed moment is in the middle of a structural change or, for a method without one, while a checkpoint is written.
     """
     words = [*SETTING, f"method={method}", *OWN.get(method, [])]
     whole = folder / method / "whole"
@@ -100,12 +100,12 @@ def kill_method(method: str, rounds: int, moments: random.Random, folder: Path) 
 
 
 def kill_one(words: list[str], results: Path, moments: random.Random, aim: str) -> tuple[int, int, str]:
-    """Start a run and kill it; returns the step, the micro-batches of it that were done, and what was being done."""
+    """Start a run and kill it; return the step, its completed micro-batches, and the activity at that moment."""
     results.mkdir(parents=True)
     moment = results / "moment"
     moment.write_bytes(bytes(3))
     process = start(words, results, "--folder", str(moment), *(["--aim", aim] if aim else []))
-    # Any moment of any step is as likely; within a step the time decides, which the processor's load stretches.
+    # All steps are equally likely. Within a step, the moment depends on a delay, and thus on the load of the processor.
     step, pause = moments.randint(1, STEPS), moments.uniform(0, 0.03)
     if not aim:
         while process.poll() is None and moment.read_bytes()[0] < step:
@@ -119,7 +119,7 @@ def kill_one(words: list[str], results: Path, moments: random.Random, aim: str) 
 
 
 def place(step: int, doing: str, changes: Sequence[int]) -> str:
-    """Say where a moment lies among the structural changes of the whole run."""
+    """Describe the position of a moment relative to the structural changes of the whole run."""
     if doing == "restructuring":
         return "during a change"
     if not changes:
@@ -128,7 +128,7 @@ def place(step: int, doing: str, changes: Sequence[int]) -> str:
 
 
 def start(words: list[str], results: Path, *observed: str) -> subprocess.Popen[bytes]:
-    """Start a run in a fresh process, with `observed` words as one that notes its moment."""
+    """Start a run in a new process. With `observed` arguments, an `Observer` writes its progress to a file."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     entry = [str(ENTRY), "victim"] if observed else ["-m", "wlora.run"]
     command = [sys.executable, *entry, *words, f"results_dir={results}", *observed]
@@ -136,15 +136,15 @@ def start(words: list[str], results: Path, *observed: str) -> subprocess.Popen[b
 
 
 class Observer:
-    """Notes what a run does in a mapped file, which outlives a kill, and can kill the run in a chosen activity.
+    """Writes the progress of a run to a memory-mapped file, which survives a kill. It can also kill the run.
 
-    The file has three bytes: the step, how many micro-batches of the step are done, and the index of the activity in
-    `DOINGS`. Each method that starts with `around_` wraps a method of the trainer, which it gets as `original`.
+    The file has three bytes: the step, the number of completed micro-batches of the step, and the index of the activity in
+    `DOINGS`. Each method with the prefix `around_` wraps a method of the trainer, which it gets as `original`.
 
     Args:
         moment: the file.
-        aim: an activity and a count, as in `saving/4`: the process kills itself in the middle of the fourth of them. Empty
-            for a process that does not kill itself.
+        aim: an activity and a count: with `saving/4`, the process kills itself in the middle of the fourth saving. If empty,
+            the process does not kill itself.
     """
 
     def __init__(self, moment: Path, aim: str) -> None:
@@ -168,47 +168,47 @@ class Observer:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around_gradients(self, original: Callable[..., Any], trainer: Any, batches: Any) -> Any:
-        """Note the step."""
+        """Write the step to the file."""
         self._noted[0], self._noted[1], self._noted[2] = trainer.step + 1, 0, DOINGS.index("accumulating")
         self._micro_batches = len(batches)
         return original(trainer, batches)
 
     def around_backward(self, original: Callable[..., Any], *given: Any) -> None:
-        """Note a micro-batch; after the last one the optimisers update the parameters."""
+        """Write the number of micro-batches to the file. After the last one, the optimisers update the parameters."""
         original(*given)
         self._noted[1] += 1
         if self._noted[1] == self._micro_batches:
             self._noted[2] = DOINGS.index("updating")
 
     def around_restructure(self, original: Callable[..., Any], trainer: Any, events: list[Any]) -> None:
-        """Note a structural change; an aimed kill comes when the model is changed and its optimisers are not."""
+        """Write a structural change to the file. An aimed kill happens between model and optimisers."""
         with self._doing("restructuring") if events else nullcontext():
             if events:
                 self._die_if_aimed_at("restructuring")
             original(trainer, events)
 
     def around_evaluate(self, original: Callable[..., Any], *given: Any) -> Any:
-        """Note an evaluation."""
+        """Write an evaluation to the file."""
         with self._doing("evaluating"):
             return original(*given)
 
     def around_write(self, original: Callable[..., Any], *given: Any) -> Any:
-        """Note the writing of a checkpoint."""
+        """Write the saving of a checkpoint to the file."""
         with self._doing("saving"):
             return original(*given)
 
     def hear(self, event: str, given: tuple[Any, ...]) -> None:
-        """Be an audit hook: an aimed kill comes when the first file of a checkpoint is there and the others are not."""
+        """Audit hook: an aimed kill happens when the first file of a checkpoint exists and the others do not."""
         if event == "open" and str(given[0]).endswith("/facts.json") and "x" in str(given[1]):
             self._die_if_aimed_at("saving")
 
 
 def run_observed(moment: Path, aim: str, words: list[str]) -> None:
-    """Be `python -m wlora.run` under an `Observer`.
+    """Execute `python -m wlora.run` with an `Observer`.
 
     Args:
         moment: the file of the observer.
-        aim: where it kills the process.
+        aim: the moment at which the observer kills the process.
         words: the command line of the run.
     """
     from accelerate import Accelerator
@@ -234,12 +234,12 @@ def run_observed(moment: Path, aim: str, words: list[str]) -> None:
 
 
 def only_record(results: Path) -> Record | None:
-    """Return the one record of a folder, None if there is none that can be read."""
+    """Return the only record of a folder; None if there is no readable one."""
     found = list(RecordStore(results))
     return found[0] if len(found) == 1 else None
 
 
 def same(expected: Record, record: Record, whole: Path, results: Path) -> bool:
-    """Tell whether two runs ended alike, bit for bit: record and learning curve."""
+    """Tell whether records and learning curves of two runs are bitwise equal."""
     curves = [next(folder.glob("records/*.jsonl")).read_bytes() for folder in (whole, results)]
     return curves[0] == curves[1] and all(getattr(expected, key) == getattr(record, key) for key in COMPARED)

@@ -1,11 +1,11 @@
-"""Owners of a run that are stopped for longer than their lock's lease and continued: `python scripts/reliability.py pause`.
+"""Pause the owner of a run for longer than its lock's lease: the part `pause` of `scripts/reliability.py`.
 
-A first process runs a tiny experiment and is stopped at a random moment: every other time by a signal from outside, else by
-its own before a random one of its calls that write, so that the pause lies between whatever was looked at and the write. A
-second process takes the run over once the lease has run out. The first is continued before a random one of the second's
-calls that write, or after its end.
+A first process runs a tiny experiment and is paused at a random moment. In every second trial, an external signal
+pauses it. In the other trials, it pauses itself before a random write operation, that is, between a check and the write.
+When the lease has expired, a second process takes over the run. The first process is continued before a random write of
+the second process, or after the end of the second process.
 
-All processes are forked from one that has imported everything and has the data and the model.
+All processes are forked from one process that has imported all modules and loaded the data and the model.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PARTS = ("locks", "records", "checkpoints", "adapters")
 FAULTS = ("torn", "double_winner", "no_winner", "different", "files_left", "tracebacks")
 ENDED = "its end"
 DEADLINE = 300
-# Seconds after a call within which a signal stops a process: as long as a step takes on a busy machine.
+# Maximum delay in seconds between a call and the signal that pauses the process: the time of a step on a busy machine.
 LONGEST_BETWEEN_CALLS = 0.1
 
 Row = dict[str, Any]
@@ -61,14 +61,14 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass
 class Watch:
-    """An audit hook that counts the calls of its process which write below a folder and acts before one of them.
+    """An audit hook that counts the calls of its process that write in a folder, and acts before one of them.
 
     Attributes:
-        folder: with a slash at its end.
-        parts: the folders in it that count.
-        at: the number of the call, from 1.
-        count: how many calls there were, in memory that is shared with the process that has forked this one.
-        last: the call before which the process is, such as `rename records`.
+        folder: the folder, with a final slash.
+        parts: the subfolders in which calls are counted.
+        at: the number of the call before which the hook acts, counted from 1.
+        count: the number of calls so far, in memory that is shared with the parent process.
+        last: the call that comes next, such as `rename records`.
     """
 
     folder: str
@@ -92,19 +92,19 @@ class Watch:
                 self.act()
 
     def calls(self) -> int:
-        """Return how many calls there were."""
+        """Return the number of calls so far."""
         return int.from_bytes(self.count[:], "little")
 
 
 class Stage:
-    """What every process of the test is forked with: the composed experiment, its data and its model."""
+    """The state that all forked processes share: the composed experiment, its data and its model."""
 
     def __init__(self, folder: Path) -> None:
         locks.LEASE_SECONDS = LEASE_SECONDS
         torch.set_num_threads(1)
         self.config = compose(WORDS)
         self.stock = SharedInputs(keep=True)
-        self.run(folder)  # what is loaded once is loaded here
+        self.run(folder)  # load data and model before forking
 
     def run(self, folder: Path) -> Record:
         """Run the experiment in this process."""
@@ -112,9 +112,9 @@ class Stage:
         return experiment.run(config, (), self.stock)
 
     def fork(self, folder: Path, name: str, watch: Watch, *, until_done: bool = False) -> int:
-        """Run the experiment in a process of its own; returns its number.
+        """Run the experiment in a forked process; return the process id.
 
-        It leaves `<name>.json`, how it ended, and `<name>.out`, what it said, in the folder.
+        The process writes `<name>.json` (how it ended) and `<name>.out` (its output) to the folder.
         """
         process = os.fork()
         if not process:
@@ -135,7 +135,7 @@ class Stage:
             return Outcome("", record.status, None, 0)
 
         outcome = attempt("", act)
-        while until_done and outcome.status == "running":  # it was left to the first process
+        while until_done and outcome.status == "running":  # skipped, because the first process was running it
             time.sleep(0.3)
             outcome = attempt("", act)
         told = {"code": outcome.exit_code, "status": outcome.status, "trained": trained}
@@ -143,7 +143,7 @@ class Stage:
 
 
 def _end(act: Callable[[], None]) -> NoReturn:
-    """Do one thing in a forked process, in bounded time, and end it without what the first process has yet to do."""
+    """Call a function in a forked process with a time limit, and exit without the cleanup of the parent process."""
     signal.alarm(DEADLINE)
     try:
         act()
@@ -156,7 +156,7 @@ def _end(act: Callable[[], None]) -> NoReturn:
 
 
 def pause_all(args: argparse.Namespace) -> tuple[list[Row], Row, bool]:
-    """Pause owners until there were `args.rounds` pauses; returns the rows, the summary and whether all went well."""
+    """Make `args.rounds` trials; return the rows, the summary, and whether all trials succeeded."""
     begin, moments, rows = time.monotonic(), random.Random(args.seed), list[Row]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -188,7 +188,7 @@ def pause_all(args: argparse.Namespace) -> tuple[list[Row], Row, bool]:
 
 
 def judge(rows: list[Row], seconds: float) -> tuple[Row, bool]:
-    """Return the summary of all pauses, and whether all went well."""
+    """Return the summary of all pauses, and whether all trials succeeded."""
     paused = [row for row in rows if row["stopped_before"] != ENDED]
     counts = {key: sum(row[key] for row in rows) for key in FAULTS}
     summary = {
@@ -203,12 +203,12 @@ def judge(rows: list[Row], seconds: float) -> tuple[Row, bool]:
 
 @dataclasses.dataclass
 class Trial:
-    """One pause of a run's owner and what another process makes of the run.
+    """One trial: a pause of a run's owner, and the takeover by another process.
 
     Attributes:
-        at: the number of the first process's call before which, or soon after which, it is stopped.
-        on: the number of the second's call before which the first goes on; 0 for after the second's end.
-        chance: where a signal stops the first, how long after its call as a share of the longest; else None.
+        at: the number of the first process's call at which it is paused (before the call, or soon after it by a signal).
+        on: the number of the second process's call before which the first continues; 0: after the end of the second.
+        chance: with a signal, the delay after the call as a share of the maximum; otherwise None.
     """
 
     stage: Stage
@@ -218,7 +218,7 @@ class Trial:
     chance: float | None
 
     def play(self, expected: Record) -> None:
-        """Do it and leave a row of the table in `row.json`."""
+        """Execute the trial and write a row of the table to `row.json`."""
         self.folder.mkdir()
         root = f"{self.folder}/results/"
         watch = Watch(root, PARTS, 0 if self.chance is not None else self.at)
@@ -254,7 +254,7 @@ class Trial:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def _wait_for_its_pause(self, process: int, watch: Watch) -> str:
-        """Wait until the first process is stopped or has ended; returns where."""
+        """Wait until the first process is paused or has ended; return the place of the pause."""
         if self.chance is None:
             _, status = os.waitpid(process, os.WUNTRACED)
             return (self.folder / "stopped").read_text() if os.WIFSTOPPED(status) else ENDED
@@ -271,15 +271,15 @@ class Trial:
         return json.loads(file.read_text()) if file.exists() else {"code": "none", "status": "", "trained": False}
 
     def _describe(self, name: str) -> str:
-        """Say how a process ended."""
+        """Describe how a process ended."""
         told = self._told(name)
         if told["code"]:
             said = (self.folder / f"{name}.out").read_text()
-            return "taken over" if "has taken over the run, since this one gave" in said else f"exit code {told['code']}"
+            return "taken over" if "has taken over the run, because this one" in said else f"exit code {told['code']}"
         return "published" if told["trained"] else "found it done" if told["status"] == "success" else "left it"
 
     def _look(self, expected: Record) -> Row:
-        """Look at what two processes have left of one run: for each kind of fault whether or how often it is there."""
+        """Check the files that two processes have written for one run. Return whether, or how often, each fault occurs."""
         results, outputs = self.folder / "results", [self.folder / f"{name}.out" for name in ("first", "second")]
         winners = sum(self._describe(name) == "published" for name in ("first", "second"))
         adapters = {f"adapters/{expected.run_id}/{file}": key for file, key in RECORDED.items()}

@@ -20,7 +20,7 @@ WORKERS, RECORDS_EACH, KILLS = 8, 100, 40
 
 
 def store(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
-    """Let processes complete the same records in one folder, and kill and replace them as they go."""
+    """Let several processes complete the same records in one folder. Meanwhile, kill and replace processes."""
     moments, kills, total = random.Random(seed), 0, WORKERS * RECORDS_EACH
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -56,7 +56,7 @@ def start_worker(folder: Path, index: int) -> subprocess.Popen[bytes]:
 
 
 def work(folder: Path, seed: int) -> None:
-    """Complete whatever record is not complete and nobody else's, until all are."""
+    """Complete every record that is incomplete and not locked by another process, until all are complete."""
     names = [f"{number:016x}" for number in range(WORKERS * RECORDS_EACH)]
     random.Random(seed).shuffle(names)
     records = RecordStore(folder)

@@ -1,11 +1,11 @@
-"""Measures the commands that read records on a study of thousands of runs: seconds and memory of each.
+"""Measure time and memory of the commands that read records, on a study with thousands of runs.
 
     python scripts/scale.py --records 10000 --cells 5000
 
-The study, in a temporary folder, is made from committed records of `results/cpu_study`, one per method, with configurations
-for other tasks, ranks, rates and seeds. Every command is a process of its own. `first` is without an index, `again` with the
-one that the first left behind. A small study beside it shows what does not depend on the number of records. CPU seconds
-stand beside wall seconds because wall time depends on what else the machine does.
+The study is created in a temporary folder from committed records of `results/cpu_study`: one per method, with configurations
+for other tasks, ranks, rates and seeds. Every command runs in a separate process. `first` is without an index; `again` uses
+the index that the first command has written. A small study shows the cost that does not depend on the number of records. CPU
+seconds are reported in addition to wall seconds, because wall time depends on the load of the machine.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ SETTING = ["model=minilm", "precision=fp32"]
 
 
 def main() -> None:
-    """Make the studies, run the commands, and write the table to `--out`."""
+    """Create the studies, run the commands, and write the table to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=10_000, help="runs in the study")
     parser.add_argument("--cells", type=int, default=5_000, help="cells in the sweeps")
-    parser.add_argument("--folder", type=Path, help="where the studies stand or are made; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder of the studies, created if missing; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=Path("results/reliability"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() if args.folder is None else nullcontext(args.folder) as folder:
@@ -63,11 +63,11 @@ def main() -> None:
                     told = measure(filled, given, study, turn)
                     rows.append({"command": name, "records": count, "read": turn, **told})
                     print(_line(rows[-1].values()), flush=True)
-                    write(rows, args)  # one by one: on a busy machine it takes long
+                    write(rows, args)  # after every command, because all commands together take long
 
 
 def write(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Write what has been measured as JSON and as a table."""
+    """Write the measurements as JSON and as a table."""
     args.out.mkdir(parents=True, exist_ok=True)
     summary = {
         "records": args.records,
@@ -87,9 +87,9 @@ def _line(values: Iterable[object]) -> str:
 
 
 def commands(cells: int) -> Iterator[tuple[str, list[str], list[str], tuple[str, ...]]]:
-    """Yield, of every command to measure, name, words after `python -m`, lines of its input, and when it reads.
+    """Yield the commands to measure: name, arguments after `python -m`, input lines, and turns (`first`, `again`).
 
-    In words and lines `{}` stands for the study.
+    `{}` in arguments and lines is replaced by the folder of the study.
     """
     both = ("first", "again")
     yield "tables all", ["wlora.tables", "all", STUDY], [], both
@@ -105,7 +105,7 @@ def commands(cells: int) -> Iterator[tuple[str, list[str], list[str], tuple[str,
 
 
 def sweeps(ranks: Sequence[int], points: Sequence[str]) -> Iterator[str]:
-    """Yield one sweep per task and method, as the scripts of the tables ask for them."""
+    """Yield one sweep per task and method, as in the scripts for tables."""
     for task, method in itertools.product(TASKS, METHODS):
         own = [f"task={task}", *_method_words(method), f"rank={','.join(map(str, ranks))}"]
         yield " ".join([*SETTING, STUDY, *own, *points])
@@ -116,7 +116,7 @@ def _method_words(method: str) -> list[str]:
 
 
 def measure(words: Sequence[str], lines: Sequence[str], study: Path, turn: str) -> dict[str, Any]:
-    """Run one command; returns wall and CPU seconds and the peak of its resident memory, in MB."""
+    """Run one command; return wall and CPU seconds and its peak resident memory in MB."""
     if turn == "first":
         for index in (".index", ".curves"):
             (study / "records" / index).unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def measure(words: Sequence[str], lines: Sequence[str], study: Path, turn: str) 
 
 
 def write_study(study: Path, count: int) -> None:
-    """Write the records and learning curves of so many runs: all settings at one seed, then at the next."""
+    """Write the records and learning curves of `count` runs: all settings with one seed, then with the next."""
     store = RecordStore(study)
     store.folder.mkdir(parents=True)
     models = [(*_real(method), compose_all(method)) for method in METHODS]
@@ -154,7 +154,7 @@ def write_study(study: Path, count: int) -> None:
 
 
 def compose_all(method: str) -> list[Config]:
-    """Return the configurations of a method on all tasks and at all ranks."""
+    """Return the configurations of a method for all tasks and ranks."""
     words = [*SETTING, *_method_words(method)]
     return [compose([*words, f"task={task}", f"rank={rank}"]) for task in TASKS for rank in RANKS]
 
@@ -168,7 +168,7 @@ def _real(method: str) -> tuple[Record, list[dict[str, Any]]]:
 
 
 def make_record(real: Record, config: Config) -> Record:
-    """Return a record of a configuration that tells what a real run told, with scores of its own."""
+    """Return a record of a configuration with the content of a real record, but with other scores."""
     model_data = locate(config.model).fingerprint
     fields = scientific_fields(config, task_data=None, model_data=model_data, precision=config.precision)
     metrics = {name: _score(config, name) for name in config.task.metrics}
@@ -185,13 +185,13 @@ def make_record(real: Record, config: Config) -> Record:
 
 
 def _score(config: Config, metric: str) -> float:
-    """Return a score that depends on task, method, rank, rate and seed, and is the same every time."""
+    """Return a deterministic score that depends on task, method, rank, learning rate and seed."""
     drawn = random.Random(f"{config.task.name} {config.method['name']} {config.rank} {config.lr} {config.seed} {metric}")
     return round(0.6 + 0.3 * drawn.random(), 4)
 
 
 def _write_curve(store: RecordStore, record: Record, real: Sequence[dict[str, Any]]) -> str:
-    """Write a learning curve with the record's metrics at every evaluation; returns its checksum."""
+    """Write a learning curve with the record's metrics at every evaluation; return its checksum."""
     writer = store.curve(record.run_id, write=False)
     for point in real:
         writer({**point, "metrics": record.metrics} if "metrics" in point else point)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Experiments behind the defaults of the selection (docs/selection.md): MiniLM, 18 adapters, SST-2 (4,000 rows) and MRPC, three
-# epochs, one factor changed at a time. Grids of rates are evaluated at every eighth of the run. Settings: scripts/study.sh, and
+# epochs. One factor is changed at a time. Rates are evaluated at every eighth of the run. Settings: scripts/study.sh, and
 #   PARTS="bars random growth steps halvings"   [all, in this order]
 export RESULTS=${RESULTS:-results/selection} SCALE=cpu
 . "$(dirname "$0")/study.sh"
@@ -15,7 +15,7 @@ on_sst2() { sweep sst2 "$1" $setting $sst2 ${EIGHTHS:+train.eval_every=47} "${@:
 on_mrpc() { sweep mrpc "$1" $setting ${EIGHTHS:+train.eval_every=44} "${@:2}"; }
 on_both() { on_sst2 "$@"; on_mrpc "$@"; }
 
-if part bars; then # WLoRA+ beside WLoRA: at one rate, and at the rate chosen on seed 100
+if part bars; then # WLoRA+ and WLoRA: with one rate, and with the rate chosen on seed 100
     for method in "wlora k=5" wlora_plus; do
         EIGHTHS=1 on_both $method seed=100 $grid
         on_sst2 $method "seed=range(3)" lr=1e-3
@@ -25,7 +25,7 @@ if part bars; then # WLoRA+ beside WLoRA: at one rate, and at the rate chosen on
     for method in "wlora k=5" wlora_plus; do on_both $method "seed=range(3)" lr=tuned; done
     stage
 fi
-if part random; then # WLoRA beside RLoRA
+if part random; then # WLoRA and RLoRA
     for k in 5 1 3; do
         for method in wlora rlora; do on_both $method k=$k "seed=range(5)" lr=1e-3; done
     done
@@ -38,7 +38,7 @@ if part growth; then # how ranks grow
     done
     stage
 fi
-if part steps; then # T, the warm-up that it lies in, and whether schedule and clipping include omega
+if part steps; then # T, the warm-up, and whether schedule and clipping include omega
     for steps in 5 20 50 10; do on_both wlora k=5 "seed=range(3)" lr=1e-3 method.select_steps=$steps; done
     on_both wlora k=5 "seed=range(3)" lr=1e-3 method.select_steps=2 warmup=0
     for warmup in 10 60; do on_both wlora k=5 "seed=range(3)" lr=1e-3 warmup=$warmup; done

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs a sweep through hydra/launcher=submitit_slurm on a SLURM cluster of one node, made for the purpose, and preempts it:
-# one job by the signal that submitit asks SLURM for before a time limit, the other by SLURM itself (scontrol requeue).
-# Both must go on from their checkpoints. There is no accounting, so that submitit warns of sacct. As root on Debian or
-# Ubuntu, in a container too:
+# Creates a SLURM cluster with one node, runs a sweep with hydra/launcher=submitit_slurm on it, and preempts both jobs: one by
+# the signal that SLURM sends before the time limit, the other by SLURM itself (scontrol requeue). Both must continue from their
+# checkpoints. The cluster has no accounting, so submitit prints a warning about sacct. Run as root on Debian or Ubuntu, also in
+# a container:
 #   apt-get install -y slurm-wlm munge && pip install -e '.[slurm]' && scripts/slurm_check.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,7 +31,7 @@ SlurmctldHost=$NODE(127.0.0.1)
 SlurmUser=root
 SlurmctldPort=36817
 SlurmdPort=36818
-# A requeued job waits until the credentials of its last start have expired: two minutes by default.
+# A requeued job waits until the credentials of its last start have expired, by default for two minutes.
 AuthInfo=socket=$WORK/munge.socket,cred_expire=5
 StateSaveLocation=$WORK/state
 SlurmdSpoolDir=$WORK/spool
@@ -49,7 +49,7 @@ ReturnToService=2
 NodeName=$NODE NodeAddr=127.0.0.1 CPUs=2
 PartitionName=main Nodes=ALL Default=YES State=UP
 CONF
-    # --force: under a temporary folder, which others may write to.
+    # --force: required because other users may write to the parent of a temporary folder.
     munged --foreground --force --key-file="$WORK/munge.key" --socket="$WORK/munge.socket" --pid-file="$WORK/munge.pid" \
         --log-file="$WORK/munge.log" --seed-file="$WORK/munge.seed" 2>"$WORK/munge.err" &
     DAEMONS+=($!)
@@ -67,14 +67,14 @@ await() {
         "$@" && return
         sleep 0.5
     done
-    echo "error: waited in vain for: $*" >&2
+    echo "error: timeout while waiting for: $*" >&2
     tail -n 5 "$WORK"/*.log >&2
     exit 1
 }
 
 idle() { sinfo -h -o %T 2>/dev/null | grep -q idle; }
 
-# Both runs have written to their learning curves.
+# Wait until both runs have written to their learning curves.
 training() { [ "$(find "$WORK/results/records" -name '*.jsonl' -size +0 2>/dev/null | wc -l)" = 2 ]; }
 
 cluster

@@ -7,11 +7,11 @@
 #   DATA=DIR          local copies, one folder per task         [the hub]
 #   TASKS="rte mrpc"  METHODS="lora wlora"                      [all of the script]
 #   TUNE_SEED=N       seed for tuning rates and warm-up; larger than the reported seeds   [100]
-#   RACE=1            race the tuning sweeps (docs/sweeps.md): rates that fall behind are stopped
-#   JOBS=N            sweeps at once; with GPUS=N each takes one of N GPUs   [1]
+#   RACE=1            race the tuning sweeps (docs/sweeps.md): the worse rates are stopped early
+#   JOBS=N            number of simultaneous sweeps; with GPUS=N each uses one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
 #
-# PHASE and PHASES are shared with the scripts; the words of `small` are split on purpose:
+# PHASE and PHASES are shared with the scripts; the output of `small` is split into words on purpose:
 # shellcheck shell=bash disable=SC2034,SC2046,SC2153
 
 set -euo pipefail
@@ -22,6 +22,15 @@ extra=("$@") queue=() planned=()
 
 # chosen LIST NAME: whether NAME is in LIST; an empty list contains every name
 chosen() { [ -z "$1" ] || [[ " $1 " == *" $2 "* ]]; }
+
+# set_protocol: sets `protocol` to the arguments of PROTOCOL (Tables 1 and 6)
+set_protocol() {
+    case ${PROTOCOL:-steps} in
+    steps) protocol="train.max_steps=512" ;;
+    printed) protocol="train.max_steps=null task.epochs=1 warmup=null" ;;
+    *) echo "error: PROTOCOL=$PROTOCOL: allowed is steps | printed" >&2; exit 2 ;;
+    esac
+}
 
 # sweep TASK METHOD OVERRIDE...
 sweep() {
@@ -37,7 +46,7 @@ sweep() {
 }
 
 # The small studies: MiniLM (K out of 18 adapters on query, key and value, or 36 on all linears) on samples of the tasks. MODEL
-# names another model: SmolLM2-135M in Table 3, a small BART in Table 5. small TASK prints the words that all their runs have.
+# names another model: SmolLM2-135M in Table 3, a small BART in Table 5. small TASK prints the arguments that all their runs share.
 # tune_small SEEDS TASK METHOD OVERRIDE...: four rates on TUNE_SEED, a fifth where the best is at an edge, then the reported
 # seeds 0 to SEEDS - 1 at the best rate; call it once per phase of PHASES, with a stage after it.
 PHASES="grid beyond seeds"

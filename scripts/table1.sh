@@ -1,20 +1,16 @@
 #!/usr/bin/env bash
 # Table 1 (the paper, 4.1 and B.1): every method on GLUE with DeBERTaV3-base, rank 8 on query, key and value.
-# experiment=table1 has batch, accumulation, 512 steps, warm-up 100 and the grid of learning rates. The learning rate is the
-# best of the grid on TUNE_SEED, for each method and task; then five seeds. Settings: scripts/study.sh, and
+# experiment=table1 sets batch size, accumulation, 512 steps, warm-up 100 and the grid of learning rates. For each method and
+# task, the best learning rate on TUNE_SEED is chosen; then five seeds run with it. Settings: scripts/study.sh, and
 #   PROTOCOL=steps    512 steps on every task, as the published code trains
-#   PROTOCOL=printed  one epoch, as the paper prints: 13 steps of RTE; warm-up 100, or a tenth of the run if that is less
+#   PROTOCOL=printed  one epoch, as in the paper's text (13 steps on RTE); warm-up 100, but at most a tenth of the run
 . "$(dirname "$0")/study.sh"
 
 methods="full lora adalora increlora dynamic_lora lora_drop alora melora flexlora"
 
 case $SCALE in
 paper)
-    case ${PROTOCOL:-steps} in
-    steps) protocol="train.max_steps=512" ;;
-    printed) protocol="train.max_steps=null task.epochs=1 warmup=null" ;;
-    *) echo "error: PROTOCOL=$PROTOCOL: allowed is steps | printed" >&2; exit 2 ;;
-    esac
+    set_protocol
     for rate in "seed=$TUNE_SEED" "lr=tuned seed=range(5)"; do
         for task in mnli sst2 cola qqp qnli rte mrpc; do
             for method in $methods; do sweep $task $method experiment=table1 $protocol $rate; done

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Table 2 (the paper, 4.1 and B.1): LoRA, WLoRA K = 20 and WLoRA+ on GLUE with DeBERTaV3-base, four ranks, all linears.
-# experiment=table2 has the grids; epochs and batch sizes are the tasks' own (Table 7). On TUNE_SEED first the learning rate is
-# tuned under a warm-up of 100, then the warm-up at that rate (the paper does not say whether jointly); then five seeds.
+# experiment=table2 sets the grids; epochs and batch sizes are those of the tasks (Table 7). On TUNE_SEED, first the learning
+# rate is tuned with a warm-up of 100, then the warm-up with that rate (the paper does not say whether they are tuned jointly).
+# Then five seeds run.
 # Settings: scripts/study.sh, and TARGETS=all (the paper's text) or release (the 60 adapters of its percentages).
 . "$(dirname "$0")/study.sh"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 4 (the paper, 4.2 and B.2): LoRA, WLoRA K = 20 and WLoRA+ on SQuAD with DeBERTaV3-base, four ranks, all linears.
-# experiment=table4 has the epochs and batch sizes of Table 9 and the grids. On TUNE_SEED first the learning rate is tuned under
-# a warm-up of 100, then the warm-up at that rate; then five seeds.
+# experiment=table4 sets the epochs and batch sizes of Table 9 and the grids. On TUNE_SEED, first the learning rate is tuned
+# with a warm-up of 100, then the warm-up with that rate. Then five seeds run.
 # Settings: scripts/study.sh, and TARGETS=all (the paper's text) or release (the 60 adapters of its percentages).
 . "$(dirname "$0")/study.sh"
 
@@ -24,7 +24,7 @@ cpu) # MiniLM, K = 10 of 36 adapters, SQuAD v1.1; rates are tuned at rank 8 and 
         stage
     done
     for method in lora "wlora k=10" wlora_plus; do
-        rate=1e-3 # of a dry run, before rates are known
+        rate=1e-3 # placeholder in a dry run, because the tuned rate is unknown
         [ -n "${DRY:-}" ] || rate=$(tuned_rate squad_v1 $method targets=all rank=8)
         # shellcheck disable=SC2046 # words without spaces
         sweep squad_v1 $method $(small squad_v1) targets=all rank=1 "seed=range(3)" "lr=$rate"

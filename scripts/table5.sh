@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 5 (the paper, 4.3 and B.2): LoRA, WLoRA K = 20 and WLoRA+ on XSum and CNN/DailyMail with BART-large, four ranks, all
-# 192 linears. experiment=table5 has the epochs and batch sizes of Table 9 and the grids. On TUNE_SEED first the learning rate is
-# tuned under a warm-up of 100, then the warm-up at that rate; then five seeds. Settings: scripts/study.sh.
+# 192 linears. experiment=table5 sets the epochs and batch sizes of Table 9 and the grids. On TUNE_SEED, first the learning rate
+# is tuned with a warm-up of 100, then the warm-up with that rate. Then five seeds run. Settings: scripts/study.sh.
 . "$(dirname "$0")/study.sh"
 
 # base_and_rows FOLDER: split the rows of story_summary in two, train tiny_bart in full on the first part, and print where it is

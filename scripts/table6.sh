@@ -1,15 +1,11 @@
 #!/usr/bin/env bash
-# Table 6 (the paper, 4.4): WLoRA against the same with random survivors, as in Table 1; K = 1, 5, 10.
-# Its WLoRA runs are those of scripts/table1.sh, which are not repeated. Settings: scripts/study.sh, PROTOCOL as in table1.sh.
+# Table 6 (the paper, 4.4): WLoRA compared with RLoRA, which selects at random; settings as in Table 1; K = 1, 5, 10. The runs
+# of WLoRA are shared with scripts/table1.sh and are not repeated. Settings: scripts/study.sh, and PROTOCOL as in table1.sh.
 . "$(dirname "$0")/study.sh"
 
 case $SCALE in
 paper)
-    case ${PROTOCOL:-steps} in
-    steps) protocol="train.max_steps=512" ;;
-    printed) protocol="train.max_steps=null task.epochs=1 warmup=null" ;;
-    *) echo "error: PROTOCOL=$PROTOCOL: allowed is steps | printed" >&2; exit 2 ;;
-    esac
+    set_protocol
     for rate in "seed=$TUNE_SEED" "lr=tuned seed=range(5)"; do
         for task in mnli sst2 cola qqp qnli rte mrpc; do
             for method in wlora rlora; do sweep $task $method experiment=table6 k=1,5,10 $protocol $rate; done

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 NUMERICS_VERSION = 1
-"""To be raised where the same configuration comes to give other numbers; runs of two versions are never averaged."""
+"""Increase this number when the same configuration gives other results. Runs of two versions are never averaged."""
 
 _LAZY = {"attach": "attach", "Handle": "handle", "WLoRACallback": "trainer_callback"}
 

@@ -127,16 +127,15 @@ def _mismatch(value: Any, kind: Any, at: str) -> str:
     return f"{at.lstrip('.')} is {repr(value)[:40]}, not {getattr(kind, '__name__', kind)}"
 
 
-# A file that cannot be looked at for one of these reasons counts as absent, as for `os.path`.
+# With one of these errors a file counts as absent, as in `os.path`.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EACCES}
 
 
 @contextmanager
 def strict_lookups() -> Iterator[None]:
-    """Within this block, `os.path.isfile`, `isdir` and `exists` raise where a file cannot be looked at.
+    """Within this block, `os.path.isfile`, `isdir` and `exists` raise OSError if a file cannot be accessed.
 
-    They usually say then that there is no such file. A library that reads a folder leaves the file out, and loads something
-    else than the folder holds.
+    Usually they return False in this case. A library that reads a folder would then skip the file and load something else.
     """
 
     def strictly(found: Callable[[int], bool]) -> Callable[[Any], bool]:

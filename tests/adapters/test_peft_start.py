@@ -167,12 +167,12 @@ def test_the_methods_that_can_start_are_those_that_the_message_names() -> None:
         ("for ever", "alpha_pattern is .*: allowed is names of modules"),
         ("modules", "modules_to_save is 5: allowed is a list of names"),
         ("rank", "r is 0: allowed is 1 to 65536"),
-        ("no rank", "A and B of bert.* do not belong together"),
+        ("no rank", "A and B of bert.* are incomplete, or their shapes do not match"),
         ("dora", "use_dora is True: allowed is False"),
         ("pissa", "init_lora_weights is pissa"),
         ("kind", "peft_type is VERA: allowed is LORA"),
-        ("half", "A and B of bert.* do not belong together"),
-        ("strange", "is neither LoRA's A or B nor of a head"),
+        ("half", "A and B of bert.* are incomplete, or their shapes do not match"),
+        ("strange", "is neither LoRA's A or B nor a tensor of a head"),
     ],
 )
 def test_a_broken_or_malicious_folder_is_refused(fault: str, message: str, trained: Path, tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_unreadable_records_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "records" / "torn.json").write_text("{")
     assert len(read_runs(tmp_path)) == 1
     told = capsys.readouterr().err
-    assert told == f"notice: record {tmp_path}/records/torn.json is damaged: it is no whole JSON; it is left out\n"
+    assert told == f"notice: record {tmp_path}/records/torn.json is damaged: it is not complete JSON; it is left out\n"
 
 
 def test_reading_never_imports_torch() -> None:

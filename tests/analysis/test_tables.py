@@ -180,7 +180,7 @@ def test_two_target_sets_are_refused_in_one_table(tmp_path: Path) -> None:
 def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
     record(tmp_path, "lora", "sst2", 0, 0.5, name="first")
     record(tmp_path, "lora", "sst2", 0, 0.6, name="second")
-    with pytest.raises(ConfigError, match="table 1, LoRA on sst2: seed=0 is there twice, as records first and second"):
+    with pytest.raises(ConfigError, match="table 1, LoRA on sst2: seed=0 exists twice, as records first and second"):
         filled(tmp_path, "1")
 
 

@@ -127,9 +127,9 @@ def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(
     [
         (
             ["task=xsum", "model=bart_large", "targets=all"],
-            ["192 of method=lora", "1.065% of 406,291,456, 1.053% with them counted in"],
+            ["192 of method=lora", "1.065% of 406,291,456, 1.053% including the adapters"],
         ),
-        (["experiment=table5", "task=cnn_dailymail", "rank=1"], ["192 of method=lora", "0.133% with them counted in"]),
+        (["experiment=table5", "task=cnn_dailymail", "rank=1"], ["192 of method=lora", "0.133% including the adapters"]),
         (
             ["experiment=table3", "task=sst2", "model.quantization=nf4"],
             ["224 of method=lora", "0.522% of 4,015,271,936 stored", "128 (67,349 rows", "batch 32 × 2), warm-up 25"],

@@ -106,7 +106,7 @@ def test_the_entry_point_prints_cells_and_the_total(
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "task=sst2 model=minilm method=lora rank=8 targets=qkv: 0 of 2 runs done, length unknown"
     assert printed[1].startswith("task=sst2 model=minilm method=wlora rank=8 k=5 targets=qkv: 0 of 2")
-    assert printed[2] == "0 of 4 runs done; 0 s left on one process, and 4 runs of unknown length"
+    assert printed[2] == "0 of 4 runs done; 0 s left on one process, not counting 4 runs of unknown length"
     for wrong in ("rank=x", "'task=rte", "--config-dir=x", "k=[1"):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{lines} {wrong}\n"))
         with pytest.raises(SystemExit) as end:

@@ -213,7 +213,7 @@ def test_a_record_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
     content = Record(run_id="../../outside", status="success", config={})
     store.folder.mkdir()
     store.path("inside").write_text(seal(dataclasses.asdict(content)))
-    with pytest.raises(ConfigError, match="is damaged: it is of run ../../outside"):
+    with pytest.raises(ConfigError, match="is damaged: its run_id is ../../outside"):
         find_record(str(tmp_path), "inside")
 
 

@@ -150,4 +150,4 @@ def test_files_of_different_schema_are_refused(tmp_path: Path) -> None:
 
 def test_a_table_without_a_source_is_refused(run_main: Callable[..., tuple[int, str, str]]) -> None:
     code, _, error = run_main("task=text_classification", "model=tiny_bert")
-    assert code == 2 and error.startswith("error: task=text_classification reads a table of yours: add task.path=FILE")
+    assert code == 2 and error.startswith("error: task=text_classification reads your own table: add task.path=FILE")

@@ -39,7 +39,7 @@ def test_what_cannot_be_written_keeps_the_checkpoints_and_the_same_command_write
         record = run_tiny(*SETTINGS)
     out = capsys.readouterr().out
     assert record.status == "success" and what in (record.error or "") and "No space left" in out
-    assert "notice: the checkpoints stay; the same command goes on from the last one" in out
+    assert "notice: the checkpoints are kept; the same command continues from the last one" in out
     assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["step-00000003", "step-00000006"]
     again = run_tiny(*SETTINGS)
     assert again.resumed_at == [6] and again.error is None and not (tmp_path / "checkpoints").exists()
@@ -56,7 +56,7 @@ def test_without_checkpoints_what_could_not_be_written_is_told_again(
 
     monkeypatch.setattr(saving, "write_adapter", full)
     run_tiny(*SETTINGS, "train.checkpoint_every=0")
-    assert "the checkpoints stay" not in capsys.readouterr().out
+    assert "the checkpoints are kept" not in capsys.readouterr().out
     assert run_tiny(*SETTINGS, "train.checkpoint_every=0").status == "success"
     assert "No space left on device); an older folder and the run's record are kept: force=true" in capsys.readouterr().out
 

@@ -80,7 +80,7 @@ def test_requests_that_cannot_be_met_are_told(trained: Any, tmp_path: Path, caps
     (tmp_path / "empty.csv").touch()
     run, results = trained.run_id, f"results_dir={tmp_path}"
     for words, part in (
-        ([run, new, f"to={new}", results], "another file than the one that is read"),
+        ([run, new, f"to={new}", results], "a file other than the input file"),
         ([run, new, results], "to is missing"),
         ([run, new, f"to={tmp_path / 'a.xlsx'}", results], "a file of type parquet, json"),
         ([run, tmp_path / "no.csv", f"to={tmp_path / 'a.csv'}", results], "does not exist"),

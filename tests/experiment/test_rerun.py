@@ -86,7 +86,7 @@ def test_only_what_decides_no_number_may_be_overridden(
         "model.architecture.hidden_size=64",
     ):
         code, _, err = enter(f"from={record.run_id}", word)
-        assert code == 2 and err.startswith(f"error: {word}: from={record.run_id} repeats the run as it was"), err
+        assert code == 2 and err.startswith(f"error: {word}: from={record.run_id} repeats the run unchanged"), err
         assert err.count("\n") <= 2
     for words in (["-m"], [f"from={record.run_id}"], ["--cfg", "job"]):
         code, _, err = enter(f"from={record.run_id}", *words)
@@ -171,4 +171,4 @@ def test_a_record_whose_keys_mean_other_numbers_today_is_not_repeated(
     assert record.config["method"].pop("revision") == 2
     RecordStore(tmp_path).write(record)
     code, _, err = enter(f"from={record.run_id}")
-    assert code == 2 and "method=wlora_plus gives other numbers now (revision 2, not 1)" in err
+    assert code == 2 and "method=wlora_plus now computes different numbers (revision 2, not 1)" in err

@@ -251,7 +251,7 @@ def test_saving_is_no_part_of_the_identity_and_a_missing_model_is_told(
     folder.rmdir()
     run(tmp_path, "method=lora")
     said = capsys.readouterr().out
-    assert "is done" in said and f"notice: its model is not there ({folder})" in said and "force=true" in said
+    assert "is done" in said and f"notice: its model is missing ({folder})" in said and "force=true" in said
     assert not folder.exists()
     (folder / "old").mkdir(parents=True)  # what a run with force replaces
     run(tmp_path, "method=lora", "force=true")

@@ -89,7 +89,7 @@ def test_a_changed_export_is_found(run_tiny: Callable[..., Any], tmp_path: Path,
         verify([str(folder), there])
     with pytest.raises(SystemExit) as end:
         main([str(folder), there])
-    assert end.value.code == 1 and "this is not what was trained" in capsys.readouterr().err
+    assert end.value.code == 1 and "the export differs from the trained model" in capsys.readouterr().err
 
 
 def test_what_vllm_refuses_is_told_with_the_way_out(
@@ -103,11 +103,11 @@ def test_what_vllm_refuses_is_told_with_the_way_out(
         return "\n".join(line for line in verify([str(export([record.run_id, there])), there]) if line.startswith("vllm"))
 
     pooler = told("method=lora")
-    assert "refuses modules_to_save=bert.pooler, it takes only classifier and score\nway out: serve" in pooler
-    assert "nothing" in told("model=tiny_llama", "method=lora")
+    assert "does not support modules_to_save=bert.pooler, only classifier and score\nway out: serve" in pooler
+    assert "supports all settings" in told("model=tiny_llama", "method=lora")
     monkeypatch.setattr("wlora.experiment.verify_export._VLLM_RANK", 4)
-    assert "refuses rank 8 by default\nway out: --max-lora-rank 8" in told("model=tiny_llama", "method=lora")
-    assert "it reads plain LoRA" in told("method=vera")
+    assert "does not support rank 8 by default\nway out: --max-lora-rank 8" in told("model=tiny_llama", "method=lora")
+    assert "only plain LoRA" in told("method=vera")
 
 
 def test_a_folder_that_is_no_export_is_refused_in_a_line(tmp_path: Path) -> None:

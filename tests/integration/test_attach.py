@@ -137,7 +137,7 @@ def test_a_training_that_ends_before_the_cut_is_neither_exported_nor_merged(tmp_
     begin(handle)
     train(handle, 7)
     for act in (lambda: handle.export(tmp_path / "out"), handle.merge, handle.check_settled):
-        with pytest.raises(RunFault, match="the cut never came: 7 optimiser steps of 24 are done, and T=8"):
+        with pytest.raises(RunFault, match="the cut was never made: 7 optimiser steps of 24 are done, and T=8"):
             act()
     assert not (tmp_path / "out").exists()
     train(handle, 1)

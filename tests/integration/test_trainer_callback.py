@@ -173,7 +173,7 @@ def test_the_schedule_of_the_trainer_applies_to_all_but_omega(tmp_path: Path) ->
 
     options = {"max_steps": 4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
     trainer = script.trainer(tmp_path, [wlora.WLoRACallback(handle), Watch()], **options)
-    with pytest.raises(RunFault, match=r"the cut never came: 4 optimiser steps of 4 are done, and T=8"):
+    with pytest.raises(RunFault, match=r"the cut was never made: 4 optimiser steps of 4 are done, and T=8"):
         # A selection that is longer than the training is refused before; this one has been planned for more steps.
         handle.method.plan = lambda steps: None  # type: ignore[method-assign]
         trainer.train()

@@ -118,7 +118,7 @@ def test_a_package_or_random_model_has_no_gguf_file() -> None:
 
 
 def test_a_gguf_file_is_not_quantised_again(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="model.quantization=nf4: allowed is none beside model.gguf_file"):
+    with pytest.raises(ConfigError, match="model.quantization=nf4: allowed is none with model.gguf_file"):
         compose(*words(folder), "model.quantization=nf4")
 
 

@@ -135,8 +135,8 @@ def test_a_dry_run_counts_what_a_run_finds_in_memory(name: str, quantization: st
 
 def test_both_shares_are_said_where_they_differ() -> None:
     counts = {"base": 0, "total": 2_000, "stored": 1_000}
-    assert share_of_model(10, counts) == "0.500% of 2,000, 1.000% of 1,000 stored, 0.990% with them counted in"
-    assert share_of_model(10, counts | {"stored": 2_000}) == "0.500% of 2,000, 0.498% with them counted in"
+    assert share_of_model(10, counts) == "0.500% of 2,000, 1.000% of 1,000 stored, 0.990% including the adapters"
+    assert share_of_model(10, counts | {"stored": 2_000}) == "0.500% of 2,000, 0.498% including the adapters"
     assert share_of_model(1_000, counts | {"base": 1_000, "stored": 2_000}) == "50.000% of 2,000", "they are among the 2,000"
 
 

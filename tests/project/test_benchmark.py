@@ -74,7 +74,7 @@ def test_whole_runs_are_compared_with_each_form_of_batches(runs: Any) -> None:
 def test_runs_of_two_machines_are_not_compared(runs: Any, tmp_path: Path) -> None:
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "mrpc.json").write_text('{"machine": "1 × a GPU"}')
-    with pytest.raises(SystemExit, match="holds runs of 1 × a GPU, and this is 1 × another"):
+    with pytest.raises(SystemExit, match="contains runs of 1 × a GPU, but this is 1 × another"):
         runs.refuse_others(tmp_path, "1 × another")
 
 

@@ -137,7 +137,7 @@ def test_only_tuning_sweeps_are_raced(recorder: Path, tmp_path: Path) -> None:
     assert " seed=10 race=halving train.keep=1" in grid and "seed=range(5)" in seeds and "race" not in seeds
     done = run_script("table1", DRY="1", SCALE="cpu", RACE="1", RESULTS=str(tmp_path), TASKS="sst2", METHODS="lora")
     first, second, total = done.stdout.splitlines()
-    assert "0 of 4 runs done or beaten in a race" in first and "0 of 5 runs done," in second and "0 of 9" in total
+    assert "0 of 4 runs done or eliminated in a race" in first and "0 of 5 runs done," in second and "0 of 9" in total
 
 
 def test_local_data_are_passed_on(recorder: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_paused_owner_changes_nothing_of_what_has_been_taken_over(
         if moment == "goes to remove its checkpoints":  # its record was published: there is nothing left to be taken
             assert run_tiny(*SETTINGS, results=results).trained and not others[0].trained
         else:
-            with pytest.raises(TakenOver, match="has taken over the run, since this one gave no sign of life"):
+            with pytest.raises(TakenOver, match="has taken over the run, because this one sent no heartbeat for too long"):
                 run_tiny(*SETTINGS, results=results)
             assert others[0].trained
             assert files(results) == left, "what the other process has written"
@@ -150,7 +150,7 @@ def test_an_owner_that_was_taken_over_says_so_in_a_line_and_exits_with_1(
 
     with paused(lambda name, path: name == "replace" and "/adapters/" in path, take_over):
         code, _, error = run_main(*TINY, *SETTINGS, f"results_dir={tmp_path}")
-    told = "error: another process has taken over the run, since this one gave no sign of life\n"
+    told = "error: another process has taken over the run, because this one sent no heartbeat for too long\n"
     assert (code, error) == (1, told)
 
 

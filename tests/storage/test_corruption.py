@@ -83,7 +83,7 @@ def test_a_record_of_before_there_were_checksums_is_read_while_it_is_one(study: 
 def test_a_record_under_another_name_is_not_taken(study: list[Record], tmp_path: Path) -> None:
     file, _ = best(study, tmp_path)
     file.rename(file.with_name("0123456789abcdef.json"))
-    with pytest.raises(ConfigError, match=f"it is of run {study[1].run_id}"):
+    with pytest.raises(ConfigError, match=f"its run_id is {study[1].run_id}"):
         RecordStore(tmp_path).load("0123456789abcdef")
 
 
@@ -142,7 +142,7 @@ def test_a_damaged_measurement_of_memory_is_named(tmp_path: Path, capsys: pytest
         unseal(file.read_bytes())
     with pytest.raises(SystemExit):
         figures.main(["memory", f"results_dir={tmp_path}"])
-    assert f"{file} is damaged: its checksum does not hold" in capsys.readouterr().err
+    assert f"{file} is damaged: its content does not match its checksum" in capsys.readouterr().err
 
 
 def test_a_run_with_a_damaged_record_is_done_again(

@@ -70,7 +70,7 @@ def test_a_run_that_another_process_holds_is_left_to_it(
     held = RunLock(tmp_path, done.run_id)
     assert held.acquire()
     assert run_tiny("method=lora", results=tmp_path).status == "running"
-    assert f"{done.run_id} is left to process" in capsys.readouterr().out
+    assert f"{done.run_id} is skipped: process" in capsys.readouterr().out
     assert RecordStore(tmp_path).read(done.run_id) is None
     held.release()
     assert run_tiny("method=lora", results=tmp_path).metrics == done.metrics

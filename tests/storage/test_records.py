@@ -162,7 +162,7 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monk
         return read(path)
 
     monkeypatch.setattr(records, "read_file", fail)
-    with pytest.raises(RunFault, match="x.json cannot be read .Input/output error.; it stays as it is"):
+    with pytest.raises(RunFault, match="x.json cannot be read .Input/output error.; the file is kept"):
         store.read("x")
     faults = 2
     assert store.read("x") == record
@@ -232,7 +232,7 @@ def test_damaged_predictions_are_told_and_their_loss_costs_no_run(
     content = file.read_bytes()
     for damaged in (content[:-9], content[:99] + bytes([content[99] ^ 1]) + content[100:], b""):
         file.write_bytes(damaged)
-        with pytest.raises(ConfigError, match="predictions .* are damaged: their checksum"):
+        with pytest.raises(ConfigError, match="predictions .* are damaged: they do not match their checksum"):
             store.read_predictions(record)
     file.unlink()
     with pytest.raises(ConfigError, match="predictions .* are damaged"):

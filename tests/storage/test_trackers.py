@@ -88,7 +88,7 @@ def test_a_broken_tracker_is_told_once_and_changes_nothing(
     record = run_tiny("method=lora", "track=wandb", results=tmp_path / "tracked")
     told = capsys.readouterr().out
     assert told.count("the tracker failed") == 1
-    assert "(ConnectionError: no answer from the server); the run goes on" in told
+    assert "(ConnectionError: no answer from the server); the run continues" in told
     assert [entry[0] for entry in fake.seen].count(fails_at) == 1, "and it gets nothing more"
     assert (record.status, record.run_id, record.metrics) == ("success", plain.run_id, plain.metrics)
     assert curve(tmp_path / "tracked", record.run_id) == curve(tmp_path / "plain", plain.run_id)

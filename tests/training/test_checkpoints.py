@@ -112,7 +112,7 @@ def test_a_fault_that_may_pass_is_tried_again_and_is_no_damage(
         return read(path)
 
     monkeypatch.setattr(owner, name, fail)
-    told = f"cannot be read .{os.strerror(number)}.; nothing was removed\nway out: the same command"
+    told = f"cannot be read .{os.strerror(number)}.; nothing was removed\nway out: repeat the command"
     with pytest.raises(RunFault, match=told):
         whole(store(tmp_path))
     faults = 2

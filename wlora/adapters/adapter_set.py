@@ -41,11 +41,11 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
         return adapter
 
     def base(self, name: str) -> nn.Module:
-        """Return the frozen module that an adapter is attached to."""
+        """Return the frozen module to which an adapter is attached."""
         return self._adapted(name).base
 
     def disconnect(self, name: str) -> None:
-        """Remove an adapter: the base module returns to its place, unchanged."""
+        """Remove an adapter and restore the unchanged base module."""
         self._replace(name, self._adapted(name).base)
         del self._targets[name]
 
@@ -69,7 +69,7 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
 
     @contextmanager
     def only(self, names: Collection[str]) -> Iterator[None]:
-        """Leave the named adapters connected in the block, and no others; these are put back after it."""
+        """Context manager: only the named adapters are connected in the block. The others are restored afterwards."""
         targets = dict(self._targets)
         taken = {name: self[name] for name in targets if name not in names}
         for name in taken:
@@ -82,7 +82,7 @@ class AdapterSet(Mapping[str, LowRankAdapter]):
             self._targets = targets
 
     def target(self, name: str) -> Target:
-        """Return the target that an adapter is attached to."""
+        """Return the target to which an adapter is attached."""
         return self._targets[name]
 
     @property

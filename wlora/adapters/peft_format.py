@@ -113,7 +113,7 @@ def write_adapter(
         config: PEFT's configuration of the adapters.
         tensors: the adapters' tensors.
         head: the modules of head and pooler by name; they become PEFT's `modules_to_save`.
-        kind: the kind of head (`Task.head`); None for one that has no name here.
+        kind: the kind of head (`Task.head`); None for other kinds.
 
     Returns:
         The first 16 hex digits of the SHA-256 of both files, by their keys in a record.
@@ -233,12 +233,12 @@ def read_adapter(path: str) -> Start:
         elif any(f"{part}." in name for part in head_modules):
             head[name] = tensor
         else:
-            raise ConfigError(f"adapter.path={path}: {key} is neither LoRA's A or B nor of a head")
+            raise ConfigError(f"adapter.path={path}: {key} is neither LoRA's A or B nor a tensor of a head")
     adapters = {}
     alphas = [(_compile(pattern), alpha) for pattern, alpha in config["alpha_pattern"].items()]
     for name, pair in matrices.items():
         if len(pair) < 2 or not len(pair["A"]) == pair["B"].shape[1] > 0:
-            raise ConfigError(f"adapter.path={path}: A and B of {name} do not belong together")
+            raise ConfigError(f"adapter.path={path}: A and B of {name} are incomplete, or their shapes do not match")
         alpha = next((a for pattern, a in alphas if pattern.match(name)), config["lora_alpha"])
         adapters[name] = Factors(pair["A"].float(), pair["B"].float(), alpha / len(pair["A"]))
     return Start(adapters, head)
@@ -296,7 +296,7 @@ def _parse_config(content: bytes, where: str) -> dict[str, Any]:
             raise ValueError(f"more than {_LARGEST_CONFIG >> 20} MiB")
         config: Any = read_json(content)
         if not isinstance(config, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("not a JSON object")
     except ValueError as error:
         raise ConfigError(f"{where}: {CONFIG} cannot be read ({error})") from None
     config.setdefault("lora_alpha", 8)
@@ -331,7 +331,7 @@ def _find_unbounded(config: dict[str, Any]) -> tuple[str, str] | None:
     for key in _BY_NAME:
         names = config[key]
         if not isinstance(names, dict) or len(names) > _MOST_PATTERNS or not all(map(_PATTERN.fullmatch, names)):
-            return key, "names of modules, or parts of them, with . and .* for what may be anything"
+            return key, "names of modules, or parts of them, with . for any character and .* for any characters"
     return None if _is_names(config["modules_to_save"]) else ("modules_to_save", "a list of names")
 
 

@@ -1,7 +1,7 @@
-"""The adapters of several runs on the same module, multiplied as one: the forward pass of packed training.
+"""The adapters of several runs on the same module, computed in batched products: the forward pass of packed training.
 
-Runs of a pack share the frozen base. Their rows lie one after another in the batch, and the products of a run's adapter are
-those of its own rows: h = W x + s · ω · B diag(g) A x for each run, with all A and all B stacked to batched matrices.
+Runs of a pack share the frozen base. The batch contains the rows of all runs, one run after another. A run's adapter is
+applied only to that run's rows: h = W x + s · ω · B diag(g) A x. All A and all B are stacked to batched matrices.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from wlora.adapters.layer import LowRankAdapter, positive_part
 
 Drop = Callable[[Tensor, float, Tensor | None], Tensor]
-"""Dropout of (rows, probability, indices of the runs that they belong to, None for all)."""
+"""Dropout function. Arguments: the rows, the probability, and the indices of the rows' runs (None for all runs)."""
 
 
 class Stacks:
     """Parameters of several runs, stacked for one pass, and their gradients.
 
-    Each stack is a leaf of the graph. After the backward pass its gradient is divided over the parameters as views: two
-    operations for any number of runs, where autograd would copy the gradient of every parameter.
+    Each stack is a leaf of the graph. After the backward pass, the parameters get views of its gradient. This takes two
+    operations for any number of runs. Without it, autograd would copy the gradient of every parameter.
     """
 
     def __init__(self) -> None:
         self._stacks: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] = {}
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return tensors of equal shape stacked along a new first dimension; the same ones give the same stack."""
+        """Stack tensors of equal shape along a new first dimension. The same tensors give the same stack."""
         key = tuple(map(id, tensors))
         if key not in self._stacks:
             with torch.no_grad():
@@ -38,7 +38,7 @@ class Stacks:
         return self._stacks[key][1]
 
     def divide(self) -> None:
-        """Add the gradients of the stacks to those of the parameters, and forget the stacks."""
+        """Add the gradients of the stacks to those of the parameters, and remove the stacks."""
         for tensors, stacked in self._stacks.values():
             if stacked.grad is None:
                 continue
@@ -49,17 +49,17 @@ class Stacks:
 
 
 def add_adapters(out: Tensor, x: Tensor, adapters: Sequence[LowRankAdapter | None], drop: Drop, stack: Stacks) -> Tensor:
-    """Add to the base's output what each run's adapter returns for the rows of that run.
+    """Add the output of each run's adapter, computed on that run's rows, to the base's output.
 
     Args:
         out: the base's output [rows, ..., d_out], or [1, ..., d_out] if all runs share the input.
         x: the base's input [rows, ..., d_in]; the same number of rows for each run.
-        adapters: one per run, None where the run has none on this module. They have no gates.
+        adapters: one per run; None if the run has no adapter on this module. They have no gates.
         drop: the dropout on the adapters' input.
         stack: stacks the adapters' parameters.
 
     Returns:
-        Shape [rows, ..., d_out] in the dtype of `out`; of a shared input one row per run.
+        Shape [rows, ..., d_out] in the dtype of `out`; for a shared input, one row per run.
     """
     runs = len(adapters)
     groups: dict[tuple[int, float], list[int]] = {}
@@ -92,7 +92,7 @@ def apply_linears(x: Tensor, linears: Sequence[nn.Linear], stack: Stacks) -> Ten
 
 
 def _rows_of(x: Tensor, index: Tensor | None, runs: int) -> Tensor:
-    """Return the rows of the runs with the given indices; a shared input is returned as it is."""
+    """Return the rows of the runs with the given indices; a shared input is returned unchanged."""
     if index is None or len(x) == 1 < runs:
         return x
     return x.view(runs, -1, *x.shape[1:]).index_select(0, index).flatten(0, 1)

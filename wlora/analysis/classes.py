@@ -18,9 +18,10 @@ class ClassScores:
     Attributes:
         title: task, model, method and number of runs.
         head: the headings of `rows`.
-        rows: a line per class (precision, recall, F1 as means over runs, rows of the class over all runs), then the means.
+        rows: a line per class, then the means over classes. A line has precision, recall and F1 as means over runs, and the
+            number of rows of the class over all runs.
         names: the classes, as headings of `confusion`.
-        confusion: rows by true and predicted class, summed over runs; empty where it is not known or too large.
+        confusion: number of rows by true and predicted class, summed over runs; empty if unknown or too large.
     """
 
     title: str
@@ -33,7 +34,7 @@ class ClassScores:
 def summarize_classes(runs: Sequence[Run]) -> list[ClassScores]:
     """Return the class scores of every task and method with successful runs that recorded them.
 
-    Runs of one task, model and method that have other classes are shown apart.
+    Runs with different classes are summarised separately.
     """
     groups: dict[tuple[str, str, str, tuple[str, ...]], list[Run]] = {}
     for run in runs:

@@ -13,13 +13,13 @@ from wlora.analysis.study import Run
 from wlora.errors import ConfigError
 from wlora.storage.records import RecordStore
 
-# Columns that are 1 for an answer that is right as a whole.
+# Columns that are 1 for a completely correct answer.
 _EXACT = ("exact_match", "exact")
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Two runs of one seed on the examples of the dev set.
+    """How two runs of the same seed differ on the examples of the dev set.
 
     Attributes:
         seed: their seed.
@@ -43,12 +43,12 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Answers:
-    """A run's predictions on the first validation split, the one that is reported.
+    """A run's predictions on the first validation split, on which scores are reported.
 
     Attributes:
         right: whether each example is answered correctly, boolean array of shape [examples].
-        label: classes in the data, int array of shape [examples]; None for tasks without classes.
-        prediction: predicted classes, as `label`.
+        label: true classes, int array of shape [examples]; None for tasks without classes.
+        prediction: predicted classes, in the same form as `label`.
     """
 
     right: np.ndarray
@@ -57,7 +57,7 @@ class Answers:
 
 
 class Predictions:
-    """The answers of the runs of a study, each read once.
+    """The answers of a study's runs. Each run's file is read once.
 
     Args:
         store: the records of the study.
@@ -68,9 +68,9 @@ class Predictions:
         self._read: dict[str, Answers | None] = {}
 
     def __call__(self, run: Run) -> Answers | None:
-        """Return a run's answers; None without predictions, or if single examples are not right or wrong (regression).
+        """Return a run's answers; None if it has no predictions, or if answers are not right or wrong (regression).
 
-        Damaged predictions are told in a line and left out.
+        For damaged predictions, print a notice and return None.
         """
         name = run.record.run_id
         if name not in self._read:
@@ -82,7 +82,7 @@ class Predictions:
         return self._read[name]
 
     def compare(self, a: Iterable[Run], b: Iterable[Run]) -> list[Disagreement]:
-        """Compare the runs of two settings on one task, seed by seed; seeds without predictions of both are left out."""
+        """Compare the runs of two settings on one task, seed by seed. Seeds without predictions of both are skipped."""
         second, found = {run.seed: run for run in b}, []
         for run in a:
             if run.seed not in second:

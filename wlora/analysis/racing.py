@@ -1,7 +1,7 @@
-"""Successive halving of recorded runs: which of a race go on, and how far. Never imports torch.
+"""Successive halving of recorded runs: which runs of a race continue, and until which step. Never imports torch.
 
-Decisions follow from records and learning curves alone. So nothing else has to survive a kill, and several processes that
-work on one race decide alike. How runs are advanced is not known here (`wlora.cli.racing`).
+Decisions depend only on records and learning curves. Therefore a killed race needs no other state to continue, and several
+processes that work on one race make the same decisions. `wlora.cli.racing` executes the runs.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from wlora.analysis.study_reader import read_curve
 from wlora.storage.records import RecordStore
 from wlora.training.run_length import step_at
 
-# Shares of the steps at which a race is judged. With 4 or more runs it takes at most 0.4 of all steps.
+# Rungs: the shares of the steps at which runs are compared. With 4 or more runs, a race takes at most 0.4 of all steps.
 RUNGS = (1 / 8, 1 / 4, 1 / 2)
-# One in so many, rounded up, goes on from a rung.
+# At each rung, one of this many runs continues (rounded up).
 FACTOR = 2
 
-# What an evaluation is ranked by: the primary metric, then the negative dev loss.
+# Sort key of an evaluation: the primary metric, then the negative dev loss.
 Mark = tuple[float, float]
 _WORST: Mark = (-math.inf, -math.inf)
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """What is known of one run of a race.
+    """The state of one run in a race.
 
     Attributes:
-        total: optimiser steps of the whole run; 0 if it is not known yet.
-        marks: its evaluations so far, as step and mark, by step.
-        ended: whether it has succeeded or diverged.
+        total: optimiser steps of the whole run; 0 if not known yet.
+        marks: the evaluations so far as pairs of step and mark, sorted by step.
+        ended: whether the run has succeeded or diverged.
     """
 
     total: int = 0
@@ -41,7 +41,7 @@ class Entrant:
 
     @property
     def reached(self) -> float:
-        """The evaluated share of the steps."""
+        """Step of the last evaluation divided by the total number of steps."""
         return self.marks[-1][0] / self.total if self.marks else 0.0
 
     def mark(self, rung: int) -> Mark | None:
@@ -50,7 +50,7 @@ class Entrant:
         return next((mark for step, mark in self.marks if begin <= step < end), None)
 
     def passed(self, rung: int) -> bool:
-        """Tell whether the run is past a rung without a mark there, as one that was begun without a race."""
+        """Tell whether the run is past a rung without a mark there, because it was started without a race."""
         if self.mark(rung) is not None or not self.marks:
             return False
         return self.marks[-1][0] >= step_at((*RUNGS, 1.0)[rung + 1], self.total)
@@ -61,9 +61,9 @@ class Standing:
     """The state of a race.
 
     Attributes:
-        alive: indices of the runs that have not been beaten.
-        behind: those of them that have to be advanced before the race can be judged again; empty at its end.
-        until: the share of their steps up to which they are advanced.
+        alive: indices of the runs that have not been eliminated.
+        behind: indices of the alive runs that must be trained further before the next decision; empty at the end.
+        until: the share of their steps up to which these runs are trained.
     """
 
     alive: tuple[int, ...]
@@ -72,10 +72,10 @@ class Standing:
 
 
 def judge(entrants: Sequence[Entrant]) -> Standing:
-    """Judge a race as far as its runs have come.
+    """Decide a race as far as the evaluations of its runs allow.
 
-    At each rung, the better half of the runs goes on, as soon as all have a mark there. A diverged run ranks last. A run
-    that has passed a rung without a mark is not judged there. In a tie the earlier run of the sequence wins.
+    Once all runs have a mark at a rung, the best ones continue (`survivors`). A diverged run ranks last. A run that has
+    passed a rung without a mark is not judged there. In a tie, the run that is earlier in the sequence wins.
     """
     alive = list(range(len(entrants)))
     for rung, share in enumerate(RUNGS):
@@ -93,12 +93,12 @@ def judge(entrants: Sequence[Entrant]) -> Standing:
 
 
 def survivors(count: int) -> int:
-    """Return how many of `count` judged runs go on from a rung."""
+    """Return how many of `count` judged runs continue after a rung."""
     return math.ceil(count / FACTOR)
 
 
 def work_left(entrants: Sequence[Entrant]) -> float:
-    """Return the steps that the rest of a race takes, in whole runs."""
+    """Return the remaining steps of a race, as a multiple of a whole run."""
     now = judge(entrants)
     work = sum(max(0.0, now.until - entrants[index].reached) for index in now.behind)
     count, at = len(now.alive), now.until
@@ -111,11 +111,11 @@ def work_left(entrants: Sequence[Entrant]) -> float:
 def divide(
     wanted: Iterable[tuple[Point, int]], known: Mapping[tuple[Point, int], Entrant]
 ) -> list[tuple[list[tuple[Point, int]], list[Entrant]]]:
-    """Divide the runs of one setting into a race per seed; returns its runs, lower rates first, and what is known of each.
+    """Divide the runs of one setting into one race per seed. Return the points of each race, lower rates first, with states.
 
     Args:
-        wanted: the runs, as point and seed.
-        known: the recorded ones of them.
+        wanted: point and seed of every run.
+        known: the runs that have records.
     """
     by_seed: dict[int, list[tuple[Point, int]]] = {}
     for asked in sorted(wanted, key=lambda run: [value if isinstance(value, float | int) else 0 for value in run[0]]):
@@ -124,7 +124,7 @@ def divide(
 
 
 def read_entrant(store: RecordStore, run: Run) -> Entrant:
-    """Return what a race knows of a recorded run; its learning curve has the marks."""
+    """Return the state of a recorded run in a race. The marks are read from its learning curve."""
     metric, marks = run.record.primary_metric, []
     for point in read_curve(store, run, key="metrics"):
         metrics = point.get("metrics", {})

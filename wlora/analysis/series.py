@@ -8,7 +8,7 @@ import numpy as np
 
 
 def smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average each point with those around it, a tenth of the curve in all."""
+    """Replace each point by the mean over a window around it. The window is a tenth of the curve."""
     half, count = len(curve) // 20, len(curve)
     sums = np.concatenate([[0.0], np.cumsum([value for _, value in curve])])
     edges = ((max(0, index - half), min(count, index + half + 1)) for index in range(count))

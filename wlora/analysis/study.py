@@ -1,4 +1,4 @@
-"""One study: the records of one results folder, as tables, figures and tuning read them. Never imports torch."""
+"""One study: the records of one results folder, for tables, figures and tuning. Never imports torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from wlora.storage.records import Record
 
 
 class Point(NamedTuple):
-    """What is tuned.
+    """The hyperparameters that are tuned.
 
     Attributes:
         lr: the learning rate.
         warmup: the warm-up; None for the default.
-        head_lr: the learning rate of head and pooler; None where it is `lr`.
+        head_lr: the learning rate of head and pooler; None if it equals `lr`.
     """
 
     lr: float
@@ -36,30 +36,30 @@ class Point(NamedTuple):
     head_lr: float | None = None
 
     def columns(self) -> dict[str, float | int | None]:
-        """Return the coordinates by key, `head_lr` only where it is set: most studies have none."""
+        """Return the values by key. `head_lr` is included only if it is set, because most studies do not use it."""
         return {key: value for key, value in self._asdict().items() if key != "head_lr" or value is not None}
 
 
 ENDED = ("success", "diverged")
-"""A run with one of these has its result: more steps or another try would not change it."""
+"""A run with one of these statuses has its final result. More steps or another attempt would not change it."""
 
 TRIED = (*ENDED, "stopped")
-"""A run with one of these counts as tried where points are compared: one that a race has stopped was beaten."""
+"""A run with one of these statuses counts as tried when points are compared. A run stopped by a race was eliminated."""
 
 _NAMES = ("task", "model", "method")
 
 FOLD_STRIDE = 1000
-"""The runs of `task.validation=folds=N` count as seeds: fold 2 of seed 0 as 2, and of seed 1 as 1002."""
+"""With `task.validation=folds=N`, each fold counts as a seed: fold 2 of seed 0 is 2, and fold 2 of seed 1 is 1002."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A record, with what has to agree before it may be averaged with another.
+    """A record with its setting. Runs may be averaged only if their settings are equal.
 
     Attributes:
         record: the record.
-        setting: every scientific field but those of `Point` and the seed, flat (`task.epochs`, `method.k`), and the
-            versions of data and program (`task.version`, `wlora`).
+        setting: all scientific fields except those of `Point` and the seed, with dotted keys (`task.epochs`, `method.k`),
+            and the versions of data and program (`task.version`, `wlora`).
     """
 
     record: Record
@@ -72,7 +72,7 @@ class Run:
 
     @cached_property
     def task(self) -> str:
-        """Name under which its rows stand (`name_rows`)."""
+        """Name of the task's rows (`name_rows`)."""
         return name_rows(self.record.config["task"])
 
     @property
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """What tells the run from others of its setting and point: its seed; with folds, also its fold."""
+        """The number that distinguishes runs with equal setting and point: the seed, combined with the fold if any."""
         return _with_fold(int(self.record.config["seed"]), self.record.config["task"].get("fold"))
 
     @property
@@ -97,38 +97,38 @@ class Run:
 
     @property
     def rank(self) -> int | None:
-        """The rank at whose budget the method is compared, None for a method without adapters."""
-        # VeRA's own rank is that of its shared matrices.
+        """The rank at which the method is compared with others; None for a method without adapters."""
+        # VeRA's own rank is the rank of its shared matrices, which is not comparable.
         rank = self.record.config["rank"] if self.method == "vera" else self.record.config["method"].get("rank")
         return None if rank is None else int(rank)
 
     @property
     def k(self) -> int | None:
-        """The number of adapters asked for, None for a method that does not read `k`."""
+        """The requested number of adapters; None for a method that does not use `k`."""
         method = self.record.config["method"]
         return int(method["k"]) if "k" in method and method.get("schedule", "single") == "single" else None
 
     @cached_property
     def n(self) -> int | None:
-        """The number of adapters at the start, None where nothing tells it."""
+        """The number of adapters at the start; None if unknown."""
         cuts = [event["omega"] for event in self.record.events if event["kind"] in ("cut", "select") and "omega" in event]
         if cuts:
             return len(cuts[0])
         targets = self.record.config["method"].get("targets")
-        # Not that of the model's folder, which need not be on this machine.
+        # Do not use the model's folder, which may be missing on this machine.
         architecture = self.record.config["model"].get("architecture")
-        # A family that is not described would have to be built by torch.
+        # Counting the targets of other families would require torch.
         known = targets and architecture and architecture.get("model_type") in FAMILIES
         return count_targets(architecture, targets) if known else None
 
     @property
     def machine(self) -> str:
-        """What it ran on."""
+        """Name of the hardware."""
         return name_machine(self.record.environment)
 
     @cached_property
     def score(self) -> float:
-        """The primary metric of a run that succeeded."""
+        """The primary metric of a successful run."""
         return self.record.metrics[self.record.primary_metric]
 
 
@@ -137,23 +137,22 @@ def _with_fold(seed: int, fold: int | None) -> int:
 
 
 def seeds_of(config: Config) -> list[int]:
-    """Return what `Run.seed` will be for the runs of a configuration: one, or one per fold."""
+    """Return the values of `Run.seed` for the runs of a configuration: one value, or one per fold."""
     folds = count_folds(config.task) if config.task.fold is None else None
     return [_with_fold(config.seed, fold) for fold in (range(folds) if folds else [config.task.fold])]
 
 
-# What a task's rows are. Where the rows come from counts only without `task.path`, which may be a copy.
+# Keys that define a task's rows. The source keys count only without `task.path`, which may be a local copy.
 _SCHEMA = ("kind", "benchmark", "columns", "labels", "validation", "metrics", "unanswerable")
 _SOURCE = ("hub_id", "subset", "generator")
 
 
 def name_rows(task: Mapping[str, Any]) -> str:
-    """Return the name under which the rows of a task's configuration stand: NAME, or NAME_own where they are not NAME's.
+    """Return the name of a task's rows for tables: NAME, or NAME_own if they are not the rows of the benchmark NAME.
 
-    An own table without a name of its own has that of its file or repository.
-
-    They are not where schema or source differ from the task's YAML, as after `task.columns=...`: a table would print
-    such rows as the benchmark's.
+    The rows are not the benchmark's if schema or source differ from the task's YAML, for example after `task.columns=...`.
+    A table must not print them as results of the benchmark. An own table without a name is named after its file or
+    repository.
     """
     name = str(task["name"])
     if task.get("benchmark") == "table" and shipped_task(name):
@@ -166,7 +165,7 @@ def name_rows(task: Mapping[str, Any]) -> str:
 
 @cache
 def shipped_task(name: str) -> dict[str, Any]:
-    """Return a task's keys as its YAML has them, empty for a task without one."""
+    """Return the keys in a task's YAML file; empty if the task has none."""
     file = config_folder() / "task" / f"{name}.yaml"
     if not re.fullmatch(r"[\w-]{1,200}", name) or not file.is_file():
         return {}
@@ -177,7 +176,7 @@ def shipped_task(name: str) -> dict[str, Any]:
 def read_words(
     words: Sequence[str], options: dict[str, str | None]
 ) -> tuple[list[str], dict[str, str | None], dict[str, str]]:
-    """Split a command line into names, options (`key=value` with a known key, over their defaults) and filters.
+    """Split a command line into names, options (`key=value` with a known key; defaults are added) and filters.
 
     Raises:
         ConfigError: a key without a value.
@@ -207,7 +206,7 @@ def setting_of(record: Record) -> dict[str, Any]:
 
 
 def main_model(runs: Iterable[Run], favourite: str | None = None) -> str | None:
-    """Return the model to show: the favourite if it has a successful run, else that of most; None without any."""
+    """Return the model to show: the favourite if it has successful runs, else the one with most; None without any."""
     counts = Counter(sorted(run.model for run in runs if run.status == "success"))
     return favourite if favourite in counts else next((model for model, _ in counts.most_common(1)), None)
 
@@ -215,19 +214,20 @@ def main_model(runs: Iterable[Run], favourite: str | None = None) -> str | None:
 def require_one_setting(
     runs: Sequence[Run], where: str, *, part: str = "", but: str | None = None, ignore: Sequence[str] = ()
 ) -> None:
-    """Refuse runs that differ in more than their point and seed: they must not be averaged or compared.
+    """Raise an error for runs that differ in more than point and seed, because they must not be averaged or compared.
 
-    A key that only some runs of a method have was added after the others were recorded, or is off in them.
+    If only some runs of a method have a key, it counts as null in the others: they were recorded before the key was added,
+    or do not use it.
 
     Args:
-        runs: what is to be put side by side.
-        where: what they are, for the message.
-        part: look only at fields that start with this.
-        but: and not with this.
+        runs: the runs to average or compare.
+        where: description of the runs for the message.
+        part: check only fields with this prefix.
+        but: skip fields with this prefix.
         ignore: fields that may differ.
 
     Raises:
-        ConfigError: with the fields that differ, their values, and the way to choose.
+        ConfigError: the settings differ. The message names the fields, their values, and how to choose.
     """
     found: dict[str, dict[str, Any]] = {}
     for key in sorted({key for run in runs for key in run.setting}):
@@ -243,17 +243,17 @@ def require_one_setting(
 
 
 def require_distinct_seeds(runs: Sequence[Run], where: str) -> None:
-    """Refuse two finished runs of one setting, point and seed: one of them was copied or made by other code.
+    """Raise an error for two finished runs with equal setting, point and seed. One was copied or made by other code.
 
     Raises:
-        ConfigError: with the two files.
+        ConfigError: the message names the two records.
     """
     seen: dict[tuple[Point, int], Run] = {}
     for run in runs:
         other = seen.setdefault((run.point, run.seed), run)
         if other is not run:
             raise ConfigError(
-                f"{where}: seed={run.seed} is there twice, as records {other.record.run_id} and {run.record.run_id}\n"
+                f"{where}: seed={run.seed} exists twice, as records {other.record.run_id} and {run.record.run_id}\n"
                 "way out: remove one of them"
             )
 
@@ -261,12 +261,12 @@ def require_distinct_seeds(runs: Sequence[Run], where: str) -> None:
 def select(runs: Iterable[Run], filters: dict[str, str]) -> list[Run]:
     """Keep the runs whose configuration has one of the values given for every key, as in `task=sst2,mrpc seed=0`.
 
-    Keys are those of the configuration (`task`, `model` and `method` mean their names, `wlora`, `task.version` and
-    `task.data` what `Run.setting` holds). A key that a run's method does not have lets the run pass; where other runs of
-    the method have it, it is null.
+    Keys are those of the configuration. `task`, `model` and `method` are compared with names; `wlora`, `task.version` and
+    `task.data` with the values in `Run.setting`. A run is kept if no run of its method has the key. If only other runs of
+    the method have the key, its value is null.
 
     Raises:
-        ConfigError: a key that no record has.
+        ConfigError: no record has the key.
     """
     kept = list(runs)
     for key, text in filters.items():
@@ -282,7 +282,7 @@ def select(runs: Iterable[Run], filters: dict[str, str]) -> list[Run]:
 
 
 def read_value(text: str) -> Any:
-    """Read a word of the command line: a number, `null`, `true`, `false`, else the word."""
+    """Convert a command-line value to a number, None, True or False; any other text is returned unchanged."""
     constants = {"null": None, "true": True, "false": False}
     if text.lower() in constants:
         return constants[text.lower()]
@@ -295,7 +295,7 @@ def read_value(text: str) -> Any:
 
 
 def show(value: Any) -> str:
-    """Write a value as the command line takes it."""
+    """Format a value for the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -321,7 +321,7 @@ def without_point(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping as one level of dotted keys."""
+    """Flatten a nested mapping to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -20,19 +20,19 @@ from wlora.storage.packing import Packed, Unpacker, pack
 from wlora.storage.recorded import Finished
 from wlora.storage.records import Record, RecordStore
 
-# What reading a damaged record may raise.
+# Errors that reading a damaged record can cause.
 _DAMAGES = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | None = None) -> tuple[list[Run], list[str]]:
-    """Read the records of a study; returns their runs, by run_id, and what is wrong with the files that hold none.
+    """Read the records of a study; return the runs sorted by run_id, and one message per damaged file.
 
-    What `wlora.storage.index` knows of a file is not read from it. Runs of one setting share it, and equal parts of their
-    records: nobody changes what is shared.
+    Files with a valid entry in `wlora.storage.index` are not read. Runs of one setting share the same setting object and
+    equal parts of their records, which must not be modified.
 
     Args:
-        results_dir: the study.
-        kinds: the names of task and method, as in the configuration, of the runs to return; None for all.
+        results_dir: folder of the study.
+        kinds: return only runs with these pairs of task and method, named as in the configuration; None for all.
 
     Raises:
         ConfigError: the folder does not exist.
@@ -48,7 +48,7 @@ def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | Non
             if wanted is None or kind in wanted:
                 runs.append(unpack(Packed(frame, own, tuple(long))))
         except _DAMAGES:
-            continue  # as another version packed it: the file tells
+            continue  # the entry was written by another version: read the file instead
         known.add(name)
     for found in store.scan(known):
         if isinstance(found, ConfigError):
@@ -59,7 +59,7 @@ def read_study(results_dir: str | Path, kinds: Collection[tuple[str, str]] | Non
             run = _whole(unpack(packed))
             _check_types(found)
         except _DAMAGES as error:
-            # One without a checksum, which would have shown the damage.
+            # Only for records without a checksum: `scan` reports the damage of all others.
             faults.append(f"record {store.path(found.run_id)} is damaged: {type(error).__name__} {error}")
             continue
         kind = _kind(str(found.config["task"]["name"]), run.method)
@@ -75,10 +75,10 @@ def _kind(task: str, method: str) -> bytes:
 
 
 def read_run(record: Record) -> Run:
-    """Return a record with its setting.
+    """Return the run of a record: the record with its setting.
 
     Raises:
-        ValueError: what keeps its readers from reading it; a checksum would have shown the damage.
+        ValueError: the record is damaged. This is possible only for a record without a checksum.
     """
     try:
         run = _whole(Run(record, setting_of(record)))
@@ -89,7 +89,7 @@ def read_run(record: Record) -> Run:
 
 
 class _Unpacking:
-    """Makes runs of packed records; those of one frame are of one setting, which is worked out once."""
+    """Converts packed records to runs. Records with the same frame have the same setting, which is computed once."""
 
     def __init__(self) -> None:
         self._unpack = Unpacker()
@@ -103,7 +103,7 @@ class _Unpacking:
 
 
 def _whole(run: Run) -> Run:
-    """Return a run of which everything can be asked that readers ask; KeyError, TypeError or ValueError else."""
+    """Return the run if all its properties can be computed; otherwise raise KeyError, TypeError or ValueError."""
     for name in ("task", "model", "method", "seed", "point", "rank", "k", "n"):
         getattr(run, name)
     if run.status == "success":
@@ -112,13 +112,13 @@ def _whole(run: Run) -> Run:
 
 
 def _check_types(record: Record) -> None:
-    """Refuse a record of success in which something is of another type than its readers rely on; raises ValueError."""
+    """Raise ValueError if a part of a successful run's record has a wrong type."""
     if record.status == "success" and (misfit := find_misfit(vars(record), Finished)):
         raise ValueError(misfit)
 
 
 def read_runs(results_dir: str | Path) -> list[Run]:
-    """Read all records of a study; what cannot be read is told in a line each and left out.
+    """Read all records of a study. For each damaged file, print a notice and leave it out.
 
     Raises:
         ConfigError: the folder does not exist.
@@ -130,7 +130,7 @@ def read_runs(results_dir: str | Path) -> list[Run]:
 
 
 def read_curve(store: RecordStore, run: Run, *, key: str = "") -> list[dict[str, Any]]:
-    """Read a run's learning curve (`RecordStore.read_curve`); a damaged one is told in a line and left out."""
+    """Read a run's learning curve (`RecordStore.read_curve`). If it is damaged, print a notice and return no points."""
     try:
         return store.read_curve(run.record, key=key)
     except ConfigError as damage:

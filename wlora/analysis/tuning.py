@@ -19,14 +19,14 @@ from wlora.errors import ConfigError
 # The seed that the scripts use for tuning. Its runs are not reported.
 TUNE_SEED = 100
 
-# What may stand in place of a value: the best recorded one, or the next rate of a grid whose best is at an edge.
+# Words in place of a value: the best recorded value, or the next learning rate if the best one is at the grid's edge.
 WORDS = ("tuned", "beyond")
 
 _ENVIRONMENT = ("precision", "task.version", "numerics")
 
 Parts = tuple[str, ...]
 Agreeing = frozenset[tuple[str, Hashable]]
-# Prefixes of the keys that must agree between a run and the runs it is tuned by: on the same task, and on another task.
+# Prefixes of the keys that must agree between a run and the runs used for tuning: on the same task, and on another task.
 _WHOLE: Parts = ("",)
 _ELSEWHERE: Parts = ("method.", "model.", "compat")
 
@@ -62,9 +62,9 @@ class Choice:
         return found
 
     def beyond(self) -> float:
-        """Return the learning rate that widens the grid where its best value is at an edge; otherwise that best value.
+        """Return the learning rate that extends the grid if the best value is at an edge; otherwise the best value.
 
-        The grid continues with its last ratio but one, so that 3e-4, 1e-3, 3e-3 is followed by 1e-2.
+        The ratios of the grid repeat, so that 3e-4, 1e-3, 3e-3 is followed by 1e-2.
         """
         rates = sorted({point.lr for point in self.tried})
         if len(rates) < 2 or "lr" not in self.edges():
@@ -75,7 +75,7 @@ class Choice:
         return float(f"{rates[-1] * ratio:.2g}")
 
     def value(self, key: str, word: str) -> Any:
-        """Return what a key is set to where the user wrote `word`, which is `tuned` or `beyond`."""
+        """Return the value of a key for which the user wrote `word`, which is `tuned` or `beyond`."""
         return self.beyond() if word == "beyond" else getattr(self.point, key)
 
     def describe(self, keys: Iterable[str]) -> str:
@@ -102,7 +102,7 @@ class Choice:
 def choose_point(runs: Iterable[Run]) -> Choice | None:
     """Choose the best point among the ended runs of one setting; None if no run succeeded on the tuning seed.
 
-    A run that a race has stopped counts as tried. It cannot be chosen, as it was beaten by a run that went on.
+    A run that a race has stopped counts as tried. It cannot be chosen, because better runs continued.
 
     The tuning seed is `TUNE_SEED` if it has runs at several points; otherwise it is the seed with most points, and among
     these the lowest. Runs of other seeds at the chosen point therefore do not change the choice. The best primary metric on

@@ -13,8 +13,8 @@ usage: python -m wlora.export RUN_ID [format=peft|merged] [results_dir=results] 
 
   format=peft     adapters and tokenizer, for PeftModel.from_pretrained(base, DIR) and adapter.path=DIR
   format=merged   a plain transformers model with tokenizer, for from_pretrained(DIR) and model.path=DIR
-  compact         true: every adapter keeps its own rank and alpha, as to start another run from (adapter.path); false: ranks
-                  are padded with zeros to the largest and alpha / rank is 1, for readers that know one rank only
+  compact         true: every adapter keeps its own rank and alpha; best for starting another run with adapter.path.
+                  false: ranks are padded with zeros to the largest and alpha / rank is 1, for tools with one rank only
   to              a new folder; default: <results_dir>/exports/<run_id>-<format>, which is replaced
   model.path      the base model, if it is not where the record says; format=merged needs the weights, format=peft only
                   the tokenizer"""

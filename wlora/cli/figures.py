@@ -27,7 +27,7 @@ Reads the records of one study and writes <results_dir>/figures/NAME.png and .pd
   memory         Figure 3: memory against the number of connected adapters (python -m wlora.memory)
   adapters       layer x module: how often each adapter is kept over seeds, mean omega and rank
   pareto         score against parameters and against seconds, with 95 % intervals
-  curves         learning curves with the moments of cuts and growths
+  curves         learning curves with the steps at which adapters were cut or grown
   rates          score against learning rate, one line per setting, the chosen rate starred
   selection      score against K and T, with LoRA as a reference line (scripts/k_curve.sh); omega at the cut
   all            every figure for which the study has data

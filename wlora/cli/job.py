@@ -42,7 +42,7 @@ class Outcome:
 
     Attributes:
         name: the swept keys with the values of this run.
-        told: the error message. The sweep's summary shows it, because some launchers hide the output of their processes.
+        told: the error message for the sweep's summary, because some launchers hide the output of their processes.
         seconds: duration of the run; None if it was skipped or failed.
     """
 
@@ -124,7 +124,7 @@ def run_one(composed: DictConfig, sweep: Sweep | None = None) -> Outcome:
             raise
         outcome = Outcome(name, "interrupted", None, getattr(stop, "exit_code", 130), str(stop))
         if "SUBMITIT_EXECUTOR" in os.environ:
-            _hand_on(outcome.exit_code)
+            _forward_signal(outcome.exit_code)
     OUTCOMES.outcomes.append(outcome)
     return outcome
 
@@ -138,7 +138,7 @@ def job_words() -> list[str]:
     return [str(word) for word in words]
 
 
-def _hand_on(exit_code: int) -> None:
+def _forward_signal(exit_code: int) -> None:
     """Forward the signal to submitit's handler, which requeues the job and exits. The run had replaced this handler.
 
     If the handler returns, this process exits with the signal's exit code, so that submitit stores no successful result.

@@ -1,4 +1,4 @@
-"""How Hydra starts the runs of a sweep: every launcher is wrapped, so that the command knows how its runs ended."""
+"""Wrappers of Hydra's launchers, which start the runs of a sweep. They collect the outcomes of all runs for the command."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Collecting:
         before = len(OUTCOMES.outcomes)
 
         def advance(jobs: list[list[str]]) -> Sequence[Any]:
-            del OUTCOMES.outcomes[before:]  # those of the round before: a run has one outcome
+            del OUTCOMES.outcomes[before:]  # remove the outcomes of the previous round: each run has only one
             return self._run(jobs, initial_job_idx)
 
         returned = race(job_overrides, self._compose, advance)

@@ -1,6 +1,6 @@
-"""`hydra/launcher=packed`: the runs of a sweep train together, in one forward and backward pass, where they can.
+"""`hydra/launcher=packed`: compatible runs of a sweep train together, in one forward and backward pass.
 
-Hydra's launcher composes and checks all runs first. Then runs that share model, data, precision and batch shape form packs.
+Hydra's launcher composes and checks all runs first. Then runs with equal model, data, precision and batch shape form packs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run that waits for its pack: its label in the sweep, and what to run."""
+    """A checked run before training: its label in the sweep and its configuration."""
 
     name: str
     entry: Entry
@@ -56,7 +56,7 @@ def prepare_one(composed: DictConfig, sweep: Sweep) -> Prepared | Outcome:
 
 
 class Packing:
-    """A wrapper of Hydra's launcher that trains, in packs, the runs that the launcher has checked.
+    """A wrapper of Hydra's launcher that trains the checked runs in packs.
 
     Args:
         launcher: Hydra's launcher; its task function is `prepare_one`.
@@ -69,7 +69,7 @@ class Packing:
         """Check all runs, train them, and return Hydra's jobs with their outcomes.
 
         Raises:
-            ConfigError: there are several processes.
+            ConfigError: the command was started with several processes.
             KeyboardInterrupt: a signal asked to stop.
         """
         if several():
@@ -83,7 +83,7 @@ class Packing:
 
 
 def _train(prepared: Sequence[Prepared]) -> Iterator[tuple[int, Outcome]]:
-    """Train all runs; yields the index and the outcome of each as it ends."""
+    """Train all runs. When a run ends, yield its index and outcome."""
     from wlora.experiment.packed import group, run_pack, why_alone
 
     entries = [run.entry for run in prepared]
@@ -94,7 +94,7 @@ def _train(prepared: Sequence[Prepared]) -> Iterator[tuple[int, Outcome]]:
             yield chosen[0], _note(attempt(first.name, partial(_run_alone, first), in_sweep=True))
             continue
         size = None if first.entry.config.pack == "auto" else int(first.entry.config.pack)
-        say(f"packed     {len(chosen)} runs, {'as many at once as memory holds' if size is None else f'{size} at once'}")
+        say(f"packed     {len(chosen)} runs, {'as many at once as fit into memory' if size is None else f'{size} at once'}")
         for index, found in run_pack(entries, chosen, size):
             name = prepared[index].name
             yield index, _note(attempt(name, partial(_tell, name, found), in_sweep=True))

@@ -10,10 +10,10 @@ from wlora.experiment.push import push
 USAGE = """\
 usage: wlora push RUN_ID owner/name [format=peft|merged] [private=true] [results_dir=results] [model.path=DIR] [compact=true]
 
-Exports a run as wlora export does and uploads it to the hub with its model card. The token is that of `hf auth login`, or
-HF_TOKEN.
+Exports a run like wlora export and uploads it to the hub with its model card. The token is read from HF_TOKEN, or from the
+login of `hf auth login`.
 
-  owner/name      the repository, which is created if it is not there
+  owner/name      the repository; it is created if it does not exist
   private         true: a new repository is private"""
 
 

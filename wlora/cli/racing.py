@@ -1,7 +1,7 @@
-"""Raced sweeps (`race=halving`): rounds of a launcher, between which the worse runs of each race are left behind.
+"""Raced sweeps (`race=halving`): the launcher is called in rounds; after each round the worse runs of a race are stopped.
 
-`wlora.analysis.racing` decides which runs go on and how far. A round hands these runs to the launcher, each with its
-`train.until`. Any launcher will do, as long as its runs stop there with a checkpoint and go on from it later.
+`wlora.analysis.racing` decides which runs continue and until which step. In each round, the launcher gets these runs, each
+with its `train.until`. A run stops there with a checkpoint and continues from it in a later round.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wlora.distributed import from_main, is_main, several
 from wlora.errors import ConfigError, wrong_value
 from wlora.experiment.resolve import resolve
 
-# How often to look again for runs that are left to other processes.
+# Seconds between checks of runs that other processes are executing.
 WAIT_SECONDS = 10.0
 
 Words = Sequence[str]
@@ -37,12 +37,12 @@ class Move(NamedTuple):
     until: float
 
     def words(self, jobs: Sequence[Words]) -> list[str]:
-        """Return the command-line arguments of the job up to there."""
+        """Return the command-line arguments of the job with its `train.until`."""
         return [*jobs[self.job], *([] if self.until == 1 else [f"train.until={self.until:g}"])]
 
 
 class Field:
-    """The jobs of a raced sweep: races of those that differ only in learning rates and warm-up.
+    """The jobs of a raced sweep. Jobs that differ only in learning rates and warm-up are in the same race.
 
     Args:
         jobs: the arguments of each job.
@@ -60,7 +60,7 @@ class Field:
             self._enter(job, words, compose)
 
     def _enter(self, job: int, words: Words, compose: Compose) -> None:
-        """Add a job to the race of its cell and seed. One that cannot be run, or whose rate is not known, stays alone."""
+        """Add a job to the race of its cell and seed. A job that is invalid, or whose rate is unknown, is in no race."""
         ((overrides, (point,)),) = expand(words)
         key = tuple(sorted(overrides))
         try:
@@ -69,9 +69,9 @@ class Field:
             cell = self._cells[key]
             config = cell.place(point)
         except ConfigError:
-            self._alone.add(job)  # its run will print what is wrong with it
+            self._alone.add(job)  # the run will print the error
             return
-        if wanted_keys(config) or len(seeds_of(config)) > 1:  # each fold is a run of its own
+        if wanted_keys(config) or len(seeds_of(config)) > 1:  # each fold is a separate run
             self._alone.add(job)
             return
         run = asked_run(config)
@@ -80,7 +80,7 @@ class Field:
         self._entered.setdefault((cell, run), job)
 
     def moves(self) -> list[Move]:
-        """Return the next moves of all races, and the jobs that are in none; empty once all races are decided."""
+        """Return the next moves of all races, and the jobs outside races; empty when all races are decided."""
         found = [Move(job, 1.0) for job in self._alone - self._out]
         read_records.cache_clear()
         for cell in self._cells.values():
@@ -91,24 +91,24 @@ class Field:
                 now = judge([race[index] for index in there])
                 found += [Move(jobs[there[index]], now.until) for index in now.behind]
         if stuck := self._advanced.intersection(found):
-            # It has been advanced, and its record or curve does not show it.
+            # The run was advanced, but its record or curve does not show this.
             self._out |= {move.job for move in stuck}
             return self.moves()
         return sorted(found)
 
     def note(self, move: Move, status: str) -> None:
-        """Take in how a move has ended. A run that is left to another process is moved again; one that failed is not."""
+        """Note the status after a move. A run of another process is tried again; a failed run is not."""
         if status != "running":
             self._advanced.add(move)
         if status not in ("running", "success", "stopped", "Diverged") or move.job in self._alone:
             self._out.add(move.job)
 
     def first(self, job: int) -> int:
-        """Return the first job that is the same run, as after `lr=tuned,1e-3`."""
+        """Return the first job with the same run. For example, `lr=tuned,1e-3` may give the same run twice."""
         return self._entered[self._run_of[job]] if job in self._run_of else job
 
     def recorded(self, job: int) -> Run | None:
-        """Return the recorded run of a job, None if there is none."""
+        """Return the recorded run of a job; None if it has no record."""
         if job not in self._run_of:
             return None
         cell, asked = self._run_of[job]
@@ -116,7 +116,7 @@ class Field:
 
 
 def race(jobs: Sequence[Words], compose: Compose, launch: Callable[[list[list[str]]], Sequence[Any]]) -> list[Any]:
-    """Run a raced sweep until every race has its winner, or a run was interrupted.
+    """Run a raced sweep until every race is decided or a run is interrupted.
 
     Args:
         jobs: the arguments of each job.
@@ -124,7 +124,7 @@ def race(jobs: Sequence[Words], compose: Compose, launch: Callable[[list[list[st
         launch: runs jobs, given their arguments; returns Hydra's `JobReturn` of each, in order.
 
     Returns:
-        For each job the last that `launch` returned; for a job that was never launched, its recorded run.
+        For each job, the last result of `launch`; for a job that was never launched, its recorded run.
     """
     field, results = Field(jobs, compose), dict[int, Any]()
     while moves := (from_main(field.moves()) if several() else field.moves()):
@@ -143,7 +143,7 @@ def race(jobs: Sequence[Words], compose: Compose, launch: Callable[[list[list[st
 
 
 def describe(moves: Sequence[Move]) -> str:
-    """Say how many runs go on and how far: `race: 5 runs go on to 1/4, 1 run to its end`."""
+    """Describe how many runs continue and until when: `race: 5 runs to 1/4, 1 run to the end`."""
     counts = Counter(move.until for move in moves)
     names = {share: f"1/{1 / share:g}" for share in RUNGS} | {1.0: "the end"}
     parts = [f"{count} run{'s' if count > 1 else ''} to {names[share]}" for share, count in sorted(counts.items())]
@@ -158,7 +158,7 @@ def is_raced(composed: DictConfig, *, swept: Container[str], in_batches: bool) -
         in_batches: whether the sweeper launches the jobs in several batches.
 
     Raises:
-        ConfigError: a key that does not go with a race.
+        ConfigError: a key is incompatible with a race.
     """
     if composed.get("race") != "halving" or composed.get("dry_run") is True:
         return False

@@ -21,9 +21,9 @@ from wlora.storage.atomic_write import check_folders, write_whole
 USAGE = """\
 usage: python -m wlora.report [key=value ...]
 
-Writes <results_dir>/report.html, one page that needs no network: the claims of the paper with their intervals, all runs to
-sort and filter, score against cost, learning curves, score against learning rate, kept adapters, predictions of two runs
-side by side, all tables, and environments.
+Writes <results_dir>/report.html, one page that needs no network. It shows the claims of the paper with their intervals, all
+runs in a table that can be sorted and filtered, score against cost, learning curves, score against learning rate, kept
+adapters, a comparison of the predictions of two runs, all tables, and environments.
 
   results_dir=results     folder of the study
   model=NAME              tables of this model; default: as for python -m wlora.tables

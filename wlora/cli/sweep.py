@@ -49,7 +49,7 @@ class Cell:
     Attributes:
         config: the resolved configuration of any run of the cell.
         wanted: the requested runs. A value `tuned` or `beyond` means that the records do not determine it yet.
-        done: the requested runs with a successful record, and those that were beaten in a race.
+        done: the requested runs with a successful record, and those that were eliminated in a race.
         seconds: expected duration of one run on one process; None if no run of the model is recorded.
     """
 
@@ -81,7 +81,7 @@ class Cell:
         return None if self.seconds is None else self.seconds * runs
 
     def races(self) -> list[tuple[list[tuple[Point, int]], list[Entrant]]]:
-        """Return the requested runs of each seed, from lower to higher rates, and what a race knows of each."""
+        """Return the requested runs of each seed, from lower to higher rates, with the state of each in its race."""
         for run in self.recorded:
             asked = run.point, run.seed
             if asked in self.wanted - self._entrants.keys() and self.config.precision in ("auto", run.setting["precision"]):
@@ -89,7 +89,7 @@ class Cell:
         return divide(self.wanted, self._entrants)
 
     def read(self) -> None:
-        """Take over the present result of `read_records`."""
+        """Read the records again (`read_records`)."""
         self._study = read_records(Path(self.config.results_dir))
         self.recorded = self._study.settings.same(self.config, **self._data)
         self._entrants: dict[tuple[Point, int], Entrant] = {}
@@ -134,7 +134,7 @@ class Cell:
 
 
 def asked_run(config: Config) -> tuple[Point, int]:
-    """Return what a cell knows a run by."""
+    """Return the point and seed of a run, which identify it within a cell."""
     return Point(config.lr, config.warmup, config.head_lr), seeds_of(config)[0]
 
 
@@ -227,7 +227,7 @@ def _tell(words: Sequence[str]) -> None:
     unknown = sum(cell.left for cell in cells if cell.seconds is None)
     seconds = sum(cell.seconds_left or 0 for cell in cells)
     print(f"{total - left} of {total} runs done; {duration(seconds)} left on one process", end="")
-    print(f", and {unknown} runs of unknown length" if unknown else "")
+    print(f", not counting {unknown} runs of unknown length" if unknown else "")
 
 
 def _split(line: str) -> list[str]:
@@ -266,7 +266,7 @@ def expand(words: Sequence[str]) -> Iterator[tuple[list[str], list[dict[str, str
     ours = [word for word in words if not word.startswith("hydra")]
     # If a key is given twice, the last value is used, as in Hydra.
     try:
-        parsed = OverridesParser.create().parse_overrides([*_brought_along(words), *ours])
+        parsed = OverridesParser.create().parse_overrides([*_sweep_in_file(words), *ours])
     except HydraException as error:
         raise ConfigError(explain(error, words)) from None
     last = {override.key_or_group: override for override in parsed}
@@ -277,7 +277,7 @@ def expand(words: Sequence[str]) -> Iterator[tuple[list[str], list[dict[str, str
         yield list(overrides), points
 
 
-def _brought_along(words: Sequence[str]) -> list[str]:
+def _sweep_in_file(words: Sequence[str]) -> list[str]:
     """Return the sweep that is defined in an experiment file (`hydra.sweeper.params`)."""
     return [found for word in words if word.startswith("experiment=") for found in _params_of(word)]
 
@@ -396,5 +396,5 @@ def _line(cell: Cell) -> str:
     names = [f"{key}={method[key]}" for key in ("rank", "k", "targets") if key in method]
     where = " ".join([f"task={config.task.name}", f"model={config.model.name}", f"method={method['name']}", *names])
     rest = "" if not cell.left else ", length unknown" if cell.seconds is None else f", {duration(cell.seconds_left or 0)}"
-    how = "" if cell.config.race == "off" else " or beaten in a race"
+    how = "" if cell.config.race == "off" else " or eliminated in a race"
     return f"{where}: {len(cell.wanted) - cell.left} of {len(cell.wanted)} runs done{how}{rest}"

@@ -36,7 +36,7 @@ numbers and our differences from them); tableN_comparisons.* (WLoRA against RLoR
 summary.* has one line per task and setting: score, parameters, seconds, memory. It includes runs that fit no table of the
 paper. `all` also writes the summary if some runs fit no table, and only the summary if no run fits one. Runs on your own
 data with a benchmark's name are listed as NAME_own, never in the benchmark's column.
-claims.* says of each claim of the paper whether it holds on these runs, does not hold, or is undecided: per task and over
+claims.* tells for each claim of the paper whether it holds on these runs, does not hold, or is undecided: per task and over
 tasks, with intervals and tests, over the examples of the dev sets, and with one learning rate for both methods.
 
   results_dir=results     folder of the study; results/paper prints the paper's own numbers

@@ -9,8 +9,9 @@ from wlora.cli.entry import serve
 USAGE = """\
 usage: wlora verify-export DIR [results_dir=results] [model.path=DIR] [offline=true]
 
-Compares the logits of an exported folder with those of the adapters that its run recorded: as loaded by PEFT, merged and,
-where onnx, onnxscript and onnxruntime are installed, in ONNX Runtime. Says what vLLM would refuse.
+Compares the logits of an exported folder with those of the adapters in its run's record. The folder is tested as loaded by
+PEFT, merged and, if onnx, onnxscript and onnxruntime are installed, in ONNX Runtime. Also prints which settings vLLM does
+not support.
 
   DIR             a folder that wlora export wrote
   model.path      the base model, if it is not where the record says"""

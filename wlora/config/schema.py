@@ -73,10 +73,14 @@ class TaskConfig:
     subset: str | None = key(None, "", "configuration (subset) of the data set on the hub", "origin")
     generator: str | None = key(None, "", "generator of synthetic data, used instead of files", "course")
     columns: list[str] = key(list, "", "input columns, named as on the hub")
-    text: Any = key(None, "", "text columns of an own table, NAME or [NAME,NAME]; null: found in the data", "course")
-    label: str | None = key(None, "", "column of the labels; null: label (answers), in an own table also found", later=True)
-    labels: list[str] = key(list, "", "class names in order; empty for regression, text targets, and to be found in a table")
-    class_weights: str = key("none", "none | balanced", "balanced: rare classes weigh more in the training loss", later=True)
+    text: Any = key(None, "", "text columns of an own table, NAME or [NAME,NAME]; null: detected", "course")
+    label: str | None = key(None, "", "label column; null: label or answers; in an own table it is detected", later=True)
+    labels: list[str] = key(
+        list, "", "class names in order; empty for regression and text targets, and to detect them in a table"
+    )
+    class_weights: str = key(
+        "none", "none | balanced", "balanced: rare classes have larger weights in the training loss", later=True
+    )
     validation: Any = key(
         list,
         "",
@@ -143,7 +147,7 @@ class TrainConfig:
     best: str | None = key(
         None,
         "",
-        "metric (or loss): end with the adapters of the evaluation where it is best; null: of the last step",
+        "metric (or loss): end with the adapters of the evaluation where it is best; null: with those of the last step",
         later=True,
     )
     patience: int | None = key(
@@ -183,7 +187,7 @@ class TrainConfig:
     until: float = key(
         1.0,
         "float > 0, <= 1",
-        "share of the steps to train now; below 1 the run stops there with a checkpoint, and the same command goes on",
+        "share of the steps to train now; below 1, the run stops there with a checkpoint and can be continued",
         "nothing",
     )
     keep: int = key(2, "int >= 1", "number of newest checkpoints to keep", "nothing")
@@ -220,16 +224,21 @@ class Config:
     lr: Any = key(
         5e-4,
         "float > 0 or tuned or beyond",
-        "peak of the schedule; tuned: the best recorded value of this setting; beyond: the next one if that is an edge",
+        "peak learning rate; tuned: the best recorded value of this setting; beyond: the next one if that is at an edge",
     )
-    head_lr: Any = key(None, "float > 0 or null or tuned", "peak for head and pooler; null: lr; tuned: see lr", later=True)
+    head_lr: Any = key(
+        None, "float > 0 or null or tuned", "peak rate of head and pooler; null: lr; tuned: see lr", later=True
+    )
     warmup: Any = key(
         None,
         "int >= 0 or null or tuned",
         "warm-up in optimiser steps; null: 100, at most a tenth of the run; tuned: see lr",
     )
     pack: Any = key(
-        "auto", "int >= 1 or auto", "runs at once with hydra/launcher=packed; auto: as many as memory holds", "nothing"
+        "auto",
+        "int >= 1 or auto",
+        "simultaneous runs with hydra/launcher=packed; auto: as many as fit into memory",
+        "nothing",
     )
     tune_on: str | None = key(None, "", "task whose records are used for tuned; null: the task of the run", "course")
     seed: int = key(0, "int >= 0", "random seed of initialisation, data order, dropout and random selection")
@@ -239,8 +248,8 @@ class Config:
     targets: Any = key(
         "qkv",
         " | ".join((*TARGET_SETS, "SET@LAYER", MODULE_NAMES)),
-        "linear layers with adapters; attention: qkv and output; release: as the published code; qkv@3: layers 3 and above; "
-        "or a list of module names or their ends, with * for anything",
+        "linear layers with adapters; attention: qkv and output; release: as in the release; qkv@3: layers 3 and above; "
+        "or a list of module names or their ends, with * for any characters",
         "course",
     )
     precision: str = key("auto", "auto | fp32 | bf16 | fp16", "dtype of the frozen base; auto: by hardware", "course")
@@ -252,7 +261,7 @@ class Config:
     race: str = key(
         "off",
         "off | halving",
-        "in a sweep (-m): halving stops learning rates and warm-ups that fall behind, half of them at each of three rungs",
+        "in a sweep (-m): halving stops the worse half of learning rates and warm-ups at each of three rungs",
         "nothing",
     )
     force: bool = key(False, "", "run again even if a record exists", "nothing")

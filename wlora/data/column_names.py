@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from wlora.config.schema import TaskConfig
 
 _LOOKED_AT = 1000  # rows
-_MOST_CLASSES = 100  # of a column that may hold labels although its name does not say so
+_MOST_CLASSES = 100  # maximum number of classes of a label column that is recognised by its content
 _SHOWN = 8
 
-# Usual names, compared without regard to case and punctuation; the first that is there counts.
+# Usual names, compared without regard to case and punctuation. The first one that exists is used.
 _CLASS = "label labels class category target intent sentiment topic entailment_judgment gold_label y answer"
 _LABELS = {
     "classification": _CLASS,
@@ -53,7 +53,7 @@ def find_columns(table: pa.Table, task: TaskConfig, where: str) -> Found:
 
     Args:
         table: the rows.
-        task: `columns`, `label` and `kind` decide what is looked for.
+        task: its `columns`, `label` and `kind` determine the search.
         where: the source of the rows, for error messages.
 
     Raises:
@@ -103,7 +103,7 @@ def _plain_name(name: str) -> str:
 
 
 def _by_name(names: Sequence[str], usual: str, without: Sequence[str | None]) -> str | None:
-    """Return the column with the first of the usual names that is there."""
+    """Return the first of the usual names that exists as a column."""
     known = {_plain_name(name): name for name in reversed(names) if name not in without}
     return next((known[name] for name in usual.split() if name in known), None)
 
@@ -132,7 +132,7 @@ def _named_texts(table: pa.Table, kind: str, without: str | None) -> list[str]:
 
 
 def _may_be_text(column: pa.ChunkedArray) -> bool:
-    """Tell whether a column holds strings, or only nulls, which the check of the rows will refuse."""
+    """Tell whether a column holds strings, or only nulls. The check of the rows will reject nulls."""
     from pyarrow import types
 
     return is_text(plain(column).type) or bool(types.is_null(column.type))

@@ -59,7 +59,7 @@ class Features:
 
     @property
     def single_labels(self) -> list[Any] | None:
-        """The class or value of each row; None for targets that a sample cannot be stratified by (spans, texts, sets)."""
+        """The class or value of each row; None for spans, texts and sets, by which samples are not stratified."""
         if "labels" not in self.table.column_names or pa.types.is_list(self.table.schema.field("labels").type):
             return None
         return self.column("labels")

@@ -39,7 +39,7 @@ def check_split(task: TaskConfig) -> None:
     """Check the share, the number of folds and the fold of a task.
 
     Raises:
-        ConfigError: a value is out of range, or a made split stands beside others.
+        ConfigError: a value is out of range, or a share or folds are combined with other splits.
     """
     made = [name for name in task.validation if made_from_train(name)]
     folds = count_folds(task)
@@ -59,7 +59,7 @@ def hold_out(table: pa.Table, labels: Sequence[Any] | None, task: TaskConfig, wh
 
     Args:
         table: the rows.
-        labels: what the rows are grouped by: a class, a value or a list of classes per row; None for no groups.
+        labels: the criterion for stratification: a class, a value or a list of classes per row; None for no stratification.
         task: a task whose validation is a share or folds. Without `task.fold` it is fold 0.
         where: the source of the rows, for error messages.
 
@@ -74,21 +74,21 @@ def hold_out(table: pa.Table, labels: Sequence[Any] | None, task: TaskConfig, wh
         chosen = position % folds == (task.fold or 0)
     else:
         share = float(spec)
-        # Every position at which the running total, rounded, grows by one.
+        # Every position at which the rounded running total increases by one.
         chosen = np.floor((position + 1) * share + 0.5) > np.floor(position * share + 0.5)
     held = np.zeros(rows, dtype=bool)
     held[order[chosen]] = True
     if not held.any() or held.all():
         raise ConfigError(
-            f"{where}: task.validation={spec} of {rows} rows leaves no row for one part; expected are more rows"
+            f"{where}: task.validation={spec} of {rows} rows leaves one part without rows; expected are more rows"
         )
     return table.filter(~held), table.filter(held)
 
 
 def _deal(groups: np.ndarray, seed: int) -> np.ndarray:
-    """Return all rows, group after group, each group in random order.
+    """Return all row indices sorted by group, in random order within each group.
 
-    Any n-th part of this order has about an n-th part of every group.
+    Taking every n-th row of this order gives about an n-th part of every group.
     """
     # Only RandomState guarantees the same random sequence in all versions of numpy.
     shuffled = np.random.RandomState(seed).permutation(len(groups))

@@ -1,4 +1,4 @@
-"""Reading of label columns: class numbers, names and truth values, lists of classes, tags of tokens, and values."""
+"""Reading of label columns: class numbers, class names, truth values, lists of classes, tags of tokens, and values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def refuse_nulls(column: pa.ChunkedArray, at: str) -> None:
-    """Refuse a column with missing values.
+    """Raise an error for a column with missing values.
 
     Raises:
         ConfigError: names the first row, and the number of rows if there are several.
@@ -177,8 +177,8 @@ def _is_integer(text: str) -> bool:
 def class_numbers(column: pa.ChunkedArray, schema: pa.Schema, names: Sequence[str], label: str, at: str) -> np.ndarray:
     """Return class indices of shape [rows], int64, from class names, truth values, integers, or integers as text.
 
-    Integers are indices, unless the classes themselves are integers. Names are compared exactly, else without regard to
-    case.
+    Integers are indices, unless the classes themselves are integers. Names are compared exactly, and if there is no exact
+    match, without regard to case.
 
     Args:
         column: the label column.
@@ -188,7 +188,7 @@ def class_numbers(column: pa.ChunkedArray, schema: pa.Schema, names: Sequence[st
         at: location for error messages.
 
     Raises:
-        ConfigError: a cell is empty or no class of the task.
+        ConfigError: a cell is empty or is not a class of the task.
     """
     import pyarrow as pa
 
@@ -290,7 +290,7 @@ def values(column: pa.ChunkedArray, schema: pa.Schema, label: str, at: str) -> n
     """Return finite values of shape [rows], float64, from integers, floats, or numbers as text.
 
     Raises:
-        ConfigError: a cell is empty or no finite number.
+        ConfigError: a cell is empty or is not a finite number.
     """
     from pyarrow import types
 

@@ -30,7 +30,7 @@ _SPACE = re.compile(r"\s*")
 
 
 def location(task: TaskConfig, file: Path) -> str:
-    """Return how messages name a file of a task: by the key that the user has set."""
+    """Return the name of a task's file for messages: the key that the user has set, and the file."""
     path = Path(task.path or "").expanduser()
     if task.validation_path is not None and file == Path(task.validation_path).expanduser():
         return f"task.validation={task.validation_path}"
@@ -50,8 +50,8 @@ def line_of(error: BaseException) -> str:
 def find_files(task: TaskConfig, split: str) -> list[Path]:
     """Return the file of a split, or its shards in order (`train-00000-of-00002.parquet`, as on the hub).
 
-    If `task.path` is a file, it is the training split. A folder without a file named after the training split may hold it in
-    files of other names, all of one type; files that are named after another split do not count.
+    If `task.path` is a file, it is the training split. If a folder has no file named after the training split, all its data
+    files of one type are the training split, except files that are named after another split.
 
     Raises:
         ConfigError: the folder or file is missing, there are several files, or a shard is missing or empty.
@@ -163,7 +163,7 @@ def _read_header(file: Path, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_
 
 
 def _find_delimiter(file: Path) -> tuple[str, list[str]]:
-    """Return the delimiter by which the header has most columns, and these columns."""
+    """Return the delimiter with which the header has most columns, and these columns."""
     headers = {delimiter: _read_header(file, delimiter) for delimiter in _CSV_DELIMITERS}
     best = max(headers, key=lambda delimiter: len(headers[delimiter]))  # the first of equal ones, so the comma
     return best, headers[best]

@@ -1,8 +1,8 @@
-"""Own tables: what a table itself tells of a task. The columns, the labels and the validation rows are filled in.
+"""Own tables: find the columns, the labels and the validation rows of a task in the user's table.
 
-A task with `benchmark: table` (`conf/task/text_classification.yaml` and the like) names no columns and no labels. They are
-found here once and written into the configuration. From then on such a task is like any benchmark. The validation rows are
-settled for every task. It never imports torch.
+A task with `benchmark: table` (such as `conf/task/text_classification.yaml`) names no columns and no labels. This module
+finds them and writes them into the configuration. From then on, such a task is handled like any benchmark. The validation
+rows are determined for every task. This module never imports torch.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 BENCHMARK = "table"
 SHARE = "0.1"
-"""The share of the training rows that is held out where a table has no validation rows."""
+"""The share of the training rows that is held out if a table has no validation rows."""
 _CLASSES_SHOWN = 20
 _WITH_CLASSES = ("classification", "multi_label", "token_classification")
 
 
 def settle(task: TaskConfig, *, offline: bool) -> list[str]:
-    """Fill in what the keys `text` and `validation` mean and, for an own table, what the table tells.
+    """Fill in the keys that follow from `text` and `validation` and, for an own table, from its content.
 
     Args:
         task: the task; its `text`, `columns`, `label`, `labels`, `validation` and `validation_path` are completed.
@@ -47,7 +47,7 @@ def settle(task: TaskConfig, *, offline: bool) -> list[str]:
         Lines that tell the user what was found.
 
     Raises:
-        ConfigError: a value is wrong, columns cannot be inferred, or the labels are not what was asked for.
+        ConfigError: a value is wrong, columns cannot be inferred, or the labels differ from the requested ones.
     """
     _settle_text(task)
     told = _settle_validation(task)
@@ -74,7 +74,7 @@ def settle(task: TaskConfig, *, offline: bool) -> list[str]:
 
 
 def require_source(task: TaskConfig) -> None:
-    """Refuse an own table of which nobody has said where it is, and a kind of task that needs a missing package.
+    """Check that an own table has a location, and that the packages for the kind of task are installed.
 
     Raises:
         ConfigError: neither `task.path` nor `task.hub_id` is set, or seqeval is not installed.
@@ -83,7 +83,7 @@ def require_source(task: TaskConfig) -> None:
         raise ConfigError(f"task={task.name}: the package seqeval is not installed\nway out: pip install 'wlora[tokens]'")
     if task.benchmark == BENCHMARK and task.path is None and task.hub_id is None:
         raise ConfigError(
-            f"task={task.name} reads a table of yours: add task.path=FILE (or a folder) or task.hub_id=OWNER/NAME"
+            f"task={task.name} reads your own table: add task.path=FILE (or a folder) or task.hub_id=OWNER/NAME"
         )
 
 
@@ -116,7 +116,7 @@ def _settle_validation(task: TaskConfig) -> list[str]:
             if not os.path.isfile(Path(single).expanduser()):
                 raise ConfigError(f"task.validation={single}: the file does not exist")
             if task.path is None:
-                raise ConfigError(f"task.validation={single}: a file is allowed only beside task.path")
+                raise ConfigError(f"task.validation={single}: a file is allowed only with task.path")
             task.validation_path, single = single, "validation"
         task.validation = [single]
     elif not isinstance(given, list) or not all(isinstance(name, str) and name for name in given):
@@ -151,7 +151,7 @@ def _settle_splits(task: TaskConfig, there: Sequence[str]) -> list[str]:
 
 
 def _standard(task: TaskConfig) -> str | None:
-    """Return the name of the label column where `task.label` is null."""
+    """Return the default name of the label column, used if `task.label` is null."""
     return label_column(dataclasses.replace(task, label=None))
 
 
@@ -191,7 +191,7 @@ def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
 
 
 def _compare(given: Sequence[str], found: Sequence[str], at: str) -> None:
-    """Refuse given classes if the data have others. Numbers of the given classes are allowed in their place."""
+    """Raise an error if the data have other classes than the given ones. Numbers of the given classes are allowed."""
     known = {name.lower() for name in given} | {str(number) for number in range(len(given))}
     strange = [name for name in found if name.lower() not in known]
     if strange:

@@ -72,7 +72,7 @@ def check_rows(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
 
 
 def check_inputs(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
-    """Return the text columns of rows without labels, as `check_rows` returns them, for predictions.
+    """Return the text columns of rows without labels, in the types of `check_rows`, for predictions.
 
     Raises:
         ConfigError: as `check_rows`.
@@ -83,12 +83,12 @@ def check_inputs(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
 
 
 def input_columns(task: TaskConfig) -> list[str]:
-    """Return the columns of a row whose answer is unknown."""
+    """Return the columns that a prediction needs: those of a row without labels."""
     return task.columns[:1] if task.kind == "summarization" else list(task.columns)
 
 
 def count_empty(table: pa.Table, task: TaskConfig) -> dict[str, int]:
-    """Return how many texts of each column are empty or white space, without columns that have none."""
+    """Return the number of texts in each column that are empty or white space. Columns without such texts are left out."""
     import pyarrow.compute as pc
 
     found: dict[str, int] = {}
@@ -164,7 +164,7 @@ def _lengths(column: pa.ChunkedArray) -> list[int]:
 
 
 def _locate(column: pa.ChunkedArray, contexts: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
-    """Return answers given as texts in the format of SQuAD, at their first place in the context. An empty one is none."""
+    """Convert answers given as texts to SQuAD's format, at their first position in the context. "" means no answer."""
     import pyarrow as pa
 
     found = []

@@ -66,7 +66,7 @@ def fingerprint(task: TaskConfig) -> str | None:
 
 
 def _hash_local(task: TaskConfig) -> str:
-    """Hash the local files. The name of a single file does not count: it may have any."""
+    """Hash the local files. The name of a single file is not hashed, because it is arbitrary."""
     place = Path(task.path or "").expanduser()
     if not place.is_file() and task.validation_path is None:
         return hash_files(find_local(task))
@@ -126,7 +126,7 @@ def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
 
 
 def load_inputs(task: TaskConfig, split: str, *, offline: bool) -> pa.Table:
-    """Load the rows of any split without checking them, for predictions: the test split of a benchmark has no labels.
+    """Load the rows of any split without checks, for predictions, because the test split of a benchmark has no labels.
 
     Raises:
         ConfigError: the split does not exist, or cannot be read.
@@ -137,7 +137,7 @@ def load_inputs(task: TaskConfig, split: str, *, offline: bool) -> pa.Table:
 
 
 def read_raw(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], str]:
-    """Load `train`, and from the hub every other split, unchecked, and how messages name the rows.
+    """Load `train`, and from the hub every other split, without checks. Also return a name of the rows for messages.
 
     Raises:
         ConfigError: a file or split is missing or cannot be read, or two files have different columns.
@@ -148,7 +148,7 @@ def read_raw(task: TaskConfig, *, offline: bool) -> tuple[dict[str, pa.Table], s
 
 
 def _loaded_names(task: TaskConfig) -> list[str]:
-    """Return the splits that are loaded: all but the one that is made from training rows."""
+    """Return the splits that are loaded: all except a validation split made from training rows."""
     return ["train", *(name for name in task.validation if not made_from_train(name))]
 
 
@@ -157,7 +157,7 @@ def _where(task: TaskConfig) -> str:
 
 
 def _groups(table: pa.Table, task: TaskConfig) -> list[Any] | None:
-    """Return what a split is stratified by: labels, or whether a question has an answer; None for summaries."""
+    """Return the criterion for stratification: labels, or whether a question has an answer; None for summaries."""
     if LABEL in table.column_names:
         return list(table.column(LABEL).to_pylist())
     if ANSWERS in table.column_names and task.unanswerable:
@@ -213,12 +213,12 @@ def load_hub(task: TaskConfig, needed: Sequence[str], *, offline: bool) -> tuple
     """Return the tables of all splits and their commit (None for caches of old versions of the datasets library).
 
     Args:
-        task: names repository, subset and revision.
-        needed: splits that have to be there.
+        task: its keys determine repository, subset and revision.
+        needed: splits that must exist.
         offline: use only the local caches.
 
     Raises:
-        ConfigError: the data set cannot be loaded, is of another commit, or lacks a split.
+        ConfigError: the data set cannot be loaded, has another commit, or lacks a split.
     """
     if offline:
         from wlora.data.hub import go_offline

@@ -1,4 +1,4 @@
-"""The one assembly: a model and a method put together as a configuration says, to be trained, counted or measured."""
+"""Assembly of a configured model and method. Runs, dry runs, memory estimates and benchmarks all use it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Assembly:
 
     Attributes:
         model: the frozen base with adapters and head.
-        method: the policy over the adapters.
-        head: the parameters of head and pooler that train, by name; none in `compat=release`.
+        method: the method, which controls the adapters.
+        head: the trained parameters of head and pooler, by name; empty with `compat=release`.
     """
 
     model: PreTrainedModel
@@ -44,9 +44,9 @@ class Assembly:
     head: dict[str, nn.Parameter]
 
     def count_parameters(self) -> dict[str, int]:
-        """Count elements: adapters at the start, what trains of the base, trainable head, and the bare model.
+        """Count elements: adapters at the start, trained parameters of the base, trained head, and the bare model.
 
-        `total` counts the model's elements as its architecture has them, `stored` as a quantised base packs them.
+        `total` counts the elements of the model's architecture; `stored` counts packed elements of a quantised base once.
         """
         in_head = {id(p) for p in self.head.values()}
         adapters = self.method.attached().values()
@@ -64,13 +64,13 @@ class Assembly:
 
 
 def prepare_method(config: Config, steps: Steps | None) -> Method:
-    """Build the policy that a configuration asks for, with its schedule planned.
+    """Build the configured method and plan its schedule.
 
     Args:
-        steps: the length of the run; None leaves the schedule open.
+        steps: the length of the run; None does not plan the schedule.
 
     Raises:
-        ConfigError: it does not go with the base, with `adapter.path` or with the length of the run.
+        ConfigError: the method is incompatible with the base, with `adapter.path` or with the length of the run.
     """
     method = build_method(
         config.method,
@@ -90,15 +90,15 @@ def assemble(
     precision: Precision | None = None,
     device: torch.device | None = None,
 ) -> Assembly:
-    """Attach a method's adapters to a frozen model and let the head train.
+    """Attach a method's adapters to a frozen model and make the head trainable.
 
     Args:
-        model: in float32, all parameters frozen.
-        precision: the base is cast to it; None leaves the base as it is.
-        device: where the model moves; None leaves it where it is.
+        model: a float32 model with all parameters frozen.
+        precision: the base is cast to this precision; None does not change it.
+        device: the model is moved to this device; None does not move it.
 
     Raises:
-        ConfigError: an adapter or head that does not fit the model, or an adapter outside the target set.
+        ConfigError: an adapter or head does not fit the model, or an adapter is outside the target set.
     """
     head = _attach(model, method, config)
     if config.train.gradient_checkpointing:
@@ -113,10 +113,10 @@ def assemble(
 
 
 def _attach(model: PreTrainedModel, method: Method, config: Config) -> dict[str, nn.Parameter]:
-    """Attach the adapters; returns the parameters of head and pooler that train.
+    """Attach the adapters; return the trained parameters of head and pooler.
 
-    In `compat=release` these keep their random initialisation, as in the published code. With `adapter.path` only the
-    modules that have an adapter in that folder get one, which starts from it.
+    With `compat=release`, head and pooler are not trained and keep their random initialisation, as in the published code.
+    With `adapter.path`, only modules with an adapter in that folder get one, which starts from the stored values.
     """
     start = read_start(config)
     attach_adapters(model, method, config.method.get("targets", config.targets), seed=config.seed, start=start)
@@ -132,9 +132,9 @@ def attach_adapters(model: PreTrainedModel, method: Method, targets: str, *, see
     """Attach a method's adapters to a frozen model.
 
     Args:
-        model: all parameters frozen.
-        method: the policy.
-        targets: what carries adapters, as for `select_targets`.
+        model: a model with all parameters frozen.
+        method: the method.
+        targets: the modules that get adapters, as for `select_targets`.
         seed: the run's seed; torch's generators are seeded from it.
         start: adapters to start from. If there are any, only their modules get one.
     """
@@ -146,10 +146,10 @@ def attach_adapters(model: PreTrainedModel, method: Method, targets: str, *, see
 
 
 def read_start(config: Config) -> Start:
-    """Read what `adapter.path` holds; nothing without it.
+    """Read the adapters and head in `adapter.path`; empty if the key is not set.
 
     Raises:
-        ConfigError: a damaged folder, or an adapter outside the target set.
+        ConfigError: the folder is damaged, or an adapter is outside the target set.
     """
     if config.adapter.path is None:
         return NO_START
@@ -168,7 +168,7 @@ def read_start(config: Config) -> Start:
 
 
 def _start_head(model: PreTrainedModel, start: Start, config: Config) -> None:
-    """Let head and pooler start from those of `adapter.path`."""
+    """Initialise head and pooler from those in `adapter.path`."""
     for name, parameter in head_parameters(model).items():
         given = start.head.get(name)
         if given is None or given.shape != parameter.shape:

@@ -1,4 +1,4 @@
-"""The files that the server of the GLUE benchmark takes (https://gluebenchmark.com): their names, columns and words."""
+"""The files for the server of the GLUE benchmark (https://gluebenchmark.com): their names, columns and label texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from wlora.config.schema import TaskConfig
 from wlora.errors import ConfigError, wrong_value
 
-# By task: file name and split. The diagnostic set AX has no training data of its own; a model of MNLI predicts it.
+# By task: file name and split. The diagnostic set AX has no training data; it is predicted by a model trained on MNLI.
 _FILES = {
     "cola": [("CoLA", "test")],
     "sst2": [("SST-2", "test")],
@@ -22,7 +22,7 @@ _FILES = {
     "rte": [("RTE", "test")],
     "wnli": [("WNLI", "test")],
 }
-# The server wants the names of the classes for these, and their numbers for the others.
+# For these files the server expects class names, for the others class numbers.
 _IN_WORDS = ("MNLI-m", "MNLI-mm", "AX", "QNLI", "RTE")
 _SMALLEST, _LARGEST = 0.0, 5.0  # scores of STS-B
 
@@ -30,7 +30,7 @@ _SMALLEST, _LARGEST = 0.0, 5.0  # scores of STS-B
 def find_server_files(task: TaskConfig) -> Iterator[tuple[str, TaskConfig, str]]:
     """Yield the name of each file for a task, the task to load its rows with, and their split.
 
-    On the hub AX is a subset of its own; in a local folder it is a file `ax.*`.
+    On the hub, AX is a separate subset. In a local folder, it is a file `ax.*`.
 
     Raises:
         ConfigError: the server has no file for the task.
@@ -50,8 +50,8 @@ def write_server_file(file: Path, name: str, answers: Sequence[Any], labels: Seq
     """Write one file for the server: the columns `index` (from 0) and `prediction`, separated by a tab.
 
     Args:
-        file: the file; its folder is created.
-        name: its name for the server, which decides how predictions are written.
+        file: path of the file; its folder is created.
+        name: name of the file on the server, which determines the format of predictions.
         answers: a class name, or for STS-B a value, per row of the test split.
         labels: the classes of the task in order.
 

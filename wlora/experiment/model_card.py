@@ -73,7 +73,7 @@ def _usage(record: Record, config: Config, *, merged: bool) -> str:
             f"from transformers import {name}",
             "from peft import PeftModel",
             f'base = {name}.from_pretrained("{base}"{revision}{labels})',
-            'model = PeftModel.from_pretrained(base, "DIR")  # its head comes along',
+            'model = PeftModel.from_pretrained(base, "DIR")  # also loads the trained head',
         ]
     return "```python\n" + "\n".join(lines) + "\n```"
 

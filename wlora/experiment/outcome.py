@@ -1,4 +1,4 @@
-"""How a run ends: what its record says of success and failure, and what else is kept."""
+"""The end of a run: status and content of its record, and the other files that are kept."""
 
 from __future__ import annotations
 
@@ -22,31 +22,32 @@ from wlora.training.trainer import Trainer
 
 
 def find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
-    """Return the record of a run that has succeeded and is not to be run again, as the main process finds it.
+    """Return the record of a successful run that need not run again, as read by the main process; otherwise None.
 
-    A run of which something could not be saved goes on from its checkpoints, if they are still there, and saves it.
+    If a part of the run's results could not be saved and its checkpoints still exist, the result is None: the run then
+    continues from its last checkpoint and saves that part.
     """
     done = from_main(store.read(identity))
     if done is None or done.status != "success" or config.force:
         return None
     saved = model_folder(config.results_dir, identity)
     lacks_model = config.train.save_model and not saved.is_dir()
-    missing = f"its model is not there ({saved})" if lacks_model else done.error
+    missing = f"its model is missing ({saved})" if lacks_model else done.error
     if from_main(bool(missing) and CheckpointStore(config.results_dir, identity, keep=config.train.keep).present()):
-        notice(f"{identity} is done, but {missing}: it goes on from its checkpoint and saves it")
+        notice(f"{identity} is done, but {missing}: it continues from its checkpoint and saves it")
         return None
     say(f"{identity} is done: {done.primary_metric} {done.metrics[done.primary_metric]:.4f} ({store.path(identity)})")
     try:
         store.read_curve(done)
     except ConfigError as damage:
-        say(f"notice: {damage}; force=true does the run again and writes it")
+        say(f"notice: {damage}; force=true repeats the run and writes it")
     if missing:
-        say(f"notice: {missing}: force=true does the run again and saves it")
+        say(f"notice: {missing}: force=true repeats the run and saves it")
     return done
 
 
 def complete(record: Record, trainer: Trainer, result: Result, seconds: float) -> None:
-    """Fill in what a finished training left behind."""
+    """Add the results of a finished training to the record."""
     kept = trainer.method.kept()
     if trainer.keyed:
         record.packed = {"dropout": "keyed", "with": sorted(trainer.companions)}
@@ -72,9 +73,9 @@ def complete(record: Record, trainer: Trainer, result: Result, seconds: float) -
 
 
 def keep_results(store: RecordStore, record: Record, trainer: Trainer, config: Config, put: Put) -> str | None:
-    """Write predictions and adapters; a run is not lost because one of them cannot be: returns what, None for nothing."""
+    """Write predictions and adapters. A write error does not fail the run: return its message, or None."""
     failed = []
-    if trainer.evaluation is not None:  # else resumed after its last evaluation
+    if trainer.evaluation is not None:  # None: the run was resumed after its last evaluation
         record.classes = trainer.evaluation.describe_classes(trainer.task, trainer.data.validation)
         try:
             table = trainer.evaluation.tabulate(trainer.task, trainer.data.validation)
@@ -96,7 +97,7 @@ def keep_results(store: RecordStore, record: Record, trainer: Trainer, config: C
 
 
 def classify(error: BaseException) -> tuple[str, str]:
-    """Return the honest status of a run that did not finish, and what ended it."""
+    """Return the status of a run that did not finish, and the error message."""
     text = "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, Diverged):
         return "diverged", text
@@ -110,7 +111,7 @@ def classify(error: BaseException) -> tuple[str, str]:
 
 
 def write_ending(store: RecordStore, record: Record) -> None:
-    """Write how a run ended; what ended it is told and decides what follows, even where this cannot be written."""
+    """Write the record of a failed run. A write error is only printed, so that it does not replace the run's error."""
     try:
         store.write(record)
     except RunFault as error:
@@ -118,11 +119,11 @@ def write_ending(store: RecordStore, record: Record) -> None:
 
 
 def out_of_memory(plan: Plan, processes: int) -> RunFault:
-    """Say what takes less memory."""
+    """Build the error for exhausted memory, with settings that need less."""
     if processes == 1:
         return RunFault(
             "out of memory with one row at once: a smaller task.max_length, train.gradient_checkpointing=true or "
-            "model.quantization=nf4 takes less"
+            "model.quantization=nf4 needs less memory"
         )
     return RunFault(
         f"out of memory with task.batch_size={plan.batch_size}: halve it and double train.accumulation_steps, which keeps "

@@ -1,4 +1,4 @@
-"""A sweep whose runs train together where they can (`hydra/launcher=packed`)."""
+"""Packed sweeps (`hydra/launcher=packed`): runs with the same model and data train together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from wlora.training.pack import Pack
 
 
 class Entry(NamedTuple):
-    """A run of a sweep: its resolved configuration, and the words of the command line that asked for it."""
+    """A run of a sweep: its resolved configuration and its command-line arguments."""
 
     config: Config
     overrides: Sequence[str]
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class _Active:
-    """A run that is being trained: its place among the entries, its course, and the micro-batches it waits for."""
+    """A run in training: its index among the entries, its generator (`course`), and the micro-batches to compute next."""
 
     index: int
     steps: Course
@@ -38,7 +38,7 @@ class _Active:
 
 
 def why_alone(config: Config) -> str | None:
-    """Return why a run cannot train in a pack; None if it can."""
+    """Return the reason why a run cannot train in a pack; None if it can."""
     train = config.train
     reasons = {
         f"method={config.method['name']}": not method_class(config.method["name"]).packable,
@@ -54,7 +54,7 @@ def why_alone(config: Config) -> str | None:
 
 
 def group(entries: Sequence[Entry]) -> list[list[int]]:
-    """Return the indices of the entries by pack: together are runs that share model, data, precision and batch shape."""
+    """Return the indices of the entries by pack. The runs of a pack have equal model, data, precision and batch shape."""
     packs: dict[str, list[int]] = {}
     for index, (config, _) in enumerate(entries):
         parts = (dataclasses.asdict(config.model), dataclasses.asdict(config.task), config.precision, config.results_dir)
@@ -66,17 +66,17 @@ def group(entries: Sequence[Entry]) -> list[list[int]]:
 def run_pack(
     entries: Sequence[Entry], chosen: Sequence[int], size: int | None
 ) -> Iterator[tuple[int, Record | BaseException]]:
-    """Train runs of one pack, and yield each with its record or the error that ended it, as they end.
+    """Train the runs of one pack. When a run ends, yield its index and its record or error.
 
-    A run that ends makes room for the next one. An interruption stops all runs after their present step.
+    A run that ends is replaced by the next one. An interruption stops all runs after their current step.
 
     Args:
         entries: all runs of the sweep.
         chosen: the indices of those in this pack (`group`).
-        size: the most runs at once; None for as many as memory holds.
+        size: maximum number of simultaneous runs; None for as many as fit into memory.
 
     Raises:
-        KeyboardInterrupt: a signal asked to stop; every run that was being trained has saved its state.
+        KeyboardInterrupt: a signal asked to stop; every run in training has saved its state.
     """
     signals, waiting, active = StopSignals(), deque(chosen), list[_Active]()
     stopped: list[KeyboardInterrupt] = []
@@ -107,13 +107,13 @@ def run_pack(
 
 
 def _start(index: int, entry: Entry, signals: StopSignals) -> _Active | Record | Exception:
-    """Prepare a run for its first step. A run that needs none, cannot run or was begun alone ends here."""
+    """Prepare a run for its first step. Return a record or an error if it needs no step, fails, or must continue alone."""
     steps = course(entry.config, entry.overrides, inputs_of_process(), signals=signals)
     try:
         job: Job = next(steps)
         trainer = job.trainer
         if trainer.step > 0 and not trainer.keyed:
-            say(f"{job.record.run_id} was begun alone and goes on alone")
+            say(f"{job.record.run_id} was started alone and continues alone")
             return drive(steps, lambda batches: compute_gradients(trainer, batches))
         trainer.keyed = True
         return _Active(index, steps, job, next(steps))
@@ -125,7 +125,7 @@ def _start(index: int, entry: Entry, signals: StopSignals) -> _Active | Record |
 
 
 def _join(pack: Pack | None, run: _Active, others: Sequence[_Active]) -> Pack:
-    """Add a run to a pack, which the first one makes, and note who trains with whom."""
+    """Add a run to a pack, or create the pack for the first run. Record which runs train together."""
     trainer = run.job.trainer
     if pack is None:
         pack = Pack(trainer)
@@ -138,12 +138,12 @@ def _join(pack: Pack | None, run: _Active, others: Sequence[_Active]) -> Pack:
 
 
 def _step(pack: Pack, active: Sequence[_Active]) -> list[tuple[_Active, Record | BaseException]]:
-    """Take one optimiser step with every run; returns those that have ended, with their records or errors."""
+    """Take one optimiser step with every run. Return the runs that have ended, with their records or errors."""
     ended: list[tuple[_Active, Record | BaseException]] = []
     try:
         computed = pack.compute([(run.job.trainer, run.batches) for run in active])
     except BaseException as error:
-        # No run can go on without the others: each record tells it.
+        # The computation is shared, so all runs fail, and each record contains the error.
         for run in active:
             try:
                 run.steps.throw(error)

@@ -44,7 +44,7 @@ def predict(words: Sequence[str]) -> list[Path]:
     """Predict rows as requested by the arguments; return the written files.
 
     Raises:
-        ConfigError: the run does not exist or has kept nothing to predict with, or the rows cannot be read.
+        ConfigError: the run does not exist or has saved neither adapters nor model, or the rows cannot be read.
     """
     names, options, strange = read_words(words, dict(OPTIONS))
     for key in strange:
@@ -79,7 +79,7 @@ def load(config: Config, record: Record, results: str) -> Trained:
     """Load the model of a run with its trained adapters, or the whole model that the run has saved.
 
     Raises:
-        ConfigError: the run has kept neither, the base is not available, or files differ from those of the run.
+        ConfigError: the run has saved neither, the base is not available, or files differ from those of the run.
     """
     from wlora.tasks.base import build_task
 
@@ -87,14 +87,14 @@ def load(config: Config, record: Record, results: str) -> Trained:
     if record.adapters and (config.train.save_adapter or not folder.is_dir()):
         if not config.train.save_adapter:
             raise ConfigError(
-                f"{record.run_id}: trained with train.save_adapter=false, so nothing is there to predict with\n"
-                "way out: the same run with train.save_adapter=true force=true"
+                f"{record.run_id}: trained with train.save_adapter=false, so no trained weights were saved\n"
+                "way out: repeat the run with train.save_adapter=true force=true"
             )
         adapters = trained_adapters(results, record)
         model, tokenizer = load_trained(config, require_base(config, record), adapters)
         return Trained(model, tokenizer, build_task(config.task), config)
     if not folder.is_dir():
-        trained_adapters(results, record)  # it says what is missing
+        trained_adapters(results, record)  # raises an error that says what is missing
     from wlora.models.heads import name_classes
     from wlora.models.loading import load_model, load_tokenizer
 
@@ -103,7 +103,7 @@ def load(config: Config, record: Record, results: str) -> Trained:
     )
     task, source = build_task(config.task), locate(whole)
     if task.head == "seq2seq":
-        whole.head = "fresh"  # such a model has no head of its own
+        whole.head = "fresh"  # the stored value is not applicable: such a model has no separate head
     tokenizer = load_tokenizer(whole, source)
     model = load_model(whole, source, tokenizer, head=task.head, num_labels=task.num_labels, seed=0)
     name_classes(model, config.task.labels, head=task.head, several=config.task.kind == "multi_label")
@@ -117,12 +117,12 @@ def _check_target(to: str | None, file: str | None) -> Path:
     if target.suffix[1:] not in files.EXTENSIONS or target.is_dir():
         raise wrong_value("to", to, f"a file of type {', '.join(files.EXTENSIONS)}")
     if file is not None and target.resolve() == Path(file).expanduser().resolve():
-        raise wrong_value("to", to, "another file than the one that is read")
+        raise wrong_value("to", to, "a file other than the input file")
     return target
 
 
 def _read_rows(config: Config, file: str | None, split: str | None) -> tuple[pa.Table, str]:
-    """Return the rows to be predicted, with all their columns, and how messages name them."""
+    """Return the rows to predict with all their columns, and a description of them for messages."""
     if file is None:
         assert split is not None
         return load_inputs(config.task, split, offline=config.offline), f"split={split}"
@@ -137,7 +137,7 @@ def _read_rows(config: Config, file: str | None, split: str | None) -> tuple[pa.
 
 
 def _predict_glue(config: Config, record: Record, results: str, folder: Path) -> list[Path]:
-    """Write the files that the GLUE server takes for the task of a run."""
+    """Write the files for the GLUE server for the task of a run."""
     found: list[tuple[str, pa.Table]] = []
     for name, task, split in find_server_files(config.task):
         try:
@@ -181,7 +181,7 @@ def _label(trained: Trained, inputs: pa.Table) -> pa.Table:
 
 
 def _write(table: pa.Table, target: Path) -> None:
-    """Write a table whole or not at all."""
+    """Write a table atomically."""
     staging = target.with_name(f".{os.getpid()}.{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def push(words: Sequence[str]) -> str:
-    """Export a run and upload it to a repository of the hub, which is created if it is not there; return its address.
+    """Export a run and upload it to a repository of the hub, which is created if necessary; return its address.
 
     Raises:
         ConfigError: a wrong argument, or the run cannot be exported (`export`).
@@ -58,6 +58,6 @@ def upload(folder: Path, repository: str, *, private: bool, message: str) -> str
         way_out = "\nway out: set HF_TOKEN to a token with write access, or run `hf auth login`"
         denied = way_out if status in (401, 403) else ""
         raise RunFault(f"push {repository}: the hub answers {status} ({told}){denied}") from error
-    except Exception as error:  # the HTTP library of huggingface_hub, and so its errors, change with its version
+    except Exception as error:  # the HTTP library, and thus the exception classes, depend on huggingface_hub's version
         raise RunFault(f"push {repository}: the hub cannot be reached ({type(error).__name__}: {shorten(error)})") from error
     return f"{hub.endpoint}/{repository}"

@@ -48,18 +48,18 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
     origins = [word.removeprefix("from=") for word in words if word.startswith("from=")]
     overrides = [word for word in words if not word.startswith("from=")]
     if len(origins) != 1 or not all(re.fullmatch(r"[\w.]+=.*", word) for word in overrides):
-        raise ConfigError("from=RUN_ID repeats one run: allowed beside it is key=value, such as results_dir=DIR")
+        raise ConfigError("from=RUN_ID repeats one run: allowed with it is key=value, such as results_dir=DIR")
     for word in overrides:
         if word.partition("=")[0] not in ALLOWED:
             raise ConfigError(
-                f"{word}: from={origins[0]} repeats the run as it was: allowed beside it is {', '.join(ALLOWED)}"
+                f"{word}: from={origins[0]} repeats the run unchanged: allowed with it is {', '.join(ALLOWED)}"
             )
     results_dir = next((word.partition("=")[2] for word in overrides if word.startswith("results_dir=")), "results")
     record = find_record(results_dir, origins[0])
     RecordStore(results_dir).read_curve(record)  # report a damaged learning curve before the run starts
     if "${" in json.dumps(record.config):
         # Records contain resolved values only. An interpolation such as `${oc.env:...}` would read data of this machine.
-        raise ConfigError(f"from={origins[0]}: its record has an interpolation, ${{...}}, which no run has written")
+        raise ConfigError(f"from={origins[0]}: its record contains an interpolation, ${{...}}, which wlora never writes")
     # These keys describe how the recorded run was started; they must not affect the repetition.
     recorded = dataclasses.replace(restore_config(record.config), force=False, offline=False, track="none")
     merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(overrides))
@@ -81,13 +81,13 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
 
 
 def _refuse_other_numerics(record: Record, config: Config) -> None:
-    """Reject a record of a method whose keys now give other numbers (`method_revision`)."""
+    """Reject a record if its method now computes different numbers (`method_revision`)."""
     then = config.method.get("revision", 1)
     now = method_revision(config.method, release=config.compat == "release")
     if then != now:
         raise ConfigError(
-            f"from={record.run_id}: method={config.method['name']} gives other numbers now (revision {now}, not {then}): "
-            f"allowed is a record of revision {now}, or the commit {record.environment.get('git_commit')} that made this one"
+            f"from={record.run_id}: method={config.method['name']} now computes different numbers (revision {now}, not "
+            f"{then}): allowed is a record of revision {now}, or its commit {record.environment.get('git_commit')}"
         )
 
 
@@ -100,7 +100,7 @@ def _refuse_other_content(record: Record, recorded: Config, config: Config) -> N
         if told[name] not in (None, found[name]):
             where = getattr(config, name).path
             raise ConfigError(
-                f"{name}.path={where}: its content is {found[name]}, that of from={record.run_id} was {told[name]}"
+                f"{name}.path={where}: its content is {found[name]}; in from={record.run_id} it was {told[name]}"
             )
 
 

@@ -73,7 +73,7 @@ def resolve(config: Config) -> Config:
 
 
 def _settle_task(config: Config) -> None:
-    """Fill in what the table tells of the task, tell the user, and check what depends on it."""
+    """Fill in the task's keys that an own table determines, print them, and check the keys that depend on them."""
     task = config.task
     if task.benchmark == BENCHMARK and task.path is None and task.hub_id is not None:
         require_sources(dataclasses.replace(config, model=dataclasses.replace(config.model, source="random", path=None)))
@@ -133,7 +133,7 @@ def _check_model(model: ModelConfig) -> None:
         if model.path is None and model.source != "hub":
             raise wrong_value("model.gguf_file", model.gguf_file, f"null for model={model.name} without model.path=DIR")
         if model.quantization != "none":
-            raise wrong_value("model.quantization", model.quantization, "none beside model.gguf_file")
+            raise wrong_value("model.quantization", model.quantization, "none with model.gguf_file")
     elif model.quantization != "none" and model.path is None and model.source == "random":
         raise wrong_value("model.quantization", model.quantization, f"none for model={model.name}, whose weights are random")
 

@@ -49,15 +49,15 @@ from wlora.training.trainer import Trainer
 
 @dataclass
 class Job:
-    """What the three stages of a run share.
+    """The state that the three stages of a run share.
 
     Attributes:
-        record: the run's own, completed on the way.
-        signals: what asks the process to stop.
-        alone: whether the run trains alone, and so shows its own progress.
-        claim: makes the run this process's; set once the lock is held.
-        trainer: trains it; set once it is prepared.
-        begin: when the run began, in seconds of `time.perf_counter`.
+        record: the run's record, which the stages complete.
+        signals: the signals that ask the process to stop.
+        alone: whether the run trains alone and therefore shows its own progress bar.
+        claim: this process's right to write the run's files; set when the lock is held.
+        trainer: the trainer; set at the end of `prepare`.
+        begin: the value of `time.perf_counter` at the start of the run, in seconds.
     """
 
     config: Config
@@ -73,23 +73,23 @@ class Job:
 
     @cached_property
     def store(self) -> RecordStore:
-        """Where the record goes."""
+        """The store of the record."""
         return RecordStore(self.config.results_dir, self.claim.put)
 
     @cached_property
     def checkpoints(self) -> CheckpointStore:
-        """Where checkpoints go."""
+        """The store of the checkpoints."""
         return CheckpointStore(self.config.results_dir, self.record.run_id, keep=self.config.train.keep, claim=self.claim)
 
     @cached_property
     def telling(self) -> bool:
-        """Whether the record tells every ending: one of success, of which a part is missing, gives way to success only."""
+        """Whether a failure is recorded. False if a successful record exists: only a new success may replace it."""
         earlier = from_main(self.store.read(self.record.run_id))
         return self.accelerator.is_main_process and (self.config.force or earlier is None or earlier.status != "success")
 
     @cached_property
     def curve(self) -> CurveWriter:
-        """The learning curve; asked for first, it is begun anew."""
+        """The learning curve. The first access starts a new curve."""
         return self.store.curve(self.record.run_id, write=self.accelerator.is_main_process)
 
     @cached_property
@@ -110,19 +110,19 @@ Course = Generator[Any, Computed | None, Record]
 
 
 def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | None = None, *, keyed: bool = False) -> Record:
-    """Run one configuration, or return its record if it has already succeeded or another process is at it.
+    """Run one configuration. Return its record without training if it has succeeded, or if another process is running it.
 
-    With `train.until` below 1 the run may end with the status `stopped`; the same configuration goes on from there.
+    With `train.until` below 1, the run may end with the status `stopped`. The same configuration continues from there.
 
     Args:
-        config: what `wlora.experiment.resolve.resolve` returned.
-        overrides: the words of the command line that asked for it, for the record.
-        shared: what this run shares with others of its process; None for nothing.
-        keyed: draw dropout as in a pack (`wlora.models.keyed_dropout`); a resumed run goes on as it began.
+        config: the result of `wlora.experiment.resolve.resolve`.
+        overrides: the command-line arguments, for the record.
+        shared: the cache of data and models of this process; None for no sharing.
+        keyed: draw dropout masks as in a pack (`wlora.models.keyed_dropout`). A resumed run keeps its original kind.
 
     Raises:
-        ConfigError: the request cannot be run; nothing was written.
-        RunFault: the run failed underway; the record says how.
+        ConfigError: the configuration cannot be run; nothing was written.
+        RunFault: the run failed after its start; the record contains the reason.
     """
     steps = course(config, overrides, shared)
     try:
@@ -140,11 +140,11 @@ def run(config: Config, overrides: Sequence[str] = (), shared: SharedInputs | No
 
 
 def drive(steps: Course, compute: Callable[[list[list[int]]], Computed]) -> Record:
-    """Take a run from its first step to its end, and return its record.
+    """Execute a run from its first step to its end, and return its record.
 
     Args:
-        steps: the course of the run, which has yielded its `Job`.
-        compute: leaves the gradients of a step and returns its loss.
+        steps: the generator `course`, which has yielded its `Job`.
+        compute: computes the gradients of a step and returns its loss.
     """
     try:
         batches = next(steps)
@@ -152,7 +152,7 @@ def drive(steps: Course, compute: Callable[[list[list[int]]], Computed]) -> Reco
             try:
                 computed = compute(batches)
             except BaseException as error:
-                steps.throw(error)  # the record tells it
+                steps.throw(error)  # `course` writes the error to the record
                 raise
             batches = steps.send(computed)
     except StopIteration as end:
@@ -170,14 +170,14 @@ def course(
     """Run one configuration step by step, and return its record.
 
     The generator first yields the `Job`, ready for its first step, unless there is nothing to train. Then it yields the
-    micro-batches of each step and is sent what `compute_gradients` or `Pack.compute` returns for them. A fault of that
-    computation must be thrown into it, so that the record tells it.
+    micro-batches of each step, and the caller must send the result of `compute_gradients` or `Pack.compute` for them. If
+    that computation fails, the caller must throw the error into the generator, which writes it to the record.
 
     Args:
         config: as for `run`.
         overrides: as for `run`.
         shared: as for `run`.
-        signals: those of the pack that the run trains in; None if it trains alone.
+        signals: the signals of the pack in which the run trains; None if it trains alone.
 
     Raises:
         ConfigError: as for `run`.
@@ -187,12 +187,12 @@ def course(
     config, record, accelerator = job.config, job.record, job.accelerator
     store = RecordStore(config.results_dir)
     check_folders(config.results_dir, *_written(config, record.run_id))
-    read_start(config)  # what does not fit is told before anything is written or loaded
+    read_start(config)  # raise errors before anything is written or loaded
     lock = RunLock(config.results_dir, record.run_id)
     if done := find_success(store, record.run_id, config):
         return done
     if not from_main(accelerator.is_main_process and lock.acquire()):
-        say(f"{record.run_id} is left to {lock.holder()}, which runs it now")
+        say(f"{record.run_id} is skipped: {lock.holder()} is running it")
         return record
     with lock.held():
         job.claim = Claim(config.results_dir, lock, from_main(lock.token or ""))
@@ -200,8 +200,8 @@ def course(
             try:
                 store.load(record.run_id)
             except ConfigError as damage:
-                say(f"notice: {damage}; the run is done again")
-            # Another process may have finished it between the look and the lock.
+                say(f"notice: {damage}; the run is repeated")
+            # Another process may have finished the run between the check and the lock.
             if done := find_success(store, record.run_id, config):
                 return done
             trainer = job.trainer = prepare(job, shared or SharedInputs(keep=False))
@@ -216,14 +216,14 @@ def course(
 
 
 def open_job(config: Config, overrides: Sequence[str], signals: StopSignals | None) -> Job:
-    """Open a run and its record; nothing is loaded or written. Arguments as for `course`."""
+    """Create the job and the record of a run. Nothing is loaded or written. The arguments are those of `course`."""
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=not has_accelerator(),
         log_with=None if config.track == "none" else config.track,
         project_dir=str(tracking_folder(config.results_dir)),
     )
-    config = from_main(config)  # `tuned` values may have been read from other records a moment later
+    config = from_main(config)  # processes may have read different records for `tuned` values
     config = settle_growth(config, accelerator.device)
     precision = choose_precision(config.precision, accelerator.device)
     source = locate(config.model)
@@ -238,10 +238,10 @@ def open_job(config: Config, overrides: Sequence[str], signals: StopSignals | No
 
 
 def prepare(job: Job, shared: SharedInputs) -> Trainer:
-    """Load data and model, and put together what will be trained.
+    """Load data and model, and build the trainer.
 
     Raises:
-        ConfigError: inputs that cannot be read, do not fit, or have changed since they were hashed.
+        ConfigError: inputs cannot be read, do not fit, or have changed since they were hashed.
     """
     config, record = job.config, job.record
     material = shared.material(config, job.source)
@@ -280,7 +280,7 @@ def prepare(job: Job, shared: SharedInputs) -> Trainer:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Context manager: a run that stops where `train.until` says so has ended in order."""
+    """Context manager: print a line if the run stops at `train.until`, and suppress the exception."""
     try:
         yield
     except Stopped as stop:
@@ -288,7 +288,7 @@ def stopping() -> Iterator[None]:
 
 
 def train(job: Job, trainer: Trainer) -> Generator[Any, Computed | None, Result]:
-    """Train to the end, from the newest checkpoint if there is one; the record tells any other ending."""
+    """Train to the end, from the newest checkpoint if there is one. If training fails, write the reason to the record."""
     record, accelerator = job.record, job.accelerator
     tracker = Tracker(accelerator, say=say)
     tracker.start(record.run_id, record.config)
@@ -310,7 +310,7 @@ def train(job: Job, trainer: Trainer) -> Generator[Any, Computed | None, Result]
         if job.telling and not isinstance(error, TakenOver):
             write_ending(job.store, record)
         if isinstance(error, Interrupted):
-            accelerator.wait_for_everyone()  # a launcher ends the main process once another one has ended
+            accelerator.wait_for_everyone()  # when any process ends, a launcher terminates the main process
         if record.status == "oom":
             raise out_of_memory(trainer.plan, accelerator.num_processes) from error
         raise
@@ -320,7 +320,7 @@ def train(job: Job, trainer: Trainer) -> Generator[Any, Computed | None, Result]
 
 
 def finish(job: Job, trainer: Trainer, result: Result) -> None:
-    """Complete the record and write all that a run leaves behind; only then its checkpoints may go."""
+    """Complete the record and write all results. The checkpoints are removed afterwards."""
     config, record = job.config, job.record
     complete(record, trainer, result, job.guard.seconds())
     record.curve = job.curve.finish()
@@ -333,29 +333,29 @@ def finish(job: Job, trainer: Trainer, result: Result) -> None:
         save_model(trainer.bare_model, trainer.method, trainer.tokenizer, saved, job.claim.put)
         say(f"model      {saved}")
     if record.error and job.checkpoints.present():
-        say("notice: the checkpoints stay; the same command goes on from the last one and writes what is missing")
-    elif not record.error and not config.train.keep_after:  # all that they stand for is on the disk now
+        say("notice: the checkpoints are kept; the same command continues from the last one and writes what is missing")
+    elif not record.error and not config.train.keep_after:  # all results are on disk, so checkpoints are no longer needed
         job.checkpoints.remove()
 
 
 def _written(config: Config, identity: str) -> list[str]:
-    """Return the folders of a results folder that a run writes into."""
+    """Return the subfolders of a results folder into which a run writes."""
     tracked = [] if config.track == "none" else ["tracking", f"tracking/{identity}"]
     return [*PARTS, f"checkpoints/{identity}", *tracked]
 
 
 def _refuse_other_inputs(record: Record) -> None:
-    """Refuse processes that do not see the same data, weights or hardware."""
+    """Raise an error if the processes of a run have different data, weights or precision."""
     found = gather(record.run_id)
     if len(set(found)) > 1:
         raise ConfigError(
-            f"the processes have come to different runs ({', '.join(found)}): allowed are the same data and weights for "
-            "all, and one precision (precision=fp32 works everywhere)"
+            f"the processes have computed different run_ids ({', '.join(found)}): all need the same data, weights and "
+            "precision (precision=fp32 works everywhere)"
         )
 
 
 def open_record(config: Config, source: ModelSource, precision: Precision) -> Record:
-    """Open the record of a run that is about to begin; its `run_id` is the hash of all that decides its numbers."""
+    """Create the record of a new run. Its `run_id` is the hash of everything that determines its numbers."""
     data = fingerprint(config.task)
     fields = scientific_fields(config, task_data=data, model_data=source.fingerprint, precision=precision.name)
     return Record(
@@ -388,7 +388,7 @@ def _settings(config: Config, method: Method, precision: Precision, process: int
 
 
 def _prefix_storage(config: Config) -> Storage | None:
-    """Return where `train.prefix_cache` keeps its states; None if it is off."""
+    """Return how `train.prefix_cache` stores hidden states; None if it is off."""
     train = config.train
     if train.prefix_cache == "off":
         return None

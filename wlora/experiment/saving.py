@@ -40,9 +40,9 @@ def save_adapter(
         model: the trained model.
         method: the method whose adapters are saved.
         folder: target folder; it is replaced if it exists.
-        kind: the kind of head (`Task.head`); None for one that has no name here.
+        kind: the kind of head (`Task.head`); None for other kinds.
         put: moves the finished folder to its final path.
-        compact: every adapter keeps its own rank and alpha; false: one rank and one scale (`make_uniform`).
+        compact: true: every adapter keeps its own rank and alpha; false: all have one rank and one scale (`make_uniform`).
 
     Returns:
         Hashes of the two compact files for the record's `model`; empty if the method has no adapters or none is left.

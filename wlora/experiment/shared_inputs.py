@@ -140,8 +140,8 @@ def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tu
     """Tokenise all splits, and print a notice if rows are truncated or answers are lost.
 
     Returns:
-        The features, and information for the record: `truncated_share` by split, and `lost_answers`, the number of training
-        rows whose answer is completely in no window; `empty_texts` by split and column, where there are any.
+        The features, and information for the record: `truncated_share` by split; `lost_answers`, the number of training rows
+        whose answer is completely contained in no window; and `empty_texts` by split and column, if there are any.
     """
     features, shares, lost = {}, {}, 0
     for name, found_empty in splits.empty.items():

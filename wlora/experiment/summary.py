@@ -32,7 +32,7 @@ def share_of_model(trainable: int, counts: dict[str, int]) -> str:
     if counts["stored"] != counts["total"]:
         shares.append(f"{trainable / counts['stored']:.3%} of {counts['stored']:,} stored")
     if trainable and not counts["base"]:
-        shares.append(f"{trainable / (counts['stored'] + trainable):.3%} with them counted in")
+        shares.append(f"{trainable / (counts['stored'] + trainable):.3%} including the adapters")
     return ", ".join(shares)
 
 

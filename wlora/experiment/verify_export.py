@@ -1,4 +1,4 @@
-"""Check of an exported folder: its logits beside those of the recorded adapters, and what servers would refuse."""
+"""Check of an exported folder: compare its logits with those of the recorded adapters, and check what vLLM supports."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OPTIONS = {"results_dir": "results", "model.path": None, "offline": "false"}
-# The largest difference of logits, as a share of the largest logit (or of 1).
+# The maximum difference of logits, relative to the largest logit or to 1.
 TOLERANCE = 1e-4
 _TEXTS = ["The garden.", "Anna took the lamp to the garden, and Ben is in the kitchen.", "Where is it? Nobody knows."]
-# What vLLM's reader of PEFT folders takes in `modules_to_save`, and its default `max_lora_rank`.
+# The modules that vLLM supports in `modules_to_save` of a PEFT folder, and its default `max_lora_rank`.
 _VLLM_HEADS, _VLLM_RANK = ("classifier", "score"), 16
 _VLLM_WAY_OUT = "way out: serve the model of format=merged"
 
@@ -32,12 +32,12 @@ _VLLM_WAY_OUT = "way out: serve the model of format=merged"
 def verify(words: Sequence[str]) -> list[str]:
     """Compare the logits of an export with those of its run; return lines for the user.
 
-    The logits are those of a few texts in evaluation mode and float32: of the base with the adapters that the run recorded
-    (in this project's own layer), of the folder loaded by PEFT, of the merged model, and, where it is installed, of the
-    merged model in ONNX Runtime.
+    The logits of a few texts are computed in evaluation mode and float32 with four models: the base with the recorded
+    adapters in this project's own layers; the folder loaded by PEFT; the merged model; and, if installed, the merged model
+    in ONNX Runtime.
 
     Raises:
-        ConfigError: the folder is not an export, or its run or base are not there.
+        ConfigError: the folder is not an export, or its run or base is missing.
         RunFault: logits differ by more than `TOLERANCE`.
     """
     names, options, strange = read_words(words, dict(OPTIONS))
@@ -76,10 +76,10 @@ def verify(words: Sequence[str]) -> list[str]:
 
 
 def read_run_id(folder: Path) -> str:
-    """Return the run of an exported folder, as its model card names it.
+    """Return the run_id in the model card of an exported folder.
 
     Raises:
-        ConfigError: there is no such card.
+        ConfigError: there is no model card with a run_id.
     """
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
@@ -92,7 +92,7 @@ def read_run_id(folder: Path) -> str:
 
 
 def _as_trained(model: PreTrainedModel, adapters: Mapping[str, bytes]) -> PreTrainedModel:
-    """Attach the recorded adapters as in training; what PEFT has trained, PEFT attaches."""
+    """Attach the recorded adapters as in training. Adapters that were trained by PEFT are attached by PEFT."""
     from peft import PeftModel
 
     from wlora.experiment.build import attach_adapters
@@ -115,7 +115,7 @@ def _as_trained(model: PreTrainedModel, adapters: Mapping[str, bytes]) -> PreTra
 
 
 def _load(folder: Path, base: PreTrainedModel, found: dict[str, Tensor], inputs: dict[str, Tensor]) -> PreTrainedModel:
-    """Load an export and return it as a plain model; the logits of PEFT's model are noted on the way."""
+    """Load an export and return it as a plain model. The logits of PEFT's model are added to `found`."""
     from peft import PeftModel
 
     try:
@@ -186,25 +186,27 @@ def _compare(found: dict[str, Tensor]) -> list[str]:
         difference = float((logits - expected).abs().max())
         lines.append(f"{name:<9} differs by at most {difference:.1e}")
         if not difference <= TOLERANCE * max(1.0, largest):
-            raise RunFault("\n".join([*lines, f"more than {TOLERANCE:g} of the largest: this is not what was trained"]))
+            raise RunFault(
+                "\n".join([*lines, f"more than {TOLERANCE:g} of the largest: the export differs from the trained model"])
+            )
     return lines
 
 
 def _tell_vllm(folder: Path) -> list[str]:
-    """Say what vLLM's reader of PEFT folders would refuse, and the way out."""
+    """Return lines about settings of a PEFT folder that vLLM does not support, with a way out."""
     if not (folder / CONFIG).is_file():
-        return ["vllm      reads a merged model as any other"]
+        return ["vllm      supports the merged model like any other model"]
     config: Any = read_json((folder / CONFIG).read_bytes())
     others = [name for name in config.get("modules_to_save") or [] if name not in _VLLM_HEADS]
     lines = []
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        lines.append(f"refuses this kind of adapter, it reads plain LoRA\n{_VLLM_WAY_OUT}")
+        lines.append(f"does not support this kind of adapter, only plain LoRA\n{_VLLM_WAY_OUT}")
         return [f"vllm      {line}" for line in lines]
     if others:
         allowed = " and ".join(_VLLM_HEADS)
-        lines.append(f"refuses modules_to_save={','.join(others)}, it takes only {allowed}\n{_VLLM_WAY_OUT}")
+        lines.append(f"does not support modules_to_save={','.join(others)}, only {allowed}\n{_VLLM_WAY_OUT}")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
-        lines.append("reads one rank and one alpha, the folder has several\nway out: export without compact=true")
+        lines.append("supports one rank and one alpha; the folder has several\nway out: export without compact=true")
     if config["r"] > _VLLM_RANK:
-        lines.append(f"refuses rank {config['r']} by default\nway out: --max-lora-rank {config['r']} or more")
-    return [f"vllm      {line}" for line in lines] or ["vllm      nothing in the adapter's settings that it refuses"]
+        lines.append(f"does not support rank {config['r']} by default\nway out: --max-lora-rank {config['r']} or more")
+    return [f"vllm      {line}" for line in lines] or ["vllm      supports all settings of the adapter"]

@@ -38,13 +38,13 @@ def attach(
     head: bool = True,
     **options: Any,
 ) -> Handle:
-    """Freeze a model, attach a method's adapters to it, and let its head train.
+    """Freeze a model, attach a method's adapters to it, and make its head trainable.
 
-    The defaults are those of the command line, so the same values give the adapters of a run. Torch's random generators
-    are left as they were. A method that has no `k`, `rank`, `alpha` or `dropout` ignores it.
+    The defaults are those of the command line, so that equal values give the same adapters as a run. The state of torch's
+    random generators does not change. A method that does not use `k`, `rank`, `alpha` or `dropout` ignores it.
 
     Args:
-        model: a model of transformers of any family. It is changed in place and keeps its device and dtype.
+        model: a transformers model of any family. It is changed in place and keeps its device and dtype.
         method: a name of `conf/method/` (docs/methods.md gives the paper of each).
         targets: the linear modules with adapters: `qkv`, `attention`, `all`, or names of modules, with `*` for anything.
         rank: r of every adapter: A has the shape [r, d_in] and B the shape [d_out, r] (Hu et al., 2021).
@@ -53,12 +53,12 @@ def attach(
         k: adapters to keep (WeightLoRA, section 3.3); None means 5 of at most 48 adapters, else 20.
         steps: optimiser steps of the whole training; needed here only by `increlora`, else by `Handle.begin`.
         steps_per_epoch: optimiser steps of one pass over the data; None means `steps`.
-        seed: seed of A and of what the method draws, as the key `seed` of a run.
-        head: whether head and pooler train, too.
+        seed: seed of A and of the method's random draws, like the key `seed` of a run.
+        head: whether head and pooler are trained, too.
         options: the method's own keys, such as `select_steps=50` (`wlora run method=wlora --help` lists them).
 
     Raises:
-        ConfigError: an unknown method or key, a wrong value, targets that match nothing, or a model that has adapters.
+        ConfigError: a method or key is unknown, a value is wrong, targets match nothing, or the model has adapters.
     """
     _check_model(model)
     settings = _settings(
@@ -80,7 +80,7 @@ def attach(
 
 
 def _settings(model: PreTrainedModel, method: str, shared: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's keys with their values: those given, else the defaults of its YAML file and of the model.
+    """Return a method's keys with the given values, and with defaults of its YAML file and of the model for the others.
 
     Args:
         model: the plain model.
@@ -89,7 +89,7 @@ def _settings(model: PreTrainedModel, method: str, shared: dict[str, Any], optio
         options: values of the method's own keys.
 
     Raises:
-        ConfigError: an unknown method or key, a wrong value, or targets that match nothing.
+        ConfigError: a method or key is unknown, a value is wrong, or targets match nothing.
     """
     if method not in method_names():
         raise unknown_name(f"method={method}", method, method_names())
@@ -108,7 +108,7 @@ def _settings(model: PreTrainedModel, method: str, shared: dict[str, Any], optio
 
 
 def _check_model(model: nn.Module) -> None:
-    """Reject what is no model of transformers, and a model that has adapters already."""
+    """Raise an error for objects other than transformers models, and for models that already have adapters."""
     if not isinstance(model, PreTrainedModel):
         raise wrong_value("model", type(model).__name__, "a model of transformers, without PEFT's wrapper around it")
     taken = next((name for name, part in model.named_modules() if isinstance(part, AdaptedLinear)), None)

@@ -1,4 +1,4 @@
-"""What `wlora.attach` returns: one training with one method, to be driven by your own loop."""
+"""`Handle`, the result of `wlora.attach`: one training with one method, controlled by your own loop."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ _KINDS = {
 class Handle:
     """One training of a model with a method's adapters.
 
-    A plain loop calls `begin` once, and after the backward pass of every optimiser step `step`. Under transformers'
-    Trainer, `WLoRACallback` does both. The updates are those of the runner: AdamW for adapters and head, plain SGD for ω
-    outside schedule and clipping (WeightLoRA, section 3.3), and new optimiser groups after every cut or growth.
+    A plain loop calls `begin` once, and `step` after the backward pass of every optimiser step. With transformers' Trainer,
+    `WLoRACallback` makes both calls. The updates are the same as in a run: AdamW for adapters and head, plain SGD without
+    schedule and clipping for ω (WeightLoRA, section 3.3), and new optimiser groups after every cut or growth.
 
     Attributes:
         model: the model with adapters.
         name: the name of the method.
-        method: the policy over the adapters.
+        method: the method, which controls the adapters.
         done: optimiser steps taken.
         events: the structural changes so far, such as the cut.
-        phases: the rows that the method wants each part of the training to draw from, once it has begun with rows.
+        phases: the training rows that the method requests for each part of the training; known after `begin` with rows.
     """
 
     def __init__(self, assembly: Assembly, name: str, length: Steps | None) -> None:
@@ -75,19 +75,19 @@ class Handle:
         rows: Rows | None = None,
         collate: Collate | None = None,
     ) -> None:
-        """Plan the method's schedule and build the optimisers; called once, before the first `step`.
+        """Plan the method's schedule and build the optimisers. Call this once, before the first `step`.
 
         Args:
             steps: optimiser steps of the whole training.
             lr: peak learning rate of the adapters; it rises over `warmup` steps and then falls to 0.
             head_lr: peak learning rate of head and pooler; None means `lr`.
             warmup: steps of the linear warm-up.
-            steps_per_epoch: optimiser steps of one pass over the data; the selection is over after one at most. None
-                means `steps`.
+            steps_per_epoch: optimiser steps of one pass over the data; the selection takes at most one pass. None means
+                `steps`.
             weight_decay: decoupled weight decay of AdamW.
-            max_grad_norm: bound of the global gradient norm of all but ω; None or 0 for no clipping.
-            rows: training rows, for methods that look at them (`lora_drop`, `alora`, `flexora`, `flexlora`, `single`).
-            collate: turns rows into a batch; goes with `rows`.
+            max_grad_norm: maximum global norm of all gradients except those of ω; None or 0 for no clipping.
+            rows: training rows, for methods that use them (`lora_drop`, `alora`, `flexora`, `flexlora`, `single`).
+            collate: converts rows to a batch; required with `rows`.
 
         Raises:
             ConfigError: the method does not fit a training of this length, or needs rows.
@@ -111,9 +111,9 @@ class Handle:
         self._optimizers = Optimizers(self.groups(), weight_decay=weight_decay, release=self.method.release_adamw)
 
     def step(self, factor: float | None = None) -> list[Event]:
-        """Take one optimiser step with the gradients that are there, and let the method act before and after it.
+        """Take one optimiser step with the current gradients, and call the method before and after it.
 
-        Gradients are clipped before and freed after it.
+        Gradients are clipped before the step and freed after it.
 
         Args:
             factor: the learning rate as a share of its peak; None means linear warm-up and decay.
@@ -122,7 +122,7 @@ class Handle:
             The structural changes: a cut, or growth.
 
         Raises:
-            ConfigError: the training has not begun, or T is so short that ω has had no gradient when it ends.
+            ConfigError: the training has not begun, or T is so short that ω has received no gradient.
             RunFault: a number of an event is not finite.
         """
         optimizers, length = self._begun()
@@ -142,11 +142,11 @@ class Handle:
         return changes
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return everything that trains at present: adapters, ω and head."""
+        """Return all parameters that are currently trained: adapters, ω and head."""
         return [p for group in self.groups() for p in group.parameters if p.requires_grad]
 
     def groups(self) -> list[ParameterGroup]:
-        """Return the optimiser groups at present; ω is a group of its own with `rule="sgd"`."""
+        """Return the current optimiser groups. ω has a separate group with `rule="sgd"`."""
         if self._length is None:
             raise ConfigError("groups: the training has not begun: call begin(steps, lr=...) first")
         return [*self.method.groups(self._lr), ParameterGroup(list(self._assembly.head.values()), self._head_lr)]
@@ -156,23 +156,23 @@ class Handle:
         return None if type(self.method).settled is Method.settled else self.method.settled(self.done)
 
     def check_settled(self) -> None:
-        """Check that the cut came.
+        """Check that the method has made its cut.
 
         Raises:
-            RunFault: the training ended before; all adapters are still connected.
+            RunFault: the training ended before the cut; all adapters are still connected.
         """
         if self.settled() is False:
             planned = f" of {self._length.total}" if self._length else ""
             raise RunFault(
-                f"method={self.name}: the cut never came: {self.done} optimiser steps{planned} are done, and "
-                f"T={getattr(self.method, 'select_steps', None)}\nway out: begin(steps=...) with the steps that are taken, "
-                "and step() after every backward pass"
+                f"method={self.name}: the cut was never made: {self.done} optimiser steps{planned} are done, and "
+                f"T={getattr(self.method, 'select_steps', None)}\nway out: begin(steps=...) with the actual number of "
+                "steps, and step() after every backward pass"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the training goes on from: adapters, head, method, optimisers and torch's random generators.
+        """Return the state of the training: adapters, head, method, optimisers and torch's random generators.
 
-        Its values are tensors and plain Python, so `torch.load(..., weights_only=True)` reads it.
+        The values are tensors and plain Python objects, so `torch.load(..., weights_only=True)` can read them.
         """
         optimizers, _ = self._begun()
         state = capture(self.model, self.method, optimizers)
@@ -181,10 +181,10 @@ class Handle:
         return {"facts": facts, "tensors": {name: tensor.detach().clone() for name, tensor in state.tensors.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same training; call `begin` with the same values before.
+        """Continue from a state of the same training. Call `begin` with the same values first.
 
         Raises:
-            ConfigError: the state is of another method or model.
+            ConfigError: the state belongs to another method or model.
         """
         optimizers, _ = self._begun()
         facts, tensors = state["facts"], state["tensors"]
@@ -193,11 +193,11 @@ class Handle:
         try:
             restore(State(facts, dict(tensors)), self.model, self.method, optimizers, self.groups)
         except (KeyError, ValueError) as error:
-            raise ConfigError(f"load_state_dict: the state is of another model or other adapters ({error})") from error
+            raise ConfigError(f"load_state_dict: the state belongs to another model or other adapters ({error})") from error
         self.done, self.events = facts["done"], [Event(**event) for event in facts["events"]]
 
     def summary(self) -> dict[str, Any]:
-        """Return the adapters that act (ω and rank by module name), the counts of elements, and the events so far."""
+        """Return the active adapters (ω and rank by module name), the parameter counts, and the events so far."""
         kept = self.method.kept()
         acting = {
             n: {"omega": None if a.omega is None else float(a.omega.detach()), "rank": a.rank} for n, a in kept.items()
@@ -210,13 +210,13 @@ class Handle:
 
         Args:
             folder: the folder.
-            tokenizer: is saved there, too.
+            tokenizer: a tokenizer to save in the same folder.
             compact: every adapter keeps its own rank and alpha (`rank_pattern`, `alpha_pattern`); otherwise ranks are
                 padded to the largest, and alpha / rank is 1.
 
         Raises:
             ConfigError: the method has no adapters, or none is left.
-            RunFault: the cut never came, or the folder cannot be written.
+            RunFault: the cut was never made, or the folder cannot be written.
         """
         self.check_settled()
         kind = next((kind for end, kind in _KINDS.items() if type(self.model).__name__.endswith(end)), None)
@@ -228,10 +228,10 @@ class Handle:
         return Path(folder)
 
     def merge(self) -> PreTrainedModel:
-        """Add every adapter to its base weight and remove it; returns the model, now a plain one. The training ends.
+        """Merge every adapter into its base weight and return the model, now a plain one. The training ends.
 
         Raises:
-            RunFault: the cut never came.
+            RunFault: the cut was never made.
         """
         self.check_settled()
         self.method.fold()
@@ -245,7 +245,7 @@ class Handle:
         return self._optimizers, self._length
 
     def _restructure(self, events: list[Event]) -> list[Event]:
-        """Take over a structural change: new optimiser groups."""
+        """Apply a structural change: rebuild the optimiser groups."""
         optimizers, _ = self._begun()
         for event in events:
             if not event.finite:
@@ -261,7 +261,7 @@ class Handle:
 
 
 def _training_data(model: PreTrainedModel, rows: Rows, collate: Collate) -> TrainingData:
-    """Offer a method batches of training rows on the model's device."""
+    """Return access to batches of training rows on the model's device, for methods."""
     if not hasattr(rows, "__len__"):
         raise wrong_value("rows", type(rows).__name__, "rows with a length, which can be read in any order")
     labels = [row.get("labels", row.get("label")) for row in rows]

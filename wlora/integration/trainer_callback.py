@@ -1,8 +1,8 @@
-"""`WLoRACallback`: a handle under transformers' Trainer.
+"""`WLoRACallback`: use a handle with transformers' Trainer.
 
-The Trainer builds an AdamW over all parameters that train. ω must not be in it, and an optimiser must not outlive a cut.
-Therefore the handle's own optimisers take every step, just before the Trainer's, which then finds no gradients. The
-Trainer's optimiser remains as the carrier of the learning-rate schedule, and of the handle's state in checkpoints.
+The Trainer builds an AdamW over all trained parameters. It must not update ω, and it would not be rebuilt after a cut.
+Therefore the handle's own optimisers take every step, just before the Trainer's optimiser, which then finds no gradients.
+The Trainer's optimiser only provides the learning-rate schedule and stores the handle's state in checkpoints.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _OPTIMS = ("adamw_torch", "adamw_torch_fused")
 
 
 class WLoRACallback(TrainerCallback):  # type: ignore[misc]
-    """Train a handle's model under transformers' Trainer: `Trainer(model, args, callbacks=[WLoRACallback(handle)])`.
+    """Train a handle's model with transformers' Trainer: `Trainer(model, args, callbacks=[WLoRACallback(handle)])`.
 
-    Learning rate, schedule, weight decay, clipping and length are those of the `TrainingArguments`. ω has its own optimiser,
-    outside schedule and clipping. Checkpoints of the Trainer hold the state of the handle, so
-    `trainer.train(resume_from_checkpoint=...)` goes on also after the cut. Methods that look at training rows get the
-    Trainer's training set.
+    Learning rate, schedule, weight decay, clipping and length are those of the `TrainingArguments`. ω has its own optimiser
+    without schedule and clipping. The Trainer's checkpoints contain the state of the handle, so
+    `trainer.train(resume_from_checkpoint=...)` also works after the cut. Methods that use training rows get the Trainer's
+    training set.
 
     Args:
-        handle: what `wlora.attach` returned for the Trainer's model.
+        handle: the result of `wlora.attach` for the Trainer's model.
     """
 
     def __init__(self, handle: Handle) -> None:
@@ -42,10 +42,10 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
         handle.model.register_load_state_dict_pre_hook(_fit_checkpoint)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **known: Any) -> None:
-        """Begin the handle's training, or go on from the state in the Trainer's checkpoint.
+        """Begin the handle's training, or continue from the state in the Trainer's checkpoint.
 
         Raises:
-            ConfigError: an argument of the Trainer that does not go with this callback.
+            ConfigError: an argument of the Trainer is incompatible with this callback.
         """
         optimizer: Any = getattr(known["optimizer"], "optimizer", known["optimizer"])
         self._check(args, known["model"], optimizer)
@@ -65,7 +65,7 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
             collate=loader.collate_fn,
         )
         if rows is not None and any(len(phase.rows) < len(rows) for phase in self.handle.phases):
-            notice(f"method={self.handle.name} wants parts of the training rows (handle.phases); the Trainer draws from all")
+            notice(f"method={self.handle.name} requests parts of the rows (handle.phases), but the Trainer draws from all")
         if saved := optimizer.param_groups[0].get(_STATE):
             self.handle.load_state_dict(saved)
         if self.handle.done != state.global_step:
@@ -74,18 +74,18 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
                 "that was written with WLoRACallback and save_only_model=False"
             )
         optimizer.register_state_dict_post_hook(self._add_state)
-        # The Trainer clips all gradients together, ω's as well; the handle clips all but ω's.
+        # The Trainer would clip all gradients including those of ω. The handle clips all except those of ω.
         self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **known: Any
     ) -> None:
-        """Take the handle's step; the Trainer's own then finds no gradients."""
+        """Take the handle's step. The Trainer's optimiser then finds no gradients."""
         self.handle.step(self._factor() if self._factor else None)
-        known["optimizer"].zero_grad(set_to_none=True)  # also of adapters that have just left
+        known["optimizer"].zero_grad(set_to_none=True)  # also the gradients of adapters that were just removed
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **known: Any) -> None:
-        """Check that the cut came.
+        """Check that the method has made its cut.
 
         Raises:
             RunFault: the training ended before the cut.
@@ -97,16 +97,16 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
         content["param_groups"][0][_STATE] = self.handle.state_dict()
 
     def _check(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Reject arguments of the Trainer that would be ignored or give something else."""
+        """Raise an error for arguments of the Trainer that would be ignored or give other results."""
         if model is not self.handle.model:
             raise ConfigError("WLoRACallback: the Trainer has another model: allowed is the one of wlora.attach")
         if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
             raise wrong_value(
-                "world_size", max(args.world_size, args.n_gpu), "1: a cut under several processes is for wlora run"
+                "world_size", max(args.world_size, args.n_gpu), "1: only wlora run supports cuts with several processes"
             )
         optim = str(getattr(args.optim, "value", args.optim))
         if optim not in _OPTIMS or not isinstance(optimizer, torch.optim.AdamW):
-            raise wrong_value("optim", optim, f"{' | '.join(_OPTIMS)}: the handle brings its own AdamW")
+            raise wrong_value("optim", optim, f"{' | '.join(_OPTIMS)}: the handle uses its own AdamW")
         shared = ("adam_beta1", "adam_beta2", "adam_epsilon")
         for key, only in zip(shared, (*optimizer.defaults["betas"], optimizer.defaults["eps"]), strict=True):
             default = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}[key]
@@ -121,14 +121,14 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
             raise wrong_value(
                 "load_best_model_at_end",
                 "True",
-                f"False: method={self.handle.name} changes the model's structure on the way",
+                f"False: method={self.handle.name} changes the model's structure during training",
             )
 
 
 def _fit_checkpoint(module: nn.Module, content: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Fit a checkpoint's weights to newly attached adapters: after a cut it has plain modules, and other shapes.
+    """Adapt a checkpoint's weights to newly attached adapters. After a cut, it has plain modules or other shapes.
 
-    What is left out here is in the handle's state.
+    Weights that are left out here are in the handle's state.
     """
     for name, part in module.named_modules():
         if isinstance(part, AdaptedLinear):

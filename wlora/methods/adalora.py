@@ -102,10 +102,6 @@ class AdaLoRA(ComponentPruning):
             self.mask(self.budget(step))
         return []
 
-    def last_change(self) -> int:
-        """Return the step of the final pruning."""
-        return self.end
-
     @torch.no_grad()
     def update_scores(self) -> None:
         """Update the importance scores from this step's gradients of A, B and λ."""

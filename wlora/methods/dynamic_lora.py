@@ -96,10 +96,6 @@ class DynamicLoRA(ComponentPruning):
             self.mask(self.budget(step))
         return []
 
-    def last_change(self) -> int:
-        """Return the step of the final pruning."""
-        return self.end
-
     @torch.no_grad()
     def update_scores(self) -> None:
         """Update the smoothed contributions with the current ones."""

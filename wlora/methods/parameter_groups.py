@@ -1,4 +1,4 @@
-"""Groups of parameters that a method passes to the optimisers."""
+"""Groups of parameters that a method gives to the optimisers."""
 
 from __future__ import annotations
 

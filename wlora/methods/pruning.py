@@ -23,9 +23,14 @@ class ComponentPruning(AdapterMethod):
         rank: mean rank per adapter at the end.
         initial_rank: rank at the start; None means ⌈1.5·rank⌉.
 
+    Attributes:
+        end: step of the final pruning; set by `plan`.
+
     Raises:
         ConfigError: the initial rank is below the final one.
     """
+
+    end: int
 
     def __init__(self, *, rank: int, alpha: float, dropout: float, initial_rank: int | None) -> None:
         initial = math.ceil(1.5 * rank) if initial_rank is None else initial_rank
@@ -74,6 +79,10 @@ class ComponentPruning(AdapterMethod):
             gates = self.adapters[name].gates
             assert gates is not None
             gates.data.mul_(keep)
+
+    def last_change(self) -> int:
+        """Return the step of the final pruning."""
+        return self.end
 
     def final_count(self) -> tuple[int, int]:
         """Return the bounds for as many components as the final budget."""

@@ -1,4 +1,4 @@
-"""Read and check the architecture of a model, as its `config.json` has it. Needs no weights and no torch."""
+"""Read and check the architecture of a model (the content of its `config.json`). Needs no weights and no torch."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _check_sizes(architecture: dict[str, Any], model: ModelConfig) -> dict[str, 
 def _bounded_keys(architecture: dict[str, Any]) -> dict[str, int]:
     """Return the keys of an architecture that must be integers from 1 to a bound, with the bound.
 
-    What else a discovered family needs, transformers checks when it builds the model.
+    For discovered families, transformers checks the remaining keys when it builds the model.
     """
     described = FAMILIES.get(architecture["model_type"])
     if described is None:
@@ -88,7 +88,7 @@ def _bounded_keys(architecture: dict[str, Any]) -> dict[str, int]:
 
 
 def _require_known(family: Any, given: str) -> None:
-    """Check that transformers has this family; code that comes with a model is never run."""
+    """Check that transformers supports this family. Code in a model's repository is never run."""
     if not isinstance(family, str):
         raise ConfigError(f"{given}{shorten(family)} is unknown: allowed is the name of a family")
     from transformers import __version__

@@ -1,6 +1,6 @@
-"""Discover the layers, linear modules and head of a family that is not described, from the model that transformers builds.
+"""Find the layers, linear modules and head of a family that is not in `FAMILIES`, from the model that transformers builds.
 
-What is used of transformers' conventions:
+The search relies on these conventions of transformers:
 
 - The repeated layers are in an `nn.ModuleList`.
 - The bare model and the modules of the head are children of the model with a head (`base_model_prefix`).
@@ -72,7 +72,7 @@ def _discover_once(architecture: str, head: str) -> Layout:
         config = make_config(content, num_labels=2)
         with torch.device("meta"):
             model = AUTO[head].from_config(config)
-    except Exception as error:  # whatever an odd size makes transformers or torch raise
+    except Exception as error:  # transformers and torch raise many kinds of exceptions for invalid sizes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(f"model_type {content['model_type']}: the architecture cannot be built ({reason})") from error
     return discover(model)
@@ -115,7 +115,7 @@ def _layer_lists(model: nn.Module, head: tuple[str, ...]) -> Iterator[tuple[str,
 
 
 def _linears(block: nn.Module) -> list[str]:
-    """Return the names of the linear modules within a block, which is none itself."""
+    """Return the names of the linear modules within a block; the block itself is not a linear module."""
     found, closed = [], [""] if is_linear(block) else list[str]()
     for name, module in block.named_modules():
         if closed and (closed[-1] == "" or name.startswith(f"{closed[-1]}.")):
@@ -143,7 +143,7 @@ def _in_attention(name: str, layers: nn.ModuleList) -> bool:
 
 
 def _projects_tokens(name: str) -> bool:
-    """Tell whether a linear module in an attention makes queries, keys or values; those of positions do not count."""
+    """Tell whether a linear module in an attention computes queries, keys or values of tokens, not of positions."""
     words = _words(name)
     return name.endswith(_FUSED) or bool(_QKV & words) and "pos" not in words
 
@@ -153,10 +153,10 @@ def _words(name: str) -> set[str]:
 
 
 def _longest(model: nn.Module) -> int | None:
-    """Return how many tokens the table of learnt positions holds; None without one."""
+    """Return the maximum number of tokens of the table of learnt positions; None without a table."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
-            # BART's and OPT's tables begin with `offset` unused rows, RoBERTa's with those up to the padding's.
+            # The first rows are unused: `offset` rows in BART and OPT, the rows up to the padding index in RoBERTa.
             unused = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
             return int(module.num_embeddings - unused)
     return None

@@ -1,4 +1,4 @@
-"""The head of a model: its modules and parameters, their initialisation, and the classes that its outputs stand for."""
+"""The head of a model: its modules and parameters, their initialisation, and the classes of its outputs."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ LM_HEAD = "lm_head"
 
 
 def make_config(architecture: Mapping[str, Any], *, num_labels: int) -> PretrainedConfig:
-    """Return transformers' configuration of an architecture, without what its last training left of classes and loss.
+    """Return transformers' configuration of an architecture, without the classes and the loss of an earlier training.
 
     Raises:
-        Exception: whatever transformers raises for values that it does not take.
+        Exception: transformers rejects a value; the class depends on the value.
     """
     left_out = ("model_type", "id2label", "label2id", "problem_type")
     settings = {key: value for key, value in architecture.items() if key not in left_out}
@@ -45,9 +45,10 @@ def make_config(architecture: Mapping[str, Any], *, num_labels: int) -> Pretrain
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that make up head and pooler, by name: what every method but the release's trains.
+    """Return the modules of head and pooler, by name. Every method trains them, except with `compat=release`.
 
-    These are the children of the model beside the bare model, except for the output embeddings, and a pooler in it.
+    These are the children of the model other than the bare model and the output embeddings, and the pooler of the bare
+    model.
     """
     base = getattr(model, "base_model", model)
     beside = {name for name, child in model.named_children() if base is not model and child is not base and name != LM_HEAD}
@@ -69,7 +70,7 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
-    """Initialise parameters of the head as the model's family does, from a seed of their own; no other changes."""
+    """Initialise parameters of the head as the model's family does, from a separate seed. Nothing else changes."""
     torch.manual_seed(seed)
     for prefix, module in head_modules(model).items():
         for inner, part in module.named_modules():
@@ -78,7 +79,7 @@ def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
             if not any(f"{path}.{name}" in fresh for name in own):
                 continue
             for name, parameter in own.items():
-                # A new one: transformers leaves alone what it has marked as loaded, and another model may share the old.
+                # Create a new parameter: transformers does not initialise loaded ones, and other models may share the old.
                 setattr(part, name, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
             model._init_weights(part)
             for name, parameter in own.items():
@@ -87,7 +88,7 @@ def start_head(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
 
 
 def reorder_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
-    """Put the outputs of a classification head that was kept into the order of the task's classes, `order_classes`."""
+    """Reorder the outputs of a kept classification head to the order of the task's classes (`order_classes`)."""
     order = order_classes(model.config.to_dict(), labels, where=f"model.path={model.config.name_or_path}")
     output = [part for module in head_modules(model).values() for part in module.modules() if isinstance(part, nn.Linear)][
         -1
@@ -97,12 +98,12 @@ def reorder_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
 
 
 def name_classes(model: PreTrainedModel, labels: Sequence[str], *, head: str, several: bool = False) -> None:
-    """Write into a model's configuration what its outputs stand for, in place of what another training left there.
+    """Write the classes of the outputs and the kind of loss into a model's configuration, replacing older entries.
 
     Args:
         labels: the task's classes in the order of the outputs; none for regression and for other heads.
         head: the kind of head.
-        several: whether a row may have any number of classes; it decides the loss.
+        several: whether a row may have any number of classes; this determines the loss.
     """
     names = list(labels) or [f"LABEL_{number}" for number in range(model.config.num_labels)]
     model.config.id2label = dict(enumerate(names))
@@ -113,13 +114,13 @@ def name_classes(model: PreTrainedModel, labels: Sequence[str], *, head: str, se
 
 
 def weigh_classes(model: PreTrainedModel, weights: Sequence[float]) -> None:
-    """Let rare classes weigh more in the training loss: the mean over rows of weight times cross-entropy.
+    """Weight the classes in the training loss: the loss becomes the mean over rows of weight times cross-entropy.
 
-    In evaluation mode the loss stays the model's own, unweighted.
+    In evaluation mode, the model's own unweighted loss is used.
 
     Args:
-        model: a model with a classification head; its outputs get another `loss`.
-        weights: the weight of each class. If their mean over the training rows is 1, so is the scale of the loss.
+        model: a model with a classification head; `loss` in its outputs is replaced.
+        weights: the weight of each class. If their mean over the training rows is 1, the scale of the loss does not change.
     """
 
     def reweigh(_: nn.Module, args: Any, inputs: dict[str, Any], outputs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Dropout whose masks are computed from where they fall, instead of being drawn one after the other from a stream.
+"""Dropout masks that are computed by a hash of their position, instead of being drawn from a stream of random numbers.
 
-Whether an element is dropped is a hash of the run's key in this step, the place of the dropout in the model, the row and
-the position in the row. So a run that trains in a pack with others has the same masks alone, beside any other runs, with
-any padding, on any device, and after any interruption.
+Whether an element is dropped depends on a hash of the run's key in this step, the name of the dropout module, the row, and
+the position in the row. Therefore the masks of a run do not depend on the other runs of its pack, on padding, on the device,
+or on interruptions.
 
 The hash is two rounds of xor-shift and multiplication, as in MurmurHash3's finaliser (Appleby, 2011, public domain).
 """
@@ -31,7 +31,7 @@ _FIRST = ContextVar("first", default=0)
 
 @contextmanager
 def starting_at(first: int) -> Iterator[None]:
-    """Within this block, dropout sees parts of larger tensors, whose second dimension they enter at index `first`."""
+    """Within this block, the inputs of dropout are parts of larger tensors. They start at index `first` of dimension 1."""
     before = _FIRST.set(first)
     try:
         yield
@@ -40,20 +40,20 @@ def starting_at(first: int) -> Iterator[None]:
 
 
 def make_key(*parts: int | str) -> int:
-    """Return 32 bits of a hash, as a signed number."""
+    """Return 32 bits of a hash as a signed number."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 class KeyedDropout(TorchFunctionMode):
-    """Within this context, every dropout of a model uses keyed masks; its rows are those of several runs, one after another.
+    """Within this context, every dropout of a model uses keyed masks. The batch contains the rows of one or several runs.
 
-    Tensors are told apart by their first dimension: `members · rows` rows, or one per member, or 1 for what all share.
+    The first dimension of a tensor is `members · rows` (rows of all members), `members` (one per member) or 1 (shared).
 
     Args:
         keys: the key of each member in this step (`make_key`).
         rows: rows of each member.
-        device: where the masks are needed.
+        device: device of the masks.
     """
 
     def __init__(self, keys: Sequence[int], rows: int, device: torch.device) -> None:
@@ -80,10 +80,10 @@ class KeyedDropout(TorchFunctionMode):
         """Return x with each element set to 0 with probability p and the others divided by 1 − p.
 
         Args:
-            x: shape [members · rows, ...], [members, ...] or [1, ...]. What all share is returned as it is shared if
-                all keys are equal, and otherwise once for each member.
+            x: shape [members · rows, ...], [members, ...] or [1, ...]. For a shared input, the result is shared as well if
+                all keys are equal; otherwise it has one entry per member.
             p: the probability, below 1.
-            place: name of the place in the model.
+            place: name of the dropout module in the model.
             members: indices of the members in x; None for all.
         """
         if p == 0:

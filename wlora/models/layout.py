@@ -1,7 +1,7 @@
-"""Where a model has its layers, and which linear modules they have: the form of this knowledge, and the described families.
+"""The layout of a model: its layers, their linear modules and its head.
 
-A family of `FAMILIES` is described by hand. Any other family is discovered (`wlora.models.discovery`). This module needs
-no weights and no torch.
+The families in `FAMILIES` are described by hand. Any other family is discovered (`wlora.models.discovery`). This module
+needs no weights and no torch.
 
 The count n of adapters never includes pooler, classification head or embeddings. The paper's n is 36 for `qkv` of
 DeBERTaV3-base. The published code trains 60 of its 72 adapters, because a misspelt name in its filter excludes the
@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# The linear module that the filter of the published code loses.
+# The linear module that the filter of the published code excludes by mistake.
 _LOST_BY_RELEASE = "intermediate.dense"
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of layers: its place in the model, and the linear modules of each layer.
+    """A stack of layers: its name in the model, and the linear modules of each layer.
 
     Attributes:
         prefix: name of the `ModuleList` in the model.
@@ -48,16 +48,16 @@ class Stack:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a run needs to know about a model's architecture.
+    """The properties of a model's architecture that a run uses.
 
     Attributes:
-        stacks: the stacks of layers; of an encoder-decoder the encoder's first.
+        stacks: the stacks of layers; for an encoder-decoder, the encoder's comes first.
         reads: the token that a classification head reads: `first` (encoders), `end` for the end-of-sequence token
             (encoder-decoders), or `last` for the last token that is not padding (decoders).
-        longest: longest text in tokens that learnt positions allow; None for relative ones.
+        longest: maximum number of tokens of a text with learnt positions; None for relative positions.
         described: whether the family is one of `FAMILIES`.
         head: names of the modules of head and pooler; only for discovered families.
-        token_types: whether the model tells the first text of a pair from the second by `token_type_ids`.
+        token_types: whether the model distinguishes the texts of a pair by `token_type_ids`.
     """
 
     stacks: tuple[Stack, ...]

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module maps [..., d_in] to [..., d_out] with one weight matrix; an adapted one counts as well."""
-    # `adapts` marks this package's adapters and `base_layer` PEFT's; neither library need be imported here.
+    # `adapts` marks adapters of this package, and `base_layer` those of PEFT. Therefore PEFT need not be imported here.
     return isinstance(module, nn.Linear | Conv1D) or getattr(module, "adapts", False) or hasattr(module, "base_layer")
 
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers: from the hub, a local folder, a package or (tests) at random, always in an explicit dtype."""
+"""Load models and tokenizers from the hub, a local folder or a package, or create random models; always in float32."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ from wlora.models.quantization import keep_differentiable, loading_options, pack
 from wlora.models.source import ModelSource, unchanged
 from wlora.models.targets import find_layout, tell_layout
 
-# Random base weights stand for pretrained ones, so they are the same for every seed of a run.
+# Random base weights take the role of pretrained ones, so they do not depend on the seed of the run.
 _RANDOM_BASE_SEED = 0
 _CPU = torch.device("cpu")
-# The token that heads read a text by, and where it is; those of decoders take the last one, whichever it is.
+# The special token that heads read, and its position. The heads of decoders read the last token of the text instead.
 _READ_AT = {"first": ("cls_token", 0, "before"), "end": ("eos_token", -1, "behind")}
 
 
 def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model, of a GGUF file its own; `trust_remote_code` is never set.
+    """Load the tokenizer of a model; for a GGUF file, from the file itself. `trust_remote_code` is never set.
 
-    A special token that stands in a text is read as plain text. One without a padding token, such as Llama's, pads with
-    its end-of-sequence token: padding is masked, and the classification heads look for the last token that is not padding,
-    which no text ends in.
+    Special tokens that occur in a text are read as plain text. A tokenizer without a padding token, such as Llama's, pads
+    with its end-of-sequence token. This is safe: padding is masked, and no encoded text ends with that token, so that
+    classification heads find the last token that is not padding.
 
     Raises:
-        ConfigError: no tokenizer, one that cannot be read, one without either token, or one that does not put the token
-            before or behind a text that the model's heads read.
+        ConfigError: there is no tokenizer; it cannot be read; it has neither of the two tokens; or it does not add the
+            special token that the model's heads read.
     """
     if source.location is None:
         from wlora.models.tiny import build_tokenizer
@@ -70,10 +70,10 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
                     if model.gguf_file
                     else AutoTokenizer.from_pretrained(source.location, revision=model.revision)
                 )
-        except Exception as error:  # those of three libraries, one of them a bare Exception
+        except Exception as error:  # three libraries raise exceptions without a common class
             raise ConfigError(f"{_origin(model)}: the tokenizer cannot be loaded ({_reason(error)})") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        # Without vocabulary files transformers builds a tokenizer all the same, to which every word is unknown.
+        # Without vocabulary files, transformers builds a tokenizer for which every word is unknown.
         raise ConfigError(f"{_origin(model)}: there is no tokenizer (tokenizer.json, spm.model or vocab.txt)")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -85,9 +85,9 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
 
 
 def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
-    """Check that a tokenizer writes what the model's heads read, and let it write nothing that the model cannot take.
+    """Check that a tokenizer adds the token that the model's heads read, and remove outputs that the model does not accept.
 
-    The tokenizer of a discovered decoder pads on the right, because its positions are counted from the left.
+    The tokenizer of a discovered decoder is set to pad on the right, because positions are counted from the left.
 
     Raises:
         ConfigError: the token that the heads read is missing.
@@ -97,7 +97,7 @@ def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> No
     if layout.reads in _READ_AT:
         name, place, where = _READ_AT[layout.reads]
         mark, ids = getattr(tokenizer, f"{name}_id"), list(tokenizer("a")["input_ids"])
-        # Discovered families may put another token in this place: mBART its language, XLNet none at all.
+        # Discovered families may have another token in this position (mBART: the language) or none (XLNet).
         if (ids[place] != mark) if layout.described else mark is None or ids.count(mark) != 1:
             raise ConfigError(
                 f"{_origin(model)}: the tokenizer puts no {name} {where} a text, which a "
@@ -110,14 +110,14 @@ def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> No
 
 
 def _read_marks_as_text(tokenizer: Any) -> None:
-    """Let special tokens that stand in a text be read as the characters they are; other texts are encoded as before.
+    """Make the tokenizer read special tokens in a text as plain characters. Other texts are encoded as before.
 
-    BART's classification head finds the end of a text by the end token, and refuses a batch with unequal numbers of them.
+    BART's classification head finds the end of a text by the end token, and rejects a batch with unequal numbers of them.
     """
     tokenizer.split_special_tokens = True
     marks = [mark for mark in tokenizer.all_special_tokens if mark != tokenizer.unk_token]
     if tokenizer.is_fast and any(mark in tokenizer.tokenize(f"{mark} {mark}a{mark}") for mark in marks):
-        # Some vocabularies, such as DeBERTa's, hold the special tokens among their pieces. No piece crosses a split.
+        # Some vocabularies, such as DeBERTa's, also contain the special tokens as pieces. Splitting prevents such pieces.
         first = "|".join(f"{re.escape(mark[0])}(?={re.escape(mark[1:])})" for mark in tokenizer.all_special_tokens)
         backend, split = tokenizer.backend_tokenizer, pre_tokenizers.Split(Regex(first), "isolated")
         before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
@@ -127,8 +127,8 @@ def _read_marks_as_text(tokenizer: Any) -> None:
 def _read_gguf_tokenizer(model: ModelConfig, location: str) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a GGUF file, without tokens beyond the file's vocabulary.
 
-    transformers reads a byte-level vocabulary as GPT-2's and adds GPT-2's `<|endoftext|>` where the file has none, as
-    Llama 3's has not: the model has no embedding for it. A `tokenizer.json` beside the file it would mix with the file's.
+    transformers reads a byte-level vocabulary as GPT-2's. If the file has no `<|endoftext|>`, as for Llama 3, transformers
+    adds it, but the model has no embedding for it. transformers would also mix in a `tokenizer.json` in the same folder.
     """
     file = Path(cached_file(location, model.gguf_file, revision=model.revision)).absolute()
     with tempfile.TemporaryDirectory() as nothing_beside:
@@ -182,26 +182,26 @@ def load_base(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a model in float32, all parameters frozen.
 
-    A head outside the pretrained model is fresh even where the checkpoint has one of that shape, which was trained for
-    another task; with `model.head=kept` it is the checkpoint's. BERT's pooler is inside: it comes with the checkpoint.
+    The head is new even if the checkpoint contains one of the same shape, which was trained for another task. With
+    `model.head=kept` it is loaded from the checkpoint. BERT's pooler is part of the pretrained model and is loaded.
 
-    With `model.quantization` the linears of the body are packed as they are read, on the device where they will run.
+    With `model.quantization`, the linear modules of the body are quantised while loading, on the device of the run.
 
-    Weights come from safetensors where the repository has them, else from `pytorch_model.bin`, which transformers
-    reads with `weights_only=True`. Only parameters of the head may be missing there.
+    Weights are read from safetensors files if there are any, otherwise from `pytorch_model.bin`, which transformers reads
+    with `weights_only=True`. Only parameters of the head may be missing in the checkpoint.
 
     Args:
         head: the kind of head, a key of `AUTO`.
         num_labels: outputs of the head; 1 for regression, 2 (start, end) for question answering.
-        device: where a quantised model is put; any other is loaded on the CPU.
-        dtype: what a quantised model computes in.
+        device: device of a quantised model; other models are loaded on the CPU.
+        dtype: dtype of a quantised model's computation.
 
     Returns:
-        The model, and the names of the head's parameters that `start_head` has to initialise.
+        The model, and the names of the head's parameters that `start_head` must initialise.
 
     Raises:
-        ConfigError: files that cannot be read or are more than tensors, a checkpoint that lacks parts of the body or
-            has them in other shapes, a tokenizer with more tokens than the model knows.
+        ConfigError: files cannot be read or contain other objects than tensors; the checkpoint lacks parts of the body or
+            has them in other shapes; the tokenizer has more tokens than the model.
     """
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if source.location is None:
@@ -220,9 +220,9 @@ def load_base(
     if len(tokenizer) > known:
         raise ConfigError(f"{_origin(model)}: the tokenizer has {len(tokenizer)} tokens, the model {known}")
     loaded.config.pad_token_id = tokenizer.pad_token_id
-    loaded.config.problem_type = None  # that of the last training, which may have had labels of another kind
+    loaded.config.problem_type = None  # set by an earlier training, possibly with another kind of labels
     if head != "seq2seq":
-        loaded.config.use_cache = False  # keys and values of past tokens serve generation only
+        loaded.config.use_cache = False  # cached keys and values are used in generation only
     replace_attention(loaded)
     loaded.requires_grad_(False)
     return loaded, fresh
@@ -231,10 +231,10 @@ def load_base(
 def _check_special_tokens(
     loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, head: str
 ) -> None:
-    """Check the special tokens of an encoder-decoder, whose head or generation would fail later.
+    """Check the special tokens of an encoder-decoder. With wrong ones, its head or generation would fail later.
 
     Raises:
-        ConfigError: the tokenizer ends a text with another token than the model, or the model cannot begin a text.
+        ConfigError: tokenizer and model have different end tokens, or the model has no token to start generation.
     """
     config = loaded.config
     if not config.is_encoder_decoder:
@@ -242,7 +242,7 @@ def _check_special_tokens(
     if head == "sequence_classification" and config.eos_token_id != tokenizer.eos_token_id:
         raise ConfigError(
             f"{_origin(model)}: eos_token_id in config.json is {config.eos_token_id}: allowed is "
-            f"{tokenizer.eos_token_id}, the tokenizer's, by which the head finds the end of a text"
+            f"{tokenizer.eos_token_id}, the tokenizer's end token, by which the head finds the end of a text"
         )
     if head == "seq2seq":
         generation = loaded.generation_config
@@ -256,7 +256,7 @@ def _check_special_tokens(
 def build_unloaded(
     model: ModelConfig, architecture: dict[str, Any], *, head: str, num_labels: int, device: str = "meta"
 ) -> PreTrainedModel:
-    """Build an architecture, all parameters frozen: with random weights on a device, with none on `meta`, for counting."""
+    """Build an architecture with all parameters frozen: with random weights, or on `meta` without weights, for counting."""
     config = _make_config(model, architecture, num_labels)
     with torch.device(device):
         built = _build(model, config, head)
@@ -267,7 +267,7 @@ def build_unloaded(
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only the inputs of layers for the backward pass, which computes the rest again (`train.gradient_checkpointing`).
+    """Save only the inputs of layers; the backward pass recomputes the other activations (`train.gradient_checkpointing`).
 
     Dropout draws the same numbers both times, so losses and gradients do not change.
 
@@ -277,12 +277,12 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         family = model.config.model_type
         raise ConfigError(
-            f"train.gradient_checkpointing=true: allowed is false for {family} models, of which it is not supported"
+            f"train.gradient_checkpointing=true: allowed is false for {family} models, which do not support it"
         )
     with quiet():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # transformers makes the embeddings' output require a gradient, for reentrant checkpointing's sake. Ours needs none,
-    # and with it the backward pass would run down to the embeddings instead of ending at the lowest adapter.
+    # transformers makes the output of the embeddings require a gradient, which reentrant checkpointing needs. The variant
+    # used here does not need it, and the backward pass would not end at the lowest adapter but at the embeddings.
     model.disable_input_require_grads()
 
 
@@ -294,7 +294,7 @@ def _build_random(
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder:
-        # As in BART, the end of a text starts the decoder, and a text that is cut short is ended.
+        # As in BART, the end token starts the decoder and is forced at the maximum length.
         config.decoder_start_token_id = config.forced_eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(_RANDOM_BASE_SEED)
     built = _build(model, config, head)
@@ -305,7 +305,7 @@ def _load_pretrained(
     model: ModelConfig, source: ModelSource, head: str, num_labels: int, packing: dict[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
     try:
-        # transformers unpacks GGUF files under a progress bar of its own that no setting silences.
+        # transformers shows a progress bar for GGUF files that no setting switches off.
         unpacking = contextlib.redirect_stderr(io.StringIO()) if model.gguf_file else contextlib.nullcontext()
         with quiet(), unpacking:
             loaded, report = AUTO[head].from_pretrained(
@@ -316,10 +316,10 @@ def _load_pretrained(
                 num_labels=num_labels,
                 dtype=torch.float32,
                 output_loading_info=True,
-                # A head for another number of labels is replaced; other shapes in the body are refused below.
+                # A head for another number of labels is replaced. Other wrong shapes raise an error below.
                 ignore_mismatched_sizes=True,
             )
-    except Exception as error:  # those of four libraries, without a common class
+    except Exception as error:  # four libraries raise exceptions without a common class
         if ran_out_of_memory(error):
             raise
         raise ConfigError(f"{_origin(model)}: the weights cannot be loaded ({_reason(error)})") from error
@@ -336,7 +336,7 @@ def _load_pretrained(
     unfit = {*report["missing_keys"], *(name for name, _, _ in report["mismatched_keys"])}
     lacking = [name for name in head_names if name in unfit]
     if model.head == "kept" and lacking:
-        # The last is of the outputs, which name the kind of head.
+        # The last missing parameter belongs to the output layer, whose name tells the kind of head.
         raise ConfigError(
             f"model.head=kept: {_origin(model)} has no {lacking[-1]} of this shape\nallowed is fresh, for a new head"
         )
@@ -345,10 +345,10 @@ def _load_pretrained(
 
 
 def _build(model: ModelConfig, config: PretrainedConfig, head: str) -> PreTrainedModel:
-    """Build a model with random weights on the present device."""
+    """Build a model with random weights on the current device."""
     try:
         built: PreTrainedModel = AUTO[head].from_config(config, dtype=torch.float32)
-    except Exception as error:  # whatever an odd size makes transformers or torch raise
+    except Exception as error:  # transformers and torch raise many kinds of exceptions for invalid sizes
         if ran_out_of_memory(error):
             raise
         raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
@@ -358,13 +358,13 @@ def _build(model: ModelConfig, config: PretrainedConfig, head: str) -> PreTraine
 def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: int) -> PretrainedConfig:
     try:
         return make_config(architecture, num_labels=num_labels)
-    except Exception as error:  # its own checks of types have a class of their own
+    except Exception as error:  # the type checks of transformers raise their own exception class
         raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers and torch while they load or save: what matters of their reports is said by an error."""
+    """Silence the messages of transformers and torch while they load or save. Problems are raised as errors instead."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -382,9 +382,9 @@ def _origin(model: ModelConfig) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
-        # torch's own text explains how to run the file all the same.
-        return "the file is damaged or holds more than tensors; nothing in it was run"
+        # torch's own message explains how to load the file without this protection.
+        return "the file is damaged or contains other objects than tensors; nothing in it was run"
     if isinstance(error, EOFError) or "zip archive" in str(error) or getattr(error, "errno", None) == errno.EINVAL:
-        # What torch says of a file cut short depends on where it ends.
+        # For a truncated file, torch's message depends on where the file ends.
         return "the file is incomplete or damaged"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -16,7 +16,7 @@ from wlora.models.discovery import layout_of
 from wlora.models.first_token import every_token
 from wlora.models.heads import LM_HEAD, head_modules, head_parameters
 
-# Described families whose layers return (hidden states, attention weights); of the others, the first run tells.
+# Described families whose layers return (hidden states, attention weights). For others, the first pass determines this.
 _RETURN_PAIRS = ("deberta-v2",)
 _LAYERDROP = ("encoder_layerdrop", "layerdrop")
 # Largest difference of logits between the whole model and one that skips layers, relative to the largest logit.
@@ -123,8 +123,8 @@ class Prefix:
     def reproduces(self, inputs: dict[str, Tensor]) -> bool:
         """Tell whether the model gives the same logits from given hidden states as from the beginning.
 
-        Known for described families. Of a discovered family it is tried, because its layers may hand on more than hidden
-        states (T5's positions), or run several times (ALBERT).
+        This is known for described families. A discovered family is tested with a forward pass, because its layers may pass
+        on more than hidden states (T5's positions), or run several times (ALBERT).
 
         Args:
             inputs: a batch of the model's inputs.
@@ -138,7 +138,7 @@ class Prefix:
             whole = self.model(**inputs)
             with self.replaced(states):
                 skipping = self.model(**inputs)
-        except (TypeError, AttributeError, IndexError):  # the layers take or return something else
+        except (TypeError, AttributeError, IndexError):  # the layers have other inputs or outputs
             return False
         finally:
             self.model.train(training)

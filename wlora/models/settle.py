@@ -1,4 +1,4 @@
-"""Settle which model a configuration means where its YAML does not tell: `model=hub`, `model.path` of another family."""
+"""Determine the model of a configuration if its YAML does not: with `model=hub`, or `model.path` of another family."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from wlora.errors import ConfigError, wrong_value
 from wlora.models.architectures import read_architecture
 from wlora.reading import read_file, read_json
 
-# The name in `conf/model/hub.yaml`, which stands for no model.
+# The name in `conf/model/hub.yaml`, a placeholder for any model.
 ANY = "hub"
-# Keys of a `config.json` that tell of its files and of a finished training, not of the architecture.
+# Keys of a `config.json` that describe files or an earlier training, not the architecture.
 _NOT_ARCHITECTURE = (
     *("_name_or_path", "name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache"),
     *("id2label", "label2id", "_num_labels", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
@@ -22,17 +22,18 @@ _NOT_ARCHITECTURE = (
 
 
 def settle_model(model: ModelConfig, *, offline: bool) -> None:
-    """Fill in the architecture of a model of the hub without a YAML, and replace a YAML of which `model.path` is no copy.
+    """Fill in the architecture of a hub model without a YAML file, or of a folder that does not fit the chosen YAML file.
 
-    With `model.path` of another family than the YAML's, nothing of the YAML is true of it: name, architecture, checksum and
-    defaults become the folder's.
+    If `model.path` contains another family than the YAML file, the file does not describe it. Then name, architecture,
+    checksum and defaults are taken from the folder.
 
     Args:
         model: a composed configuration; changed in place.
         offline: whether the network may not be used.
 
     Raises:
-        ConfigError: `model.hub_id` is missing or not a repository with a readable `config.json`, or as `read_architecture`.
+        ConfigError: `model.hub_id` is missing or not a repository with a readable `config.json`; also the errors of
+            `read_architecture`.
     """
     if model.path is not None:
         found = read_architecture(model)

@@ -83,7 +83,7 @@ def unchanged(model: ModelConfig, source: ModelSource) -> Iterator[None]:
 
     Raises:
         ConfigError: the files changed, detected at the beginning or the end of the block.
-        OSError: a file cannot be looked at, which libraries would take for its absence.
+        OSError: a file cannot be accessed. Libraries would treat it as absent.
     """
 
     def identify() -> tuple[str | None, Sequence[Path]]:

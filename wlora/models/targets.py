@@ -1,4 +1,4 @@
-"""The modules that carry adapters: what a value of `targets` means for an architecture.
+"""The modules that get adapters: the meaning of the key `targets` for an architecture.
 
 Described families need no torch. For a discovered one, transformers builds the model without weights.
 """
@@ -38,7 +38,7 @@ def find_layout(architecture: dict[str, Any], head: str | None = None) -> Layout
 
     Args:
         architecture: the model's architecture, as in its `config.json`.
-        head: the kind of head, with which the names of the modules may change (T5); None for the family's first.
+        head: the kind of head, on which the names of the modules may depend (T5); None for the family's first head.
 
     Raises:
         ConfigError: the architecture cannot be built, or has no layers with linear modules.
@@ -67,7 +67,7 @@ def count_targets(architecture: dict[str, Any], targets: str, head: str | None =
 
 
 def select_targets(layout: Layout, targets: str) -> list[Target]:
-    """List the modules of a layout that carry adapters, lowest layer first.
+    """List the modules of a layout that get adapters, lowest layer first.
 
     Args:
         layout: the model's layout.
@@ -100,7 +100,7 @@ def name_kinds(layout: Layout) -> list[str]:
 
 
 def tell_layout(family: str, layout: Layout) -> str:
-    """Describe what was discovered of a family, in one line for the user."""
+    """Describe the discovered layout of a family, in one line for the user."""
     parts = {
         "qkv": {name for stack in layout.stacks for name in stack.qkv},
         "output": {name for stack in layout.stacks for name in stack.output},

@@ -92,7 +92,7 @@ class Claim:
     def _fault(self) -> TakenOver:
         if self.lock.ours():
             return TakenOver(f"{self.folder} was removed while the run needed it\nway out: run the same command again")
-        return TakenOver(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
+        return TakenOver(f"{self.lock.holder()} has taken over the run, because this one sent no heartbeat for too long")
 
     def _make(self) -> None:
         for _ in range(_TRIES):

@@ -66,11 +66,11 @@ def read_as_hashed(
     if expected is None:
         yield
         return
-    before = _look(key, identify)
+    before = _observe(key, identify)
     if before[0] != expected:
         raise changed(key)
     yield
-    if _look(key, identify) != before:
+    if _observe(key, identify) != before:
         raise changed(key)
 
 
@@ -79,7 +79,7 @@ def changed(key: str) -> ConfigError:
     return ConfigError(f"{key}: the files changed between being hashed and being read\nway out: run the same command again")
 
 
-def _look(key: str, identify: Callable[[], tuple[str | None, Sequence[Path]]]) -> tuple[str | None, list[Stamp]]:
+def _observe(key: str, identify: Callable[[], tuple[str | None, Sequence[Path]]]) -> tuple[str | None, list[Stamp]]:
     """Return the hash and the stamps of files. A change shows in the stamps, or in the hash if timestamps are too coarse."""
     try:
         found, files = identify()

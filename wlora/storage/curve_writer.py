@@ -17,9 +17,10 @@ _NO_LINK, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 
 
 class CurveWriter:
-    """Appends points to a learning curve, one JSON object per line; a file that was removed or replaced is written again.
+    """Appends points to a learning curve, one JSON object per line.
 
-    Lines are appended to the file that this writer has put there, which it keeps open so that no other is taken for it.
+    The writer keeps its file open, so that it never appends to a file of another process. If the file was removed or
+    replaced, the writer creates it again with all points.
 
     Attributes:
         points: all points so far.
@@ -41,17 +42,17 @@ class CurveWriter:
         """Append one point.
 
         Raises:
-            RunFault: the disk is full, or the run is another process's.
+            RunFault: the disk is full, or another process has taken over the run.
         """
         self.points.append(point)
         self._write(_lines([point]))
 
     def checksum(self) -> str:
-        """Return 16 hex digits for the file as it is written by now."""
+        """Return 16 hex digits of the checksum of all points so far."""
         return hash_bytes(_lines(self.points))
 
     def finish(self) -> str:
-        """Bring the whole curve onto the disk, whatever has become of the file since; returns its checksum.
+        """Write the whole curve to disk, even if the file was removed or changed, and return its checksum.
 
         Raises:
             RunFault: the disk is full.
@@ -61,18 +62,18 @@ class CurveWriter:
         return self.checksum()
 
     def restart(self, points: list[dict[str, Any]]) -> None:
-        """Go on from the points of a run that was interrupted; what it wrote after them is dropped."""
+        """Continue the curve of an interrupted run after the given points. Later points in its file are dropped."""
         self.points = list(points)
         self._write(None)
 
     def close(self) -> None:
-        """Let the file go, after the last point."""
+        """Close the file after the last point."""
         if self._own is not None:
             self._own.close()
             self._own = None
 
     def _write(self, more: bytes | None) -> None:
-        """Append lines; None, or a file that is not as it was left, is to write all points anew."""
+        """Append lines. If they are None, or if the file was changed since the last write, write all points again."""
         if self._path is None:
             return
         try:
@@ -82,21 +83,21 @@ class CurveWriter:
             raise RunFault(f"the learning curve {self._path} cannot be written ({error.strerror})") from error
 
     def _replace(self) -> None:
-        """Put a file with all points in the place."""
+        """Replace the file by one with all points."""
         assert self._path is not None
         content = _lines(self.points)
         self.close()
         with staged(self._path) as staging:
             staging.write_bytes(content)
             own = staging.open("rb")
-            if os.name == "nt":  # where an open file cannot be moved, nobody can take its place either
+            if os.name == "nt":  # Windows can neither move nor replace an open file
                 own.close()
             self._put(staging, self._path)
         self._own = self._path.open("rb") if own.closed else own
         self._size = len(content)
 
     def _append(self, more: bytes) -> bool:
-        """Append to the file that was written so far; False if another one, a link or none stands there."""
+        """Append to this writer's file. Return False if it was removed or replaced by another file or a link."""
         assert self._path is not None
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | _NO_LINK | _NO_WAIT)

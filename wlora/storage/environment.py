@@ -157,7 +157,7 @@ def _compared(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_computing(environment: dict[str, Any]) -> str:
-    """Return the numbers of processes and threads of a recorded run in words, which influence the order of summation.
+    """Return the numbers of processes and threads of a recorded run in words. They influence the order of summation.
 
     CPU threads are left out for runs on GPUs. The result is empty if the numbers are unknown.
     """
@@ -236,7 +236,7 @@ def _processor() -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Return the peak of the process's resident bytes, as `process`; nothing on Windows."""
+    """Return the peak resident memory of this process in bytes, under the key `process`; empty on Windows."""
     if sys.platform == "win32":
         return {}
     import resource

@@ -1,4 +1,4 @@
-"""A compact form of records: a few JSON texts that are parsed on demand, so that thousands fit in memory and in an index.
+"""A compact form of records: a few JSON texts, parsed on demand. Thousands of them fit in memory and in an index.
 
 The *frame* contains the parts that runs of a study share; it is stored and parsed once. Long lists are parsed on each
 access. The remaining fields belong to the single record.

@@ -1,7 +1,7 @@
-"""One JSON file per run, written whole or not at all; beside it the learning curve and the predictions of the dev set.
+"""One JSON file per run, written atomically, with the learning curve and the dev set's predictions in two more files.
 
-A record carries a checksum of its content, and of a run that has succeeded those of the two files, so that damage on the
-disk is seen even where what is left is still JSON. Records from before there were checksums are read without.
+A record contains a checksum of its content. The record of a successful run also contains the checksums of the two other
+files. Damage is therefore detected even if a damaged file is still valid JSON. Older records without checksums are accepted.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ STATUSES = ("running", "success", "diverged", "oom", "interrupted", "failed", "s
 
 @dataclass
 class Record:
-    """What is known of a run; the meaning of every key stands in the design under "A record".
+    """The record of a run; docs/records.md describes the keys.
 
     Attributes:
         classes: scores of every class on the reported split (`wlora.metrics.classes`); empty for tasks without classes.
-        error: what ended a run that did not succeed; of one that did, which of its files could not be written.
-        packed: of a run that trained in a pack, `with`: the run_ids of the others, and `dropout`: how masks were made.
-        trained: whether this process trained it to the end, rather than found it recorded. Not written.
+        error: why the run did not succeed; for a successful run, which of its files could not be written.
+        packed: for a run trained in a pack, `with`: the run_ids of the others, and `dropout`: how masks were made.
+        trained: whether this process trained the run, rather than finding its record. Not written to the file.
     """
 
     trained = False
@@ -67,7 +67,7 @@ class Record:
 
 
 def _find_misfit(content: dict[str, Any]) -> str | None:
-    """Return what of a record's content is not of the type that its readers rely on, None if all is."""
+    """Return a message about the first part of a record whose type is wrong; None if all types are right."""
     misfit = (
         find_misfit(content, Record) or find_misfit(content, Content) or find_misfit(content["config"], Chosen, "config")
     )
@@ -81,7 +81,7 @@ class RecordStore:
     """The records of one study: `<results_dir>/records/<run_id>.json`; `.jsonl` is the curve, `.parquet` the predictions.
 
     Args:
-        put: moves what is written to its place; a run's own (`wlora.storage.claims.Claim`) where others may run it, too.
+        put: moves written files to their final path. Pass `Claim.put` if other processes may execute the same run.
     """
 
     def __init__(self, results_dir: str | Path, put: Put = put) -> None:
@@ -89,30 +89,30 @@ class RecordStore:
         self._put = put
 
     def path(self, run_id: str) -> Path:
-        """Return where a run's record stands."""
+        """Return the path of a run's record."""
         return self.folder / f"{run_id}.json"
 
     def load(self, run_id: str) -> Record | None:
-        """Return a run's record, None if there is none.
+        """Return a run's record; None if it has none.
 
         Raises:
-            ConfigError: the file is damaged, with what is wrong.
-            RunFault: the file cannot be read, which says nothing of what it holds.
+            ConfigError: the file is damaged; the message says how.
+            RunFault: the file cannot be read, so its content is unknown.
         """
         path = self.path(run_id)
         try:
             content = unseal(patiently(lambda: read_file(path)))
             if content.get("schema") != SCHEMA:
-                raise ValueError(f"it is of schema {content.get('schema')}, not {SCHEMA}")
+                raise ValueError(f"its schema is {content.get('schema')}, not {SCHEMA}")
             record = Record(**content)
             if record.run_id != run_id or record.status not in STATUSES:
-                raise ValueError(f"it is of run {record.run_id} with status {record.status}")
+                raise ValueError(f"its run_id is {record.run_id} and its status {record.status}")
             if misfit := _find_misfit(content):
                 raise ValueError(misfit)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RunFault(f"record {path} cannot be read ({error.strerror}); it stays as it is") from None
+            raise RunFault(f"record {path} cannot be read ({error.strerror}); the file is kept") from None
         except ValueError as error:
             raise ConfigError(f"record {path} is damaged: {error}") from None
         except TypeError:
@@ -120,7 +120,7 @@ class RecordStore:
         return record
 
     def read(self, run_id: str) -> Record | None:
-        """Return a run's record, None if there is none or it is damaged (a run then starts over).
+        """Return a run's record; None if it has none or if it is damaged. The run is then repeated.
 
         Raises:
             RunFault: the file cannot be read.
@@ -133,12 +133,12 @@ class RecordStore:
     def read_curve(self, record: Record, *, key: str = "") -> list[dict[str, Any]]:
         """Return the points of a run's learning curve.
 
-        Of a run that has not succeeded, or of a record without a checksum, a curve that is not there has no points, and
-        what a crash left of the last line is skipped.
+        If the run has not succeeded, or its record has no checksum, a missing curve counts as empty, and an incomplete last
+        line is skipped.
 
         Args:
-            record: the run's.
-            key: what the wanted points have; others are left out where a checksum says that nobody need look at them.
+            record: record of the run.
+            key: return only points that have this key; applied only if the record has a checksum of the curve.
 
         Raises:
             ConfigError: the file is damaged or cannot be read.
@@ -147,12 +147,12 @@ class RecordStore:
         try:
             content = patiently(lambda: read_file(path))
             if record.curve is not None and hash_bytes(content) != record.curve:
-                raise ValueError("its checksum, which is in the record, does not hold")
+                raise ValueError("it does not match its checksum in the record")
             lines = content.decode().splitlines()
         except FileNotFoundError:
             if record.curve is None:
                 return []
-            raise ConfigError(f"learning curve {path} is damaged: it is not there") from None
+            raise ConfigError(f"learning curve {path} is missing") from None
         except OSError as error:
             raise ConfigError(f"learning curve {path} cannot be read ({error.strerror})") from None
         except ValueError as error:
@@ -165,13 +165,13 @@ class RecordStore:
                 points.append(read_json(line))
             except ValueError:
                 if number < len(lines):
-                    raise ConfigError(f"learning curve {path} is damaged: line {number} is no JSON") from None
+                    raise ConfigError(f"learning curve {path} is damaged: line {number} is not JSON") from None
         if misfit := find_misfit(points, list[Point], "points"):
             raise ConfigError(f"learning curve {path} is damaged: {misfit}")
         return points
 
     def write_predictions(self, run_id: str, table: pa.Table) -> str:
-        """Write a run's predictions as `<run_id>.parquet`, whole or not at all; returns 16 hex digits for the content.
+        """Write a run's predictions atomically as `<run_id>.parquet`; return a checksum of the file as 16 hex digits.
 
         Raises:
             OSError: the disk is full or the folder cannot be written.
@@ -186,7 +186,7 @@ class RecordStore:
         return hash_bytes(content)
 
     def read_predictions(self, record: Record) -> pa.Table | None:
-        """Return what a run predicted of the dev set (`Task.tabulate`), None where its record tells of none.
+        """Return a run's predictions on the dev set (`Task.tabulate`); None if its record mentions none.
 
         Raises:
             ConfigError: the file is damaged or cannot be read.
@@ -200,7 +200,7 @@ class RecordStore:
         try:
             content = patiently(lambda: read_file(path))
             if hash_bytes(content) != record.predictions:
-                raise ValueError("their checksum, which is in the record, does not hold")
+                raise ValueError("they do not match their checksum in the record")
             return parquet.read_table(pa.BufferReader(content))
         except (FileNotFoundError, ValueError) as error:
             raise ConfigError(f"predictions {path} are damaged: {error}") from None
@@ -211,27 +211,26 @@ class RecordStore:
         """Write a record atomically: the file holds the old content or the new one, never a part.
 
         Raises:
-            RunFault: the disk is full, the folder cannot be written, or the run is another's by now; the old record stays.
+            RunFault: the disk is full, the folder cannot be written, or another process has taken over the run. The old
+                record is kept.
         """
         text = seal(asdict(record))
         target = self.path(record.run_id)
         try:
             write_whole(target, text.encode(), self._put)
         except OSError as error:
-            raise RunFault(
-                f"the record {target} cannot be written ({error.strerror}); an older one stays as it was"
-            ) from error
+            raise RunFault(f"the record {target} cannot be written ({error.strerror}); an older record is kept") from error
         return target
 
     def curve(self, run_id: str, *, write: bool = True) -> CurveWriter:
-        """Return a writer that starts the run's learning curve afresh; with `write=False` one that only remembers."""
+        """Return a writer that starts a new learning curve of the run; with `write=False` it keeps points in memory only."""
         return CurveWriter(self.folder / f"{run_id}.jsonl" if write else None, self._put)
 
     def scan(self, skip: Container[str] = ()) -> Iterator[Record | ConfigError]:
-        """Iterate over all files, by name: each as its record, or as what is wrong with it.
+        """Iterate over all files sorted by name: yield the record, or the error for a damaged file.
 
         Args:
-            skip: the run_ids of records that need not be read.
+            skip: run_ids of records that are not read.
         """
         try:
             names = set(os.listdir(self.folder))
@@ -247,13 +246,13 @@ class RecordStore:
                 except RunFault as fault:
                     yield ConfigError(str(fault))
                 else:
-                    if record is not None:  # not removed since
+                    if record is not None:  # None: removed in the meantime
                         yield record
             elif kind == ".jsonl" and f"{run_id}.json" not in names and not self.path(run_id).exists():
-                yield ConfigError(f"record {self.path(run_id)} is not there, but its learning curve is")
+                yield ConfigError(f"record {self.path(run_id)} is missing, but its learning curve exists")
 
     def stamps(self, suffix: str = ".json") -> dict[str, tuple[int, int, int]]:
-        """Return, by run_id, the size of each file, when it was changed (nanoseconds) and its inode, without reading any.
+        """Return size, modification time in nanoseconds and inode of each file, by run_id, without reading the files.
 
         Args:
             suffix: `.json` for the records, `.jsonl` for the learning curves.
@@ -263,7 +262,7 @@ class RecordStore:
             for entry in entries:
                 run_id, kind = os.path.splitext(entry.name)
                 if kind == suffix:
-                    with contextlib.suppress(OSError):  # removed since
+                    with contextlib.suppress(OSError):  # removed in the meantime
                         stat = entry.stat()
                         found[run_id] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
         return found

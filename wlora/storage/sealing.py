@@ -15,26 +15,26 @@ def seal(content: dict[str, Any], *, indent: int | None = 1) -> str:
 
 
 def unseal(text: str | bytes) -> dict[str, Any]:
-    """Return the content of a JSON file without its checksum, which must hold where there is one.
+    """Return the content of a JSON file without its checksum. A checksum, if present, is verified.
 
     Raises:
-        ValueError: what is wrong with the file.
+        ValueError: the file is damaged; the message says how.
     """
     if not text.strip():
         raise ValueError("it is empty")
     try:
         content = read_json(text)
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError("it is no whole JSON") from None
+        raise ValueError("it is not complete JSON") from None
     if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     told = content.pop("checksum", None)
     if told is not None and told != _digest(content):
-        raise ValueError("its checksum does not hold")
+        raise ValueError("its content does not match its checksum")
     return content
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Hash what a JSON file says, however it is laid out."""
+    """Hash the content of a JSON file, independently of its formatting."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hash_bytes(text.encode())

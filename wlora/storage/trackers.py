@@ -82,7 +82,7 @@ class Tracker:
         except Exception as error:  # trackers raise many kinds of exceptions
             self._broken = True
             reason = (str(error).strip().splitlines() or [""])[0][:200]
-            self._say(f"notice: the tracker failed and is switched off ({type(error).__name__}: {reason}); the run goes on")
+            self._say(f"notice: the tracker failed and is off ({type(error).__name__}: {reason}); the run continues")
 
 
 def flatten(values: dict[str, Any], parent: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ def find_best_spans(
     """Return the spans with the highest scores within the context of each window, by exact search over all spans.
 
     The score of a span is the sum of its start logit and its end logit. The score of "no answer" is the same sum at
-    position 0. A special token stands there, and windows without the answer were trained to point at it.
+    position 0, the position of a special token. Windows without the answer were trained to point at it.
 
     Args:
         start_logits: shape [windows, tokens].

@@ -41,14 +41,14 @@ _KINDS = {
 class Task(Protocol):
     """The interface that a run uses.
 
-    *Rows* come from `wlora.data`; they are checked and otherwise as published. *Features* are the model's inputs: one
-    or more per row, because a long text is cut into windows.
+    *Rows* come from `wlora.data`. They are checked and otherwise unchanged. *Features* are the model's inputs. A row has
+    several features if its text is cut into windows.
 
     Attributes:
         head: the kind of model head, a key of `wlora.models.loading`: `sequence_classification`, `token_classification`,
             `question_answering` or `seq2seq`.
         num_labels: number of outputs of the head.
-        any_padding: whether more padding leaves a row's loss as it is.
+        any_padding: whether a row's loss is independent of the amount of padding.
         primary_metric: the reported metric, a key of `score` for the first validation split.
     """
 
@@ -131,7 +131,7 @@ class Task(Protocol):
         ...
 
     def answer(self, predictions: Sequence[Any], features: Features, rows: Dataset) -> pa.Table:
-        """Return predictions as people read them, one line per row; the rows need no labels.
+        """Return predictions in readable form, one line per row. The rows need no labels.
 
         Returns:
             The column `prediction` (class names, values or texts), and `probability` for classes.

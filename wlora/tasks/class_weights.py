@@ -30,5 +30,5 @@ def class_losses(logits: Tensor, labels: Tensor, weights: Sequence[float] | None
     losses = F.cross_entropy(logits, labels, reduction="none")
     if weights is None:
         return losses
-    # Made on the CPU, so that a GPU need not be waited for.
+    # Created on the CPU, so that no synchronisation with the GPU is needed.
     return losses * torch.tensor(weights, dtype=losses.dtype).to(losses.device, non_blocking=True)[labels]

@@ -207,7 +207,7 @@ def _silence(texts: Sequence[str], no_answer: np.ndarray) -> list[str]:
 
 
 def _answer_positions(encodings: Sequence[Any], row_of: Sequence[int], answers: Sequence[Any]) -> np.ndarray:
-    """Return first and last token of each row's first answer in each of its windows; 0 and 0 if it is not there.
+    """Return first and last token of each row's first answer in each of its windows; 0 and 0 if the window lacks it.
 
     Shape [2, windows], int32.
     """

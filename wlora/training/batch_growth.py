@@ -63,7 +63,7 @@ class BatchGrowth:
 
         Args:
             step: the optimiser step.
-            settled: no further cut will happen.
+            settled: whether no further cut will happen.
             measure: returns the bytes of the longest micro-batch.
         """
         if self.kind == "off":

@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class Best:
-    """Remembers the best evaluation of a run and, if asked to, the trained parameters at that moment.
+    """Remembers the best evaluation of a run and, if requested, the trained parameters at that moment.
 
-    Evaluations before the method's last change (`Method.last_change`) do not count: with their adapters the method would
-    not be finished. A later evaluation with an equal score is not better.
+    Evaluations before the method's last change (`Method.last_change`) do not count, because the set of adapters is not
+    final. A later evaluation with an equal score is not better.
 
     Args:
         metric: a metric or `loss`; the trained parameters of its best evaluation are kept. None keeps nothing.
@@ -41,18 +41,18 @@ class Best:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the run is to stop."""
+        """Whether the run must stop."""
         return self.patience is not None and self._since >= self.patience
 
     def until_exhausted(self, updates: Iterator[T]) -> Iterator[T]:
-        """Yield the updates of a run until it is to stop."""
+        """Yield the updates of a run until it must stop."""
         for update in updates:
             if self.exhausted:
                 return
             yield update
 
     def observe(self, step: int, metrics: dict[str, float], model: nn.Module, method: Method) -> None:
-        """Take in an evaluation after a step; keep the trained parameters if it is the best so far."""
+        """Process the evaluation after a step. If it is the best so far, keep the trained parameters."""
         if step < method.last_change():
             return
         score = -metrics["loss"] if self.metric == "loss" else metrics[self.metric]
@@ -68,7 +68,7 @@ class Best:
         """Restore the trained parameters of the best evaluation.
 
         Args:
-            step: the present step; nothing is done if its evaluation is the best.
+            step: the current step. If its evaluation is the best, nothing changes.
             model: the model, with the adapters that it had at the best evaluation.
             method: the method.
 
@@ -82,7 +82,7 @@ class Best:
         return True
 
     def events(self, step: int, total: int) -> list[Event]:
-        """Return what the record tells: an early stop after a step of `total`, and which evaluation was kept."""
+        """Return the events for the record: an early stop before step `total`, and the evaluation that was kept."""
         stopped = [Event(step, "stopped", {"patience": self.patience})] if self.exhausted and step < total else []
         kept = [Event(self.step, "best", {"metric": self.metric})] if self.keeps and self.step is not None else []
         return [*kept, *stopped]
@@ -93,7 +93,7 @@ class Best:
         state.tensors |= {f"{_PREFIX}{name}": value for name, value in self._tensors.items()}
 
     def load(self, state: State) -> None:
-        """Restore what `save` added; states of earlier versions have nothing."""
+        """Restore the best evaluation from a state. States of earlier versions do not contain it."""
         if "best" in state.facts:
             facts = state.facts["best"]
             self.step, self.score, self._since = facts["step"], facts["score"], facts["since"]

@@ -37,7 +37,7 @@ class CheckpointStore:
         results_dir: the study's folder.
         run_id: the run; a checkpoint of another run is never used.
         keep: number of newest checkpoints to keep.
-        claim: the right to write for the run, if other processes may run it, too.
+        claim: the right to write the run's files, if other processes may execute the same run.
     """
 
     def __init__(self, results_dir: str | Path, run_id: str, *, keep: int, claim: Claim | None = None) -> None:
@@ -50,8 +50,8 @@ class CheckpointStore:
         """Write a state and remove all checkpoints except the newest `keep`.
 
         Raises:
-            RunFault: the disk is full, the folder cannot be written, or another process has taken over the run; older
-                checkpoints stay.
+            RunFault: the disk is full, the folder cannot be written, or another process has taken over the run. Older
+                checkpoints are kept.
         """
         target = self.folder / f"step-{state.facts['step']:08d}"
         contents = {
@@ -93,7 +93,7 @@ class CheckpointStore:
         except OSError as error:
             raise RunFault(
                 f"checkpoint {self.place(place)} cannot be read ({error.strerror}); nothing was removed\n"
-                "way out: the same command once it can be read; force=true starts again from step 0"
+                "way out: repeat the command when the file can be read again; force=true starts again from step 0"
             ) from error
 
     def place(self, folder: Path) -> Path:
@@ -124,7 +124,7 @@ class CheckpointStore:
             raise RunFault(
                 f"checkpoint {self.place(folder)} has schema {manifest['schema']} and is of run {manifest['run_id']}, not "
                 f"{SCHEMA} and {self.run_id}; nothing was removed\n"
-                "way out: the code that wrote it; force=true starts again from step 0"
+                "way out: use the code that wrote it; force=true starts again from step 0"
             )
         contents = {name: patiently(partial(read_file, folder / name)) for name in (_TENSORS, _FACTS)}
         for name, content in contents.items():

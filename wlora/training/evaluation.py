@@ -51,7 +51,7 @@ class Evaluation:
         return pa.concat_tables(tables)
 
     def describe_classes(self, task: Task, splits: dict[str, Split]) -> dict[str, Any]:
-        """Return the scores of every class on the reported split, the first (see `Task.describe_classes`)."""
+        """Return the scores of every class on the first split, which is reported (see `Task.describe_classes`)."""
         name, predictions = next(iter(self.predictions.items()))
         return task.describe_classes(predictions, splits[name].features, splits[name].rows)
 

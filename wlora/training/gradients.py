@@ -1,4 +1,4 @@
-"""The gradients of one optimiser step of a run that trains alone: forward and backward over its micro-batches."""
+"""The gradients of one optimiser step of a single run: forward and backward passes over its micro-batches."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def compute_gradients(trainer: Trainer, batches: list[list[int]]) -> Computed:
-    """Leave the gradients of a step's mean loss in the run's parameters, and return the loss.
+    """Store the gradients of a step's mean loss in the run's parameters, and return the loss.
 
-    If memory is exhausted, the step is repeated, and the run continues, with every micro-batch in twice as many parts, down
-    to single rows. This keeps the rows of a step and so the effective batch. With several processes one process alone cannot
-    repeat a step.
+    If memory is exhausted, every micro-batch is divided into twice as many parts, down to single rows, for this step and the
+    rest of the run. The rows of a step, and thus the effective batch, do not change. With several processes the error is
+    raised, because one process cannot repeat a step alone.
 
     Args:
         batches: the micro-batches, as row indices.
@@ -51,7 +51,7 @@ def compute_gradients(trainer: Trainer, batches: list[list[int]]) -> Computed:
 
 
 def discard(trainer: Trainer) -> None:
-    """Discard what the backward passes of an unfinished step have left, and the memory that the device keeps."""
+    """Discard the gradients of an unfinished step, and release the device's cached memory."""
     trainer.optimizers.zero_grad()
     trainer.method.forget_backward()
     if torch.cuda.is_available():
@@ -59,7 +59,7 @@ def discard(trainer: Trainer) -> None:
 
 
 def _accumulate(trainer: Trainer, batches: list[list[int]]) -> Tensor:
-    """Run forward and backward over a step's micro-batches; gradients are those of the mean loss over all of them."""
+    """Run forward and backward over a step's micro-batches. The gradients are those of the mean loss over all rows."""
     train, accelerator, method = trainer.data.train, trainer.accelerator, trainer.method
     whole = sum(train.loss_weights[row] for batch in batches for row in batch)
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -79,7 +79,7 @@ def _accumulate(trainer: Trainer, batches: list[list[int]]) -> Tensor:
             with trainer.replayed(rows, inputs):
                 loss = _at_least_float32(trainer.model(**inputs).loss) * part
             extra = method.extra_loss() if last else None
-            # Data-parallel reduction averages over processes; the mean over all is a sum of shares.
+            # Data-parallel training averages gradients over processes, but the mean over all rows is a sum of shares.
             scaled = loss * world if extra is None else loss * world + extra
             accelerator.backward(trainer.scaler.scale(scaled) if trainer.scaler else scaled)
         total = total + loss.detach()
@@ -92,7 +92,7 @@ def _accumulate(trainer: Trainer, batches: list[list[int]]) -> Tensor:
 
 
 def _pieces(trainer: Trainer, batches: list[list[int]]) -> list[list[int]]:
-    """Return the rows of a step's micro-batches as they are computed: in larger ones or, out of memory, in parts."""
+    """Return the rows of every pass of a step: larger micro-batches after growth, or parts after running out of memory."""
     grown = trainer.growth.regroup(batches, trainer.data.train.lengths) if batches else []
     return [batch[part :: trainer.parts] for batch in grown for part in range(min(trainer.parts, len(batch)))]
 

@@ -1,4 +1,4 @@
-"""Periodic checkpoints, orderly shutdown on signals, and resume."""
+"""Periodic checkpoints, graceful shutdown on signals, and resume."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stopped(Exception):
-    """The run has reached the step where it was asked to stop (`train.until`). Its state is saved.
+    """The run has reached the step `train.until`. Its state is saved.
 
     Attributes:
         step: the last step taken.
@@ -63,7 +63,7 @@ class StopSignals:
     """The signals that ask a process to stop; the runs of a pack share one object.
 
     Attributes:
-        asked: number of the first signal heard; None before.
+        asked: number of the first signal received; None if there was none.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class StopSignals:
         if self._listening:
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         self._listening = True
         try:
             yield
@@ -89,7 +89,7 @@ class StopSignals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.asked is not None:
             if several() and now - self._heard < ECHO_SECONDS:
@@ -104,10 +104,10 @@ class Guard:
 
     Args:
         store: the run's checkpoints.
-        lock: the right to run, which another process may take over.
+        lock: the run's lock, which another process may take over.
         curve: the run's learning curve.
         record: the run's record.
-        signals: what asks the process to stop.
+        signals: the signals that ask the process to stop.
         begin: `time.perf_counter()` when this process began the run.
     """
 
@@ -133,12 +133,12 @@ class Guard:
 
         Raises:
             Interrupted: any process received a signal to stop.
-            Stopped: the run has reached the step where it was asked to stop.
+            Stopped: the run has reached the step `train.until`.
             TakenOver: another process has taken over the run.
         """
         asked = self._asked_anywhere(trainer.accelerator)
         if asked == LOST:
-            raise TakenOver(f"{self.lock.holder()} has taken over the run, since this one gave no sign of life")
+            raise TakenOver(f"{self.lock.holder()} has taken over the run, because this one sent no heartbeat for too long")
         last = trainer.step == trainer.plan.total_steps
         every = trainer.plan.checkpoint_every
         due = every > 0 and trainer.passed(every)
@@ -151,7 +151,7 @@ class Guard:
             raise Stopped(trainer.step, trainer.plan.total_steps)
 
     def answer(self, trainer: Trainer) -> None:
-        """Exit if a signal arrived too late to stop the run, whose record is now complete.
+        """Exit if a signal arrived after the last step. The run's record is complete at this point.
 
         Raises:
             Interrupted: any process received a signal to stop.

@@ -1,4 +1,4 @@
-"""The losses of a run: they stay on the device until somebody asks for them, and must be finite."""
+"""The losses of a run. They stay on the device until they are read, and must be finite."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from wlora.errors import RunFault
 
-# Steps whose losses stay unread on the device at most: to read one is to wait for the device.
+# Maximum number of unread losses on the device. Reading a loss makes the host wait for the device.
 READ_EVERY = 8
-# What methods and libraries raise for numbers that are not finite.
+# Errors that methods and libraries raise for numbers that are not finite.
 NUMERIC_ERRORS = (ArithmeticError, LookupError, RuntimeError, ValueError)
 
 
 class Diverged(RunFault):
-    """A loss, a score or what trains became infinite or not a number."""
+    """A loss, a score or a trained parameter became infinite or NaN."""
 
     everywhere = True
 
@@ -27,8 +27,8 @@ class Losses:
     """The mean losses of the steps since the last point of the learning curve.
 
     Args:
-        total_steps: of the run, for messages.
-        trained: returns all parameters that train.
+        total_steps: steps of the run, for messages.
+        trained: returns all trained parameters.
 
     Attributes:
         values: the losses that have been read.
@@ -40,19 +40,19 @@ class Losses:
         self._unread: list[tuple[int, Tensor]] = []
 
     def add(self, step: int, loss: Tensor) -> None:
-        """Take the loss of a step, a scalar on the device, without waiting for it."""
+        """Add the loss of a step, a scalar on the device, without waiting for the device."""
         self._unread.append((step, loss))
 
     @property
     def due(self) -> bool:
-        """Whether so many losses are unread that a number which is not finite must be looked for."""
+        """Whether the maximum number of unread losses is reached, so that they must be checked."""
         return len(self._unread) >= READ_EVERY
 
     def read(self) -> None:
-        """Wait for the device, and take in the losses of the steps since this was last done.
+        """Wait for the device and read all unread losses.
 
         Raises:
-            Diverged: one of them is not finite; the first such step is named.
+            Diverged: a loss is not finite. The message names the first such step.
         """
         unread, self._unread = self._unread, []
         values = torch.stack([loss for _, loss in unread]).tolist() if unread else []
@@ -62,17 +62,17 @@ class Losses:
             self.values.append(value)
 
     def take_mean(self) -> float:
-        """Return the mean of the losses that have been read, and forget them."""
+        """Return the mean of the losses that have been read, and remove them."""
         mean = sum(self.values) / len(self.values)
         self.values.clear()
         return mean
 
     @contextlib.contextmanager
     def noticing_divergence(self, step: int) -> Iterator[None]:
-        """Turn the failures that follow numbers which are not finite into one, `Diverged`.
+        """Convert errors caused by numbers that are not finite to `Diverged`.
 
-        Once the norms of what trains are not finite, methods and libraries fail in their own ways, such as in an SVD.
-        A loss that is not read yet may have been the first such number.
+        If trained parameters are not finite, methods and libraries fail with various errors, for example in an SVD. The
+        first such number may be a loss that has not been read yet.
         """
         try:
             yield

@@ -1,12 +1,12 @@
 """Packed training: one forward and backward pass over the rows of several runs that share a frozen base.
 
-The runs stay what they are: each has its trainer, method, adapters, head, optimisers, schedule and record. Only the
-forward pass is shared. A copy of the model without adapters, the carrier, computes the base once over the rows of all; at
-every adapted module it adds what each run's own adapter gives for that run's rows, and at the head it applies each run's own
-modules. So a cut or a growth of one run needs no notice: the carrier looks up the adapters that are there.
+Each run keeps its own trainer, method, adapters, head, optimisers, schedule and record. Only the forward and backward passes
+are shared. The carrier, a copy of the model without adapters, computes the base once over the rows of all runs. At every
+adapted module, it adds the output of each run's adapter to that run's rows. At the head, it applies each run's own modules
+to that run's rows. When a run cuts or grows its adapters, the carrier looks them up again.
 
-With dropout off, a run's numbers equal those of the run alone up to rounding. Dropout masks are keyed
-(`wlora.models.keyed_dropout`): they depend on the run's seed and step, not on who else is in the pack.
+With dropout off, a run's numbers equal those of the same run alone up to rounding. Dropout masks are keyed
+(`wlora.models.keyed_dropout`): they depend on the run's seed and step, not on the other runs of the pack.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from wlora.training.prefetch import move
 from wlora.training.settings import Computed
 from wlora.training.trainer import Trainer
 
-# The share of the free memory that a pack may take.
+# The share of the free memory that a pack may use.
 MEMORY_SHARE = 0.7
-# More runs at once were not measured to be faster on a CPU.
+# On a CPU, larger packs were not faster in measurements.
 MOST_ON_CPU = 8
 
 Request = tuple[Trainer, list[list[int]]]
@@ -52,9 +52,9 @@ class Member:
     """A run in a pack.
 
     Attributes:
-        heads: the modules of its head that have parameters, by name.
-        adapters: its adapters by the name of the module.
-        seen: number of structural changes that `adapters` takes into account.
+        heads: the head's modules that have parameters, by name.
+        adapters: the run's adapters, by module name.
+        seen: number of structural changes that `adapters` includes.
     """
 
     trainer: Trainer
@@ -63,7 +63,7 @@ class Member:
     seen: int = -1
 
     def refresh(self) -> None:
-        """Look up the adapters again if the structure has changed: to find them in the model takes time."""
+        """Look up the adapters again, but only if the structure has changed, because the search takes time."""
         changes = len(self.trainer.result.events)
         if changes != self.seen:
             self.adapters, self.seen = dict(self.trainer.method.adapters), changes
@@ -76,7 +76,7 @@ class Member:
 
 @dataclass
 class _Pass:
-    """One forward pass: the runs whose rows it has, their dropout and stacked parameters, and the calls of each module."""
+    """One forward pass: its runs, their dropout and stacked parameters, and the number of calls of each module."""
 
     members: list[Member]
     dropout: KeyedDropout
@@ -85,16 +85,16 @@ class _Pass:
 
 
 class Pack:
-    """Runs that train together. They share model, precision, task and data; `join` makes room for one more.
+    """Runs that train together. They have the same model, precision, task and data. `join` adds a run.
 
     Args:
-        first: the first run; its model is the pattern of the carrier.
+        first: the first run; the carrier is built from its model.
     """
 
     def __init__(self, first: Trainer) -> None:
         self.task, self.tokenizer, self.features = first.task, first.tokenizer, first.data.train
         self.device = first.accelerator.device
-        self.most_rows: int | None = None  # of a pass; None without a bound
+        self.most_rows: int | None = None  # maximum rows per pass; None for no limit
         self._members: dict[int, Member] = {}
         self._pass: _Pass
         self.carrier = _strip(first.bare_model).train()
@@ -103,13 +103,13 @@ class Pack:
         for name in _with_parameters(self.carrier):
             self._patch(name, self._apply_own)
         self._dtype = next(p.dtype for p in first.head) if first.head else torch.float32
-        self._open = ExitStack()  # for as long as there is a pack
+        self._open = ExitStack()  # contexts that stay open as long as the pack exists
         self._open.enter_context(first_token_alone(self.carrier))
         self.join(first)
 
     @cached_property
     def capacity(self) -> int:
-        """The number of runs that memory holds, by the measured need of the first one; on a CPU at most `MOST_ON_CPU`."""
+        """The number of runs that fit into memory, estimated from the first one; on a CPU at most `MOST_ON_CPU`."""
         needed = max(1, next(iter(self._members.values())).trainer.measure(activation_bytes))
         if self.device.type == "cuda":
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
@@ -117,7 +117,7 @@ class Pack:
         return max(1, min(MOST_ON_CPU, int(MEMORY_SHARE * psutil.virtual_memory().available / needed)))
 
     def join(self, trainer: Trainer) -> None:
-        """Add a run; its frozen weights become the carrier's, so that memory holds them once."""
+        """Add a run. Its frozen weights are replaced by the carrier's, so that they are in memory once."""
         shared = dict(self.carrier.named_parameters())
         for name, parameter in trainer.bare_model.named_parameters():
             own = shared.get(name.replace(".base.", "."))
@@ -135,9 +135,9 @@ class Pack:
         self._members.pop(id(trainer), None)
 
     def compute(self, requests: Sequence[Request]) -> list[Computed]:
-        """Leave the gradients of each run's mean loss in its parameters, and return the losses.
+        """Store the gradients of each run's mean loss in its parameters, and return the losses.
 
-        If memory is exhausted, the step is repeated with half as many rows in a pass, down to one run with one row.
+        If memory is exhausted, the step is repeated with half as many rows per pass, down to one row of one run.
         """
         begin = time.perf_counter()
         members = [self._members[id(trainer)] for trainer, _ in requests]
@@ -159,7 +159,7 @@ class Pack:
         return [Computed(loss, seconds) for loss in losses]
 
     def _accumulate(self, members: list[Member], requests: list[list[list[int]]]) -> list[Tensor]:
-        """Run forward and backward over the micro-batches of one step of all runs; returns their losses."""
+        """Run forward and backward over the micro-batches of one step of all runs; return the losses."""
         weights, lengths = self.features.loss_weights, self.features.lengths
         whole = [sum(weights[row] for batch in batches for row in batch) for batches in requests]
         totals = [torch.zeros((), device=self.device) for _ in members]
@@ -179,10 +179,10 @@ class Pack:
         return totals
 
     def _run_pass(self, members: list[Member], pieces: list[Piece], whole: list[int], micro: int) -> Sequence[Tensor]:
-        """Run forward and backward over one micro-batch of each run; returns their shares of the runs' losses."""
+        """Run forward and backward over one micro-batch of each run; return their shares of the runs' losses."""
         rows = max(len(piece.rows) for piece in pieces)
         weights = self.features.loss_weights
-        # A run with fewer rows repeats its first one, with weight 0.
+        # A run with fewer rows is padded with copies of its first row, with weight 0.
         filled = [[*piece.rows, *[piece.rows[0]] * (rows - len(piece.rows))] for piece in pieces]
         shares = [
             [*(weights[row] / whole[piece.run] for row in piece.rows), *[0.0] * (rows - len(piece.rows))] for piece in pieces
@@ -208,7 +208,7 @@ class Pack:
         return each.detach().unbind()
 
     def _patch(self, name: str, forward: Any) -> None:
-        """Let a module of the carrier compute with what the runs have in its place."""
+        """Replace the forward function of a module of the carrier by one that uses the runs' own modules."""
         module = self.carrier.get_submodule(name)
         module.forward = partial(forward, name, module.forward)
         self._patched.add(name)
@@ -217,7 +217,7 @@ class Pack:
         """Apply a base module to all rows, and each run's adapter to the rows of that run."""
         now = self._pass
         adapters = [member.adapters.get(name) for member in now.members]
-        now.calls[name] += 1  # a module may be called more than once in a pass, as in ALBERT's shared layers
+        now.calls[name] += 1  # a pass may call a module several times, as in ALBERT's shared layers
         place = f"{name}/{now.calls[name]}"
 
         def drop(rows: Tensor, p: float, index: Tensor | None) -> Tensor:
@@ -236,7 +236,7 @@ class Pack:
 
 
 def _strip(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model without its adapters; parameters are shared."""
+    """Return a copy of a model without its adapters. The copy shares the parameters."""
     carrier: PreTrainedModel = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for name, module in list(carrier.named_modules()):
         if getattr(module, "adapts", False):

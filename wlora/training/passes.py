@@ -1,12 +1,12 @@
-"""Which runs of a pack are computed in one pass: padding and depth cost time, and so does every further pass."""
+"""Distribution of a pack's runs over passes. Padding and depth cost time in a pass, and so does every additional pass."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
 
-# Tokens through one layer whose computation takes as long as what a pass costs in itself: on a GPU the launches of its
-# kernels, on a CPU the calls. 57 ms of launches for a step of 12 layers, against 400 TFLOP/s, are about 2,000,000 tokens.
+# The fixed cost of a pass, in tokens through one layer: on a GPU the launches of its kernels, on a CPU the function calls.
+# 57 ms of launches for a step of 12 layers, against 400 TFLOP/s, are about 2,000,000 tokens.
 _PASS = {"cuda": 500_000, "cpu": 2_000}
 
 
@@ -16,10 +16,10 @@ class Piece:
 
     Attributes:
         run: index of the run.
-        rows: its rows.
-        length: tokens of the longest row.
-        lowest: index of the lowest layer with an adapter, where the backward pass ends; None for none.
-        part: which part of the micro-batch it is.
+        rows: row indices.
+        length: number of tokens of the longest row.
+        lowest: index of the lowest layer with an adapter, where the backward pass ends; None without adapters.
+        part: index of the part within the micro-batch.
     """
 
     run: int
@@ -32,15 +32,16 @@ class Piece:
 def plan_passes(
     pieces: list[Piece], *, layers: int, device: str, most_rows: int | None, padded: bool = True
 ) -> list[list[Piece]]:
-    """Distribute pieces over passes, which are padded to the longest piece and go back to the lowest adapter in them.
+    """Distribute pieces over passes.
 
-    Passes are merged as long as this saves time: an estimate by tokens and layers, and a constant for each pass.
+    All rows of a pass are padded to the longest piece, and its backward pass ends at the lowest adapter of all pieces.
+    Passes are merged as long as this saves time. The time is estimated from tokens and layers, plus a constant per pass.
 
     Args:
         pieces: at most one per run.
         layers: number of layers of the model.
         device: type of the device.
-        most_rows: the most rows of a pass; None without a bound.
+        most_rows: maximum rows per pass; None for no limit.
         padded: whether a piece may be padded to the length of another. If not, only pieces of equal length share a pass.
     """
     if len({(piece.length, piece.lowest) for piece in pieces}) == 1 and most_rows is None:
@@ -73,7 +74,7 @@ def _once_per_run(group: list[Piece]) -> bool:
 
 
 def _divide(piece: Piece, most_rows: int | None) -> list[Piece]:
-    """Return a piece in parts of at most the given number of rows."""
+    """Divide a piece into parts of at most the given number of rows."""
     if most_rows is None or len(piece.rows) <= most_rows:
         return [piece]
     starts = range(0, len(piece.rows), most_rows)

@@ -38,7 +38,7 @@ class Precision:
 
 
 def has_accelerator() -> bool:
-    """Tell whether there is a device to train on besides the CPU: a GPU of Nvidia, AMD or Intel, or Apple's (`mps`)."""
+    """Tell whether there is a training device other than the CPU: a GPU by Nvidia, AMD, Intel or Apple (`mps`)."""
     return any(kind.is_available() for kind in (torch.cuda, torch.backends.mps, torch.xpu))
 
 

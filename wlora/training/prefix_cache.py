@@ -3,8 +3,8 @@
     <results_dir>/prefix_cache/<fingerprint>/   states.bin (hidden states, row after row)   manifest.json
 
 A folder is written atomically and accepted only if its checksum matches. Later runs with the same prefix weights, data,
-depth and dtype use it again. It may be deleted at any time: a run keeps the file that it has mapped, and the next run
-computes the states again in one pass over the data.
+depth and dtype reuse it. It may be deleted at any time: a run keeps the file that it has mapped, and the next run computes
+the states again in one pass over the data.
 """
 
 from __future__ import annotations

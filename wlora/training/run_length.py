@@ -24,7 +24,7 @@ class Plan:
         warmup: optimiser steps of the linear learning-rate warm-up.
         eval_every: optimiser steps between evaluations.
         checkpoint_every: optimiser steps between checkpoints.
-        until: the step at which the run stops; `total_steps` unless it is to go on later (`train.until`).
+        until: the step at which the run stops: `total_steps`, or earlier with `train.until`.
         notice: information for the user about a changed default, or "".
     """
 
@@ -40,13 +40,13 @@ class Plan:
     notice: str = ""
 
     def stops(self, step: int) -> bool:
-        """Tell whether the run stops after a step although it is not at its end."""
+        """Tell whether the run stops after a step before its end (`train.until`)."""
         return self.until <= step < self.total_steps
 
 
 def step_at(share: float, total: int) -> int:
     """Return the step at which a share of a run's steps is reached: at least 1, at most `total`."""
-    return min(max(1, math.ceil(share * total - 1e-9)), total)  # 0.1 * 30 is a little more than 3
+    return min(max(1, math.ceil(share * total - 1e-9)), total)  # 0.1 * 30 is slightly more than 3 in floating point
 
 
 def make_plan(config: Config, rows: int) -> Plan:

@@ -1,4 +1,4 @@
-"""What the training loop is given, and what it leaves behind."""
+"""The inputs and results of the training loop."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class Data:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the loop needs to know of the configuration.
+    """The part of the configuration that the training loop uses.
 
     Attributes:
         lr: peak learning rate of adapters.
         head_lr: peak learning rate of head and pooler.
-        weight_decay: decoupled decay.
-        max_grad_norm: bound of the global gradient norm.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: maximum global gradient norm.
         eval_batch_size: rows of an evaluation batch.
         order_seed: seed of the data order.
-        dropout_seed: seed of everything drawn in the forward passes, another one in each process.
-        scale_loss: float16 loss scaling.
-        sharded: the frozen base is spread over the processes, which must all call the model together.
-        autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
-        grow_batch: what grows into the memory that a cut has freed: `micro` for the micro-batch alone, `effective` for the
-            rows of an optimiser step, too; `off` for nothing.
-        best: metric whose best evaluation decides the final adapters, None for the last step.
-        patience: evaluations without a better one before the run stops, None for never.
-        prefix: where the output of layers that no longer change is stored; None computes it in every step.
+        dropout_seed: seed of all random draws in forward passes; it differs between processes.
+        scale_loss: whether to scale the loss for float16.
+        sharded: whether the frozen base is sharded over the processes, which must then call the model together.
+        autocast: dtype of the forward pass if the base itself is trained in float32; otherwise None.
+        grow_batch: how to use the memory freed by a cut: `micro` enlarges the micro-batch only, `effective` also the
+            number of rows per optimiser step, `off` nothing.
+        best: the final adapters are those of the best evaluation by this metric; None for those of the last step.
+        patience: number of evaluations without a better one after which the run stops; None for never.
+        prefix: where the output of frozen lower layers is stored; None computes it in every step.
     """
 
     lr: float
@@ -61,11 +61,11 @@ class Settings:
 
 
 class Computed(NamedTuple):
-    """The gradients of one optimiser step have been computed.
+    """The result of computing the gradients of one optimiser step.
 
     Attributes:
         loss: the mean loss over the step's rows, a scalar on the device.
-        seconds: what this run's part of the computation took.
+        seconds: this run's part of the computing time.
     """
 
     loss: Tensor
@@ -74,7 +74,7 @@ class Computed(NamedTuple):
 
 @dataclass
 class Result:
-    """What a training leaves behind, besides the trained model."""
+    """The result of a training, besides the trained model."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)

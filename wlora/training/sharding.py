@@ -52,7 +52,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def check_same_adapters(method: Method, step: int) -> None:
-    """Assert that all processes have the same adapters: parameters of the same shape would be mixed up unseen."""
+    """Assert that all processes have the same adapters. Otherwise different parameters would be averaged unnoticed."""
     found = gather({name: adapter.rank for name, adapter in method.attached().items()})
     if any(ranks != found[0] for ranks in found):
         raise AssertionError(f"the processes have different adapters after step {step}: {found}")

@@ -31,7 +31,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @dataclass
 class State:
-    """The state that a run resumes from: `facts` is JSON, `tensors` holds the tensors that `facts` names."""
+    """The state from which a run resumes. `facts` is JSON; `tensors` contains the tensors that `facts` refers to."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The training loop: accumulate, clip, step, let the method act, evaluate. It knows no method and no task by name."""
+"""The training loop: accumulate, clip, step, call the method, evaluate. It is independent of single methods and tasks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from wlora.training.state import State, capture, random_streams, restore, set_ra
 Course = Generator[list[list[int]], Computed, Result]
 """The training of one run, step by step; see `Trainer.course`."""
 
-# Points of the learning curve over a whole run.
+# Number of points of the learning curve of a whole run.
 CURVE_POINTS = 200
 FP16_FIRST_SCALE = 2.0**14
 
@@ -49,10 +49,10 @@ FP16_FIRST_SCALE = 2.0**14
 class Trainer:
     """Trains one model with one method on one task.
 
-    Args:
-        head: parameters of head and pooler that train; empty in the release.
+    The constructor has no side effects. Call `begin` before any other method.
 
-    Building one changes nothing; `begin` comes first.
+    Args:
+        head: the trained parameters of head and pooler; empty with `compat=release`.
     """
 
     def __init__(
@@ -74,27 +74,27 @@ class Trainer:
         self.model: nn.Module = model  # wrapped for several processes by `begin`
         self.prefix: PrefixCache | None = None
         self.result = Result()
-        self.evaluation: Evaluation | None = None  # the last
+        self.evaluation: Evaluation | None = None  # the last one
         self.best = Best(settings.best, settings.patience, task.primary_metric)
         self.step = 0
-        self.keyed = False  # whether dropout masks are those of a pack (`wlora.models.keyed_dropout`)
-        self.companions: set[str] = set()  # the runs that shared a pack with this one
-        self.parts = 1  # in which a micro-batch is computed, one after the other
+        self.keyed = False  # whether dropout masks are keyed, as in a pack (`wlora.models.keyed_dropout`)
+        self.companions: set[str] = set()  # the runs that have shared a pack with this one
+        self.parts = 1  # sequential parts per micro-batch; doubled after running out of memory
         self.growth = BatchGrowth(
             settings.grow_batch,
             batch_size=plan.batch_size,
             accumulation_steps=plan.accumulation_steps,
             device=accelerator.device,
         )
-        self._before = 0  # the step before the present one
+        self._before = 0  # the step before the current one
         self.upcoming: list[list[int]] = []  # the micro-batches of the plan's next step
         self.prefetch = Prefetcher(lambda rows: task.collate(data.train.rows(rows), tokenizer))
 
     def begin(self) -> None:
-        """Draw what the method draws, and build the optimisers; called once, before `restore` or `run`.
+        """Let the method make its random draws, and build the optimisers. Call this once, before `restore` or `course`.
 
         Raises:
-            ConfigError: the method asks for more training rows than there are.
+            ConfigError: the method needs more training rows than there are.
         """
         data = TrainingData(
             self.bare_model,
@@ -113,7 +113,7 @@ class Trainer:
         self.prefix = self._open_prefix()
 
     def capture(self) -> State:
-        """Return the state after the present step: what `restore` goes on from, bit for bit on a CPU.
+        """Return the state after the current step. Training from the restored state is bit-identical on a CPU.
 
         Raises:
             Diverged: a loss up to this step is not finite.
@@ -129,8 +129,8 @@ class Trainer:
         return state
 
     def restore(self, state: State) -> None:
-        """Go on from a state of the same run; call it before `run`."""
-        torch.manual_seed(self.settings.dropout_seed)  # for a process more than there were
+        """Continue from a state of the same run. Call this before `course`."""
+        torch.manual_seed(self.settings.dropout_seed)  # for an additional process, which has no saved generator state
         process = self.accelerator.process_index
         restore(state, self.bare_model, self.method, self.optimizers, self._groups, process=process)
         self.model = self._prepare()
@@ -147,22 +147,22 @@ class Trainer:
     def course(
         self, log: Callable[[dict[str, Any]], None], on_step: Callable[[Trainer], None] | None = None, *, bar: bool = True
     ) -> Course:
-        """Train to the end of the plan; the last evaluation's metrics are the result's.
+        """Train to the end of the plan. The result has the metrics of the last evaluation.
 
-        At every step the generator yields the step's micro-batches and is sent what `gradients` returns for them, so that
-        the forward pass may also be one over several runs (`wlora.training.pack`).
+        At every step, the generator yields the step's micro-batches and must be sent their `Computed` gradients. The caller
+        can therefore compute several runs in one pass (`wlora.training.pack`).
 
         Args:
             log: called with each point of the learning curve.
-            on_step: called after every optimiser step, when the state is whole.
+            on_step: called after every optimiser step, when the state can be saved.
             bar: whether to show a progress bar.
 
         Raises:
-            Diverged: a number that is not finite.
+            Diverged: a loss, a score or a trained parameter is not finite.
         """
-        self.bare_model.train()  # transformers hands out loaded models in evaluation mode
+        self.bare_model.train()  # transformers returns loaded models in evaluation mode
         if self.accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # of the run before, in a sweep
+            torch.cuda.reset_peak_memory_stats()  # discard the peak of the previous run of a sweep
         if self.step == 0:
             torch.manual_seed(self.settings.dropout_seed)
         log_every = math.ceil(self.plan.total_steps / CURVE_POINTS)
@@ -198,14 +198,14 @@ class Trainer:
         return self.result
 
     def passed(self, every: int) -> bool:
-        """Tell whether the update just taken reached or passed a multiple of `every` steps, or the end."""
+        """Tell whether the last update reached or passed a multiple of `every` steps, or the end."""
         return self.step // every > self._before // every or self.step == self.plan.total_steps
 
     def _updates(self) -> Iterator[tuple[int, list[list[int]]]]:
-        """Yield the updates to come: the step that each completes, and its micro-batches.
+        """Yield the remaining updates: the step that each completes, and its micro-batches.
 
-        Once the effective batch has grown, an update takes the rows of several of the plan's steps, up to the end of the
-        epoch, and the learning rate follows the plan as if each had been taken.
+        After the effective batch has grown, an update uses the rows of several planned steps, at most up to the end of the
+        epoch. The learning rate follows the plan as if each of these steps had been taken.
         """
         gathered: list[list[int]] = []
         count = 0
@@ -226,7 +226,7 @@ class Trainer:
                 gathered, count = [], 0
 
     def _take_step(self, step: int, loss: Tensor) -> None:
-        """Take one optimiser step with the gradients that are there; the mean loss over its rows stays unread."""
+        """Take one optimiser step with the computed gradients. The mean loss over its rows is not read."""
         self.losses.add(step, loss)
         if step == 1:
             self.optimizers.check(self.bare_model)
@@ -243,7 +243,7 @@ class Trainer:
         self.result.events += [grown] if grown else []
 
     def measure(self, measure: Callable[[nn.Module, dict[str, Tensor]], int]) -> int:
-        """Measure a micro-batch of the longest training rows; nothing else is left behind."""
+        """Return a measurement on a micro-batch of the longest training rows. The state of the run does not change."""
         self._note_peak()
         streams = random_streams()
         lengths = self.data.train.lengths
@@ -260,24 +260,24 @@ class Trainer:
         return found
 
     def _note_peak(self) -> None:
-        """Keep the peak of the GPU's memory in bytes: a measurement starts it again, and so does a resumed run."""
+        """Store the GPU's peak memory in bytes, because measurements and resumed runs reset the counter."""
         if self.accelerator.device.type == "cuda":
             peak = int(torch.cuda.max_memory_allocated())
             self.result.memory["device"] = max(peak, self.result.memory.get("device", 0))
 
     def replayed(self, rows: list[int], inputs: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Let the model go on from stored states in the block, where there are any."""
+        """Return a context in which the model continues from the stored states of these rows, if there are any."""
         return self.prefix.replay("train", rows, inputs) if self.prefix else contextlib.nullcontext()
 
     def count(self, rows: list[int]) -> None:
-        """Count training rows that have been computed."""
+        """Add rows to the number of computed training rows."""
         self.result.examples += len(rows)
         self.result.tokens += sum(self.data.train.lengths[row] for row in rows)
 
     def _unscale(self, scaler: torch.amp.GradScaler) -> None:
-        """Divide what the backward passes have left by the scaler's factor; where it has overflown, drop all of it.
+        """Divide the gradients by the loss scale. After an overflow, discard all gradients.
 
-        Without gradients the step changes no parameter, and the policy takes nothing in.
+        Without gradients, the step changes no parameter, and the method ignores it.
         """
         if self.optimizers.unscale(scaler):
             self.method.unscale_backward(scaler.get_scale())
@@ -286,12 +286,12 @@ class Trainer:
             self.method.forget_backward()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a forward pass: lower precision where the base itself trains, else nothing."""
+        """Return the context of a forward pass: lower precision if the base itself is trained, otherwise no effect."""
         dtype = self.settings.autocast
         return torch.autocast(self.accelerator.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
     def _restructure(self, events: list[Event]) -> None:
-        """Take over a structural change: new optimiser groups, and the model is prepared again."""
+        """Apply a structural change: rebuild the optimiser groups and prepare the model again."""
         if events:
             for event in events:
                 if not event.finite:
@@ -305,7 +305,7 @@ class Trainer:
             self.prefix = self._open_prefix()
 
     def _open_prefix(self) -> PrefixCache | None:
-        """Return the store of what the layers give that no longer change; the present one if they are still the same."""
+        """Return the cache for the output of the frozen lower layers; the current one if these layers are the same."""
         depth = frozen_depth(self.bare_model) if self.settings.prefix else 0
         if not self.settings.prefix or not depth:
             return None
@@ -314,26 +314,26 @@ class Trainer:
         return open_cache(Prefix(self.bare_model, depth), self.settings.prefix, self._collate, self.data.train)
 
     def _collate(self, features: Features, rows: list[int]) -> dict[str, Tensor]:
-        """Return rows of features as the model's inputs, on its device."""
+        """Convert rows of features to the model's inputs, on its device."""
         return move(self.task.collate(features.rows(rows), self.tokenizer), self.accelerator.device)
 
     def _groups(self) -> list[ParameterGroup]:
         return [*self.method.groups(self.settings.lr), ParameterGroup(list(self.head), self.settings.head_lr)]
 
     def _prepare(self) -> nn.Module:
-        """Wrap the model for several processes; with one there is nothing to wrap.
+        """Wrap the model for several processes; with one process, return it unchanged.
 
-        Every wrapping hands the main process's parameters to all, so that what was drawn or decomposed is the same.
+        Wrapping copies the main process's parameters to all processes, so that random and decomposed values are equal.
         """
         self.model = self.bare_model
         if self.accelerator.num_processes == 1 or self.settings.sharded:
             return self.model
-        self.accelerator.free_memory()  # the wrapper of before, whose reducer keeps what has left the model
+        self.accelerator.free_memory()  # free the previous wrapper, whose reducer keeps removed parameters
         wrapped: nn.Module = self.accelerator.prepare_model(self.bare_model)
         return wrapped
 
     def _evaluate(self, step: int) -> dict[str, Any]:
-        """Evaluate the dev set; returns the point of the learning curve."""
+        """Evaluate on the dev set; return the point of the learning curve."""
         metrics = self._score()
         self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
         self.best.observe(step, metrics, self.bare_model, self.method)

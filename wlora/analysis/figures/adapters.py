@@ -17,16 +17,16 @@ from wlora.analysis.study import Run, require_one_setting
 from wlora.analysis.tables.settings import TITLES, chosen_runs, tasks_of
 from wlora.analysis.targets import selects, short_kind, targets_of
 
-# At least this share of the runs keeps a starred adapter.
+# An adapter is starred if at least this share of the runs keeps it.
 STARRED = 0.5
 STARS = 5
 
 
 def adapters(runs: Sequence[Run]) -> Figure:
-    """Draw, layer × module, how often each adapter is kept over seeds, with its mean ω and rank.
+    """Draw how often each adapter is kept over seeds, by layer and module, with its mean ω and rank.
 
-    One panel per task and method that selects. A cell is dark if every run keeps the adapter; its text is the mean ω of
-    the runs that do and, where ranks have grown, the mean rank.
+    There is one panel per task and selecting method. A cell is dark if every run keeps the adapter. Its text is the mean ω
+    of the runs that keep it and, for methods that increase ranks, the mean rank.
     """
     chosen = {key: group for key, group in chosen_runs(runs).items() if selects(group[0])}
     if not chosen:
@@ -47,7 +47,7 @@ def adapters(runs: Sequence[Run]) -> Figure:
             else:
                 axis.set_axis_off()
     panels = [axis for line in axes for axis in line]
-    # As tall as at most two rows of panels, whatever the number of rows.
+    # The colour bar is at most as tall as two rows of panels.
     height = min(0.8, 2 / len(axes))
     figure.colorbar(image, ax=panels, label="share of runs that keep the adapter", shrink=height, aspect=15)
     return figure
@@ -84,8 +84,8 @@ def _draw_kept(axis: Axes, runs: Sequence[Run]) -> AxesImage:
 def dot_products(runs: Sequence[Run]) -> Figure:
     """Draw Figure 2: |⟨∇_W f, AB⟩| of every adapter trained alone, mean over seeds; those that WLoRA keeps are starred.
 
-    An adapter is starred if at least half of the study's `wlora` runs of the same model, task and targets keep it: of
-    those with K = 5, the paper's number of stars, if there are any.
+    An adapter is starred if at least half of the study's `wlora` runs of the same model, task and targets keep it. If some
+    of these runs have K = 5, the paper's number of stars, only they count.
     """
     single = [run for run in runs if run.method == "single" and run.status == "success"]
     if not single:

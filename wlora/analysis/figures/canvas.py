@@ -19,18 +19,18 @@ from wlora.storage.atomic_write import staged
 
 matplotlib.use("Agg")
 
-# Widths of a text column and of a page, in inches, at which the figures are read.
+# Widths of a text column and of a page in inches. Figures are drawn at their printed size.
 COLUMN, PAGE = 3.4, 7.0
 
-# Okabe and Ito's palette, told apart under every common colour blindness; markers and dashes tell lines apart besides.
+# Okabe and Ito's palette, safe for the common kinds of colour blindness. Markers and dashes distinguish lines as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*<>hp"
 DASHES = ("-", "--", "-.", ":")
 
-# More panels than this are too small on a page to be read, and take a minute to lay out.
+# More panels would be too small to read on a page, and their layout would take a minute.
 PANELS = 60
 
-# More settings than this have no colour and marker of their own.
+# Maximum number of settings with distinct colours and markers.
 SETTINGS = 24
 
 STYLE: dict[Any, Any] = {
@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 6,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
-    "pdf.fonttype": 42,  # embedded as TrueType: what publishers ask for
+    "pdf.fonttype": 42,  # embed TrueType fonts, as publishers require
 }
 
 
@@ -70,7 +70,7 @@ def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and PDF, each whole or not at all; returns the files.
+    """Write a figure as PNG and PDF, each atomically; return the files.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -83,7 +83,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
             with staged(file) as staging:
                 figure.savefig(staging, format=file.suffix[1:], metadata=metadata)
                 os.replace(staging, file)
-            figure.set_layout_engine("none")  # found for the first; finding it is most of the time
+            figure.set_layout_engine("none")  # reuse the layout of the first file; computing it takes most of the time
     except OSError as error:
         raise ConfigError(f"results_dir: {folder} cannot be written ({error.strerror})") from error
     finally:
@@ -113,12 +113,12 @@ def style_of(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def side_by_side(values: Sequence[float], *, ratio: float, widest: float) -> list[float]:
-    """Move marks that stand at the same place of a logarithmic axis to either side of it, so that none hides another.
+    """Spread marks with equal values on a logarithmic axis around that value, so that none hides another.
 
     Args:
-        values: the places.
-        ratio: between neighbours.
-        widest: at most this ratio between the first and the last mark of a place.
+        values: positions of the marks.
+        ratio: ratio between neighbouring marks after spreading.
+        widest: maximum ratio between the first and the last mark of one value.
     """
     count, seen = Counter(values), Counter[float]()
     moved = []

@@ -13,14 +13,14 @@ from wlora.reading import find_misfit, read_file
 from wlora.storage.sealing import unseal
 
 GIB = 2**30
-# The card of the paper's example; its line is drawn where the figure comes near it.
+# Memory of the GPU in the paper's example, in GB. Its line is drawn if the measurements come close to it.
 V100 = 16
 
 
 def memory(folder: Path, model: str | None = None) -> Figure:
     """Draw every measurement of `python -m wlora.memory` in a folder, one panel each.
 
-    On a GPU the peak of the device's memory, elsewhere the bytes that are saved for the backward pass.
+    On a GPU, the figure shows the peak memory of the device; otherwise the bytes saved for the backward pass.
     """
     found = [_read(file) for file in sorted(folder.glob("*.json"))]
     found = [one for one in found if model is None or one["model"] == model]

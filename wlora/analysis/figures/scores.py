@@ -28,8 +28,8 @@ MARKED = ("cut", "select", "extend", "grow", "prune", "share", "allocate")
 def pareto(runs: Sequence[Run]) -> Figure:
     """Draw score against cost, one point per setting, with 95 % intervals.
 
-    Costs are trained parameters, training seconds on the machine that made most of the runs, and where all records tell
-    them the bytes saved for the backward pass. Settings with as many parameters stand side by side.
+    Costs are trained parameters, training seconds on the machine with most of the runs, and, if all records have them, the
+    bytes saved for the backward pass. Settings with equal numbers of parameters are drawn side by side.
     """
     chosen = chosen_runs(runs)
     if not chosen:
@@ -63,7 +63,7 @@ _Cost = Callable[[Sequence[Run]], Summary | None]
 
 
 def _seconds(group: Sequence[Run], machine: str) -> Summary | None:
-    """Return the training seconds of the runs on a machine: those of different machines are not comparable."""
+    """Summarise the training seconds of the runs on one machine. Times of different machines are not comparable."""
     values = [run.record.seconds["train"] for run in group if run.machine == machine]
     return summarize(values, generator(0, f"{group[0].record.run_id} seconds")) if values else None
 
@@ -87,7 +87,7 @@ def _draw_costs(
 
 
 def _count_scale(axis: Axes, largest: int) -> None:
-    """Make an axis of parameter counts logarithmic, with a place for 0: training the head alone."""
+    """Make an axis of parameter counts logarithmic, with a place for 0 (only the head is trained)."""
     axis.set_xscale("symlog", linthresh=1000)
     axis.set_xticks([0, *(10**power for power in range(4, len(str(largest)) + 1))])
     axis.minorticks_off()
@@ -144,7 +144,7 @@ def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
 def _read_bands(group: Sequence[Run], store: RecordStore) -> tuple[np.ndarray, np.ndarray] | None:
     """Return smoothed loss and primary metric of the runs of a setting; None if none has a curve.
 
-    The curves of one setting at a time: those of a large study do not fit in memory.
+    Curves are read one setting at a time, because those of a large study do not fit in memory.
     """
     metric, losses, scores = group[0].record.primary_metric, [], []
     for run in group:
@@ -155,7 +155,7 @@ def _read_bands(group: Sequence[Run], store: RecordStore) -> tuple[np.ndarray, n
 
 
 def _band(series: Sequence[Sequence[tuple[int, float]]]) -> np.ndarray:
-    """Return [4, steps]: the steps that all of several curves have, their mean, lowest and highest value there."""
+    """Return an array of shape [4, steps]: the steps that all curves have, and the mean, lowest and highest value there."""
     by_step: dict[int, list[float]] = {}
     for curve in series:
         for step, value in curve:
@@ -175,9 +175,9 @@ def _draw_band(axis: Axes, band: np.ndarray, label: str, style: dict[str, Any], 
 
 
 def rates(runs: Sequence[Run]) -> Figure:
-    """Draw score against learning rate, a line per setting, with intervals over seeds; a star is the chosen rate's score.
+    """Draw score against learning rate, one line per setting, with intervals over seeds. Stars mark the chosen rates.
 
-    A line is over the reported seeds where these have run at all of its rates, else it is the tuning seed's.
+    A line shows the reported seeds if they have run at all of its rates; otherwise it shows the tuning seed.
     """
     found = {key: (choice, group) for key, group in runs_by_setting(runs).items() if (choice := _compared(group))}
     if not found:
@@ -222,7 +222,7 @@ def _compared(group: Sequence[Run]) -> Choice | None:
 def _along_rates(choice: Choice, group: Sequence[Run]) -> dict[float, list[Run]]:
     """Return the successful runs at each rate: of the reported seeds if they have run at all rates, else of the tuning seed.
 
-    Of several points of one rate the best counts.
+    If there are several points with the same rate, only the best point counts.
     """
     by_rate: dict[float, list[Run]] = {}
     for rate in sorted({run.point.lr for run in group}):
@@ -241,7 +241,8 @@ def _along_rates(choice: Choice, group: Sequence[Run]) -> dict[float, list[Run]]
 def selection(runs: Sequence[Run]) -> Figure:
     """Draw score against K (at the default T) and against T, with LoRA as a line, and the histogram of ω at the cut.
 
-    Of settings with the same method, K and T the one with most runs is drawn. Without several T there is no such row.
+    If several settings have the same method, K and T, the one with most runs is drawn. The row of panels for T is drawn
+    only if there are several values of T.
     """
     chosen = chosen_runs(runs)
     selecting = [run for group in chosen.values() for run in group if run.k is not None]
@@ -287,7 +288,7 @@ def _several_t(groups: Sequence[Sequence[Run]]) -> list[Sequence[Run]]:
 
 
 def _draw_lora(axis: Axes, groups: Sequence[Sequence[Run]], task: str) -> None:
-    """Draw the mean of each group of LoRA as a line across, inside the panel."""
+    """Draw the mean score of each LoRA setting as a horizontal line, if it is inside the panel."""
     for group in groups:
         mean = _summary(group, f"lora {task}").mean
         axis.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=LABELS["lora"])
@@ -296,14 +297,14 @@ def _draw_lora(axis: Axes, groups: Sequence[Sequence[Run]], task: str) -> None:
 
 
 def _leave_out(axis: Axes, why: str) -> None:
-    """Say in a panel's place why there is nothing to see."""
+    """Hide a panel and write the reason in its place."""
     axis.clear()
     axis.set_axis_off()
     axis.text(0.5, 0.5, why, ha="center", va="center", color="0.4", transform=axis.transAxes)
 
 
 def _largest(groups: Sequence[Sequence[Run]], key: Callable[[Run], object]) -> list[Sequence[Run]]:
-    """Keep one group per key: the one with most runs, as the others differ in a setting that the axis does not show."""
+    """Keep one group per key, the one with most runs. The others differ in a setting that the axis does not show."""
     kept: dict[object, Sequence[Run]] = {}
     for group in groups:
         if len(group) > len(kept.get(key(group[0]), ())):
@@ -322,7 +323,7 @@ def _draw_against(
     label: Callable[[Run], str],
     styles: dict[str, dict[str, Any]],
 ) -> None:
-    """Draw scores, with intervals, against a number that the runs of a group share: a line per label."""
+    """Draw scores with intervals against a number that is equal within each group. There is one line per label."""
     lines: dict[str, list[tuple[float, Summary]]] = {}
     for group in groups:
         value = quantity(group[0])
@@ -365,7 +366,7 @@ def _bars(summary: Summary) -> np.ndarray | None:
 
 
 def _legend(figure: Figure, axes: Sequence[Axes], more: dict[str, Any] | None = None) -> None:
-    """Put one legend for all panels below them, in as many columns as the page takes."""
+    """Draw one legend for all panels below them, in as many columns as fit on the page."""
     once: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -375,7 +376,7 @@ def _legend(figure: Figure, axes: Sequence[Axes], more: dict[str, Any] | None = 
         legend = figure.legend(list(once.values()), list(once), loc="outside lower center", ncols=columns)
         box = legend.get_window_extent()
         if columns == 1 or box.width <= figure.bbox.width:
-            # The figure grows by its legend, so that the panels keep their size.
+            # Enlarge the figure by the legend's height, so that the panels keep their size.
             figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
             return
         legend.remove()

@@ -1,4 +1,4 @@
-"""What the report shows of single runs on demand: learning curves, kept adapters and predictions, thinned."""
+"""The details of single runs in the report, reduced in size: learning curves, kept adapters and predictions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wlora.analysis.study_reader import read_curve
 from wlora.analysis.targets import selects, short_kind, targets_of
 from wlora.storage.records import RecordStore
 
-# Limits that keep the page small: runs with details, points of a curve, and predicted examples over all runs.
+# Limits that keep the page small: runs with details, points per curve, and predicted examples over all runs.
 RUNS = 600
 POINTS = 48
 EXAMPLES = 2_000_000
@@ -24,7 +24,7 @@ DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 def curves(runs: Sequence[Run], store: RecordStore) -> dict[str, dict[str, list[Any]]]:
     """Return the learning curves by run_id: smoothed `loss` and primary `metric` as [steps, values], and steps of `events`.
 
-    Damaged curves are told in a line and left out.
+    For a damaged curve, print a notice and leave it out.
     """
     found = {}
     for run in runs:
@@ -40,7 +40,7 @@ def curves(runs: Sequence[Run], store: RecordStore) -> dict[str, dict[str, list[
 
 
 def _thin(curve: Sequence[tuple[int, float]]) -> list[list[float]]:
-    """Keep evenly spaced points, the last one among them; returns [steps, values]."""
+    """Keep evenly spaced points including the last one; return [steps, values]."""
     finite = [(step, value) for step, value in curve if np.isfinite(value)]
     chosen = sorted({round(i) for i in np.linspace(0, len(finite) - 1, min(POINTS, len(finite)))})
     return [[finite[i][0] for i in chosen], [float(f"{finite[i][1]:.4g}") for i in chosen]]
@@ -50,8 +50,8 @@ def adapters(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the adapters that runs of selecting methods kept.
 
     Returns:
-        `grids`: names of the kinds of modules, and the number of layers, of each distinct set of targets. `runs`: by run_id
-            the number of the grid, and one [layer, kind, ω, rank] for every kept adapter; ω is None for methods without.
+        `grids`: for each distinct set of targets, the names of the kinds of modules and the number of layers. `runs`: by
+            run_id, the index of the grid and one [layer, kind, ω, rank] per kept adapter; ω is None for methods without ω.
     """
     grids: list[dict[str, Any]] = []
     places: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {}
@@ -78,12 +78,12 @@ def adapters(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def predictions(runs: Sequence[Run], read: Predictions) -> dict[str, Any]:
-    """Return what runs predicted of the first validation split.
+    """Return the predictions of runs on the first validation split, with one letter per example.
 
     Returns:
-        `sets`: distinct dev sets, each with its task, its label names, and the classes of its examples, a letter each; for
-            tasks without classes the letter 1 for every example. `runs`: by run_id the number of the set, and the predicted
-            classes; for tasks without classes, 1 for a right and 0 for a wrong answer.
+        `sets`: the distinct dev sets, each with its task, its label names, and the true classes of its examples. For tasks
+            without classes, the letter is always 1. `runs`: by run_id, the index of the set and the predicted classes. For
+            tasks without classes, the letter is 1 for a right and 0 for a wrong answer.
     """
     sets: list[dict[str, Any]] = []
     found, total = {}, 0
@@ -104,7 +104,7 @@ def predictions(runs: Sequence[Run], read: Predictions) -> dict[str, Any]:
 
 
 def _letters(answers: Answers) -> tuple[str, str] | None:
-    """Write true and predicted classes with a letter each, None if there are more classes than letters."""
+    """Encode true and predicted classes with one letter each; None if there are more classes than letters."""
     if answers.label is None or answers.prediction is None:
         return "1" * len(answers.right), "".join("1" if right else "0" for right in answers.right)
     both = np.concatenate([answers.label, answers.prediction])

@@ -1,4 +1,4 @@
-"""The report of a study: one HTML file with everything in it, data and JavaScript compressed."""
+"""The report of a study: one self-contained HTML file with compressed data and JavaScript."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def build_page(
     Args:
         results: the results folder, for curves and predictions.
         runs: the runs to show, not empty.
-        model: whose runs the tables show; None for the default of every table.
-        score: which evaluation the page shows when it is opened; a switch shows the other one.
-        notices: what is wrong with the records.
+        model: the tables show the runs of this model; None for the default of every table.
+        score: the evaluation that the page shows when it is opened; a switch on the page shows the other one.
+        notices: problems found in the records.
         command: the command that makes this page.
 
     Raises:
-        ConfigError: the package with the charts is not installed.
+        ConfigError: the package that contains Vega-Lite is not installed.
     """
     store = RecordStore(results)
     best, predicted = read_best(results, runs), Predictions(store)
@@ -93,11 +93,11 @@ def _vega() -> str:
         import vl_convert
     except ImportError:
         raise ConfigError("the report needs vl-convert-python\nway out: pip install 'wlora[figures]'") from None
-    return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its types ask for what is optional
+    return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its type stubs require an optional argument
 
 
 def _packed(text: str) -> str:
-    """Compress a text for an inline script, which the page unpacks with DecompressionStream."""
+    """Compress a text for an inline script. The page decompresses it with DecompressionStream."""
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 

@@ -16,12 +16,12 @@ DIGITS = 5
 def columns_of(
     runs: Sequence[Run], labels: Mapping[str, str], reported: Collection[str], best: Best
 ) -> dict[str, list[Any]]:
-    """Return one list per column, each with a value per run; None where a run has none.
+    """Return one list per column with one value per run; None if the run has no value.
 
     Args:
-        runs: what to list.
-        labels: the label of a run's setting, by run_id; a run that has not ended is labelled by its method.
-        reported: run_ids of the runs that tables average.
+        runs: the runs to list.
+        labels: the label of each run's setting, by run_id; a run without a label is labelled by its method.
+        reported: run_ids of the runs that are averaged in tables.
         best: metrics at the best evaluations.
     """
     lines = [_line(run, labels, reported, best.get(run.record.run_id)) for run in runs]
@@ -63,11 +63,11 @@ def _line(
 
 
 def command_of(run: Run) -> str:
-    """Return the command of a run, as it was typed; of a record without it, the one that repeats the run."""
+    """Return the command of a run as typed by the user; for a record without it, a command that repeats the run."""
     words = [str(word) for word in run.record.environment.get("overrides") or [f"from={run.record.run_id}"]]
     return f"python -m wlora.run {shlex.join(words)}"
 
 
 def _rounded(value: float | None, digits: int = DIGITS) -> float | None:
-    # JSON has no NaN, which a diverged run may have recorded.
+    # A diverged run may have recorded NaN, which JSON does not support.
     return round(value, digits) if value is not None and value == value and abs(value) != float("inf") else None

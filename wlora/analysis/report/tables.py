@@ -29,8 +29,8 @@ class Filled:
 
     Attributes:
         score: which evaluation is scored.
-        tables: those with runs, by name.
-        refused: why a table could not be filled, by name.
+        tables: the tables that have runs, by name.
+        refused: the reasons why tables could not be filled, by name.
         findings: the tested claims.
         parts: the claims as tables.
     """
@@ -43,7 +43,7 @@ class Filled:
 
 
 def fill_tables(runs: Sequence[Run], *, model: str | None, best: Best, score: Score, predictions: Predictions) -> Filled:
-    """Fill every layout that has runs, and test the claims. A table that would mix settings is left out with its reason."""
+    """Fill every layout that has runs, and test the claims. A table that would mix settings is skipped with a reason."""
     tables: dict[str, Table] = {}
     refused: dict[str, str] = {}
     for name, layout in LAYOUTS.items():
@@ -70,13 +70,13 @@ def page_of_tables(runs: Sequence[Run], filled: Filled, summary: Sequence[dict[s
     if summary:
         body = [_caption(caption_summary(runs, filled.score)), to_html(draw_summary(summary, filled.score))]
         body += [_note(line) for line in machines(shown)]
-        # Studies that fit a table of the paper have their results there.
+        # If a study has the runs of a paper's table, that table is shown and the summary is folded.
         parts.append(_section("Summary: every task and setting", "\n".join(body), opened=not filled.tables))
     return "\n".join(parts)
 
 
 def page_of_claims(filled: Filled) -> str:
-    """Return the tested claims as HTML tables, each folded, or why none was tested."""
+    """Return the tested claims as folded HTML tables, or the reason why none was tested."""
     if not filled.parts:
         mixed = [f"Table {name} would mix settings" for name in filled.refused if name in TESTED]
         return _note(f"Not tested: {', '.join(mixed) or 'no two methods of a claim have runs on a common task'}.")
@@ -135,7 +135,7 @@ def claims_data(findings: Sequence[Finding]) -> list[dict[str, Any]]:
 
 
 def _table(whole: Table) -> str:
-    # Only rows and columns with runs: a study of a few tasks would else be mostly dashes.
+    # Show only rows and columns with runs. Otherwise the table of a small study would consist mostly of dashes.
     columns = tuple(one for one in whole.layout.columns if any(whole.cells[row, one.task].runs for row in whole.rows))
     rows = tuple(row for row in whole.rows if any(cell.runs or cell.diverged for cell in whole.row_cells(row)))
     table = replace(whole, rows=rows, layout=replace(whole.layout, columns=columns))
@@ -155,7 +155,7 @@ def _table(whole: Table) -> str:
 
 
 def to_html(grid: Grid) -> str:
-    """Write a grid as an HTML table; the best is bold, the second underlined."""
+    """Convert a grid to an HTML table. The best score is bold, the second-best underlined."""
     classes = ["" if at < grid.texts else " class=n" for at in range(len(grid.headings))]
     headings = list(zip(classes, grid.headings, strict=True))
     upper = "".join(f"<th{kind}>{html.escape(first)}</th>" for kind, (first, _) in headings)

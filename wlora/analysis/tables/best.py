@@ -1,4 +1,4 @@
-"""The best evaluation of a run on the dev set, from its learning curve: optimistic, as the same set chooses it."""
+"""The best evaluation of a run on the dev set, from its learning curve. It is optimistic: the same set chooses it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from wlora.storage.records import RecordStore
 
 
 def read_best(results_dir: str | Path, runs: Iterable[Run]) -> Best:
-    """Return, by run_id, the metrics of successful runs where the primary one was highest.
+    """Return, by run_id, the metrics of successful runs at the evaluation with the highest primary metric.
 
-    A run whose curve is missing, damaged or without an evaluation is left out, and told. A curve that `wlora.storage.index`
-    knows is not read again.
+    Runs whose curve is missing, damaged or without an evaluation are left out, and a notice is printed. Curves with a valid
+    entry in `wlora.storage.index` are not read.
     """
     store, found, unknown = RecordStore(results_dir), dict[str, Mapping[str, float]](), 0
     index = Index(store, ".jsonl")

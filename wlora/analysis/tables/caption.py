@@ -59,7 +59,7 @@ def notes(table: Table) -> list[str]:
 
 
 def machines(runs: Iterable[Run]) -> list[str]:
-    """Say on which machines runs were made, if on several, and what of them the numbers depend on."""
+    """Return notes about the machines of runs, if there are several, and about their influence on the numbers."""
     environments = [(run.machine, run.record.environment) for run in runs]
     found = []
     names = sorted({name for name, _ in environments})
@@ -95,7 +95,7 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 
 def _training(table: Table) -> str:
-    """Say per task how many rows, steps and rows per step; tasks that agree share a clause."""
+    """Describe the training rows, steps and rows per step of each task. Tasks with equal values share a clause."""
     clauses: dict[str, list[str]] = {}
     for column in table.layout.columns:
         runs = _runs_of(table, column)
@@ -109,7 +109,7 @@ def _training(table: Table) -> str:
 
 
 def rows_text(run: Run) -> str:
-    """Say how many rows a run was trained on, and of how many if they are a sample; empty where it is not known."""
+    """Describe the number of training rows of a run, and the total if they are a sample; empty if unknown."""
     rows, whole = run.record.task.get("train_rows"), shipped_task(run.task).get("train_rows")
     if not rows:
         return ""
@@ -119,13 +119,13 @@ def rows_text(run: Run) -> str:
 
 
 def dev_rows_text(run: Run) -> str:
-    """Say, as a clause to append, that only the first dev rows are scored; empty where all are."""
+    """Return a clause saying that only the first dev rows are scored; empty if all rows are scored."""
     limit = run.record.config["task"]["max_eval_rows"]
     return f", the first {limit:,} dev rows" if limit else ""
 
 
 def _tuning(table: Table) -> list[str]:
-    """Say per task how learning rate and warm-up were chosen; tasks that agree share a clause."""
+    """Describe how learning rate and warm-up were chosen on each task. Tasks with equal values share a clause."""
     clauses: dict[str, list[str]] = {}
     for column in table.layout.columns:
         cells = [table.cells[row, column.task] for row in table.rows]
@@ -147,7 +147,7 @@ def _tuning(table: Table) -> list[str]:
 
 
 def _raced(choices: Sequence[Choice]) -> str:
-    """Say, as a clause to insert, that runs were stopped before their end; empty where none was."""
+    """Return a clause saying that a race has stopped runs early; empty if there was no race."""
     raced = [choice.raced for choice in choices if choice.compared > 1]
     return "" if not any(raced) else f", {'' if all(raced) else 'some '}raced by successive halving,"
 
@@ -164,7 +164,7 @@ def _choices(table: Table) -> dict[tuple[str, str], Choice]:
 
 
 def edges(choices: dict[tuple[str, str], Choice]) -> list[str]:
-    """Say where the chosen rate or warm-up is the smallest or the largest of those tried.
+    """Return notes about chosen rates or warm-ups that are the smallest or largest ones tried.
 
     Args:
         choices: by setting and task.

@@ -26,16 +26,16 @@ class Cell:
     """One method on one task.
 
     Attributes:
-        summaries: what is shown: `last` or `best`; empty without a successful run.
-        last: one summary per metric of the column, as the layout scales them, after the last step.
-        best: the same at the best evaluation of each run; empty where a run's is not known.
-        scores: per seed, the mean over the column's metrics.
-        tried: the same of all successful runs, by point and seed.
+        summaries: the displayed summaries: `last` or `best`; empty without a successful run.
+        last: one summary per metric of the column after the last step, in the layout's scale.
+        best: the same at the best evaluation of each run; empty if that of any run is unknown.
+        scores: by seed, the mean over the column's metrics.
+        tried: by point and seed, the same for all successful runs.
         runs: the successful runs at the chosen point.
         choice: how learning rates and warm-up were chosen; None without a successful run.
-        diverged: runs at the chosen point (at any, if none succeeded) that diverged.
-        missing: runs that are expected and have not ended.
-        mark: `best` or `second` among the rows it is compared with, or "".
+        diverged: number of runs that diverged at the chosen point, or at any point if none succeeded.
+        missing: number of expected runs that have not ended.
+        mark: `best`, `second` or "", within the compared rows.
     """
 
     summaries: tuple[Summary, ...] = ()
@@ -51,13 +51,13 @@ class Cell:
 
     @property
     def value(self) -> float | None:
-        """The mean over the metrics, which a pair counts as; None without a figure."""
+        """The mean over the cell's metrics; None for an empty cell."""
         return sum(s.mean for s in self.summaries) / len(self.summaries) if self.summaries else None
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trained parameters of a row: means over its runs, without the head (full fine-tuning: with it)."""
+    """Trained parameters of a row: means over its runs. The head is counted only for full fine-tuning."""
 
     initial: float
     final: float
@@ -71,8 +71,8 @@ class Table:
 
     Attributes:
         cells: by row and task.
-        averages: the column ALL by row, over the tasks `averaged`; a row without all of them has none.
-        score: which evaluation the cells show.
+        averages: the column ALL by row, over the tasks in `averaged`; only for rows with runs on all of them.
+        score: the evaluation that the cells show.
     """
 
     layout: Layout
@@ -91,7 +91,7 @@ class Table:
 
     @property
     def complete(self) -> bool:
-        """Whether ALL includes all tasks, so that it can be compared with the paper's."""
+        """Whether ALL includes all tasks, so that it is comparable with the paper's."""
         return len(self.averaged) == len(LAYOUTS[self.layout.name].columns)
 
     def runs(self) -> list[Run]:
@@ -99,7 +99,7 @@ class Table:
         return [run for cell in self.cells.values() for run in cell.runs]
 
     def repeats(self, others: Iterable[Table]) -> bool:
-        """Tell whether all runs stand in another table, as those of a study of one model in the table of another model."""
+        """Tell whether another table contains all runs of this one, e.g. if two layouts differ only in the paper's model."""
         mine = {run.record.run_id for run in self.runs()}
         return any(mine <= {run.record.run_id for run in other.runs()} for other in others)
 
@@ -117,16 +117,16 @@ def fill(
     """Fill a layout from the runs of one model.
 
     Args:
-        layout: the table.
-        runs: a study's runs, filtered as the user asked.
-        model: whose runs to take; None: the paper's model if it has runs, else the one with most runs.
-        seeds: runs expected per cell; None: the paper's with the paper's model, else as many as the fullest cell has.
+        layout: the layout of the table.
+        runs: the runs of a study, after the user's filters.
+        model: use the runs of this model; None: the paper's model if it has runs, else the one with most runs.
+        seeds: expected runs per cell; None: with the paper's model the paper's number, else that of the fullest cell.
         bootstrap_seed: seed of all intervals.
-        best: the metrics of runs at their best evaluation, as far as they are known.
-        score: which evaluation the cells show; points are chosen by the last one.
+        best: the metrics of runs at their best evaluation, if known.
+        score: the evaluation that the cells show. Points are always chosen by the last evaluation.
 
     Raises:
-        ConfigError: runs of different settings, or a seed twice, where they would be averaged or compared.
+        ConfigError: runs to be averaged or compared have different settings, or the same seed twice.
     """
     fitting = [run for run in runs if belongs(run, layout)]
     model = model or main_model(fitting, layout.model) or main_model(runs) or layout.model
@@ -179,9 +179,9 @@ def _narrowed(layout: Layout, runs: Sequence[Run], model: str) -> Layout:
 
 
 def _rows(layout: Layout, runs: Sequence[Run], model: str) -> tuple[Row, ...]:
-    """Return the paper's rows and one row for every other method, rank and K in the records.
+    """Return the paper's rows, and one row for every other method, rank and K in the records.
 
-    On another model than the paper's the K are those of the records, where there are any.
+    With another model than the paper's, the values of K are taken from the records, if there are any.
     """
     found = {row_of(run) for run in runs}
     rows = list(layout.rows)
@@ -240,7 +240,7 @@ def _fill_cell(
 
 
 def _by_seed(runs: Iterable[Run], column: Column, scale: float, best: Best | None) -> dict[int, float]:
-    """Return, by seed, the mean over a column's metrics: after the last step, or where `best` knows it at the best one."""
+    """Return, by seed, the mean over a column's metrics: at the best evaluation if `best` is given, else at the last."""
     found = {}
     for run in runs:
         metrics = run.record.metrics if best is None else best.get(run.record.run_id)
@@ -265,9 +265,9 @@ def _parameters(table: Table) -> dict[Row, Parameters]:
 
 
 def average(table: Table, bootstrap_seed: int = 0) -> Table:
-    """Fill the column ALL: the mean over tasks, a pair of metrics counting as its mean.
+    """Fill the column ALL: the mean over tasks. A pair of metrics counts as its mean.
 
-    With the paper's model ALL is over all tasks; with another it is over those that no row with runs lacks.
+    With the paper's model, ALL is over all tasks. With another model, it is over the tasks on which all rows have runs.
     """
     if not table.layout.average:
         return table

@@ -28,9 +28,9 @@ class Claim:
 
     Attributes:
         text: the claim, as displayed.
-        kind: what is claimed of the score of `first` beside that of `second`.
-        first: methods, each of which the claim is about.
-        second: the method that they are compared with.
+        kind: the claimed relation of the score of `first` to that of `second`.
+        first: the methods that the claim is about.
+        second: the method that each of them is compared with.
         same_k: compare only rows with the same K.
     """
 
@@ -63,8 +63,8 @@ class Finding:
         tasks: names of the tasks with runs of both.
         found: the difference in points.
         probability: the probability of improvement.
-        share: trained parameters of a over those of b; None if unknown.
-        rates: the same difference at every point (learning rate, warm-up) that both rows have run, by point.
+        share: trained parameters of a divided by those of b; None if unknown.
+        rates: the difference at every point (learning rate, warm-up) that both rows have run.
     """
 
     claim: Claim
@@ -80,7 +80,7 @@ class Finding:
 
     @property
     def p(self) -> float | None:
-        """The p-value of the claim: t test (two-sided), or two one-sided tests, or one; None without an interval."""
+        """The p-value of the claim's test, which depends on its kind (`judge`); None without an interval."""
         if self.claim.kind == "equivalent":
             return self.found.p_within(MARGIN)
         return self.found.p_above(-MARGIN) if self.claim.kind == "at least" else self.found.p_different()
@@ -92,7 +92,7 @@ class Finding:
 
     @property
     def turned(self) -> list[Point]:
-        """The common points at which the difference has the other sign than at the tuned points."""
+        """The common points at which the sign of the difference is opposite to that at the tuned points."""
         return [point for point, other in self.rates.items() if other.mean * self.found.mean < 0]
 
 
@@ -121,7 +121,7 @@ def judge(kind: Kind, found: Difference) -> Verdict:
 
 
 def check_claims(tables: Iterable[Table], *, bootstrap_seed: int = 0) -> list[Finding]:
-    """Test every claim on filled tables: for each pair of rows per task, then over its tasks if there are several."""
+    """Test every claim on filled tables, for each pair of rows: per task, and then over all common tasks if several."""
     known = list(tables)
     return [
         finding
@@ -133,7 +133,7 @@ def check_claims(tables: Iterable[Table], *, bootstrap_seed: int = 0) -> list[Fi
 
 
 def pairs(table: Table, claim: Claim) -> Iterator[tuple[Row, Row]]:
-    """Yield the rows of a table that a claim compares: equal ranks, and if it asks for that, equal K."""
+    """Yield the pairs of rows that a claim compares. Their ranks are equal; with `same_k`, K is equal, too."""
     for a in (row for row in table.rows if row.method in claim.first):
         for b in (row for row in table.rows if row.method == claim.second and row.rank == a.rank):
             if not claim.same_k or a.k == b.k:
@@ -181,7 +181,7 @@ def _scores(table: Table, row: Row, tasks: Sequence[str]) -> Scores:
 
 
 def _at_rates(table: Table, a: Row, b: Row, tasks: Sequence[str]) -> dict[Point, Difference]:
-    """Return the difference at every point that both rows have run with common seeds on all of these tasks."""
+    """Return the difference at every point that both rows have run with common seeds on all given tasks."""
     tried = [[table.cells[row, task].tried for task in tasks] for row in (a, b)]
     common = set.intersection(*(set(cell) for side in tried for cell in side))
     scale, found = points(table), {}

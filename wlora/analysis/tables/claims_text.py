@@ -40,7 +40,7 @@ class Part:
 def claim_parts(
     findings: Sequence[Finding], tables: Mapping[str, Table], predictions: Predictions, bootstrap_seed: int = 0
 ) -> list[Part]:
-    """Return the tables to show of the claims tested on filled tables, by name; none without any comparison."""
+    """Return the displayed tables of the tested claims, by name; empty if no claim could be tested."""
     if not findings:
         return []
     found = [verdicts(findings), rates(findings), examples(findings, tables, predictions)]
@@ -106,7 +106,7 @@ def _line(finding: Finding) -> dict[str, Any]:
 
 
 def rates(findings: Sequence[Finding]) -> Part | None:
-    """Return the table of the same comparisons at one rate for both; None if no two rows have a point in common."""
+    """Return the table of the comparisons with one rate for both methods; None if no two rows have a common point."""
     about = (
         "The same differences, in points, with one learning rate for both methods instead of each one's tuned rate; in "
         "brackets the number of pairs. Rates that were not chosen usually have the tuning seed alone, and no interval. "
@@ -137,7 +137,7 @@ def rates(findings: Sequence[Finding]) -> Part | None:
 
 
 def examples(findings: Sequence[Finding], tables: Mapping[str, Table], predictions: Predictions) -> Part | None:
-    """Return the table over the examples of the dev sets; None without predictions of both sides of any comparison."""
+    """Return the table over the examples of the dev sets; None if no comparison has predictions of both methods."""
     about = (
         "The same comparisons over the examples of the dev set, seed by seed: examples that only the first or only the "
         "second run answers correctly (means over seeds), and the p-value of McNemar's exact test for each seed. It asks "
@@ -214,7 +214,7 @@ def methods(table: Table, bootstrap_seed: int) -> Part | None:
 
 
 def above_lora(table: Table, row: Row) -> dict[str, list[float]]:
-    """Return, by task, how many points every run of a row is above the mean of LoRA at its rank.
+    """Return, by task, the score of every run of a row in points above the mean of LoRA of the same rank.
 
     Rows without a rank are compared with LoRA's first row.
     """

@@ -8,7 +8,7 @@ from wlora.analysis.statistics import Comparison, compare, generator
 from wlora.analysis.tables.cells import Table
 from wlora.analysis.tables.layouts import Row
 
-# (a, b, same K): whether a improves on b.
+# Compared methods as (a, b, whether K must be equal). The question is whether a improves on b.
 QUESTIONS = (("wlora", "rlora", True), ("wlora", "lora", False), ("wlora_plus", "lora", False))
 
 

@@ -16,7 +16,7 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Entry:
-    """A displayed cell: mean and spread as text (`0.9/0.8` for a pair), number of runs, mark, number of diverged runs."""
+    """A displayed cell: mean and deviation as text (`0.9/0.8` for a pair), number of runs, mark, and diverged runs."""
 
     mean: str
     std: str = ""
@@ -27,7 +27,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table's headings (upper, lower) and body; `rules` are the body lines that a rule precedes."""
+    """The headings (upper, lower) and body of a table. `rules` are the indices of body lines with a rule above."""
 
     headings: tuple[tuple[str, str], ...]
     body: tuple[tuple[str | Entry, ...], ...]
@@ -38,7 +38,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Content:
-    """The displayed cells: by row and task, and by row for the columns parameters and ALL."""
+    """The displayed cells, by row and task. The columns of parameters and ALL are by row."""
 
     cell: Callable[[Row, str], str | Entry]
     parameters: Callable[[Row], str]
@@ -46,7 +46,7 @@ class Content:
 
 
 def draw(table: Table, printed: dict[Row, PrintedRow] | None = None) -> Grid:
-    """Draw a table as the paper lays it out; the paper's own takes its parameters from `printed`."""
+    """Draw a table in the paper's layout. For the paper's own table, the parameters are taken from `printed`."""
     content = Content(
         cell=lambda row, task: _entry(table.cells[row, task], table.layout),
         parameters=lambda row: printed[row].parameters if printed else parameters_text(table.parameters.get(row)),
@@ -56,7 +56,7 @@ def draw(table: Table, printed: dict[Row, PrintedRow] | None = None) -> Grid:
 
 
 def draw_companion(table: Table, layout: Layout, printed: dict[Row, PrintedRow]) -> Grid:
-    """Draw the paper's numbers, each with the difference ours - paper's in brackets.
+    """Draw the paper's numbers, each followed by the difference (ours minus the paper's) in brackets.
 
     Args:
         table: ours; another model's may have fewer rows and columns.
@@ -148,7 +148,7 @@ def _straight(layout: Layout, rows: Sequence[Row], content: Content) -> Grid:
 
 
 def _pivoted(layout: Layout, rows: Sequence[Row], content: Content) -> Grid:
-    """Rows are methods with two lines, figures and parameters; columns are ranks under tasks."""
+    """Rows are methods, with one line of scores and one of parameters. Columns are ranks, grouped by task."""
     ranks = sorted({row.rank for row in rows if row.rank is not None})
     methods = dict.fromkeys((row.method, row.k) for row in rows)
     headings = [("", "Method"), ("", "")] + [(column.title, f"r={rank}") for column in layout.columns for rank in ranks]

@@ -36,7 +36,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Column:
-    """A task: its metrics are keys of `Record.metrics`; of two, the mean counts where one number is needed."""
+    """The column of a task. Its metrics are keys of `Record.metrics`. If one number is needed, it is their mean."""
 
     task: str
     title: str
@@ -46,7 +46,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at a rank and a number of kept adapters; None where the method has no such thing."""
+    """A method with its rank and number of kept adapters; each is None if the method has none."""
 
     method: str
     rank: int | None = None
@@ -60,7 +60,7 @@ class Row:
 
 
 def row_of(run: Run) -> Row:
-    """Return the row of a run; that of WLoRA+ with its default K, n / 4, is the paper's, which names none."""
+    """Return the row of a run. WLoRA+ with its default K = n / 4 belongs to the paper's row, which has no K."""
     default = run.method == "wlora_plus" and run.n is not None and run.k == math.ceil(run.n / 4)
     return Row(run.method, run.rank, None if default else run.k)
 
@@ -71,17 +71,17 @@ class Layout:
 
     Attributes:
         name: `1` to `6`, or `demo`.
-        title: what it shows, for the caption.
-        model: the paper's model for it.
-        columns: tasks.
+        title: title for the caption.
+        model: the paper's model.
+        columns: one column per task.
         rows: the paper's rows.
-        targets: the target sets whose runs belong here.
-        ranks: the ranks whose runs belong here, None for any.
-        group: rows of one rank or K are compared with each other; None: all rows are.
-        others: further methods found in the records get rows of their own.
+        targets: the table contains runs with these target sets.
+        ranks: the table contains runs with these ranks; None for any.
+        group: compare only rows with equal rank or K; None: compare all rows.
+        others: add rows for other methods in the records.
         average: whether there is a column ALL.
-        percent: scores are shown times 100.
-        pivot: ranks are columns under every task, and the parameters a line under every method.
+        percent: multiply scores by 100.
+        pivot: ranks are columns under every task, and parameters are a line under every method.
         parameters: whether parameters are shown.
         seeds: runs per cell in the paper.
         stand_ins: tasks that small studies use in place of the paper's; columns where another model has runs of them.

@@ -14,13 +14,13 @@ from wlora.analysis.tables.layouts import Column, Layout, Row
 from wlora.errors import ConfigError
 from wlora.reading import open_file
 
-# Half a unit of the last printed digit, and a little for binary fractions.
+# Half a unit of the last printed digit, plus a small tolerance for binary fractions.
 _ROUNDING = 0.5 + 1e-6
 
 
 @dataclass(frozen=True)
 class PrintedRow:
-    """A row as it is printed: parameters, figures by column of the file, the average, and a note on the row."""
+    """A printed row: parameters, scores by column of the file, the average, and a note."""
 
     parameters: str
     values: dict[str, float]
@@ -29,22 +29,22 @@ class PrintedRow:
 
 
 def paper_folder() -> Path:
-    """Return the folder of the paper's figures: inside an installed wheel, else in the checkout."""
+    """Return the folder of the paper's numbers: inside an installed wheel, or in the checkout."""
     package = Path(__file__).parent.parent.parent
     installed = package / "results" / "paper"
     return installed if installed.is_dir() else package.parent / "results" / "paper"
 
 
 def column_name(column: Column, metric: str) -> str:
-    """Return the name of a metric's column in the CSV files, the paper's and ours."""
+    """Return the column name of a metric in the CSV files, which is the same for the paper's files and ours."""
     return f"{column.task}_{metric}"
 
 
 def read_printed(layout: Layout, folder: Path | None = None) -> dict[Row, PrintedRow]:
-    """Read the paper's table; empty where the paper has none (the demo's).
+    """Read the paper's table; empty for a layout without one (the demo).
 
     Raises:
-        ConfigError: a file that is no such table.
+        ConfigError: the file is not a valid table.
     """
     file = (folder or paper_folder()) / f"table{layout.name}.csv"
     if not os.path.isfile(file):
@@ -66,7 +66,7 @@ def read_printed(layout: Layout, folder: Path | None = None) -> dict[Row, Printe
 
 
 def paper_table(layout: Layout, folder: Path | None = None) -> Table:
-    """Return the paper's table as one of ours, with the column ALL computed anew from its cells."""
+    """Return the paper's table as a `Table`, with the column ALL computed from its cells."""
     printed = read_printed(layout, folder)
     cells = {}
     for row in printed:

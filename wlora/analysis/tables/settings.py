@@ -29,12 +29,12 @@ def chosen_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Return the tried runs of each setting by label and task: ended ones, and those that a race has stopped.
+    """Return the tried runs of each setting by label and task: ended runs and runs that a race has stopped.
 
-    Settings of a method are told apart in the label by model, rank, K, and any other field in which they differ on the task.
+    A label contains the method and, if several settings of a method exist on the task, all fields in which they differ.
     """
     settings: dict[tuple[str, str, Row, str], list[Run]] = {}
-    names: dict[int, str] = {}  # runs of one setting share it (`wlora.analysis.study.read_study`)
+    names: dict[int, str] = {}  # by id: runs of one setting share the object (`wlora.analysis.study_reader.read_study`)
     for run in runs:
         if run.status in TRIED:
             known = id(run.setting)
@@ -63,7 +63,7 @@ def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def _difference(run: Run, alike: Sequence[Run]) -> str:
-    """Name the fields besides rank and K in which a run differs from others of its method."""
+    """Return the fields, other than rank and K, in which a run differs from other runs of its method."""
     others = [key for key in run.setting if key not in ("method.rank", "method.k")]
     differing = [key for key in others if any(other.setting.get(key) != run.setting[key] for other in alike)]
     return "".join(f" {key.rpartition('.')[2]}={run.setting[key]}" for key in differing)

@@ -21,13 +21,13 @@ HEADINGS = ("Task", "Setting", "Score", "# Params", "Lowest layer", "Train s", "
 
 
 def summarize_study(runs: Sequence[Run], *, bootstrap_seed: int = 0, best: Best | None = None) -> list[dict[str, Any]]:
-    """Return a line per task and setting, at the chosen point; Figure 2's runs are left out.
+    """Return one line per task and setting at the chosen point. The runs for Figure 2 are left out.
 
-    Scores are means of the primary metric over seeds, with sample deviation and 95 % interval; `mean_best` and `std_best`
-    are those at the best evaluations, where all are known. Seconds and bytes are medians. `lowest_layer` is the mean over
-    seeds of the lowest layer that kept an adapter at the last cut, `saved_bytes` what the longest micro-batch keeps for its
-    backward pass at the end, `peak_bytes` those of the device, or of the process. `omega_low` and `omega_high` are the
-    extremes of ω over the adapters that were kept, and `kept` names these, per seed.
+    Scores are means of the primary metric over seeds, with sample standard deviation and 95 % interval. `mean_best` and
+    `std_best` refer to the best evaluations, if all are known. Seconds and bytes are medians. `lowest_layer` is the lowest
+    layer that kept an adapter at the last cut, as mean over seeds. `saved_bytes` are the bytes saved for the backward pass
+    by the longest micro-batch at the end. `peak_bytes` is the peak memory of the device, or of the process without a GPU.
+    `omega_low` and `omega_high` are the extremes of ω over the kept adapters, and `kept` lists these per seed.
 
     Raises:
         ConfigError: no successful run.
@@ -73,7 +73,7 @@ def _line(group: Sequence[Run], name: str, bootstrap_seed: int, best: Best) -> d
 
 
 def _kept(record: Record) -> str:
-    """Name the adapters that a run kept by layer and module, as in `2.value 5.query`."""
+    """List the adapters that a run kept by layer and module, as in `2.value 5.query`."""
     parts = [adapter["name"].split(".") for adapter in record.adapters]
     return " ".join(".".join([*[part for part in name if part.isdigit()][:1], name[-1]]) for name in parts)
 
@@ -83,7 +83,7 @@ def _lowest_layer(events: Sequence[dict[str, Any]]) -> int | None:
 
 
 def caption_summary(runs: Sequence[Run], score: Score) -> str:
-    """Return the caption: models, evaluation, samples, and rates at the edge of those tried."""
+    """Return the caption: models, evaluation, training rows, and chosen rates at the edge of the tried ones."""
     groups = runs_by_setting([run for run in runs if run.method not in NOT_COMPARED])
     models = ", ".join(sorted({run.model for run in runs}))
     said = f"{models}: dev sets, {EVALUATION[score]}."

@@ -1,4 +1,4 @@
-"""Tables as files: Markdown, LaTeX with booktabs, CSV in the paper's units, and all runs in the long format."""
+"""Tables as files: Markdown, LaTeX with booktabs, CSV in the paper's units, and a CSV file with one line per run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _LATEX = {
 
 
 def to_markdown(grid: Grid) -> str:
-    """Write a grid as a Markdown table; the best is bold, the second underlined."""
+    """Convert a grid to a Markdown table. The best score is bold, the second-best underlined."""
     headings = [_markdown(" ".join(filter(None, pair))) for pair in grid.headings]
     lines = [headings, ["---"] * grid.texts + ["---:"] * (len(headings) - grid.texts)]
     lines += [[_markdown(cell) for cell in line] for line in grid.body]
@@ -59,7 +59,7 @@ def _markdown(cell: str | Entry) -> str:
 
 
 def to_latex(grid: Grid, *, caption: str, label: str, notes: Sequence[str] = ()) -> str:
-    """Write a grid as a `table*` environment that needs booktabs and graphicx."""
+    """Convert a grid to a LaTeX `table*` environment, which needs booktabs and graphicx."""
     columns = "l" * grid.texts + "r" * (len(grid.headings) - grid.texts)
     lines = [
         r"% needs \usepackage{booktabs,graphicx}",
@@ -84,7 +84,7 @@ def to_latex(grid: Grid, *, caption: str, label: str, notes: Sequence[str] = ())
 
 
 def _latex_headings(grid: Grid) -> list[str]:
-    """Write two lines of headings; neighbours under one upper heading share it."""
+    """Return two lines of headings. Neighbouring columns with the same upper heading share one cell."""
     upper = [pair[0] for pair in grid.headings]
     spans: list[tuple[str, int, int]] = []
     for index, text in enumerate(upper):
@@ -117,11 +117,11 @@ def escape(text: str) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Write a table, one line per row, in the units and with the column names of `results/paper`.
+    """Return a table as CSV, one line per row, with the units and column names of `results/paper`.
 
-    Beside every figure stand `_std`, `_low` and `_high` (the 95 % bootstrap interval), and `_best` and `_best_std`, the
-    figure at the best evaluation of each run; ALL is over what the table shows. Beside every task stand `_runs`,
-    `_diverged`, `_missing`, `_lr`, `_warmup`, `_compared` (points that were compared) and `_mark`.
+    Every score has the further columns `_std`, `_low` and `_high` (95 % bootstrap interval), `_best` and `_best_std` (score
+    at the best evaluation of each run). ALL is the average of the displayed scores. Every task has the further columns
+    `_runs`, `_diverged`, `_missing`, `_lr`, `_warmup`, `_compared` (number of compared points) and `_mark`.
     """
     lines: list[dict[str, Any]] = []
     for row in table.rows:
@@ -161,12 +161,12 @@ def to_csv(table: Table) -> str:
 def _summary_columns(name: str, summary: Summary | None, digits: int) -> dict[str, Any]:
     found = (summary.mean, summary.std, summary.low, summary.high) if summary else (None,) * 4
     names = (name, f"{name}_std", f"{name}_low", f"{name}_high")
-    # Two digits more than printed, so that differences of values remain precise.
+    # Two more digits than printed, so that differences of values remain precise.
     return {key: None if value is None else f"{value:.{digits + 2}f}" for key, value in zip(names, found, strict=True)}
 
 
 def comparisons_csv(answers: Sequence[Answer]) -> str:
-    """Write comparisons, one per line, in the table's units."""
+    """Return comparisons as CSV, one per line, in the table's units."""
     lines = []
     for answer in answers:
         found = answer.comparison
@@ -179,7 +179,7 @@ def comparisons_csv(answers: Sequence[Answer]) -> str:
 
 
 def companion_csv(table: Table, printed: Mapping[Row, PrintedRow]) -> str:
-    """Write the paper's figures and ours, one figure per line, in the table's units; `difference` is ours - paper's."""
+    """Return the paper's scores and ours as CSV, one per line, in the table's units; `difference` is ours - paper's."""
     lines = []
     for row, line in printed.items():
         ours: dict[str, float] = {}
@@ -200,8 +200,8 @@ def companion_csv(table: Table, printed: Mapping[Row, PrintedRow]) -> str:
 
 
 def runs_csv(runs: Sequence[Run]) -> str:
-    """Write every run of a study, one per line and with any status, for analysis with other tools."""
-    settings: dict[int, dict[str, Any]] = {}  # runs of one setting share its columns, which are most of a line
+    """Return all runs of a study as CSV, one line per run of any status, for analysis with other tools."""
+    settings: dict[int, dict[str, Any]] = {}  # runs of one setting share these columns, which are most of a line
     lines = []
     for run in runs:
         columns = {key: value for key, value in run.setting.items() if not isinstance(value, list)}
@@ -223,7 +223,7 @@ def _own_columns(run: Run) -> dict[str, Any]:
 
 
 def write_csv(lines: Sequence[dict[str, Any]]) -> str:
-    """Write lines as CSV; a column for every key that any of them has."""
+    """Return lines as CSV, with a column for every key that occurs in any line."""
     names = dict.fromkeys(name for line in lines for name in line)
     return _csv(names, ([line.get(name) for name in names] for line in lines))
 

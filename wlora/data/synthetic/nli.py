@@ -1,9 +1,9 @@
-"""`story_nli`: whether a claim about a small world follows from a story, contradicts it, or is left open.
+"""`story_nli`: does a hypothesis about a small world follow from a story, contradict it, or neither?
 
-Rows come in threes: one hypothesis under three stories, one for each label, all
-with equally many events and all mentioning the person and the place in question. So the hypothesis, the
-number of sentences and whether its names return tell nothing. The premise's words alone remain a hint (where
-nobody goes anywhere, all is open) worth about 0.65 accuracy; the rest takes knowing who did what, and when.
+Rows are generated in groups of three: one hypothesis with three stories, one for each label. The three stories have the same
+number of events, and all mention the person and the place of the hypothesis. Therefore the hypothesis, the number of
+sentences and the repeated names give no information about the label. The words of the premise alone allow an accuracy of
+about 0.65, because a story in which nobody moves is neutral. A higher accuracy requires knowing who did what and when.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from wlora.data.synthetic.world import PEOPLE, PLACES, Claim, pick, random_world, render
 
-# Sized for a demo: two events are what a 6-layer encoder learns to follow in a minute or so on a CPU.
+# Small enough for a demo: a 6-layer encoder learns to follow two events in about a minute on a CPU.
 NLI_TRIPLES = {"train": 600, "validation": 120}
 NLI_EVENTS = 2
 NLI_KINDS = ("go", "go", "go", "take", "give", "mention", "mention")
 
 
 def nli_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
-    """Return the columns of one split: premise, hypothesis, label. No pair comes twice."""
+    """Return the columns of one split: premise, hypothesis, label. No pair occurs twice."""
     rows: dict[tuple[str, str], int] = {}
     while len(rows) < 3 * NLI_TRIPLES[split]:
         claim = Claim(pick(rng, PEOPLE), pick(rng, PLACES))

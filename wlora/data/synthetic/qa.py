@@ -1,13 +1,14 @@
 """`story_qa`: questions over the small worlds of `story`, with and without an answer, in the schema of SQuAD v2.
 
-A context tells a few events; the question is where a person is or who has a thing, and the answer the place or name
-in the last sentence that decides it.
+A context describes a few events. The question is where a person is or who has a thing. The answer is the place or name in
+the last sentence that determines it.
 
-**Splits.** Questions belong to splits as all sentences do (`story.split_of`): no sentence is in both.
+**Splits.** Every question belongs to one split, like every sentence (`world.split_of`). No sentence is in both splits.
 
-**Shortcuts.** Rows come in threes: one question over three stories, two with different answers and one that leaves it
-open. All mention what is asked about, have equally many sentences and name at least two possible answers. So neither
-the question nor the names in the story tell the answer, or that there is none; what is left is who did what, and when.
+**Shortcuts.** Rows are generated in groups of three: one question with three stories, two with different answers and one
+without an answer. All three mention the subject of the question, have the same number of sentences, and name at least two
+possible answers. Therefore neither the question nor the names in the story give information about the answer. It depends
+only on who did what and when.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def qa_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
 
 
 def _tell_triple(split: str, rng: random.Random, kind: str, name: str) -> list[tuple[str, Answers]]:
-    """Tell two stories with different answers to a question and one without, each with its answers."""
+    """Generate two stories with different answers to a question and one without an answer, each with its answers."""
     told: dict[str, tuple[str, Answers]] = {}
     while len(told) < 3:
         given = {"person": name} if kind == "where" else {"thing": name}
@@ -74,14 +75,14 @@ def _tell_triple(split: str, rng: random.Random, kind: str, name: str) -> list[t
 
 
 def _count_options(world: World, kind: str) -> int:
-    """Count the names in a story that a question of this kind could have as its answer."""
+    """Count the names in a story that are possible answers to a question of this kind."""
     if kind == "where":
         return len({event.item for event in world.history if event.kind in ("go", "mention")} - set(THINGS))
     return len({person for event in world.history for person in (event.person, event.other)} - {""})
 
 
 def _tell(world: World, split: str, rng: random.Random, kind: str, name: str, answer: str) -> tuple[str, Answers]:
-    """Render a story, and point at the answer in the last sentence that decides it; a place also with its article."""
+    """Render a story and locate the answer in the last sentence that determines it; a place also with its article."""
     sentences = [render(event, split, rng) for event in world.history]
     context = " ".join(sentences)
     if not answer:

@@ -14,7 +14,7 @@ from wlora.data.synthetic.world import CLAIM_TEMPLATES, EVENT_TEMPLATES, PEOPLE,
 from wlora.errors import unknown_name
 
 GENERATOR_VERSION = 1
-"""To be raised with every change of the generated text: it is part of a run's identity."""
+"""Increase this number with every change of the generated texts. It is part of a run's identity."""
 
 _GENERATORS: dict[str, Callable[[str, random.Random], dict[str, list[Any]]]] = {
     "story_nli": nli_columns,
@@ -24,7 +24,7 @@ _GENERATORS: dict[str, Callable[[str, random.Random], dict[str, list[Any]]]] = {
 
 
 def generate(name: str, split: str) -> dict[str, list[Any]]:
-    """Return the columns of one split of a task, those that its YAML names and its labels or answers.
+    """Return the columns of one split of a task: those named in its YAML file, and the labels or answers.
 
     Raises:
         ConfigError: an unknown name or split.

@@ -1,11 +1,11 @@
-"""`story_summary`: where the two people of a small story end up, in one sentence.
+"""`story_summary`: the last places of the two people of a small story, in one sentence.
 
-A document tells what two people do; the summary names the last place of both, the first to go anywhere first. At least
-one of them goes somewhere twice, so the places alone, or the first ones, are not the answer; other sentences are about
-things, or only mention a place.
+A document describes the actions of two people. The summary names the last place of both; the person who moves first is named
+first. At least one of them moves twice, so the first places are not the answer. Other sentences are about things, or only
+mention a place.
 
-The summary has one wording, for only what it says is to be learnt. Like the sentences of the documents, a summary
-(its people and places together) belongs to one split: see `story`.
+All summaries have the same wording, so that only the content must be learnt. Every summary (its people and places together)
+belongs to one split, like every sentence of the documents (see `world`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUMMARY_KINDS = ("go", "go", "go", "take", "give", "mention")
 
 
 def summary_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
-    """Return the columns of one split: document, summary. No document comes twice."""
+    """Return the columns of one split: document, summary. No document occurs twice."""
     rows: dict[str, str] = {}
     while len(rows) < SUMMARY_ROWS[split]:
         world = random_world(rng, SUMMARY_EVENTS, SUMMARY_KINDS)
@@ -35,5 +35,5 @@ def summary_columns(split: str, rng: random.Random) -> dict[str, list[Any]]:
 
 
 def _tells_enough(world: World) -> bool:
-    """Tell whether both places are known, and someone has changed theirs."""
+    """Tell whether the places of both people are known, and at least one person has moved twice."""
     return len(world.place_of) == 2 and sum(event.kind == "go" for event in world.history) > 2

@@ -1,10 +1,10 @@
-"""Small worlds to read about: what happens in them, and the sentences that tell it.
+"""Small worlds for the synthetic tasks: their events, and the sentences that describe them.
 
-`World` replays `Event`s and knows who is where and who holds what. `render` turns events and claims into sentences, using
-only those that belong to the wanted split. The tasks of the family (`nli`, `qa`, `summary`) build their rows from both.
+`World` applies `Event`s and tracks where people are and what they hold. `render` converts events and claims to sentences,
+using only sentences of the given split. The tasks (`nli`, `qa`, `summary`) build their rows from both.
 
-**Splits.** A *combination* is a template with the entities that fill it: one sentence. `split_of` gives each
-to exactly one split, so train and validation share every word but no sentence, in premises or in hypotheses.
+**Splits.** A *combination* is a template with the entities that fill it, that is, one sentence. `split_of` assigns each
+combination to exactly one split. Therefore train and validation share all words but no sentence, in premises and hypotheses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PEOPLE = (
     "Laura",
     "Peter",
 )
-# None of these is found inside another (as a kitchen is in a hotel): being in one excludes the others.
+# No place may contain another, as a hotel contains a kitchen, because being in one place must exclude all others.
 PLACES = ("bakery", "bank", "church", "hospital", "library", "museum", "school", "theater")
 THINGS = ("ball", "book", "camera", "guitar", "hammer", "lamp", "ring", "ticket")
 
@@ -71,12 +71,12 @@ CLAIM_TEMPLATES = (
 )
 
 SPLIT_MODULUS = 4
-"""At most the number of templates of a kind: then every event and claim has a sentence in both splits."""
+"""Must not exceed the number of templates of a kind, so that every event and claim has a sentence in both splits."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens: `person` goes to, takes, gives (to `other`) or mentions `item`."""
+    """An event: `person` goes to, takes, gives (to `other`) or mentions `item`."""
 
     kind: str
     person: str
@@ -86,7 +86,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Claim:
-    """That `person` is in `place`, which may be true, false or unknown."""
+    """The claim that `person` is in `place`. It may be true, false or unknown."""
 
     person: str
     place: str
@@ -94,14 +94,14 @@ class Claim:
 
 @dataclass
 class World:
-    """Who is where and who holds what after `history`; what is in neither table is unknown."""
+    """The known places of people and holders of things after `history`. Missing entries are unknown."""
 
     place_of: dict[str, str] = field(default_factory=dict)
     holder_of: dict[str, str] = field(default_factory=dict)
     history: list[Event] = field(default_factory=list)
 
     def allows(self, event: Event) -> bool:
-        """Tell whether `event` can happen now and is news."""
+        """Tell whether `event` is possible now and changes the world."""
         if event in self.history:
             return False
         if event.kind == "go":
@@ -109,13 +109,13 @@ class World:
         if event.kind == "take":
             return event.item not in self.holder_of
         if event.kind == "give":
-            # Giving happens in one place: were one of the two places unknown, the story would reveal it.
+            # Giver and receiver are in one place. If one of the two places were unknown, giving would reveal it.
             together = self.place_of.get(event.person) == self.place_of.get(event.other)
             return together and self.holder_of.get(event.item, event.person) == event.person
         return True
 
     def apply(self, event: Event) -> None:
-        """Let `event` happen."""
+        """Apply `event` to the world."""
         if event.kind == "go":
             self.place_of[event.person] = event.item
         elif event.kind == "take":
@@ -129,7 +129,7 @@ class World:
         return any(name in (event.person, event.item, event.other) for event in self.history)
 
     def judge(self, claim: Claim) -> int:
-        """Label `claim`: it follows from the history, is left open by it, or contradicts it."""
+        """Return the label of `claim`: it follows from the history, is undetermined, or contradicts the history."""
         place = self.place_of.get(claim.person)
         if place is None:
             return NEUTRAL
@@ -144,7 +144,7 @@ def split_of(template: int, *entities: str) -> str:
 
 
 def render(part: Event | Claim, split: str, rng: random.Random) -> str:
-    """Say `part` in a random sentence among those of `split`."""
+    """Express `part` by a random sentence of `split`."""
     if isinstance(part, Event):
         templates, person, item, other = EVENT_TEMPLATES[part.kind], part.person, part.item, part.other
     else:
@@ -155,7 +155,7 @@ def render(part: Event | Claim, split: str, rng: random.Random) -> str:
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
     """Return a random option."""
-    # Of all of Random, only random() is promised to give the same sequence in every Python version.
+    # Only Random.random() guarantees the same sequence in every Python version.
     return options[int(rng.random() * len(options))]
 
 
@@ -168,7 +168,7 @@ def pick_two(rng: random.Random, options: Sequence[str], first: str = "") -> tup
 def random_world(
     rng: random.Random, events: int, kinds: Sequence[str], *, person: str = "", place: str = "", thing: str = ""
 ) -> World:
-    """Let random events of these kinds happen among two people, places and things, of which one each may be given."""
+    """Generate a world by random events of the given kinds with two people, places and things; one of each may be given."""
     people, places, things = pick_two(rng, PEOPLE, person), pick_two(rng, PLACES, place), pick_two(rng, THINGS, thing)
     items = {"go": places, "take": things, "give": things, "mention": places + things}
     world = World()
