@@ -37,6 +37,7 @@ class Settings:
         scale_loss: float16 loss scaling.
         sharded: the frozen base is spread over the processes, which must all call the model together.
         autocast: dtype of the forward pass where the base itself trains and stays float32, else None.
+        graphs: record micro-batches as CUDA graphs and replay them.
         grow_batch: what grows into the memory that a cut has freed: `micro` for the micro-batch alone, `effective` for the
             rows of an optimiser step, too; `off` for nothing.
         best: metric whose best evaluation decides the final adapters, None for the last step.
@@ -54,6 +55,7 @@ class Settings:
     scale_loss: bool = False
     sharded: bool = False
     autocast: torch.dtype | None = None
+    graphs: bool = False
     grow_batch: str = "off"
     best: str | None = None
     patience: int | None = None
