@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class Tape:
 
     def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         stream, recording = torch.get_rng_state(), _Recording()
-        with recording:
+        # transformers does not look at masks then.
+        with mock.patch("torch.cuda.is_current_stream_capturing", lambda: True), recording:
             found = compute()
         torch.set_rng_state(stream)
         with torch.no_grad():
@@ -69,8 +71,8 @@ class Tape:
         def replay() -> Tensor:
             with torch.no_grad():
                 for func, args, kwargs, written in recording.operations:
-                    again = [t for t in tensors(func(*args, **kwargs)) if not any(t is old for old in tensors((args, kwargs)))]
-                    for tensor, value in zip(written, again, strict=False):
+                    out = tensors(func(*args, **kwargs))
+                    for tensor, value in zip(written, out if written else [], strict=True):
                         tensor.copy_(value)
             return found
 
