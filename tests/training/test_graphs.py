@@ -89,7 +89,12 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
+LONG = {"a decoder"}  # 10 s
+
+
+@pytest.mark.parametrize(
+    "words", [pytest.param(words, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name, words in RUNS.items()]
+)
 def test_recorded_runs_equal_eager_ones(words: list[str], run_tiny: RunTiny, tape: type[Tape], tmp_path: Path) -> None:
     eager, recorded = both(run_tiny, tmp_path, *words)
     check_equal(tmp_path, eager, recorded)
@@ -99,6 +104,7 @@ def test_recorded_runs_equal_eager_ones(words: list[str], run_tiny: RunTiny, tap
     assert tape.made == 1 + len({event["step"] for event in recorded.events})
 
 
+@pytest.mark.slow
 def test_micro_batches_that_are_divided_are_recorded_anew(
     run_tiny: RunTiny, tape: type[Tape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
