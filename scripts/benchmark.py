@@ -145,10 +145,15 @@ def main() -> None:
     if args.kind == "end_to_end":
         refuse_others(args.out, name_machine(environment))
     time_kind: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]]
-    time_kind = {"steps": time_steps, "packs": time_packs, "end_to_end": time_runs}
-    time_kind |= {"graphs": time_graphs, "memory": measure_memory}
+    time_kind = {
+        "steps": time_steps,
+        "packs": time_packs,
+        "end_to_end": time_runs,
+        "graphs": time_graphs,
+        "memory": measure_memory,
+    }
     if args.kind == "graphs" and not has_graphs(DEVICE):
-        content = {"environment": environment, "skipped": "it needs CUDA", "rows": []}
+        content: dict[str, Any] = {"environment": environment, "skipped": "it needs CUDA", "rows": []}
         (args.out / "graphs.json").write_text(json.dumps(content, indent=1) + "\n")
         print("graphs: skipped, it needs CUDA")
         return

@@ -62,7 +62,7 @@ for part in ${PARTS:-tests steps packs graphs memory}; do
         run_part "$part" "$left"
         code=$?
     fi
-    case $code in 0) ended=done ;; 124) ended="out of time" ;; *) ended="failed with exit code $code" ;; esac
+    case $code in 0) ended="done" ;; 124) ended="out of time" ;; *) ended="failed with exit code $code" ;; esac
     [ $code -eq 0 ] || failed=1
     lines+=("\"$part\": {\"ended\": \"$ended\", \"seconds\": $((SECONDS - begin))}")
     echo "$part: $ended after $((SECONDS - begin)) s"
