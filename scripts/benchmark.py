@@ -2,6 +2,8 @@
 
     python scripts/benchmark.py steps [--repeats 3] [--models minilm deberta bart llama] [--times 1]
     python scripts/benchmark.py packs [--repeats 10] [--models minilm deberta] [--sizes 1 4 8 16]
+    python scripts/benchmark.py graphs [--repeats 20] [--models minilm deberta bart llama]
+    python scripts/benchmark.py memory [--batches 32 64]
     python scripts/benchmark.py end_to_end --data DIR [--baseline FILE] [--tasks sst2 mrpc] [--seeds 0 1 2] [--epochs 5]
 
 `steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut. After the cut, it is
@@ -12,11 +14,14 @@ contenders take turns, and medians are reported. Batches contain no padding. `--
 `packs` times steps of packed runs and of a single run, and counts the operations dispatched per run
 (`scripts/benchmark_packs.py`).
 
+`graphs` times steps with CUDA graphs (`train.compile=graphs`), the same steps without them, and PEFT's; it needs CUDA.
+`memory` compares the peak memory of a GPU with what the paper's authors measured (`scripts/benchmark_memory.py`).
+
 `end_to_end` trains whole runs (`scripts/benchmark_runs.py`) with MiniLM on MRPC and SST-2 (4,000 rows). PEFT with Trainer
 uses three kinds of batches: padded to 128 tokens, random, and grouped by length. The ratio to the last kind,
 `time_to_grouped`, is the fair one, because this project groups rows by length, too. DIR contains mrpc/ and sst2/.
 
-All three use the GPU if there is one, and write JSON and a table to --out [results/benchmarks].
+All of them use the GPU if there is one, and write JSON and a table to --out [results/benchmarks].
 """
 
 from __future__ import annotations
@@ -29,12 +34,13 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_memory import AUTHORS, measure_memory
 from benchmark_packs import MODELS, time_packs
 from benchmark_runs import DEVICE, TASKS, fast_precision, refuse_others, time_runs
 from torch import Tensor, nn
@@ -49,6 +55,7 @@ from wlora.models.heads import head_parameters
 from wlora.models.prefix_forward import Prefix, frozen_depth
 from wlora.storage.environment import describe_environment, name_machine
 from wlora.training.activation_memory import activation_bytes, build_example, make_batch, saved_bytes
+from wlora.training.graphs import Graphs, has_graphs
 from wlora.training.optimizers import Optimizers
 from wlora.training.precision import Precision, lower_base
 
@@ -125,7 +132,12 @@ def main() -> None:
     packs.add_argument("--warm-up", type=int, default=WARM_UP)
     packs.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     packs.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 8, 16])
-    for kind in (steps, packs, whole):
+    graphs = kinds.add_parser("graphs")
+    graphs.add_argument("--repeats", type=int, default=20)
+    graphs.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    memory = kinds.add_parser("memory")
+    memory.add_argument("--batches", type=int, nargs="+", choices=sorted(AUTHORS), default=sorted(AUTHORS))
+    for kind in (steps, packs, whole, graphs, memory):
         kind.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -133,13 +145,52 @@ def main() -> None:
     if args.kind == "end_to_end":
         refuse_others(args.out, name_machine(environment))
     time_kind: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]]
-    time_kind = {"steps": time_steps, "packs": time_packs, "end_to_end": time_runs}
+    time_kind = {
+        "steps": time_steps,
+        "packs": time_packs,
+        "end_to_end": time_runs,
+        "graphs": time_graphs,
+        "memory": measure_memory,
+    }
+    if args.kind == "graphs" and not has_graphs(DEVICE):
+        content: dict[str, Any] = {"environment": environment, "skipped": "it needs CUDA", "rows": []}
+        (args.out / "graphs.json").write_text(json.dumps(content, indent=1) + "\n")
+        print("graphs: skipped, it needs CUDA")
+        return
     found = list(time_kind[args.kind](args))
     content = {"environment": environment, "threads": torch.get_num_threads(), "rows": found}
     (args.out / f"{args.kind}.json").write_text(json.dumps(content, indent=1) + "\n")
     table = as_table(found)
     (args.out / f"{args.kind}.md").write_text(table)
     print(table)
+
+
+def time_graphs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time steps without and with recordings in the fast precision; ratios of time are to PEFT's LoRA."""
+    precision = fast_precision()
+    plans = [("LoRA", "lora", False), ("WLoRA before the cut", "wlora", False), ("WLoRA cut", "wlora", True)]
+    for name in args.models:
+        contenders = [build_peft(CASES[name], precision), *build_stages(CASES[name], precision, plans)]
+        contenders += build_stages(CASES[name], precision, plans, recorded=True)
+        _take_turns(contenders, args.repeats)
+        peft = statistics.median(contenders[0].seconds)
+        for contender in contenders:
+            seconds = statistics.median(contender.seconds)
+            row = {"model": name, "what": contender.name, "precision": precision, "ms": round(1000 * seconds, 2)}
+            yield row | {"batch": f"{contender.rows}×{CASES[name].tokens}", "time_to_peft": round(seconds / peft, 3)}
+
+
+def _take_turns(contenders: list[Contender], repeats: int) -> None:
+    for _ in range(WARM_UP):
+        for contender in contenders:
+            contender.step()
+    for _ in range(repeats):
+        for contender in contenders:
+            synchronize()
+            begin = time.perf_counter()
+            contender.step()
+            synchronize()
+            contender.seconds.append(time.perf_counter() - begin)
 
 
 def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -155,16 +206,7 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
             except RuntimeError as error:
                 print(f"{name}, PEFT LoRA, {precision}: {error}", file=sys.stderr)
             contenders += build_ours(case, precision)
-        for _ in range(WARM_UP):
-            for contender in contenders:
-                contender.step()
-        for _ in range(args.repeats):
-            for contender in contenders:
-                synchronize()
-                begin = time.perf_counter()
-                contender.step()
-                synchronize()
-                contender.seconds.append(time.perf_counter() - begin)
+        _take_turns(contenders, args.repeats)
         per_row = {(c.name, c.precision): statistics.median(c.seconds) / c.rows for c in contenders}
         saved = {(c.name, c.precision): c.saved for c in contenders}
         for contender in contenders:
@@ -266,8 +308,14 @@ def build_ours(case: Case, precision: str) -> list[Contender]:
     return found
 
 
-def build_stages(case: Case, precision: str, plans: list[tuple[str, str, bool]]) -> list[Contender]:
-    """Build contenders from (name, method, whether it has cut). After a cut, also one with the prefix."""
+def build_stages(
+    case: Case, precision: str, plans: list[tuple[str, str, bool]], *, recorded: bool = False
+) -> list[Contender]:
+    """Build contenders from (name, method, whether it has cut). After a cut, also one with the prefix.
+
+    With `recorded`, their passes are recorded as CUDA graphs, and their names say so.
+    """
+    ending = ", graphs" if recorded else ""
     found = []
     for name, method, cut in plans:
         ours = compose([*case.words_of(method), "k=5"])
@@ -283,27 +331,42 @@ def build_stages(case: Case, precision: str, plans: list[tuple[str, str, bool]])
         groups = policy.groups(1e-4)
         groups[0].parameters += list(head_parameters(model).values())
         optimizers = Optimizers(groups, weight_decay=0.01)
-        found.append(_contender(name, precision, model, batch, optimizers, None))
+        found.append(_contender(name + ending, precision, model, batch, optimizers, None, recorded))
         if cut:
             prefix = Prefix(model, frozen_depth(model))
             name = f"{name}, prefix of {prefix.depth} stored"
-            found.append(_contender(name, precision, model, batch, optimizers, prefix))
+            found.append(_contender(name + ending, precision, model, batch, optimizers, prefix, recorded))
     return found
 
 
 def _contender(
-    name: str, precision: str, model: Any, batch: dict[str, Tensor], optimizers: Optimizers, prefix: Prefix | None
+    name: str,
+    precision: str,
+    model: Any,
+    batch: dict[str, Tensor],
+    optimizers: Optimizers,
+    prefix: Prefix | None,
+    recorded: bool,
 ) -> Contender:
+    graphs = Graphs() if recorded else None
     states = prefix.compute(batch) if prefix else None
 
     def replaced() -> contextlib.AbstractContextManager[None]:
         return prefix.replaced(states) if prefix and states is not None else contextlib.nullcontext()
 
+    def backward(given: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = model(**given).loss
+        torch.autograd.backward(loss)
+        return loss.detach()
+
     def step() -> None:
         optimizers.set_schedule(10, warmup=10, total=1000)
         with first_token_alone(model), replaced():
-            loss = model(**batch).loss
-        loss.backward()
+            if graphs:
+                graphs.begin(0)
+                graphs.run(batch, backward, optimizers.parameters)
+            else:
+                backward(batch)
         optimizers.clip(1.0)
         optimizers.step()
         optimizers.zero_grad()

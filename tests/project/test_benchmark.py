@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.tape import Tape
+from wlora.training import graphs
 
 pytestmark = pytest.mark.integration
 
@@ -52,6 +56,66 @@ def test_steps_are_timed_and_compared_with_peft(benchmark: Any, tmp_path: Path, 
     assert found["WLoRA cut", "fp32"]["saved_to_peft"] < found["LoRA", "fp32"]["saved_to_peft"] <= 1
     assert found["LoRA", "bf16"]["saved_mib"] < found["LoRA", "fp32"]["saved_mib"]
     assert (tmp_path / "steps.md").read_text().count("\n") == len(rows) + 2
+
+
+def test_graphs_are_timed_beside_peft_where_there_are_any(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["benchmark.py", "graphs", "--repeats", "3", "--models", "minilm", "--out", str(tmp_path)]
+    )
+    benchmark.main()
+    found = json.loads((tmp_path / "graphs.json").read_text())
+    assert (found["skipped"], found["rows"]) == ("it needs CUDA", []) and "skipped" in capsys.readouterr().out
+    words = ("task=mrpc", "model=tiny_bert", "model.architecture.num_hidden_layers=4")
+    monkeypatch.setattr(benchmark, "CASES", {"minilm": benchmark.Case(words, 8, 16, r"\.2\..*\.(key|value)|\.3\.")})
+    monkeypatch.setattr(benchmark, "has_graphs", lambda device: True)
+    monkeypatch.setattr(graphs, "CudaRecorder", Tape)
+    benchmark.main()
+    rows = json.loads((tmp_path / "graphs.json").read_text())["rows"]
+    ours = STAGES[1:5]
+    assert [stage(row["what"]) for row in rows] == ["PEFT LoRA", *ours, *(f"{what}, graphs" for what in ours)]
+    assert rows[0]["time_to_peft"] == 1 and all(row["ms"] > 0 for row in rows)
+
+
+def test_memory_stands_beside_the_authors_measurements(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmark_memory import AUTHORS
+
+    from wlora.experiment.memory_estimate import Memory
+
+    memory = sys.modules["benchmark_memory"]
+    told = [Memory(36, 2**30, 0, 2**31), Memory(1, 2**30, 0, 2**30)]
+    monkeypatch.setattr(memory, "estimate", lambda *_: told)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "memory", "--out", str(tmp_path)])
+    benchmark.main()
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert [(row["batch"], row["adapters"]) for row in rows] == [(f"{b}×128", k) for b in (32, 64) for k in (1, 20, 36)]
+    assert [row["authors_gib"] for row in rows] == [gib for of_batch in AUTHORS.values() for gib in of_batch.values()]
+    assert {row["dry_run_gib"] for row in rows} == {2.0} and {row["peak_gib"] for row in rows} == {None}
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_leaves_json_for_every_part_and_says_what_is_skipped(tmp_path: Path) -> None:
+    words = {"OUT": str(tmp_path), "SMALL": "1", "PARTS": "tests steps packs graphs", "LIMIT": "600"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "scripts/gpu_check.sh"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **words, "PATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads((tmp_path / "parts.json").read_text())
+    assert {name: part["ended"] for name, part in parts.items()} == dict.fromkeys(words["PARTS"].split(), "done")
+    tests = json.loads((tmp_path / "tests.json").read_text())
+    assert tests["skipped"] == 1 and not tests["failed"] and not tests["passed"]
+    assert {row["runs"] for row in json.loads((tmp_path / "packs.json").read_text())["rows"]} == {1, 2}
+    assert json.loads((tmp_path / "steps.json").read_text())["rows"][0]["what"] == "PEFT LoRA"
+    assert json.loads((tmp_path / "graphs.json").read_text())["skipped"] == "it needs CUDA"
 
 
 def test_whole_runs_are_compared_with_each_form_of_batches(runs: Any) -> None:

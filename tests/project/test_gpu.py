@@ -88,6 +88,23 @@ def test_float32_agrees_with_the_cpu(tmp_path: Path, model: str) -> None:
     assert [a["name"] for a in here.adapters] == [a["name"] for a in there.adapters]
 
 
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_deberta", "tiny_llama", "tiny_bart"])
+def test_recorded_passes_agree_with_others(tmp_path: Path, model: str) -> None:
+    """Through a cut and with stored states; the recordings of before it are not replayed behind it."""
+    words = [f"model={model}", "method=rlora", "k=2", "seed=4", "precision=fp32", "dropout=0", "train.prefix_cache=memory"]
+    words += [f"++model.architecture.{name}=0" for name in DROPOUT.get(model, [])]
+    (recorded,) = run(tmp_path / "graphs", *words, "train.compile=graphs")
+    (other,) = run(tmp_path / "off", *words)
+    assert recorded.memory["graphs"] >= 2 and recorded.memory["graph_passes"] > 0 and "graphs" not in other.memory
+    assert recorded.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-3)
+    assert [a["name"] for a in recorded.adapters] == [a["name"] for a in other.adapters]
+
+
+def test_recorded_dropout_repeats_bit_for_bit(tmp_path: Path) -> None:
+    first, again = (run(tmp_path / folder, "method=wlora", "dropout=0.1", "train.compile=graphs")[0] for folder in "ab")
+    assert first.memory["graph_passes"] > 0 and (first.metrics, first.curve) == (again.metrics, again.curve)
+
+
 def test_batches_grow_by_measured_memory(tmp_path: Path) -> None:
     words = ["method=wlora", "k=1", "train.grow_batch=micro", "train.accumulation_steps=4", "task.epochs=4"]
     (record,) = run(tmp_path, *words, "task.batch_size=32", "task.max_train_rows=512")

@@ -159,6 +159,13 @@ class TrainConfig:
     gradient_checkpointing: bool = key(
         False, "", "recompute activations in the backward pass: slower, less memory", "nothing"
     )
+    compile: str = key(
+        "off",
+        "off | graphs",
+        "graphs: record the forward and backward pass of each length as a CUDA graph, and replay it (CUDA only)",
+        "course",
+        later=True,
+    )
     grow_batch: str = key(
         "off",
         "off | micro | effective",

@@ -44,6 +44,7 @@ def why_alone(config: Config) -> str | None:
         f"method={config.method['name']}": not method_class(config.method["name"]).packable,
         f"train.prefix_cache={train.prefix_cache}": train.prefix_cache != "off",
         f"train.grow_batch={train.grow_batch}": train.grow_batch == "effective",
+        f"train.compile={train.compile}": train.compile != "off",
         "train.gradient_checkpointing=true": train.gradient_checkpointing,
         "train.save_model=true": train.save_model,
         "train.fsdp=true": train.fsdp,

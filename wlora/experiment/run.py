@@ -38,6 +38,7 @@ from wlora.storage.trackers import Tracker, tracking_folder
 from wlora.training.batch_growth import settle_growth
 from wlora.training.checkpoints import CheckpointStore
 from wlora.training.gradients import compute_gradients
+from wlora.training.graphs import settle_graphs
 from wlora.training.interruption import Guard, Interrupted, Stopped, StopSignals
 from wlora.training.pack import Pack
 from wlora.training.precision import Precision, choose_precision, has_accelerator
@@ -225,6 +226,7 @@ def open_job(config: Config, overrides: Sequence[str], signals: StopSignals | No
     )
     config = from_main(config)  # processes may have read different records for `tuned` values
     config = settle_growth(config, accelerator.device)
+    config = settle_graphs(config, accelerator.device, accelerator.num_processes)
     precision = choose_precision(config.precision, accelerator.device)
     source = locate(config.model)
     record = open_record(config, source, precision)
@@ -380,6 +382,7 @@ def _settings(config: Config, method: Method, precision: Precision, process: int
         scale_loss=precision.name == "fp16",
         sharded=config.train.fsdp,
         autocast=precision.dtype if method.base_parameters and precision.name != "fp32" else None,
+        graphs=config.train.compile == "graphs",
         grow_batch=config.train.grow_batch,
         best=config.train.best,
         patience=config.train.patience,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -30,5 +31,11 @@ def class_losses(logits: Tensor, labels: Tensor, weights: Sequence[float] | None
     losses = F.cross_entropy(logits, labels, reduction="none")
     if weights is None:
         return losses
-    # Created on the CPU, so that no synchronisation with the GPU is needed.
-    return losses * torch.tensor(weights, dtype=losses.dtype).to(losses.device, non_blocking=True)[labels]
+    return losses * _as_tensor(tuple(weights), losses.dtype, losses.device)[labels]
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # it may be used for a backward pass later
+def _as_tensor(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return weights as a tensor: created on the CPU, without a synchronisation with the GPU, and once for all steps."""
+    return torch.tensor(weights, dtype=dtype).to(device, non_blocking=True)

@@ -121,7 +121,11 @@ class PrefixCache:
         self._splits[split] = _Stored(states, starts, lengths)
 
     def replay(self, split: str, rows: list[int], inputs: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Within the returned context, the model continues from the stored states of these rows. Call `prepare` first.
+        """Within the returned context, the model continues from the states of these rows. Arguments as for `find`."""
+        return self.prefix.replaced(self.find(split, rows, inputs))
+
+    def find(self, split: str, rows: list[int], inputs: dict[str, Tensor]) -> Tensor:
+        """Return the stored states of these rows, [rows, tokens, width], on the model's device. Call `prepare` first.
 
         Args:
             split: the name of the split.
@@ -131,15 +135,14 @@ class PrefixCache:
         stored = self._splits[split]
         if (stored.starts[rows] < 0).any():
             # Rounded like the stored states, so that results do not depend on the memory limit.
-            return self.prefix.replaced(self.prefix.compute(inputs).to(self.storage.dtype))
+            return self.prefix.compute(inputs).to(self.storage.dtype)
         mask = inputs["attention_mask"].bool()
         spans = zip(stored.starts[rows].tolist(), stored.lengths[rows].tolist(), strict=True)
         pieces = [stored.states[start : start + length] for start, length in spans]
         tokens = move({"states": torch.cat(pieces)}, mask.device)["states"]
         # Each token takes the next stored state. `states[mask] = tokens` would synchronise with the GPU.
         place = mask.flatten().cumsum(0).sub(1).clamp(min=0)
-        states = tokens[place].view(*mask.shape, -1).masked_fill(~mask.unsqueeze(-1), 0)
-        return self.prefix.replaced(states)
+        return tokens[place].view(*mask.shape, -1).masked_fill(~mask.unsqueeze(-1), 0)
 
     def _compute(self, features: Features, rows: list[int]) -> Iterator[Tensor]:
         """Yield the states of rows batch by batch, [tokens, width], without padding."""

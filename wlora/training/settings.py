@@ -37,6 +37,7 @@ class Settings:
         scale_loss: whether to scale the loss for float16.
         sharded: whether the frozen base is sharded over the processes, which must then call the model together.
         autocast: dtype of the forward pass if the base itself is trained in float32; otherwise None.
+        graphs: whether to record micro-batches as CUDA graphs and replay them.
         grow_batch: how to use the memory freed by a cut: `micro` enlarges the micro-batch only, `effective` also the
             number of rows per optimiser step, `off` nothing.
         best: the final adapters are those of the best evaluation by this metric; None for those of the last step.
@@ -54,6 +55,7 @@ class Settings:
     scale_loss: bool = False
     sharded: bool = False
     autocast: torch.dtype | None = None
+    graphs: bool = False
     grow_batch: str = "off"
     best: str | None = None
     patience: int | None = None

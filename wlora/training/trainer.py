@@ -28,9 +28,10 @@ from wlora.training.batch_growth import BatchGrowth
 from wlora.training.batch_order import share, step_batches
 from wlora.training.best import Best
 from wlora.training.evaluation import Evaluation, evaluate
+from wlora.training.graphs import Buckets, Graphs
 from wlora.training.losses import Losses
 from wlora.training.optimizers import Optimizers
-from wlora.training.prefetch import Prefetcher, move
+from wlora.training.prefetch import Batch, Prefetcher, move
 from wlora.training.prefix_cache import PrefixCache, open_cache
 from wlora.training.progress import advance, progress_bar
 from wlora.training.run_length import Plan
@@ -88,7 +89,13 @@ class Trainer:
         )
         self._before = 0  # the step before the current one
         self.upcoming: list[list[int]] = []  # the micro-batches of the plan's next step
-        self.prefetch = Prefetcher(lambda rows: task.collate(data.train.rows(rows), tokenizer))
+        self.graphs = Graphs() if settings.graphs else None
+
+        def collate(features: list[dict[str, Any]]) -> Batch:
+            return task.collate(features, tokenizer)
+
+        rounded = Buckets(data.train, task.head, collate) if settings.graphs and task.any_padding else None
+        self.prefetch = Prefetcher(rounded.collate if rounded else lambda rows: collate(data.train.rows(rows)))
 
     def begin(self) -> None:
         """Let the method make its random draws, and build the optimisers. Call this once, before `restore` or `course`.
@@ -195,6 +202,7 @@ class Trainer:
                 self._score()
             self.result.events += self.best.events(self.step, self.plan.total_steps)
             self.result.memory |= {"saved": self.measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
+            self.result.memory |= self.graphs.facts() if self.graphs else {}
         return self.result
 
     def passed(self, every: int) -> bool:
