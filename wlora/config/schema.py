@@ -74,7 +74,9 @@ class TaskConfig:
     generator: str | None = key(None, "", "generator of synthetic data, used instead of files", "course")
     columns: list[str] = key(list, "", "input columns, named as on the hub")
     text: Any = key(None, "", "text columns of an own table, NAME or [NAME,NAME]; null: found in the data", "course")
-    label: str | None = key(None, "", "column of the labels; null: label (answers), in an own table also found", later=True)
+    label: Any = key(
+        None, "", "column of the labels, or [NAME,NAME] of 0 and 1; null: label (answers), in an own table found", later=True
+    )
     labels: list[str] = key(list, "", "class names in order; empty for regression, text targets, and to be found in a table")
     class_weights: str = key("none", "none | balanced", "balanced: rare classes weigh more in the training loss", later=True)
     validation: Any = key(

@@ -18,7 +18,7 @@ from wlora.data import local_files as files
 from wlora.data.column_names import find_columns, listed
 from wlora.data.held_out import ALLOWED, check_split, made_from_train
 from wlora.data.labels import count_labels, name_cells, order_names, plain, refuse_nulls, split_cells, stored_names
-from wlora.data.row_checks import LABEL, label_column
+from wlora.data.row_checks import LABEL, label_column, merge_label_columns
 from wlora.data.sources import find_local, read_raw
 from wlora.errors import ConfigError, shorten, wrong_value
 from wlora.metrics.entities import TAG_METRICS, mark_entities
@@ -50,6 +50,7 @@ def settle(task: TaskConfig, *, offline: bool) -> list[str]:
         ConfigError: a value is wrong, columns cannot be inferred, or the labels are not what was asked for.
     """
     _settle_text(task)
+    _settle_label(task)
     told = _settle_validation(task)
     check_split(task)
     _check_weights(task)
@@ -64,8 +65,9 @@ def settle(task: TaskConfig, *, offline: bool) -> list[str]:
     found = find_columns(table, task, where)
     task.columns, task.label = found.columns, None if found.label == _standard(task) else found.label
     unused = f"; not used: {listed(found.unused)}" if found.unused else ""
-    label = f", task.label={found.label}" if label_column(task) else ""
-    told.insert(0, f"table      {table.num_rows:,} rows, task.text=[{','.join(found.columns)}]{label}{unused}")
+    named = f"[{','.join(found.label)}]" if isinstance(found.label, list) else found.label
+    texts = ",".join(name for name in found.columns if name != found.label)  # a summary's label is a text column, too
+    told.insert(0, f"table      {table.num_rows:,} rows, task.text=[{texts}], task.label={named}{unused}")
     if task.kind in _WITH_CLASSES:
         told.insert(1, _settle_labels(task, table, where))
     elif task.kind == "question_answering":
@@ -92,13 +94,38 @@ def _settle_text(task: TaskConfig) -> None:
     text = task.text
     if text is None:
         return
-    names = [text] if isinstance(text, str) else text
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+    names = _column_names(text)
+    if names is None:
         raise wrong_value("task.text", text, "NAME, [NAME] or [NAME,NAME], columns of the table")
     if len(set(names)) < len(names) or len(names) > 2:
         raise wrong_value("task.text", f"[{','.join(names)}]", "one column, or two different ones")
+    needed = {"question_answering": 2, "token_classification": 1}.get(task.kind, len(names))
+    needed = 1 if task.kind == "summarization" and task.label else needed
+    if len(names) != needed:
+        columns = "[QUESTION,CONTEXT], two columns" if needed == 2 else "one column"
+        raise wrong_value("task.text", f"[{','.join(names)}]", f"{columns} for task={task.name}")
     target = [task.label] if task.kind == "summarization" and task.label else []
     task.columns, task.text = [*names, *target], None
+
+
+def _settle_label(task: TaskConfig) -> None:
+    """Check the form of `task.label`: one column, or for classes of which a row may have several, one column for each."""
+    if task.label is None:
+        return
+    names = _column_names(task.label)
+    several = task.kind == "multi_label"
+    if names is None or len(set(names)) < len(names) or (len(names) > 1 and not several):
+        given = f"[{','.join(map(str, task.label))}]" if isinstance(task.label, list) else task.label
+        more = ", or [NAME,NAME], different columns of 0 and 1" if several else "; several are for task=multi_label"
+        raise wrong_value("task.label", given, f"NAME, a column of the table{more}")
+    task.label = names if len(names) > 1 else names[0]
+
+
+def _column_names(given: object) -> list[str] | None:
+    """Return given names of columns, of which YAML reads some as numbers; None if they are something else."""
+    items = given if isinstance(given, list) else [given]
+    names = [str(item) for item in items if isinstance(item, str | int) and not isinstance(item, bool)]
+    return names if items and len(names) == len(items) and all(names) else None
 
 
 def _settle_validation(task: TaskConfig) -> list[str]:
@@ -157,8 +184,10 @@ def _standard(task: TaskConfig) -> str | None:
 
 def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
     """Find the classes of the label column, or check the given ones; return the line that lists them."""
-    name = label_column(task) or LABEL
-    at, column, names = f"{where}: column {name}", table.column(name), stored_names(table.schema, name)
+    name, several = label_column(task) or LABEL, task.label if isinstance(task.label, list) else None
+    at = f"{where}: column {name}" if several is None else f"{where}: task.label=[{','.join(several)}]"
+    table = merge_label_columns(table, task, where)
+    column, names = table.column(name), several or stored_names(table.schema, name)
     if task.kind != "multi_label":
         refuse_nulls(plain(column), at)
     cells = name_cells(column, names, at)
@@ -175,7 +204,7 @@ def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
     else:
         cells = split_cells(cells, tags=task.kind == "token_classification")
     counted = count_labels(cells, at)
-    if names is not None and any(cell.isdecimal() is False for cell, _ in counted):
+    if names is not None and (several or not all(cell.isdecimal() for cell, _ in counted)):
         counted = order_names(names, counted)
     if task.labels:
         _compare(task.labels, [label for label, _ in counted], at)
