@@ -69,7 +69,11 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "corrupt parquet": ("parquet", _cut_short, ["train.parquet", "cannot be read as parquet"]),
     "corrupt json": ("json", _cut_short, ["train.json", "cannot be read as json"]),
     "corrupt jsonl": ("jsonl", _cut_short, ["train.jsonl", "cannot be read as jsonl: line 5"]),
-    "ragged csv": ("csv", lambda file: file.write_text("premise,hypothesis,label\na,b,0,9\n"), ["read as csv"]),
+    "ragged csv": (
+        "csv",
+        lambda file: file.write_text("premise,hypothesis,label\na,b,0,9\n"),
+        ["train.csv: the file is not in UTF-8", "iconv"],
+    ),
     "header only": ("tsv", lambda file: file.write_text("premise\thypothesis\tlabel\n"), ["train.tsv", "no rows"]),
     "no header": ("tsv", lambda file: file.write_text("a\tb\t0\n"), ["no column premise", "there is: a, b, 0"]),
     "cut within lines": ("json", lambda file: file.write_text('{\n"premise": "a"'), ["cannot be read as json: line 2"]),

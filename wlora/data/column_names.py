@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from wlora.data.labels import are_indicators, is_text, plain
+from wlora.data.labels import are_indicators, is_text, plain, shorten_type
 from wlora.data.row_checks import LABEL
 from wlora.errors import ConfigError, unknown_name
 
@@ -77,12 +77,12 @@ def find_columns(table: pa.Table, task: TaskConfig, where: str) -> Found:
     if not texts:
         texts = _only([name for name in rest if _reads_as_text(table.column(name), task.kind)])
         if not texts or task.kind == "question_answering":
-            raise _unclear("text", names, where)
+            raise _unclear("text", table, task.kind, where)
         rest = [name for name in rest if name not in texts]
     if label is None:
         label = _find_label(table, rest, task.kind)
         if label is None:
-            raise _unclear("label", names, where)
+            raise _unclear("label", table, task.kind, where)
     taken = label if isinstance(label, list) else [label]
     if both := [name for name in taken if name in texts]:
         raise ConfigError(f"{where}: column {both[0]} cannot be both a text and the label: see task.text and task.label")
@@ -98,9 +98,16 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _unclear(key: str, names: Sequence[str], where: str) -> ConfigError:
-    what = "[COLUMN]" if key == "text" else "COLUMN"
-    return ConfigError(f"{where}: which column is the {key} is not clear: add task.{key}={what}\nthere is: {listed(names)}")
+def _unclear(key: str, table: pa.Table, kind: str, where: str) -> ConfigError:
+    """Return the error for a column that is not found. Columns that hold no text are listed with their type."""
+    allowed = "COLUMN" if key == "label" else "[QUESTION,CONTEXT]" if kind == "question_answering" else "[COLUMN]"
+    if key == "label" and kind == "multi_label":
+        allowed += ", or [COLUMN,COLUMN] with 0 and 1"
+    types = {name: plain(table.column(name)).type for name in table.column_names}
+    there = [name if is_text(own) else f"{name} ({shorten_type(own)})" for name, own in types.items()]
+    return ConfigError(
+        f"{where}: which column is the {key} is not clear: add task.{key}={allowed}\nthere is: {listed(there)}"
+    )
 
 
 def _plain_name(name: str) -> str:

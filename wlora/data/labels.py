@@ -356,6 +356,12 @@ def quote(value: Any) -> str:
     return repr(value)[:_SHOWN]
 
 
+def shorten_class(name: str) -> str:
+    """Return a class name for messages and tables of the console: one line of at most 40 characters."""
+    line = " ".join(name.split())
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
+
+
 def shorten(text: str) -> str:
     """Return a list for messages, at most 80 characters."""
     return text if len(text) <= _LIST_SHOWN else text[:_LIST_SHOWN] + "…"

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 from wlora.data import local_files as files
 from wlora.data.column_names import find_columns, listed
 from wlora.data.held_out import ALLOWED, check_split, made_from_train
-from wlora.data.labels import count_labels, name_cells, order_names, plain, refuse_nulls, split_cells, stored_names
+from wlora.data.labels import (
+    count_labels,
+    name_cells,
+    order_names,
+    plain,
+    refuse_nulls,
+    shorten_class,
+    split_cells,
+    stored_names,
+    values,
+)
 from wlora.data.row_checks import LABEL, label_column, merge_label_columns
 from wlora.data.sources import find_local, read_raw
 from wlora.errors import ConfigError, shorten, wrong_value
@@ -70,8 +80,10 @@ def settle(task: TaskConfig, *, offline: bool) -> list[str]:
     told.insert(0, f"table      {table.num_rows:,} rows, task.text=[{texts}], task.label={named}{unused}")
     if task.kind in _WITH_CLASSES:
         told.insert(1, _settle_labels(task, table, where))
+    elif task.kind == "regression":
+        told.insert(1, _describe_values(task, table, where))
     elif task.kind == "question_answering":
-        _settle_answers(task, table)
+        told[1:1] = _settle_answers(task, table)
     return told
 
 
@@ -139,7 +151,7 @@ def _settle_validation(task: TaskConfig) -> list[str]:
         share = single.replace(".", "", 1).replace("e-", "", 1).isdecimal()
         if share and not made_from_train(single):
             raise wrong_value("task.validation", single, ALLOWED)
-        if not made_from_train(single) and (os.sep in single or Path(single).suffix[1:] in files.EXTENSIONS):
+        if not made_from_train(single) and (os.sep in single or files.extension(Path(single)) in files.EXTENSIONS):
             if not os.path.isfile(Path(single).expanduser()):
                 raise ConfigError(f"task.validation={single}: the file does not exist")
             if task.path is None:
@@ -197,10 +209,9 @@ def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
             raise ConfigError(
                 f"{at}: row {listed_cell} has a list of labels: allowed is task=multi_label or one label per row"
             )
-        if "" in cells:
-            raise ConfigError(
-                f"{at}: row {cells.index('')}, one of {cells.count('')}, has no label; expected is one in every row"
-            )
+        if number := cells.count(""):
+            others = f", one of {number}," if number > 1 else ""
+            raise ConfigError(f"{at}: row {cells.index('')}{others} has no label; expected is one in every row")
     else:
         cells = split_cells(cells, tags=task.kind == "token_classification")
     counted = count_labels(cells, at)
@@ -214,7 +225,7 @@ def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
         task.labels = [label for label, _ in counted]
     if task.kind == "token_classification" and not mark_entities(task.labels):
         task.metrics, task.primary_metric = list(TAG_METRICS), TAG_METRICS[0]  # entities cannot be counted
-    shown = [f"{label} {number:,}" for label, number in counted[:_CLASSES_SHOWN]]
+    shown = [f"{shorten_class(label)} {number:,}" for label, number in counted[:_CLASSES_SHOWN]]
     more = [f"… {len(counted) - _CLASSES_SHOWN} more"] if len(counted) > _CLASSES_SHOWN else []
     return f"labels     {', '.join([*shown, *more])}"
 
@@ -230,12 +241,23 @@ def _compare(given: Sequence[str], found: Sequence[str], at: str) -> None:
         )
 
 
-def _settle_answers(task: TaskConfig, table: pa.Table) -> None:
-    """Use the scores of SQuAD v2.0 if some questions have no answer."""
+def _describe_values(task: TaskConfig, table: pa.Table, where: str) -> str:
+    """Return the line about the values of a regression; refuse a column with only one value."""
+    name = label_column(task) or LABEL
+    at = f"{where}: column {name}"
+    found = values(table.column(name), table.schema, name, at)
+    if found.min() == found.max():
+        raise ConfigError(f"{at}: only the value {found[0]:g} in {len(found):,} rows; expected are at least two values")
+    return f"values     {found.min():g} to {found.max():g}, mean {found.mean():.4g}"
+
+
+def _settle_answers(task: TaskConfig, table: pa.Table) -> list[str]:
+    """Use the scores of SQuAD v2.0 if some questions have no answer, and tell so."""
     answers: list[Any] = table.column(label_column(task) or "").to_pylist()
     none = [not (answer["text"] if isinstance(answer, dict) and "text" in answer else answer) for answer in answers]
     if any(none) and not task.unanswerable:
         task.unanswerable, task.metrics = True, list(UNANSWERABLE_METRICS)
+    return [f"answers    {sum(none):,} questions have none: scores as for SQuAD v2.0"] if any(none) else []
 
 
 def _check_weights(task: TaskConfig) -> None:

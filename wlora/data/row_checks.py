@@ -152,6 +152,8 @@ def _check_text(column: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
     if not is_text(column.type):
         raise ConfigError(f"{at} holds {shorten_type(column.type)}; expected is text in every row")
     column = column.fill_null("")
+    if not pc.any(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)).as_py():
+        raise ConfigError(f"{at}: the texts of all {len(column)} rows are empty; expected are texts")
     sizes = pc.binary_length(column)
     if (longest := pc.max(sizes).as_py() or 0) > MOST_BYTES:
         row = pc.index(sizes, longest).as_py()
