@@ -72,7 +72,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "ragged csv": (
         "csv",
         lambda file: file.write_text("premise,hypothesis,label\na,b,0,9\n"),
-        ["train.csv: the file is not in UTF-8", "iconv"],
+        ["read as csv"],
     ),
     "header only": ("tsv", lambda file: file.write_text("premise\thypothesis\tlabel\n"), ["train.tsv", "no rows"]),
     "no header": ("tsv", lambda file: file.write_text("a\tb\t0\n"), ["no column premise", "there is: a, b, 0"]),
@@ -80,7 +80,12 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "too deep": ("json", lambda file: file.write_text("[" * 200_000), ["cannot be read as json"]),
     "no objects": ("json", lambda file: file.write_text("[1, 2]"), ["train.json", "row 0 is not an object"]),
     "no rows": ("json", lambda file: file.write_text("[]"), ["train.json", "no rows"]),
-    "not utf-8": ("csv", lambda file: file.write_bytes(b"premise,hypothesis,label\n\xff,b,0\n"), ["read as csv"]),
+    "not utf-8": (
+        "csv",
+        lambda file: file.write_bytes(b"premise,hypothesis,label\n\xff,b,0\n"),
+        ["train.csv: the file is not in UTF-8", "iconv"],
+    ),
+    "not utf-8 json": ("jsonl", lambda file: file.write_bytes(b'{"premise": "\xff"}'), ["the file is not in UTF-8"]),
     "no file": ("csv", lambda file: file.unlink(), ["split train", "train.{parquet,json,jsonl,csv,tsv}"]),
     "two files": ("csv", lambda file: write(file.with_suffix(".json"), ROWS), ["train.json", "train.csv"]),
 }
