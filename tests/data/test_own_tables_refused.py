@@ -91,6 +91,21 @@ BAD: dict[str, tuple[str, Columns, list[str], list[str]]] = {
         ["task.validation=5"],
         ["task.validation=5: allowed is a file, a share"],
     ),
+    "a split of a file": (
+        "text_classification",
+        tickets(),
+        ["task.validation=test"],
+        ["task.validation=test: allowed is a file, a share", "is a file and has no splits"],
+    ),
+    "less than nothing": ("text_classification", tickets(), ["task.validation=-0.1"], ["task.validation=-0.1: allowed is"]),
+    "a class given twice": (
+        "text_classification",
+        tickets(),
+        ["task.labels=[bug,bug,praise,question]"],
+        ["task.labels=[bug,bug,praise,question]: allowed is each class once"],
+    ),
+    "an unknown kind": ("text_classification", tickets(), ["task.kind=foo"], ["task.kind=foo is unknown"]),
+    "an empty path": ("text_classification", tickets(), ["task.path=''"], ["task.path='': allowed is a file"]),
     "one fold": ("text_classification", tickets(), ['task.validation="folds=1"'], ["task.validation=folds=1: allowed is"]),
     "a fold too many": (
         "text_classification",

@@ -59,6 +59,10 @@ def settle(task: TaskConfig, *, offline: bool) -> list[str]:
     Raises:
         ConfigError: a value is wrong, columns cannot be inferred, or the labels are not what was asked for.
     """
+    if task.path is not None and not task.path.strip():
+        raise wrong_value("task.path", repr(task.path), "a file, or a folder of files")
+    if doubled := [name for name in task.labels if task.labels.count(name) > 1]:
+        raise wrong_value("task.labels", f"[{','.join(task.labels)}]", f"each class once; {doubled[0]} is there twice")
     _settle_text(task)
     _settle_label(task)
     told = _settle_validation(task)
@@ -165,6 +169,9 @@ def _settle_validation(task: TaskConfig) -> list[str]:
         task.validation = [f"{float(n):g}" if not n.startswith("folds=") else n for n in task.validation]
         task.validation_path = None
     elif task.path and os.path.isfile(Path(task.path).expanduser()) and task.validation_path is None:
+        if task.validation and task.benchmark == BENCHMARK:  # a benchmark has names of splits that nobody has given
+            given = ",".join(task.validation)
+            raise wrong_value("task.validation", given, f"{ALLOWED}; task.path={task.path} is a file and has no splits")
         task.validation = [SHARE]
         return [_describe(task)]
     return [_describe(task)] if made else []
