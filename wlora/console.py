@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ def protect_output() -> None:
         if not isinstance(stream, _Output):
             # If a process was started with a closed stream, the stream is None.
             setattr(sys, name, _Output(stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")))
+    # Its import, by PEFT, reports that a package for faster 4-bit products on CPUs is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,13 @@ def sick(folder: Path) -> Path:
     )
 
 
+def sick_whole(folder: Path) -> Path:
+    rows: Columns = {"pair_ID": list(range(9)), "sentence_A": ["A b c"] * 9, "sentence_B": ["D e"] * 9}
+    rows |= {"entailment_label": ["NEUTRAL", "ENTAILMENT", "CONTRADICTION"] * 3, "relatedness_score": [4.5, 3, 1] * 3}
+    more = ("entailment_AB", "entailment_BA", "sentence_A_original", "sentence_B_original", "SemEval_set")
+    return write(folder / "SICK.TSV", rows | {name: [f"some {name}"] * 9 for name in more})
+
+
 def boolq(folder: Path) -> Path:
     rows: Columns = {"question": ["is it so"] * 20, "title": ["T"] * 20, "answer": [True, False] * 10}
     return write(folder / "boolq.jsonl", rows | {"passage": ["It is so."] * 20})
@@ -63,6 +70,7 @@ def unusual(folder: Path) -> Path:
     ("make", "words", "columns", "label", "labels"),
     [
         (sick, [], ["sentence_A", "sentence_B"], "entailment_judgment", ["CONTRADICTION", "ENTAILMENT", "NEUTRAL"]),
+        (sick_whole, [], ["sentence_A", "sentence_B"], "entailment_label", ["CONTRADICTION", "ENTAILMENT", "NEUTRAL"]),
         (boolq, [], ["question", "passage"], "answer", ["false", "true"]),
         (cb, [], ["premise", "hypothesis"], None, ["contradiction", "entailment", "neutral"]),
         (quora, [], ["question1", "question2"], None, ["0", "1"]),
@@ -208,7 +216,7 @@ def test_a_data_set_of_the_hub_needs_no_yaml(tmp_path: Path, monkeypatch: pytest
     assert (len(rows["train"]), len(rows["validation"])) == (40, 12)
 
 
-def test_values_answers_and_summaries_are_found(tmp_path: Path) -> None:
+def test_values_answers_and_summaries_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = settle(write(tmp_path / "v.csv", {"review": ["a b"] * 9, "stars": [1, 2.5, 3] * 3}), task="text_regression")
     assert (values.columns, values.label, values.labels) == (["review"], "stars", [])
     assert set(load_splits(values, offline=True).rows["train"]["label"][:]) == {1.0, 2.5, 3.0}
@@ -221,6 +229,9 @@ def test_values_answers_and_summaries_are_found(tmp_path: Path) -> None:
     file = write(tmp_path / "s.csv", {"article": ["a b c"] * 9, "title": ["t"] * 9, "highlights": ["a"] * 9})
     found = compose("task=summarization", "model=tiny_bart", "task.max_length=64", f"task.path={file}").task
     assert found.columns == ["article", "highlights"] and found.label == "highlights"
+    told = capsys.readouterr().out
+    assert "values     1 to 3, mean 2.167" in told and "answers    3 questions have none" in told
+    assert "task.text=[article], task.label=highlights; not used: title" in told
 
 
 def test_a_yaml_of_three_lines_names_a_table(

@@ -91,6 +91,21 @@ BAD: dict[str, tuple[str, Columns, list[str], list[str]]] = {
         ["task.validation=5"],
         ["task.validation=5: allowed is a file, a share"],
     ),
+    "a split of a file": (
+        "text_classification",
+        tickets(),
+        ["task.validation=test"],
+        ["task.validation=test: allowed is a file, a share", "is a file and has no splits"],
+    ),
+    "less than nothing": ("text_classification", tickets(), ["task.validation=-0.1"], ["task.validation=-0.1: allowed is"]),
+    "a class given twice": (
+        "text_classification",
+        tickets(),
+        ["task.labels=[bug,bug,praise,question]"],
+        ["task.labels=[bug,bug,praise,question]: allowed is each class once"],
+    ),
+    "an unknown kind": ("text_classification", tickets(), ["task.kind=foo"], ["task.kind=foo is unknown"]),
+    "an empty path": ("text_classification", tickets(), ["task.path=''"], ["task.path='': allowed is a file"]),
     "one fold": ("text_classification", tickets(), ['task.validation="folds=1"'], ["task.validation=folds=1: allowed is"]),
     "a fold too many": (
         "text_classification",
@@ -117,6 +132,72 @@ BAD: dict[str, tuple[str, Columns, list[str], list[str]]] = {
         [],
         ["column score: row 2 has 'high'; allowed are finite numbers"],
     ),
+    "one value": (
+        "text_regression",
+        {"text": ["a b"] * 4, "score": [1, 1.0, 1, 1.0]},
+        [],
+        ["column score: only the value 1 in 4 rows; expected are at least two values"],
+    ),
+    "blank texts": (
+        "text_classification",
+        tickets(text=["", " ", "\n"] * 20),
+        ["task.text=text"],
+        ["column text: the texts of all 60 rows are empty"],
+    ),
+    "a nested text": (
+        "text_classification",
+        tickets(text=[{"a": "b c"}] * 60),
+        [],
+        ["add task.text=[COLUMN]\nthere is: id, text (struct<a: string>), category"],
+    ),
+    "several label columns": (
+        "text_classification",
+        tickets(),
+        ["task.label=[category,id]"],
+        ["task.label=[category,id]: allowed is NAME, a column of the table; several are for task=multi_label"],
+    ),
+    "a label column that is a mapping": (
+        "text_classification",
+        tickets(),
+        ["task.label={a:1}"],
+        ["task.label={'a': 1}: allowed is NAME"],
+    ),
+    "a label column twice": (
+        "multi_label",
+        {"text": ["a b"] * 4, "a": [0, 1] * 2, "b": [1, 0] * 2},
+        ["task.label=[a,a]"],
+        ["task.label=[a,a]: allowed is NAME, a column of the table, or [NAME,NAME], different columns of 0 and 1"],
+    ),
+    "a label column that is missing": (
+        "multi_label",
+        {"text": ["a b"] * 4, "bug": [0, 1] * 2, "b": [1, 0] * 2},
+        ["task.label=[bugs,b]"],
+        ["task.label=bugs is unknown; did you mean bug?\nallowed: b, bug, text"],
+    ),
+    "more than zero and one": (
+        "multi_label",
+        {"text": ["a b"] * 4, "a": [0, 1, 2, 1], "b": [1, 0] * 2},
+        ["task.label=[a,b]"],
+        ["column a: row 2 has 2; allowed are 0 and 1"],
+    ),
+    "zeros and ones and a gap": (
+        "multi_label",
+        {"text": ["a b"] * 4, "a": [0, 1, None, 1], "b": [1, 0] * 2},
+        ["task.label=[a,b]"],
+        ["column a: row 2 has None; allowed are 0 and 1"],
+    ),
+    "only zeros": (
+        "multi_label",
+        {"text": ["a b"] * 4, "a": [0] * 4, "b": [0] * 4},
+        [],
+        ["task.label=[a,b]: no label in 4 rows"],
+    ),
+    "a question alone": (
+        "question_answering",
+        {"question": ["who"] * 4, "context": ["Anna left."] * 4, "answer": ["Anna"] * 4},
+        ["task.text=question"],
+        ["task.text=[question]: allowed is [QUESTION,CONTEXT], two columns"],
+    ),
     "an answer elsewhere": (
         "question_answering",
         {"question": ["who"] * 4, "context": ["Anna left."] * 4, "answer": ["Anna", "Anna", "Ben", "Anna"]},
@@ -137,6 +218,14 @@ def test_a_table_that_cannot_be_a_task_is_refused(case: str, tmp_path: Path) -> 
     task, columns, words, parts = BAD[case]
     message = fault_of(*words, path=write(tmp_path / "t.jsonl", columns), task=task)
     assert all(part in message for part in parts), message
+
+
+def test_a_json_file_is_refused_for_what_it_lacks_in_some_rows_or_for_its_shape(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"text": "a b"}\n' + '{"text": "a c", "label": "x"}\n' * 3)
+    assert "column label: row 0 is empty (null)" in fault_of(path=file)
+    file.write_text('{"text": {"0": "a b", "1": "c d"}, "label": {"0": 1, "1": 0}}')
+    assert "holds columns; expected is one object per row\nway out, with pandas: orient='records'" in fault_of(path=file)
 
 
 def test_files_of_different_schema_are_refused(tmp_path: Path) -> None:

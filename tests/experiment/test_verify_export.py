@@ -71,11 +71,14 @@ def test_uniform_exports_have_one_rank_and_one_scale(run_tiny: Callable[..., Any
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")), reason="needs wlora[onnx]"
 )
 @pytest.mark.slow
-def test_onnx_runtime_gives_the_logits_too(run_tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_onnx_runtime_gives_the_logits_too(
+    run_tiny: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     record = run_tiny(*SHORT, "method=wlora", "k=3")
     there = f"results_dir={tmp_path}"
     lines = verify([str(export([record.run_id, there])), there])
     assert any(re.fullmatch(r"onnx      differs by at most \S+", line) for line in lines)
+    assert "torchvision" not in (said := capfd.readouterr().err) and "Evaluation failed" not in said
 
 
 def test_a_changed_export_is_found(run_tiny: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "tickets" / f"{split}.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
     own = [f'{row},"It fails,\n""again"", {row}",{CLASSES[row % 7 % 3]}' for row in range(28)]
     (folder / "tickets.csv").write_text("\n".join(["id,text,kind", *own]), encoding="utf-8")
+    topics = [f"Anna plays {row},{row % 2},{row % 3 // 2},0" for row in range(28)]
+    (folder / "topics.csv").write_text("\n".join(["text,sport,news,food", *topics]), encoding="utf-8")
     (folder / "new.csv").write_text("\n".join(["id,text", *(f"{row},again {row}" for row in range(5))]), encoding="utf-8")
     (folder / "conf" / "task").mkdir(parents=True)
     (yaml,) = blocks(PAGES["docs/tasks.md"], "yaml")

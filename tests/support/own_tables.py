@@ -29,7 +29,9 @@ def write(file: Path, columns: Columns, delimiter: str | None = None) -> Path:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
         with file.open("w", newline="", encoding="utf-8-sig") as stream:
-            writer = csv.DictWriter(stream, list(columns), delimiter=delimiter or ("\t" if file.suffix == ".tsv" else ","))
+            writer = csv.DictWriter(
+                stream, list(columns), delimiter=delimiter or ("\t" if file.suffix.lower() == ".tsv" else ",")
+            )
             writer.writeheader()
             writer.writerows(rows)
     return file

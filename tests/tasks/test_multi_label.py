@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 
 from tests.conftest import compose
+from tests.support.own_tables import write as write_table
 from wlora.data.sources import load_splits
 from wlora.models.tiny import build_tokenizer
 from wlora.tasks.base import build_task
@@ -45,6 +46,36 @@ def test_sets_are_read_from_lists_and_texts(suffix: str, cells: list[Any], tmp_p
     rows = load_splits(task, offline=True).rows
     found = {text: row for split in rows.values() for text, row in zip(split["text"][:], split["label"][:], strict=True)}
     assert found == {"Anna library": [0], "Anna school library": [0, 1], "Anna": [], "Anna school": [1]}
+
+
+@pytest.mark.parametrize("words", [("1", "0"), ("1.0", "0.0"), ("True", "FALSE"), (1, 0), (True, False), (1.0, 0.0)])
+@pytest.mark.parametrize("given", [[], ["task.label=[library,school]"]])
+def test_sets_are_read_from_columns_of_zeros_and_ones(
+    words: tuple[Any, Any], given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {name: [words[name not in SETS[n % 4]] for n in range(40)] for name in ("school", "library")}
+    texts = [" ".join(["Anna", *SETS[n % 4]]) for n in range(40)]
+    file = write_table(
+        tmp_path / ("t.csv" if isinstance(words[0], str) else "t.parquet"), {"id": texts, "text": texts, **flags}
+    )
+    task = compose("task=multi_label", "model=tiny_bert", f"task.path={file}", *given).task
+    order = ["library", "school"] if given else ["school", "library"]  # as given, or as in the table
+    assert task.labels == task.label == order
+    told = capsys.readouterr().out
+    assert f"task.label=[{','.join(order)}]; not used: id" in told and "school 20" in told and "library 20" in told
+    rows = load_splits(task, offline=True).rows
+    found = {t: {order[n] for n in row} for s in rows.values() for t, row in zip(s["text"][:], s["label"][:], strict=True)}
+    assert found == {text: set(text.split()[1:]) for text in texts}
+
+
+def test_a_class_with_a_column_of_its_own_may_be_a_number_or_never_occur(tmp_path: Path) -> None:
+    columns = {"text": [f"a {n}" for n in range(8)], "10": [0, 1] * 4, "9": [0] * 8, "8": [1, 1, 0, 0] * 2}
+    file = write_table(tmp_path / "t.csv", columns)
+    task = compose("task=multi_label", "model=tiny_bert", f"task.path={file}", "task.label=[10,9,8]").task
+    assert task.labels == task.label == ["10", "9", "8"]
+    rows = load_splits(task, offline=True).rows
+    found = {t: row for split in rows.values() for t, row in zip(split["text"][:], split["label"][:], strict=True)}
+    assert [found[f"a {n}"] for n in range(4)] == [[2], [0, 2], [], [0]]
 
 
 def test_targets_are_zeros_and_ones_and_a_class_is_predicted_above_zero(tmp_path: Path) -> None:

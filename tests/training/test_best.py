@@ -49,11 +49,14 @@ def kinds(record: Any) -> list[tuple[int, str]]:
     return [(event["step"], event["kind"]) for event in record.events if event["kind"] in ("best", "stopped")]
 
 
-def test_the_best_evaluation_after_the_cut_is_kept(scripted: Any, run_tiny: Callable[..., Any]) -> None:
+def test_the_best_evaluation_after_the_cut_is_kept(
+    scripted: Any, run_tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     record = run_tiny(*WORDS, "train.best=accuracy")
     assert kinds(record) == [(24, "best")], "not step 8, which is before the cut at 10"
     assert same(scripted[-1], scripted[24]) and not same(scripted[24], scripted[32])
     assert len(record.adapters) == 2 and record.predictions
+    assert "\nbest       accuracy after step 24 (train.best)\n" in capsys.readouterr().out
 
 
 def test_by_default_the_last_step_is_reported(scripted: Any, run_tiny: Callable[..., Any]) -> None:
@@ -61,12 +64,15 @@ def test_by_default_the_last_step_is_reported(scripted: Any, run_tiny: Callable[
     assert record.metrics["accuracy"] == SCORES[32] and kinds(record) == [] and -1 not in scripted
 
 
-def test_patience_stops_after_evaluations_without_a_better_one(scripted: Any, run_tiny: Callable[..., Any]) -> None:
+def test_patience_stops_after_evaluations_without_a_better_one(
+    scripted: Any, run_tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     SCORES.update({40: 0.1, 48: 0.1})
     words = [*WORDS[:-1], "train.max_steps=48", "train.patience=2"]
     record = run_tiny(*words)
     assert kinds(record) == [(40, "stopped")] and max(scripted) == 40
     assert record.metrics["accuracy"] == 0.1, "without train.best the last evaluation counts"
+    assert "\nstopped    after step 40 of 48 (train.patience)\n" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_keeps_the_best_of_before(

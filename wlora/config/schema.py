@@ -74,7 +74,12 @@ class TaskConfig:
     generator: str | None = key(None, "", "generator of synthetic data, used instead of files", "course")
     columns: list[str] = key(list, "", "input columns, named as on the hub")
     text: Any = key(None, "", "text columns of an own table, NAME or [NAME,NAME]; null: detected", "course")
-    label: str | None = key(None, "", "label column; null: label or answers; in an own table it is detected", later=True)
+    label: Any = key(
+        None,
+        "",
+        "label column, or [NAME,NAME] of 0 and 1; null: label or answers; in an own table it is detected",
+        later=True,
+    )
     labels: list[str] = key(
         list, "", "class names in order; empty for regression and text targets, and to detect them in a table"
     )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from wlora.data.labels import is_text, plain
+from wlora.data.labels import are_indicators, is_text, plain, shorten_type
 from wlora.data.row_checks import LABEL
 from wlora.errors import ConfigError, unknown_name
 
@@ -20,7 +20,7 @@ _MOST_CLASSES = 100  # maximum number of classes of a label column that is recog
 _SHOWN = 8
 
 # Usual names, compared without regard to case and punctuation. The first one that exists is used.
-_CLASS = "label labels class category target intent sentiment topic entailment_judgment gold_label y answer"
+_CLASS = "label labels class category target intent sentiment topic entailment_judgment entailment_label gold_label y answer"
 _LABELS = {
     "classification": _CLASS,
     "regression": "score label rating stars value target y relatedness_score similarity similarity_score",
@@ -41,10 +41,13 @@ _IDENTIFIER = re.compile(r"(\w+_)?(id|idx|index|guid|uid|uuid)|unnamed_\d+|_*")
 
 
 class Found(NamedTuple):
-    """The columns of a table: texts, label (for a summary the second text), and those that are not used."""
+    """The columns of a table: texts, label (for a summary the second text), and those that are not used.
+
+    The label is a list of columns if every class has a column of its own.
+    """
 
     columns: list[str]
-    label: str
+    label: str | list[str]
     unused: list[str]
 
 
@@ -63,28 +66,30 @@ def find_columns(table: pa.Table, task: TaskConfig, where: str) -> Found:
     summary = task.kind == "summarization"
     given = task.columns[:1] if summary else task.columns
     label = task.label or (task.columns[1] if summary and len(task.columns) > 1 else None)
-    for key, name in [*(("text", name) for name in given), ("label", label)]:
-        if name is not None and name not in names:
+    taken = label if isinstance(label, list) else [label] if label else []
+    for key, name in [*(("text", name) for name in given), *(("label", name) for name in taken)]:
+        if name not in names:
             raise unknown_name(f"{where}: task.{key}={name}", name, names)
-    texts = list(given) or _named_texts(table, task.kind, without=label)
+    texts = list(given) or _named_texts(table, task.kind, without=taken)
     label = label or _named_label(names, task.kind, without=texts)
-    rest = [name for name in names if name not in (*texts, label) and not _IDENTIFIER.fullmatch(_plain_name(name))]
+    taken = taken or [label]
+    rest = [name for name in names if name not in (*texts, *taken) and not _IDENTIFIER.fullmatch(_plain_name(name))]
     if not texts:
         texts = _only([name for name in rest if _reads_as_text(table.column(name), task.kind)])
         if not texts or task.kind == "question_answering":
-            raise _unclear("text", names, where)
+            raise _unclear("text", table, task.kind, where)
         rest = [name for name in rest if name not in texts]
     if label is None:
-        found = _only([name for name in rest if _reads_as_label(table.column(name), task.kind)])
-        if not found:
-            raise _unclear("label", names, where)
-        label = found[0]
-    columns = [*texts, label] if summary else texts
-    if len(set(columns)) < len(columns) or (label in texts and not summary):
-        raise ConfigError(f"{where}: column {label} cannot be both a text and the label: see task.text and task.label")
+        label = _find_label(table, rest, task.kind)
+        if label is None:
+            raise _unclear("label", table, task.kind, where)
+    taken = label if isinstance(label, list) else [label]
+    if both := [name for name in taken if name in texts]:
+        raise ConfigError(f"{where}: column {both[0]} cannot be both a text and the label: see task.text and task.label")
+    columns = [*texts, *taken] if summary else texts
     if LABEL in columns:
         raise ConfigError(f"{where}: a text column must not be called {LABEL}: rename it")
-    return Found(columns, label, [name for name in names if name not in (*columns, label)])
+    return Found(columns, label, [name for name in names if name not in (*columns, *taken)])
 
 
 def listed(names: Sequence[str]) -> str:
@@ -93,9 +98,16 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _unclear(key: str, names: Sequence[str], where: str) -> ConfigError:
-    what = "[COLUMN]" if key == "text" else "COLUMN"
-    return ConfigError(f"{where}: which column is the {key} is not clear: add task.{key}={what}\nthere is: {listed(names)}")
+def _unclear(key: str, table: pa.Table, kind: str, where: str) -> ConfigError:
+    """Return the error for a column that is not found. Columns that hold no text are listed with their type."""
+    allowed = "COLUMN" if key == "label" else "[QUESTION,CONTEXT]" if kind == "question_answering" else "[COLUMN]"
+    if key == "label" and kind == "multi_label":
+        allowed += ", or [COLUMN,COLUMN] with 0 and 1"
+    types = {name: plain(table.column(name)).type for name in table.column_names}
+    there = [name if is_text(own) else f"{name} ({shorten_type(own)})" for name, own in types.items()]
+    return ConfigError(
+        f"{where}: which column is the {key} is not clear: add task.{key}={allowed}\nthere is: {listed(there)}"
+    )
 
 
 def _plain_name(name: str) -> str:
@@ -112,11 +124,20 @@ def _named_label(names: Sequence[str], kind: str, without: Sequence[str]) -> str
     return _by_name(names, _LABELS[kind], without)
 
 
-def _named_texts(table: pa.Table, kind: str, without: str | None) -> list[str]:
+def _find_label(table: pa.Table, names: Sequence[str], kind: str) -> str | list[str] | None:
+    """Return the only column that may hold labels, or all columns of 0 and 1 for classes of which a row may have several."""
+    found = _only([name for name in names if _reads_as_label(table.column(name), kind)])
+    if found:
+        return found[0]
+    flags = [name for name in names if are_indicators(table.column(name))] if kind == "multi_label" else []
+    return flags if len(flags) > 1 else None
+
+
+def _named_texts(table: pa.Table, kind: str, without: Sequence[str]) -> list[str]:
     """Return the text columns with usual names; an empty list if there are none."""
-    names = [name for name in table.column_names if name != without]
+    names = [name for name in table.column_names if name not in without]
     if kind in _TEXTS:
-        found = [_by_name(names, usual, [without]) for usual in _TEXTS[kind]]
+        found = [_by_name(names, usual, without) for usual in _TEXTS[kind]]
         return [name for name in found if name is not None] if None not in found else []
     known = {_plain_name(name): name for name in reversed(names) if _may_be_text(table.column(name))}
     for first, second in _PAIRS:
@@ -127,7 +148,7 @@ def _named_texts(table: pa.Table, kind: str, without: str | None) -> list[str]:
         second = name[: match.start(2)] + {"1": "2", "a": "b"}[match[2]] if match else ""
         if second in known and match is not None and match[1] not in ("label", "score"):
             return [known[name], known[second]]
-    single = _by_name(list(known.values()), _SENTENCES, [without])
+    single = _by_name(list(known.values()), _SENTENCES, without)
     return [single] if single else []
 
 

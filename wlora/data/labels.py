@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,6 +136,38 @@ def split_cell(text: str, names: Sequence[str] | None = None) -> list[str]:
         if delimiter in text and (names is None or set(parts) <= set(names)):
             return parts
     return [text]
+
+
+_INDICATORS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
+def are_indicators(column: pa.ChunkedArray) -> bool:
+    """Tell whether a column holds nothing but 0 and 1, as numbers, texts or truth values."""
+    return all(str(cell).strip().lower() in _INDICATORS for cell in plain(column).unique().to_pylist())
+
+
+def merge_indicators(columns: Mapping[str, pa.ChunkedArray], where: str) -> pa.Array:
+    """Return the names of the columns that hold 1 in each row, as lists of strings, shape [rows].
+
+    Args:
+        columns: one column per class.
+        where: the source of the rows, for error messages.
+
+    Raises:
+        ConfigError: a cell is neither 0 nor 1.
+    """
+    import pyarrow as pa
+
+    flags = []
+    for name, column in columns.items():
+        cells = plain(column).to_pylist()
+        found = [_INDICATORS.get(str(cell).strip().lower()) for cell in cells]
+        if None in found:
+            row = found.index(None)
+            raise ConfigError(f"{where}: column {name}: row {row} has {quote(cells[row])}; allowed are 0 and 1")
+        flags.append(found)
+    rows = [[name for name, flag in zip(columns, row, strict=True) if flag] for row in zip(*flags, strict=True)]
+    return pa.array(rows, pa.list_(pa.string()))
 
 
 def count_labels(cells: Sequence[Any], at: str) -> list[tuple[str, int]]:
@@ -322,6 +354,12 @@ def _parse_float(text: str) -> float:
 def quote(value: Any) -> str:
     """Return a cell for messages, at most 40 characters."""
     return repr(value)[:_SHOWN]
+
+
+def shorten_class(name: str) -> str:
+    """Return a class name for messages and tables of the console: one line of at most 40 characters."""
+    line = " ".join(name.split())
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
 
 
 def shorten(text: str) -> str:

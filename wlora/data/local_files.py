@@ -26,7 +26,13 @@ _NAMES_SHOWN = 8
 _LINE = 160
 _CSV_BLOCK = 1 << 24
 """Block size in bytes. The CSV reader rejects rows longer than one block."""
+_RECODE = "way out, for a file of Excel on Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 _SPACE = re.compile(r"\s*")
+
+
+def extension(file: Path) -> str:
+    """Return the type of a file, `csv` for `NAME.csv` and `NAME.CSV`."""
+    return file.suffix[1:].lower()
 
 
 def location(task: TaskConfig, file: Path) -> str:
@@ -73,7 +79,7 @@ def find_files(task: TaskConfig, split: str) -> list[Path]:
         )
     for file in found:
         at = location(task, file)
-        if file.suffix[1:] not in EXTENSIONS:
+        if extension(file) not in EXTENSIONS:
             raise _fault(at, f"a file of type {file.suffix or 'none'}; allowed is {', '.join(EXTENSIONS)}")
         if file.stat().st_size == 0:
             raise _fault(at, "the file is empty; expected are rows")
@@ -102,9 +108,9 @@ def _find_named(folder: Path, split: str) -> list[Path]:
 
 def _find_others(folder: Path) -> list[Path]:
     """Return the data files of a folder that are not named after a split, in the order of their names."""
-    files = [file for file in sorted(folder.iterdir()) if file.suffix[1:] in EXTENSIONS and os.path.isfile(file)]
+    files = [file for file in sorted(folder.iterdir()) if extension(file) in EXTENSIONS and os.path.isfile(file)]
     own = [file for file in files if not _OF_A_SPLIT.match(file.name)]
-    if len({file.suffix for file in own}) > 1:
+    if len({extension(file) for file in own}) > 1:
         found = _listed([file.name for file in own])
         raise ConfigError(f"task.path={folder}: expected are files of one type, or a file train.*\nthere is: {found}")
     return own
@@ -126,11 +132,13 @@ def read_table(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
     """
     import pyarrow as pa
 
-    read = {".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_csv}.get(file.suffix, _read_json)
+    read = {"parquet": _read_parquet, "csv": _read_csv, "tsv": _read_csv}.get(extension(file), _read_json)
     try:
         return read(file, columns, at)
     except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
-        raise _fault(at, f"cannot be read as {file.suffix[1:]}: {line_of(error)}") from error
+        if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in str(error):
+            raise _fault(at, f"the file is not in UTF-8; allowed is only this encoding\n{_RECODE}") from error
+        raise _fault(at, f"cannot be read as {extension(file)}: {line_of(error)}") from error
 
 
 def _read_parquet(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
@@ -144,7 +152,7 @@ def _read_csv(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
-    plain = file.suffix == ".tsv"
+    plain = extension(file) == "tsv"
     delimiter, header = ("\t", _read_header(file, "\t", csv.QUOTE_NONE)) if plain else _find_delimiter(file)
     chosen = _choose(header, columns, at)
     return arrow_csv.read_csv(
@@ -175,16 +183,16 @@ def write_table(table: pa.Table, file: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    if file.suffix == ".parquet":
+    if extension(file) == "parquet":
         import pyarrow.parquet as pq
 
         pq.write_table(table, file)
         return
     with file.open("w", encoding="utf-8", newline="") as stream:
-        if file.suffix in (".json", ".jsonl"):
+        if extension(file) in ("json", "jsonl"):
             stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
             return
-        rows = csv.writer(stream, delimiter="\t" if file.suffix == ".tsv" else ",", lineterminator="\n")
+        rows = csv.writer(stream, delimiter="\t" if extension(file) == "tsv" else ",", lineterminator="\n")
         rows.writerow(table.column_names)
         for row in table.to_pylist():
             rows.writerow([json.dumps(cell) if isinstance(cell, list | dict) else cell for cell in row.values()])
@@ -200,7 +208,9 @@ def _read_json(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
         raise _fault(at, f"row {wrong} is not an object; expected is one object per row with named columns")
     if not rows:
         raise _fault(at, "there are no rows")
-    chosen = _choose(list(rows[0]), columns, at)
+    if len(rows) == 1 and rows[0] and all(isinstance(cell, dict) for cell in rows[0].values()):
+        raise _fault(at, "holds columns; expected is one object per row\nway out, with pandas: orient='records'")
+    chosen = _choose(list(dict.fromkeys(name for row in rows for name in row)), columns, at)
     return pa.table({name: _to_array(name, [row.get(name) for row in rows], at) for name in chosen})
 
 

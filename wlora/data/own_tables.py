@@ -17,8 +17,18 @@ from typing import TYPE_CHECKING, Any
 from wlora.data import local_files as files
 from wlora.data.column_names import find_columns, listed
 from wlora.data.held_out import ALLOWED, check_split, made_from_train
-from wlora.data.labels import count_labels, name_cells, order_names, plain, refuse_nulls, split_cells, stored_names
-from wlora.data.row_checks import LABEL, label_column
+from wlora.data.labels import (
+    count_labels,
+    name_cells,
+    order_names,
+    plain,
+    refuse_nulls,
+    shorten_class,
+    split_cells,
+    stored_names,
+    values,
+)
+from wlora.data.row_checks import LABEL, label_column, merge_label_columns
 from wlora.data.sources import find_local, read_raw
 from wlora.errors import ConfigError, shorten, wrong_value
 from wlora.metrics.entities import TAG_METRICS, mark_entities
@@ -49,7 +59,12 @@ def settle(task: TaskConfig, *, offline: bool) -> list[str]:
     Raises:
         ConfigError: a value is wrong, columns cannot be inferred, or the labels differ from the requested ones.
     """
+    if task.path is not None and not task.path.strip():
+        raise wrong_value("task.path", repr(task.path), "a file, or a folder of files")
+    if doubled := [name for name in task.labels if task.labels.count(name) > 1]:
+        raise wrong_value("task.labels", f"[{','.join(task.labels)}]", f"each class once; {doubled[0]} is there twice")
     _settle_text(task)
+    _settle_label(task)
     told = _settle_validation(task)
     check_split(task)
     _check_weights(task)
@@ -64,12 +79,15 @@ def settle(task: TaskConfig, *, offline: bool) -> list[str]:
     found = find_columns(table, task, where)
     task.columns, task.label = found.columns, None if found.label == _standard(task) else found.label
     unused = f"; not used: {listed(found.unused)}" if found.unused else ""
-    label = f", task.label={found.label}" if label_column(task) else ""
-    told.insert(0, f"table      {table.num_rows:,} rows, task.text=[{','.join(found.columns)}]{label}{unused}")
+    named = f"[{','.join(found.label)}]" if isinstance(found.label, list) else found.label
+    texts = ",".join(name for name in found.columns if name != found.label)  # a summary's label is a text column, too
+    told.insert(0, f"table      {table.num_rows:,} rows, task.text=[{texts}], task.label={named}{unused}")
     if task.kind in _WITH_CLASSES:
         told.insert(1, _settle_labels(task, table, where))
+    elif task.kind == "regression":
+        told.insert(1, _describe_values(task, table, where))
     elif task.kind == "question_answering":
-        _settle_answers(task, table)
+        told[1:1] = _settle_answers(task, table)
     return told
 
 
@@ -92,13 +110,38 @@ def _settle_text(task: TaskConfig) -> None:
     text = task.text
     if text is None:
         return
-    names = [text] if isinstance(text, str) else text
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+    names = _column_names(text)
+    if names is None:
         raise wrong_value("task.text", text, "NAME, [NAME] or [NAME,NAME], columns of the table")
     if len(set(names)) < len(names) or len(names) > 2:
         raise wrong_value("task.text", f"[{','.join(names)}]", "one column, or two different ones")
+    needed = {"question_answering": 2, "token_classification": 1}.get(task.kind, len(names))
+    needed = 1 if task.kind == "summarization" and task.label else needed
+    if len(names) != needed:
+        columns = "[QUESTION,CONTEXT], two columns" if needed == 2 else "one column"
+        raise wrong_value("task.text", f"[{','.join(names)}]", f"{columns} for task={task.name}")
     target = [task.label] if task.kind == "summarization" and task.label else []
     task.columns, task.text = [*names, *target], None
+
+
+def _settle_label(task: TaskConfig) -> None:
+    """Check the form of `task.label`: one column, or for classes of which a row may have several, one column for each."""
+    if task.label is None:
+        return
+    names = _column_names(task.label)
+    several = task.kind == "multi_label"
+    if names is None or len(set(names)) < len(names) or (len(names) > 1 and not several):
+        given = f"[{','.join(map(str, task.label))}]" if isinstance(task.label, list) else task.label
+        more = ", or [NAME,NAME], different columns of 0 and 1" if several else "; several are for task=multi_label"
+        raise wrong_value("task.label", given, f"NAME, a column of the table{more}")
+    task.label = names if len(names) > 1 else names[0]
+
+
+def _column_names(given: object) -> list[str] | None:
+    """Return given names of columns, of which YAML reads some as numbers; None if they are something else."""
+    items = given if isinstance(given, list) else [given]
+    names = [str(item) for item in items if isinstance(item, str | int) and not isinstance(item, bool)]
+    return names if items and len(names) == len(items) and all(names) else None
 
 
 def _settle_validation(task: TaskConfig) -> list[str]:
@@ -112,7 +155,7 @@ def _settle_validation(task: TaskConfig) -> list[str]:
         share = single.replace(".", "", 1).replace("e-", "", 1).isdecimal()
         if share and not made_from_train(single):
             raise wrong_value("task.validation", single, ALLOWED)
-        if not made_from_train(single) and (os.sep in single or Path(single).suffix[1:] in files.EXTENSIONS):
+        if not made_from_train(single) and (os.sep in single or files.extension(Path(single)) in files.EXTENSIONS):
             if not os.path.isfile(Path(single).expanduser()):
                 raise ConfigError(f"task.validation={single}: the file does not exist")
             if task.path is None:
@@ -126,6 +169,9 @@ def _settle_validation(task: TaskConfig) -> list[str]:
         task.validation = [f"{float(n):g}" if not n.startswith("folds=") else n for n in task.validation]
         task.validation_path = None
     elif task.path and os.path.isfile(Path(task.path).expanduser()) and task.validation_path is None:
+        if task.validation and task.benchmark == BENCHMARK:  # a benchmark has names of splits that nobody has given
+            given = ",".join(task.validation)
+            raise wrong_value("task.validation", given, f"{ALLOWED}; task.path={task.path} is a file and has no splits")
         task.validation = [SHARE]
         return [_describe(task)]
     return [_describe(task)] if made else []
@@ -157,8 +203,10 @@ def _standard(task: TaskConfig) -> str | None:
 
 def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
     """Find the classes of the label column, or check the given ones; return the line that lists them."""
-    name = label_column(task) or LABEL
-    at, column, names = f"{where}: column {name}", table.column(name), stored_names(table.schema, name)
+    name, several = label_column(task) or LABEL, task.label if isinstance(task.label, list) else None
+    at = f"{where}: column {name}" if several is None else f"{where}: task.label=[{','.join(several)}]"
+    table = merge_label_columns(table, task, where)
+    column, names = table.column(name), several or stored_names(table.schema, name)
     if task.kind != "multi_label":
         refuse_nulls(plain(column), at)
     cells = name_cells(column, names, at)
@@ -168,14 +216,13 @@ def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
             raise ConfigError(
                 f"{at}: row {listed_cell} has a list of labels: allowed is task=multi_label or one label per row"
             )
-        if "" in cells:
-            raise ConfigError(
-                f"{at}: row {cells.index('')}, one of {cells.count('')}, has no label; expected is one in every row"
-            )
+        if number := cells.count(""):
+            others = f", one of {number}," if number > 1 else ""
+            raise ConfigError(f"{at}: row {cells.index('')}{others} has no label; expected is one in every row")
     else:
         cells = split_cells(cells, tags=task.kind == "token_classification")
     counted = count_labels(cells, at)
-    if names is not None and any(cell.isdecimal() is False for cell, _ in counted):
+    if names is not None and (several or not all(cell.isdecimal() for cell, _ in counted)):
         counted = order_names(names, counted)
     if task.labels:
         _compare(task.labels, [label for label, _ in counted], at)
@@ -185,7 +232,7 @@ def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
         task.labels = [label for label, _ in counted]
     if task.kind == "token_classification" and not mark_entities(task.labels):
         task.metrics, task.primary_metric = list(TAG_METRICS), TAG_METRICS[0]  # entities cannot be counted
-    shown = [f"{label} {number:,}" for label, number in counted[:_CLASSES_SHOWN]]
+    shown = [f"{shorten_class(label)} {number:,}" for label, number in counted[:_CLASSES_SHOWN]]
     more = [f"… {len(counted) - _CLASSES_SHOWN} more"] if len(counted) > _CLASSES_SHOWN else []
     return f"labels     {', '.join([*shown, *more])}"
 
@@ -201,12 +248,23 @@ def _compare(given: Sequence[str], found: Sequence[str], at: str) -> None:
         )
 
 
-def _settle_answers(task: TaskConfig, table: pa.Table) -> None:
-    """Use the scores of SQuAD v2.0 if some questions have no answer."""
+def _describe_values(task: TaskConfig, table: pa.Table, where: str) -> str:
+    """Return the line about the values of a regression; refuse a column with only one value."""
+    name = label_column(task) or LABEL
+    at = f"{where}: column {name}"
+    found = values(table.column(name), table.schema, name, at)
+    if found.min() == found.max():
+        raise ConfigError(f"{at}: only the value {found[0]:g} in {len(found):,} rows; expected are at least two values")
+    return f"values     {found.min():g} to {found.max():g}, mean {found.mean():.4g}"
+
+
+def _settle_answers(task: TaskConfig, table: pa.Table) -> list[str]:
+    """Use the scores of SQuAD v2.0 if some questions have no answer, and tell so."""
     answers: list[Any] = table.column(label_column(task) or "").to_pylist()
     none = [not (answer["text"] if isinstance(answer, dict) and "text" in answer else answer) for answer in answers]
     if any(none) and not task.unanswerable:
         task.unanswerable, task.metrics = True, list(UNANSWERABLE_METRICS)
+    return [f"answers    {sum(none):,} questions have none: scores as for SQuAD v2.0"] if any(none) else []
 
 
 def _check_weights(task: TaskConfig) -> None:

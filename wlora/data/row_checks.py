@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wlora.data.labels import class_lists, class_numbers, is_text, plain, quote, refuse_nulls, shorten_type, values
+from wlora.data.labels import (
+    class_lists,
+    class_numbers,
+    is_text,
+    merge_indicators,
+    plain,
+    quote,
+    refuse_nulls,
+    shorten_type,
+    values,
+)
 from wlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,15 +31,33 @@ _LISTED = ("token_classification", "multi_label")
 
 
 def label_column(task: TaskConfig) -> str | None:
-    """Return the name of the column with the labels or answers; None for summaries, whose target is a text column."""
+    """Return the name of the column with the labels or answers; None for summaries, whose target is a text column.
+
+    For `task.label=[NAME,NAME]` it is the column of lists that `merge_label_columns` adds.
+    """
     standard = {"summarization": None, "question_answering": ANSWERS}.get(task.kind, LABEL)
-    return standard and (task.label or standard)
+    return standard and (standard if isinstance(task.label, list) else task.label or standard)
 
 
 def needed_columns(task: TaskConfig) -> list[str]:
     """Return the columns that a task uses."""
-    label = label_column(task)
-    return [*task.columns, *([label] if label else [])]
+    label = task.label if isinstance(task.label, list) else [label_column(task)]
+    return [*task.columns, *(name for name in label if name)]
+
+
+def merge_label_columns(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
+    """Return a table whose column `label` lists the classes of each row, from one column of 0 and 1 per class.
+
+    A table of which `task.label` names one column, or none, is returned as it is.
+
+    Raises:
+        ConfigError: a column is missing, or a cell is neither 0 nor 1.
+    """
+    if not isinstance(task.label, list):
+        return table
+    cells = merge_indicators({name: _require(table, name, where) for name in task.label}, where)
+    kept = table.select([name for name in table.column_names if name not in (*task.label, LABEL)])
+    return kept.replace_schema_metadata(None).append_column(LABEL, cells)
 
 
 def check_rows(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
@@ -49,7 +77,7 @@ def check_rows(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
     import pyarrow as pa
 
     columns = _text_columns(table, task.columns, task, where)
-    label = label_column(task)
+    table, label = merge_label_columns(table, task, where), label_column(task)
     if label is None:
         return pa.table(columns)
     if label in task.columns:
@@ -124,6 +152,8 @@ def _check_text(column: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
     if not is_text(column.type):
         raise ConfigError(f"{at} holds {shorten_type(column.type)}; expected is text in every row")
     column = column.fill_null("")
+    if not pc.any(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)).as_py():
+        raise ConfigError(f"{at}: the texts of all {len(column)} rows are empty; expected are texts")
     sizes = pc.binary_length(column)
     if (longest := pc.max(sizes).as_py() or 0) > MOST_BYTES:
         row = pc.index(sizes, longest).as_py()

@@ -72,7 +72,9 @@ def _hash_local(task: TaskConfig) -> str:
         return hash_files(find_local(task))
     named = [(split, file) for split in _loaded_names(task) for file in files.find_files(task, split)]
     single = {place, Path(task.validation_path or "").expanduser()}
-    lines = [f"{split + file.suffix if file in single else file.name}:{hash_file(file)}\n" for split, file in named]
+    lines = [
+        f"{f'{split}.{files.extension(file)}' if file in single else file.name}:{hash_file(file)}\n" for split, file in named
+    ]
     return hash_bytes("".join(lines).encode())
 
 

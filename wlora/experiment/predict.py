@@ -114,7 +114,7 @@ def _check_target(to: str | None, file: str | None) -> Path:
     if to is None:
         raise ConfigError("to is missing: add to=OUT.csv, the file for the predictions")
     target = Path(to).expanduser()
-    if target.suffix[1:] not in files.EXTENSIONS or target.is_dir():
+    if files.extension(target) not in files.EXTENSIONS or target.is_dir():
         raise wrong_value("to", to, f"a file of type {', '.join(files.EXTENSIONS)}")
     if file is not None and target.resolve() == Path(file).expanduser().resolve():
         raise wrong_value("to", to, "a file other than the input file")
@@ -129,7 +129,7 @@ def _read_rows(config: Config, file: str | None, split: str | None) -> tuple[pa.
     place = Path(file).expanduser()
     if not os.path.isfile(place):
         raise ConfigError(f"{file}: the file does not exist")
-    if place.suffix[1:] not in files.EXTENSIONS:
+    if files.extension(place) not in files.EXTENSIONS:
         raise ConfigError(f"{file}: a file of type {place.suffix or 'none'}; allowed is {', '.join(files.EXTENSIONS)}")
     if place.stat().st_size == 0:
         raise ConfigError(f"{file}: the file is empty; expected are rows")

@@ -75,6 +75,7 @@ def resolve(config: Config) -> Config:
 def _settle_task(config: Config) -> None:
     """Fill in the task's keys that an own table determines, print them, and check the keys that depend on them."""
     task = config.task
+    find_kind(task.kind)  # the message for an unknown one
     if task.benchmark == BENCHMARK and task.path is None and task.hub_id is not None:
         require_sources(dataclasses.replace(config, model=dataclasses.replace(config.model, source="random", path=None)))
     for line in settle(task, offline=config.offline):

@@ -45,6 +45,7 @@ def summarize(record: Record, method: Method, path: str) -> str:
     shares = share_of_model(last, counts)
     lines = [
         f"metric     {metrics} (dev set)",
+        *_show_ending(record),
         *(f"{'' if number else 'classes':10} {line}".rstrip() for number, line in enumerate(format_classes(record.classes))),
         f"trainable  {first:,} -> {last:,} ({shares}), head {counts['head']:,}",
         f"kept       {len(record.adapters)} adapters"
@@ -56,6 +57,17 @@ def summarize(record: Record, method: Method, path: str) -> str:
         f"record     {path}",
     ]
     return "\n".join(lines)
+
+
+def _show_ending(record: Record) -> list[str]:
+    """Return lines about the evaluation that `train.best` chose and the stop by `train.patience`; none by default."""
+    lines = []
+    for event in record.events:
+        if event["kind"] == "best":
+            lines.append(f"best       {event['metric']} after step {event['step']} (train.best)")
+        elif event["kind"] == "stopped":
+            lines.append(f"stopped    after step {event['step']} of {record.steps['total']} (train.patience)")
+    return lines
 
 
 def _show_prefix(memory: dict[str, int]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -85,8 +86,9 @@ def read_run_id(folder: Path) -> str:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     run = re.search(r"Run `([\w-]{1,100})` of wlora", text)
     if run is None:
+        there = "has" if folder.is_dir() else "is no folder, so it has"
         raise ConfigError(
-            f"{shorten(folder)}: has no model card that names a run: allowed is a folder that wlora export wrote"
+            f"{shorten(folder)}: {there} no model card that names a run: allowed is a folder that wlora export wrote"
         )
     return run[1]
 
@@ -155,6 +157,10 @@ def _onnx_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Return the logits of a plain model in ONNX Runtime on the CPU, as one vector."""
     import onnxruntime
     import torch
+
+    # They warn of a missing torchvision, which no model of texts uses, and of products that they cannot fold.
+    for name in ("torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:

@@ -63,7 +63,8 @@ class WLoRA(AdapterMethod):
             if self.select_steps >= steps.total:
                 raise ConfigError(
                     f"the run has {steps.total} optimiser steps: allowed is at least {self.select_steps + 1}, "
-                    f"as a selection takes {self.select_steps}"
+                    f"as a selection takes {self.select_steps}\n"
+                    "way out: more epochs (task.epochs), or train.max_steps"
                 )
         longest, reason = self.longest_select_steps(steps)
         if self.select_steps > longest:

@@ -80,7 +80,8 @@ def format_classes(found: dict[str, Any]) -> list[str]:
     """
     if not found:
         return []
-    names = [name if len(name) <= _WIDEST else name[: _WIDEST - 1] + "…" for name in found["names"]]
+    lined = [" ".join(name.split()) for name in found["names"]]
+    names = [name if len(name) <= _WIDEST else name[: _WIDEST - 1] + "…" for name in lined]
     order = sorted(range(len(names)), key=lambda number: -found["support"][number])[:_SHOWN]
     width = max([len(names[number]) for number in order] + [len("weighted")])
     lines = [f"{'':{width}}  precision  recall      f1   rows"]
