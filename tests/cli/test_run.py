@@ -20,6 +20,7 @@ from wlora.cli import command, entry
 from wlora.cli.command import COMMANDS
 from wlora.cli.job import OUTCOMES, Outcome, Sweep
 from wlora.console import protect_output
+from wlora.experiment import dry_run
 
 # Lines that are answered without torch: what is looked at, and mistakes with what is said of each.
 LOOKS = [["--help"], ["method=rlora", "--help"], ["--cfg", "job"]]
@@ -116,6 +117,16 @@ def test_no_network_is_refused_at_once_with_the_ways_out(probed: dict[str, Answe
     assert all(way in "\n".join(errors) for way in ("task.path", "cache", "experiment=demo"))
 
 
+@pytest.fixture
+def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the estimate of memory, most of a dry run's time; tests/experiment/test_memory_estimate.py makes it."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(dry_run, "estimate", fail)
+
+
 @pytest.mark.parametrize(
     ("words", "trainable"),
     [
@@ -125,7 +136,7 @@ def test_no_network_is_refused_at_once_with_the_ways_out(probed: dict[str, Answe
     ],
 )
 def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(
-    words: list[str], trainable: str, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+    words: list[str], trainable: str, unforeseen: None, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
     folder = tmp_path / "results"
     words = ["task=rte", "method=wlora_plus", "rank=4", "dry_run=true", f"results_dir={folder}", *words]
@@ -154,7 +165,7 @@ def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(
     ],
 )
 def test_dry_run_has_the_papers_n_and_percentages_of_the_other_tables(
-    words: list[str], lines: list[str], run_main: Callable[..., tuple[int, str, str]]
+    words: list[str], lines: list[str], unforeseen: None, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, printed, errors = run_main(*words, "method=lora", "dry_run=true")
     assert code == 0 and errors == "" and all(line in printed for line in lines), printed
@@ -205,7 +216,7 @@ def test_the_time_left_comes_from_runs_that_trained(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_sweep_names_what_an_experiment_brings_along(
-    tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+    unforeseen: None, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
     words = ["-m", "experiment=table1", *TINY, "dry_run=true", f"results_dir={tmp_path}"]
     _, printed, _ = run_main(*words[:-2], "seed=0,1", *words[-2:])
