@@ -27,7 +27,7 @@ def written(state: State) -> tuple[bytes, str]:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch, run_tiny: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that trains, from a written state if one is given; returns record, parameters, states of a whole run."""
+    """Return a function that trains, from a written state if one is given: record, parameters, states of a whole run."""
 
     def train(*overrides: str, results: Path, start: tuple[bytes, str] | None = None) -> tuple[Any, dict[str, Any], Any]:
         states: dict[int, tuple[bytes, str]] = {}
