@@ -98,11 +98,11 @@ def start(*words: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_a_sweep_killed_three_times_ends_with_the_records_of_an_unkilled_one(tmp_path: Path) -> None:
-    words = [*PACKED, "method=lora,wlora,wlora_plus,rlora", "rank=4", "k=3", "seed=0,1,2", "pack=4"]
-    words += ["train.max_steps=24", "train.checkpoint_every=5"]
+    words = [*PACKED, "method=lora,wlora,wlora_plus,rlora", "rank=4", "k=3", "lr=1e-3,3e-3", "seed=0,1,2", "pack=8"]
+    words += ["train.max_steps=32", "train.checkpoint_every=5"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(*words, f"results_dir={whole}").wait(600) == 0
-    for finished in (0, 4, 8):  # in each of the three packs, once checkpoints are there
+    for finished in (0, 8, 16):  # in each of the three packs, once checkpoints are there
         process = start(*words, f"results_dir={killed}")
         while process.poll() is None:
             with contextlib.suppress(FileNotFoundError):  # a folder that has just been removed
@@ -114,8 +114,8 @@ def test_a_sweep_killed_three_times_ends_with_the_records_of_an_unkilled_one(tmp
         assert process.wait() == -signal.SIGKILL
     assert start(*words, f"results_dir={killed}").wait(600) == 0
     expected, found = by_id(whole), by_id(killed)
-    assert expected.keys() == found.keys() and len(found) == 12
-    assert sum(bool(record.resumed_at) for record in found.values()) >= 4
+    assert expected.keys() == found.keys() and len(found) == 24
+    assert sum(bool(record.resumed_at) for record in found.values()) >= 8
     for run_id, record in found.items():
         twin = expected[run_id]
         assert record.status == "success" and record.metrics == pytest.approx(twin.metrics, abs=1e-8)
