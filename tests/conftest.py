@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,6 +86,11 @@ def _nothing_is_told_yet() -> None:
     TOLD.clear()
 
 
+# Hundreds of runs differ only in their folder.
+_PLAIN_RESULTS = re.compile(r"results_dir=/[\w./-]+")
+_COMPOSED: dict[tuple[Path, tuple[str, ...]], Any] = {}
+
+
 def compose(*overrides: str) -> Any:
     """Compose the real configuration with overrides and resolve it, as the entry point does."""
     from hydra import compose as hydra_compose
@@ -95,9 +101,15 @@ def compose(*overrides: str) -> Any:
     from wlora.config.schema import config_folder, register_schema
     from wlora.experiment.resolve import resolve
 
-    register_schema()
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        composed = hydra_compose("config", overrides=list(overrides))
+    folder = config_folder()
+    words = tuple(word for word in overrides if not _PLAIN_RESULTS.fullmatch(word))
+    if (folder, words) not in _COMPOSED:
+        register_schema()
+        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            _COMPOSED[folder, words] = hydra_compose("config", overrides=list(words))
+    composed = copy.deepcopy(_COMPOSED[folder, words])
+    for word in set(overrides) - set(words):
+        composed.results_dir = word.partition("=")[2]
     apply_presets(composed, overrides)
     return resolve(OmegaConf.to_object(composed))  # type: ignore[arg-type]
 

@@ -1,42 +1,32 @@
-"""What `--help` says, of every method and of the whole, and that it needs no torch for it."""
+"""What `--help` says, of every method and of the whole."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, enter_main
 from tests.support.conf_files import METHODS, read, read_method
 from wlora.cli.help import list_keys, read_comments, show
 from wlora.config.rules import RULES
 from wlora.config.schema import METHOD_NOTES
 
-# All helps in one fresh process: `ask` of them for each method, and one of the whole.
-ASK = """
-import contextlib, io, json, sys
-from wlora.cli import run
-said = {}
-for name in [*sys.argv[1:], ""]:
-    sys.argv = ["run", *([f"method={name}"] if name else []), "--help"]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        run.main()
-    said[name] = out.getvalue()
-print(json.dumps({"said": said, "torch": "torch" in sys.modules}))
-"""
-
 
 @pytest.fixture(scope="module")
-def answer() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, *METHODS], capture_output=True, text=True, check=True, cwd=ROOT, timeout=300
-    )
-    return dict(json.loads(done.stdout))
+def said() -> dict[str, str]:
+    """Return the help of each method, and that of the whole as "". tests/cli/test_run.py shows that they need no torch."""
+    found = {}
+    for name in [*METHODS, ""]:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+            assert enter_main(patch, *([f"method={name}"] if name else []), "--help") == 0
+        found[name] = out.getvalue()
+    return found
 
 
 def row(text: str, key: str) -> str:
@@ -45,13 +35,9 @@ def row(text: str, key: str) -> str:
     return line
 
 
-def test_no_help_imports_torch(answer: dict[str, Any]) -> None:
-    assert answer["torch"] is False
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_a_methods_help_has_a_line_for_each_key(name: str, answer: dict[str, Any]) -> None:
-    text, content = answer["said"][name], read_method(name)
+def test_a_methods_help_has_a_line_for_each_key(name: str, said: dict[str, str]) -> None:
+    text, content = said[name], read_method(name)
     rules = content.get("allowed", {})
     for key in set(content) - {"name", *METHOD_NOTES}:
         if key in rules:
@@ -65,8 +51,8 @@ def test_a_methods_help_has_a_line_for_each_key(name: str, answer: dict[str, Any
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_methods_help_tells_paper_authors_values_and_what_is_ambiguous(name: str, answer: dict[str, Any]) -> None:
-    text, content = " ".join(answer["said"][name].split()), read_method(name)
+def test_a_methods_help_tells_paper_authors_values_and_what_is_ambiguous(name: str, said: dict[str, str]) -> None:
+    text, content = " ".join(said[name].split()), read_method(name)
     assert content["about"] in text and f"Paper: {content['paper']}" in text
     assert all(item in text for item in content.get("ambiguous", []))
     assert ("method.preset=authors sets" in text) == ("presets" in content)
@@ -75,8 +61,8 @@ def test_a_methods_help_tells_paper_authors_values_and_what_is_ambiguous(name: s
         assert f" {task.replace('_', ' ')} {told}" in text
 
 
-def test_the_help_of_the_whole_has_a_line_per_method_and_the_keys_that_runs_turn(answer: dict[str, Any]) -> None:
-    text = answer["said"][""]
+def test_the_help_of_the_whole_has_a_line_per_method_and_the_keys_that_runs_turn(said: dict[str, str]) -> None:
+    text = said[""]
     for name in METHODS:
         assert read_method(name)["about"] in row(text, name)
     for key, rule in RULES.items():
@@ -84,8 +70,8 @@ def test_the_help_of_the_whole_has_a_line_per_method_and_the_keys_that_runs_turn
     assert "method=NAME --help" in text and "experiment=demo" in text and "method.select_steps" not in text
 
 
-def test_the_help_of_a_task_tells_the_values_of_its_presets(answer: dict[str, Any], run_main: Any) -> None:
-    assert row(answer["said"][""], "task.preset").split()[1] == "null" and "task.presets" not in answer["said"][""]
+def test_the_help_of_a_task_tells_the_values_of_its_presets(said: dict[str, str], run_main: Any) -> None:
+    assert row(said[""], "task.preset").split()[1] == "null" and "task.presets" not in said[""]
     text = " ".join(run_main("task=xsum", "model=bart_large", "--help")[1].split())
     preset = read("task", "xsum")["presets"]["release"]
     assert "task.preset=release sets what is not given explicitly" in text and preset["source"] in text

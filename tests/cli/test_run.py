@@ -20,88 +20,111 @@ from wlora.cli import command, entry
 from wlora.cli.command import COMMANDS
 from wlora.cli.job import OUTCOMES, Outcome, Sweep
 from wlora.console import protect_output
+from wlora.experiment import dry_run
 
-PROBE = (
-    "import sys, runpy\n"
-    "sys.argv = ['run'] + sys.argv[1:]\n"
-    "try:\n    runpy.run_module('wlora.run', run_name='__main__')\n"
-    "except SystemExit as end:\n    print('TORCH' if 'torch' in sys.modules else 'LIGHT', end.code or 0, file=sys.stderr)\n"
-)
+# Lines that are answered without torch: what is looked at, and mistakes with what is said of each.
+LOOKS = [["--help"], ["method=rlora", "--help"], ["--cfg", "job"]]
+NO_NETWORK = ["task=rte", "method=wlora_plus", "rank=4"]
+MISTAKES = [
+    (["task=rtee"], "did you mean task=rte?"),
+    (["method=wlorra"], "did you mean method=wlora?"),
+    (["model=minilmm"], "did you mean model=minilm?"),
+    (["rnak=4"], "did you mean rank?"),
+    (["method.lr_omga=1"], "did you mean method.lr_omega?"),
+    (["task.epoch=1"], "did you mean task.epochs?"),
+    (["rank=0"], "rank=0: allowed is int >= 1"),
+    (["rank=four"], "rank=four: allowed is int >= 1"),
+    (["k=0"], "k=0: allowed is int >= 1"),
+    (["model.quantization=fp4"], "model.quantization=fp4: allowed is none | nf4 | int8"),
+    (["experiment=table3", "task=story_nli"], "task=story_nli: allowed is mnli, sst2, cola, qqp, qnli, rte, mrpc, stsb"),
+    (["k=37"], "k=37: allowed is 1 to 36"),
+    (["train.fsdp=true"], "train.fsdp=true method=wlora: allowed is method=lora"),
+    (
+        ["train.fsdp=true", "method=lora", "model.quantization=nf4"],
+        "model.quantization=nf4: allowed is none with train.fsdp",
+    ),
+    (["lr=-1e-3"], "lr=-0.001: allowed is float > 0"),
+    (["seed=-1"], "seed=-1: allowed is int >= 0"),
+    (["dropout=1"], "dropout=1.0: allowed is float >= 0, < 1"),
+    (["targets=qk"], "targets=qk: allowed is qkv | attention | all | release"),
+    (["targets=qkv@"], "targets=qkv@: allowed is qkv | attention | all | release | SET@LAYER"),
+    (["targets=qkv@12"], "targets=qkv@12: allowed is a layer from 0 to 11 of model=deberta_v3_base"),
+    (["precision=fp8"], "precision=fp8: allowed is auto"),
+    (["task.epochs=x"], "task.epochs=x: allowed is float > 0"),
+    (["method=rlora", "method.draw=never"], "method.draw=never: allowed is at_projection | at_start"),
+    (["method.lr_omega=abc"], "method.lr_omega=abc: allowed is float > 0"),
+    (["method.prest=authors"], "did you mean method.preset?"),
+    (["method=adalora", "method.preset=author"], "method.preset=author: allowed is authors or null with method=adalora"),
+    (["method=full", "method.preset=authors"], "method.preset=authors: allowed is null with method=full"),
+    (["method=adalora", "task=story_nli", "method.preset=authors"], "task=story_nli: allowed is task=cola,mnli,mrpc,"),
+    (["task.preset=nonsense"], "task.preset=nonsense: allowed is null with task=rte"),
+    (["task.prest=release"], "did you mean task.preset?"),
+    (["method=adalora", "method.preset=authors", "method.every=0"], "method.every=0: allowed is int >= 1 or null"),
+    (["+foo=1"], "foo is unknown"),
+    (["rank=[1"], "error:"),
+    (["results_dir=/dev/null/x"], "results_dir=/dev/null/x: allowed is a folder that can be written"),
+    (["model.path=nowhere"], "model.path=nowhere: allowed is a folder with config.json"),
+    (["model=tiny_bert", "task.path=nowhere"], "task.path=nowhere"),
+]
+# One fresh process for all of them.
+PROBE = """
+import contextlib, io, json, sys
+from wlora.cli import run
+found = []
+for words in json.loads(sys.argv[1]):
+    sys.argv, code = ["run", *words], None
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            run.main()
+        except SystemExit as end:
+            code = end.code or 0
+    found.append((out.getvalue(), "torch" in sys.modules, errors.getvalue().splitlines(), code))
+print(json.dumps(found))
+"""
+Answer = tuple[str, bool, list[str], int]
+"""What is printed, whether torch was imported by then, the lines of errors, and the exit code."""
 
 
-def probe(*words: str, **environment: str) -> tuple[str, str, list[str], int]:
-    """Run the entry point and tell whether torch was imported: (stdout, verdict, error lines, exit code)."""
+@pytest.fixture(scope="module")
+def probed() -> dict[str, Answer]:
+    """Enter every line in one fresh process; returns the answers by line."""
+    lines = [*LOOKS, NO_NETWORK, *(words for words, _ in MISTAKES)]
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
+    env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, env=env, cwd=ROOT, timeout=300
+        [sys.executable, "-c", PROBE, json.dumps(lines)], capture_output=True, text=True, env=env, cwd=ROOT, timeout=300
     )
-    *errors, last = done.stderr.strip().splitlines()
-    verdict, code = last.split()
-    return done.stdout, verdict, errors, int(code)
+    assert done.returncode == 0, done.stderr
+    return {" ".join(words): answer for words, answer in zip(lines, json.loads(done.stdout), strict=True)}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["method=rlora", "--help"], ["--cfg", "job"]])
-def test_help_and_the_composed_configuration_need_no_torch(words: list[str]) -> None:
-    out, verdict, errors, code = probe(*words)
-    assert (verdict, code, errors) == ("LIGHT", 0, []) and "rank" in out
+@pytest.mark.parametrize("words", LOOKS)
+def test_help_and_the_composed_configuration_need_no_torch(words: list[str], probed: dict[str, Answer]) -> None:
+    out, torch, errors, code = probed[" ".join(words)]
+    assert (torch, code, errors) == (False, 0, []) and "rank" in out
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["task=rtee"], "did you mean task=rte?"),
-        (["method=wlorra"], "did you mean method=wlora?"),
-        (["model=minilmm"], "did you mean model=minilm?"),
-        (["rnak=4"], "did you mean rank?"),
-        (["method.lr_omga=1"], "did you mean method.lr_omega?"),
-        (["task.epoch=1"], "did you mean task.epochs?"),
-        (["rank=0"], "rank=0: allowed is int >= 1"),
-        (["rank=four"], "rank=four: allowed is int >= 1"),
-        (["k=0"], "k=0: allowed is int >= 1"),
-        (["model.quantization=fp4"], "model.quantization=fp4: allowed is none | nf4 | int8"),
-        (["experiment=table3", "task=story_nli"], "task=story_nli: allowed is mnli, sst2, cola, qqp, qnli, rte, mrpc, stsb"),
-        (["k=37"], "k=37: allowed is 1 to 36"),
-        (["train.fsdp=true"], "train.fsdp=true method=wlora: allowed is method=lora"),
-        (
-            ["train.fsdp=true", "method=lora", "model.quantization=nf4"],
-            "model.quantization=nf4: allowed is none with train.fsdp",
-        ),
-        (["lr=-1e-3"], "lr=-0.001: allowed is float > 0"),
-        (["seed=-1"], "seed=-1: allowed is int >= 0"),
-        (["dropout=1"], "dropout=1.0: allowed is float >= 0, < 1"),
-        (["targets=qk"], "targets=qk: allowed is qkv | attention | all | release"),
-        (["targets=qkv@"], "targets=qkv@: allowed is qkv | attention | all | release | SET@LAYER"),
-        (["targets=qkv@12"], "targets=qkv@12: allowed is a layer from 0 to 11 of model=deberta_v3_base"),
-        (["precision=fp8"], "precision=fp8: allowed is auto"),
-        (["task.epochs=x"], "task.epochs=x: allowed is float > 0"),
-        (["method=rlora", "method.draw=never"], "method.draw=never: allowed is at_projection | at_start"),
-        (["method.lr_omega=abc"], "method.lr_omega=abc: allowed is float > 0"),
-        (["method.prest=authors"], "did you mean method.preset?"),
-        (["method=adalora", "method.preset=author"], "method.preset=author: allowed is authors or null with method=adalora"),
-        (["method=full", "method.preset=authors"], "method.preset=authors: allowed is null with method=full"),
-        (["method=adalora", "task=story_nli", "method.preset=authors"], "task=story_nli: allowed is task=cola,mnli,mrpc,"),
-        (["task.preset=nonsense"], "task.preset=nonsense: allowed is null with task=rte"),
-        (["task.prest=release"], "did you mean task.preset?"),
-        (["method=adalora", "method.preset=authors", "method.every=0"], "method.every=0: allowed is int >= 1 or null"),
-        (["+foo=1"], "foo is unknown"),
-        (["rank=[1"], "error:"),
-        (["results_dir=/dev/null/x"], "results_dir=/dev/null/x: allowed is a folder that can be written"),
-        (["model.path=nowhere"], "model.path=nowhere: allowed is a folder with config.json"),
-        (["model=tiny_bert", "task.path=nowhere"], "task.path=nowhere"),
-    ],
-)
-def test_mistakes_are_told_in_two_lines_with_exit_code_2(words: list[str], expected: str) -> None:
-    _, verdict, errors, code = probe(*words)
-    assert (verdict, code) == ("LIGHT", 2)
+@pytest.mark.parametrize(("words", "expected"), MISTAKES)
+def test_mistakes_are_told_in_two_lines_with_exit_code_2(words: list[str], expected: str, probed: dict[str, Answer]) -> None:
+    _, torch, errors, code = probed[" ".join(words)]
+    assert (torch, code) == (False, 2)
     assert len(errors) <= 2 and errors[0].startswith("error: ") and expected in "\n".join(errors)
 
 
-def test_no_network_is_refused_at_once_with_the_ways_out() -> None:
-    _, verdict, errors, code = probe("task=rte", "method=wlora_plus", "rank=4")
-    text = "\n".join(errors)
-    assert (verdict, code, len(errors)) == ("LIGHT", 2, 2)
-    assert all(way in text for way in ("task.path", "cache", "experiment=demo"))
+def test_no_network_is_refused_at_once_with_the_ways_out(probed: dict[str, Answer]) -> None:
+    _, torch, errors, code = probed[" ".join(NO_NETWORK)]
+    assert (torch, code, len(errors)) == (False, 2, 2)
+    assert all(way in "\n".join(errors) for way in ("task.path", "cache", "experiment=demo"))
+
+
+@pytest.fixture
+def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the estimate of memory, most of a dry run's time; tests/experiment/test_memory_estimate.py makes it."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(dry_run, "estimate", fail)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +136,7 @@ def test_no_network_is_refused_at_once_with_the_ways_out() -> None:
     ],
 )
 def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(
-    words: list[str], trainable: str, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+    words: list[str], trainable: str, unforeseen: None, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
     folder = tmp_path / "results"
     words = ["task=rte", "method=wlora_plus", "rank=4", "dry_run=true", f"results_dir={folder}", *words]
@@ -142,7 +165,7 @@ def test_dry_run_counts_the_paper_model_offline_and_writes_nothing(
     ],
 )
 def test_dry_run_has_the_papers_n_and_percentages_of_the_other_tables(
-    words: list[str], lines: list[str], run_main: Callable[..., tuple[int, str, str]]
+    words: list[str], lines: list[str], unforeseen: None, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, printed, errors = run_main(*words, "method=lora", "dry_run=true")
     assert code == 0 and errors == "" and all(line in printed for line in lines), printed
@@ -193,7 +216,7 @@ def test_the_time_left_comes_from_runs_that_trained(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_sweep_names_what_an_experiment_brings_along(
-    tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+    unforeseen: None, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
     words = ["-m", "experiment=table1", *TINY, "dry_run=true", f"results_dir={tmp_path}"]
     _, printed, _ = run_main(*words[:-2], "seed=0,1", *words[-2:])

@@ -139,6 +139,7 @@ def test_git_is_asked_of_this_checkout_alone(tmp_path: Path, mark: Path, monkeyp
     monkeypatch.setenv("GIT_DIR", str(tmp_path))
     if shutil.which("git", path=os.defpath):
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    _git_state.cache_clear()
     assert _git_state() == before and not mark.exists()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,20 @@ def start_holder(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only those who wait move: nobody really sleeps, and a slow machine changes nothing."""
+    now = time.monotonic()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, name, lambda: now)
+
+
 def test_one_process_holds_a_run_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     holder = start_holder(tmp_path)
     try:
@@ -48,7 +63,7 @@ def test_one_process_holds_a_run_and_a_killed_one_holds_nothing(tmp_path: Path) 
 
 
 def test_a_silent_holder_on_another_machine_is_watched_and_then_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clock: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
     first = RunLock(tmp_path, "run")
@@ -93,8 +108,7 @@ def test_a_run_that_lost_its_lock_stops_and_writes_nothing_more(
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00garbage", b"x" * 5000, b"filelock/2\npid=1\nho"])
-def test_a_damaged_lock_is_nobodys_after_a_while(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "DAMAGED_SECONDS", 60)  # at most: the lock is taken as soon as filelock gives it up
+def test_a_damaged_lock_is_nobodys_after_a_while(content: bytes, clock: None, tmp_path: Path) -> None:
     lock = RunLock(tmp_path, "run")
     lock.path.parent.mkdir()
     lock.path.write_bytes(content)
@@ -106,7 +120,7 @@ def test_a_damaged_lock_is_nobodys_after_a_while(content: bytes, tmp_path: Path,
 
 @pytest.mark.parametrize(("told", "damaged"), [("mode=lease", "mode=leasd"), ("duration=1.0", "duration=3.0")])
 def test_a_lock_whose_damage_leaves_it_a_lock_is_named(
-    told: str, damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: str, damaged: str, clock: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
     first = RunLock(tmp_path, "run")

@@ -19,13 +19,13 @@ from wlora.training.trainer import Trainer
 
 SETTING = [
     *TINY,
-    *("precision=fp32", "rank=4", "lr=1e-2", "train.max_steps=20", "train.accumulation_steps=2", "task.batch_size=7"),
-    *("train.eval_every=10", "train.checkpoint_every=6", "offline=true"),
+    *("precision=fp32", "rank=4", "lr=1e-2", "train.max_steps=12", "train.accumulation_steps=2", "task.batch_size=7"),
+    *("train.eval_every=6", "train.checkpoint_every=4", "offline=true"),
 ]
 STILL = ["dropout=0", "+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0"]
 # Of the methods those that are also stopped and resumed here; tests/training/test_checkpoints.py and a signal stop others.
 STOPPED = ("wlora_plus", "increlora")
-LONG = [*SETTING, "method=wlora", "train.checkpoint_every=0", "train.eval_every=20"]
+LONG = [*SETTING, "method=wlora", "train.checkpoint_every=0", "train.eval_every=12"]
 # 49 rows in batches of 8 leave one for the last: a process has nothing to do there.
 SHARDED = [*SETTING, "model=tiny_llama", "method=lora", "targets=all", "task.max_eval_rows=49", "task.eval_batch_size=8"]
 
@@ -65,10 +65,10 @@ def main(folder: Path, methods: list[str]) -> None:
         if method not in STOPPED:
             continue
         found[f"{method} whole"] = run(folder / "whole", f"method={method}")
-        run(folder / "parts", f"method={method}", crash_at=14)
+        run(folder / "parts", f"method={method}", crash_at=9)
         found[f"{method} parts"] = run(folder / "parts", f"method={method}")
     found["sharded"] = run(folder / "sharded", *SHARDED, "dropout=0", "train.fsdp=true")
-    run(folder / "sharded_parts", *SHARDED, "dropout=0", "train.fsdp=true", crash_at=14)
+    run(folder / "sharded_parts", *SHARDED, "dropout=0", "train.fsdp=true", crash_at=9)
     run(folder / "sharded_parts", *SHARDED, "dropout=0", "train.fsdp=true", "train.gradient_checkpointing=true")
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 

@@ -27,7 +27,7 @@ def written(state: State) -> tuple[bytes, str]:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch, run_tiny: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that trains, from a written state if one is given; returns record, parameters and all states."""
+    """Return a function that trains, from a written state if one is given: record, parameters, states of a whole run."""
 
     def train(*overrides: str, results: Path, start: tuple[bytes, str] | None = None) -> tuple[Any, dict[str, Any], Any]:
         states: dict[int, tuple[bytes, str]] = {}
@@ -40,7 +40,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, run_tiny: Callable[..., Any]) -> Ca
 
                 if start is not None:
                     self.restore(State(json.loads(start[1]), load(start[0])))
-                result = yield from super().course(log, keep, **options)
+                result = yield from super().course(log, keep if start is None else None, **options)
                 last.update({name: p.detach().clone() for name, p in self.bare_model.named_parameters()})
                 return result
 

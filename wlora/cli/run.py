@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from wlora.cli.composing import composing_once
 from wlora.cli.help import register_help
 from wlora.cli.job import OUTCOMES, Outcome, attempt, fail, run_one
 from wlora.cli.launching import collecting
@@ -53,7 +54,7 @@ def _run(words: Sequence[str]) -> int:
             check_form(words)
             refuse_words(words)
             guard_files()
-            with collecting():
+            with composing_once(), collecting():
                 hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(run_one)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(ConfigError(explain(error, words)))

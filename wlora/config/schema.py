@@ -77,7 +77,7 @@ class TaskConfig:
     label: Any = key(
         None,
         "",
-        "label column, or [NAME,NAME] of 0 and 1; null: label or answers; in an own table it is detected",
+        "label column, or [NAME,NAME] of 0 and 1; null: label or answers, or detected in an own table",
         later=True,
     )
     labels: list[str] = key(

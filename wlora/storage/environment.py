@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
@@ -89,7 +90,7 @@ def describe_environment(device: str, precision: str, processes: int, *, overrid
         "git_dirty": dirty,
         "overrides": list(overrides),
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": dict(_versions()),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "torch": _torch_settings(),
         "platform": platform.platform(),
@@ -172,7 +173,9 @@ def describe_computing(environment: dict[str, Any]) -> str:
     return words if processes == 1 else f"{several} of {words}"
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
+    """Return the versions of the installed packages. They are read once: what this process has imported does not change."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -205,8 +208,12 @@ def _torch_settings() -> dict[str, Any]:
     return settings
 
 
+@functools.cache
 def _git_state() -> tuple[str | None, bool | None]:
-    """Return commit and dirty flag of the git checkout of this package; (None, None) for an installed wheel."""
+    """Return commit and dirty flag of the git checkout of this package; (None, None) for an installed wheel.
+
+    Git is asked once: all runs of a sweep execute the code that this process has imported.
+    """
     here = Path(__file__).parent
     # Prefer the system's git. Variables such as GIT_DIR are not passed on, because they may refer to another checkout.
     program = shutil.which("git", path=os.defpath) or "git"
@@ -225,6 +232,7 @@ def _git_state() -> tuple[str | None, bool | None]:
         return None, None
 
 
+@functools.cache
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,0 +1,57 @@
+"""Composing a command's configurations once; Hydra alone composes each of them two or three times.
+
+Hydra composes the whole configuration to look for `hydra.mode`, then again to run it. Of a sweep, it composes every run to
+check it before the first one starts, and again when the run starts. Copying a configuration takes less than a tenth of the
+time of composing it. For `--help`, Hydra lists all groups twice, even if the text does not contain them; that takes five
+times as long as the rest of the help.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# A copy takes about 1 MB. Runs of a longer sweep are composed again.
+MOST_KEPT = 256
+
+
+@contextmanager
+def composing_once() -> Iterator[None]:
+    """Context manager for one command: what Hydra has already composed from the same words is copied."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.hydra import Hydra
+
+    compose, find_mode, fill_help = ConfigLoaderImpl.load_configuration, Hydra.get_mode, Hydra.get_help
+    kept: dict[Any, DictConfig] = {}
+
+    def load_configuration(
+        self: Any, config_name: str | None, overrides: list[str], *given: Any, **named: Any
+    ) -> DictConfig:
+        key = (config_name, *overrides, given, *sorted(named.items()), os.getcwd())  # the folder becomes part of it
+        if key in kept:
+            return copy.deepcopy(kept[key])
+        composed: DictConfig = compose(self, config_name, overrides, *given, **named)
+        if len(kept) < MOST_KEPT:
+            kept[key] = copy.deepcopy(composed)  # callers change theirs
+        return composed
+
+    def get_mode(self: Any, config_name: str | None, overrides: list[str]) -> Any:
+        # No file may set it (`wlora.config.untrusted_yaml`).
+        chosen = any("hydra" in word and "mode" in word for word in overrides)
+        return find_mode(self, config_name, overrides) if chosen else None
+
+    def get_help(self: Any, help_cfg: DictConfig, *given: Any, **named: Any) -> Any:
+        if "CONFIG_GROUPS" not in str(OmegaConf.to_container(help_cfg, resolve=False)):
+            self.format_config_groups = lambda *_, **__: ""
+        return fill_help(self, help_cfg, *given, **named)
+
+    ConfigLoaderImpl.load_configuration, Hydra.get_mode, Hydra.get_help = load_configuration, get_mode, get_help
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration, Hydra.get_mode, Hydra.get_help = compose, find_mode, fill_help
