@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
 from wlora.experiment.build import assemble, prepare_method
+from wlora.models import written_attention
 from wlora.models.deberta_attention import restore_attention
 from wlora.models.discovery import layout_of
 from wlora.models.first_token import first_token_alone
@@ -215,6 +216,7 @@ def build_peft(case: Case, precision: str) -> Contender:
 
     model, batch = build_model(compose(case.words_of("lora")))
     restore_attention(model)  # as transformers hands it out
+    written_attention.restore_attention(model)
     stacks = layout_of(model).stacks
     suffixes = sorted({suffix.rpartition(".")[2] for stack in stacks for suffix in stack.qkv})
     head = sorted({name.split(".")[0] if "pooler" not in name else "pooler" for name in head_parameters(model)})
@@ -266,11 +268,11 @@ def build_ours(case: Case, precision: str) -> list[Contender]:
     return found
 
 
-def build_stages(case: Case, precision: str, plans: list[tuple[str, str, bool]]) -> list[Contender]:
+def build_stages(case: Case, precision: str, plans: list[tuple[str, str, bool]], *words: str) -> list[Contender]:
     """Build contenders: a name, a method, and whether it has cut; of one that has, without and with stored prefix."""
     found = []
     for name, method, cut in plans:
-        ours = compose([*case.words_of(method), "k=5"])
+        ours = compose([*case.words_of(method), "k=5", *words])
         model, batch = build_model(ours)
         policy = prepare_method(ours, None)
         assemble(ours, model, policy)

@@ -79,6 +79,7 @@ def load_model(args: argparse.Namespace) -> Any:
 
 def train(args: argparse.Namespace, model: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
     """Train and evaluate after every epoch; returns what there is to print of it."""
+    import torch
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     class TimedTrainer(Trainer):  # type: ignore[misc]

@@ -155,6 +155,12 @@ class TrainConfig:
     gradient_checkpointing: bool = key(
         False, "", "recompute activations in the backward pass: slower, less memory", "nothing"
     )
+    fast_step: bool = key(
+        False,
+        "",
+        "faster dropout masks on CPUs, one for adapters with the same input; adapters multiplied in the base's precision",
+        later=True,
+    )
     grow_batch: str = key(
         "off",
         "off | micro | effective",
