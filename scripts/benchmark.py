@@ -7,7 +7,9 @@
 `steps` times single optimiser steps of PEFT's LoRA, our LoRA, and WeightLoRA before and after its cut, without and with a
 stored prefix, and with the micro-batch grown into the freed memory; in float32, and in the low precision that the GPU or
 processor multiplies fast (PEFT's by autocast, where the model survives it). All take turns, and medians count. Batches are
-full, so tokens are unpadded ones; `--times` makes every batch so many times larger.
+full, so tokens are unpadded ones; `--times` makes every batch so many times larger. `operations` are those dispatched in a
+step; `time_to_limit` is the ratio to the time of the step's matrix products at the rate of a large one, measured here. With
+one thread on a CPU (OMP_NUM_THREADS=1) the times are those of the processor: other processes beside do not count.
 
 `packs` times steps of packed runs beside steps of a run alone, and counts the operations dispatched per run
 (`scripts/benchmark_packs.py`).
@@ -28,13 +30,13 @@ import json
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_limits import count_operations, count_products, product_rate, time_step
 from benchmark_packs import MODELS, time_packs
 from benchmark_runs import DEVICE, TASKS, fast_precision, refuse_others, time_runs
 from torch import Tensor, nn
@@ -53,6 +55,7 @@ from wlora.training.activation_memory import activation_bytes, build_example, ma
 from wlora.training.optimizers import Optimizers
 from wlora.training.precision import Precision, lower_base
 
+FAST = "train.fast_step=true"
 # Steps before the clock: on a GPU the first ones choose kernels and fill the allocator.
 WARM_UP = 5 if DEVICE.type == "cuda" else 1
 
@@ -161,11 +164,7 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 contender.step()
         for _ in range(args.repeats):
             for contender in contenders:
-                synchronize()
-                begin = time.perf_counter()
-                contender.step()
-                synchronize()
-                contender.seconds.append(time.perf_counter() - begin)
+                contender.seconds.append(time_step(contender.step))
         per_row = {(c.name, c.precision): statistics.median(c.seconds) / c.rows for c in contenders}
         saved = {(c.name, c.precision): c.saved for c in contenders}
         for contender in contenders:
@@ -186,16 +185,17 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "time_to_peft_fp32": round(seconds / per_row["PEFT LoRA", "fp32"], 3),
                     "time_to_own_fp32": round(seconds / per_row[single], 3) if single in per_row else None,
                     "saved_to_peft": round(contender.saved / saved[peft], 3) if peft in saved else None,
+                    "operations": count_operations(contender.step),
+                    "time_to_limit": round(seconds * contender.rows / limit(contender), 2),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def synchronize() -> None:
-    """Wait for what the GPU has been given to do."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+def limit(contender: Contender) -> float:
+    """Return the seconds that the matrix products of a contender's step would take at the rate of a large one."""
+    return count_products(contender.step) / product_rate(contender.precision)
 
 
 def build_model(config: Config) -> tuple[Any, dict[str, Tensor]]:
@@ -256,8 +256,12 @@ def measure(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def build_ours(case: Case, precision: str) -> list[Contender]:
-    """Our LoRA, WeightLoRA before the cut, after it, after it with the prefix stored, and then with more rows at once."""
+    """Our LoRA, WeightLoRA before the cut, after it, after it with the prefix stored, and then with more rows at once.
+
+    LoRA and what is left after the cut are there with `train.fast_step`, too.
+    """
     found = build_stages(case, precision, [("LoRA", "lora", False), ("WLoRA before the cut", "wlora", False)])
+    found += build_stages(case, precision, [("LoRA, fast", "lora", False), ("WLoRA cut, fast", "wlora", True)], FAST)
     found += build_stages(case, precision, [("WLoRA cut", "wlora", True)])
     # As `train.grow_batch` does: as many micro-batches at once as one took before the cut.
     growth = found[1].saved // found[-1].saved
