@@ -10,6 +10,9 @@
 timed without and with a stored prefix, and with a micro-batch that is enlarged to use the freed memory. The precisions are
 float32 and the low precision for which the hardware has fast products (for PEFT by autocast, if the model supports it). The
 contenders take turns, and medians are reported. Batches contain no padding. `--times` multiplies the batch size.
+`operations` is the number of operations dispatched in a step. `time_to_limit` is the ratio of a step's time to the time of
+its matrix products at the rate of a large product, measured here. With one thread on a CPU (OMP_NUM_THREADS=1), times are
+those of the processor, so that other processes do not count.
 
 `packs` times steps of packed runs and of a single run, and counts the operations dispatched per run
 (`scripts/benchmark_packs.py`).
@@ -33,13 +36,13 @@ import json
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_limits import count_operations, count_products, product_rate, time_step
 from benchmark_memory import AUTHORS, measure_memory
 from benchmark_packs import MODELS, time_packs
 from benchmark_runs import DEVICE, TASKS, fast_precision, refuse_others, time_runs
@@ -48,6 +51,7 @@ from torch import Tensor, nn
 from wlora.cli.sweep import compose
 from wlora.config.schema import Config
 from wlora.experiment.build import assemble, prepare_method
+from wlora.models import written_attention
 from wlora.models.deberta_attention import restore_attention
 from wlora.models.discovery import layout_of
 from wlora.models.first_token import first_token_alone
@@ -60,6 +64,8 @@ from wlora.training.optimizers import Optimizers
 from wlora.training.precision import Precision, lower_base
 
 # Untimed steps at the beginning: on a GPU, the first steps select kernels and fill the allocator.
+FAST = "train.fast_step=true"
+# Steps before the clock: on a GPU the first ones choose kernels and fill the allocator.
 WARM_UP = 5 if DEVICE.type == "cuda" else 1
 
 
@@ -186,11 +192,7 @@ def _take_turns(contenders: list[Contender], repeats: int) -> None:
             contender.step()
     for _ in range(repeats):
         for contender in contenders:
-            synchronize()
-            begin = time.perf_counter()
-            contender.step()
-            synchronize()
-            contender.seconds.append(time.perf_counter() - begin)
+            contender.seconds.append(time_step(contender.step))
 
 
 def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -227,16 +229,17 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "time_to_peft_fp32": round(seconds / per_row["PEFT LoRA", "fp32"], 3),
                     "time_to_own_fp32": round(seconds / per_row[single], 3) if single in per_row else None,
                     "saved_to_peft": round(contender.saved / saved[peft], 3) if peft in saved else None,
+                    "operations": count_operations(contender.step),
+                    "time_to_limit": round(seconds * contender.rows / limit(contender), 2),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def synchronize() -> None:
-    """Wait until the GPU has finished its work."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+def limit(contender: Contender) -> float:
+    """Return the seconds that the matrix products of a contender's step would take at the rate of a large one."""
+    return count_products(contender.step) / product_rate(contender.precision)
 
 
 def build_model(config: Config) -> tuple[Any, dict[str, Tensor]]:
@@ -257,6 +260,7 @@ def build_peft(case: Case, precision: str) -> Contender:
 
     model, batch = build_model(compose(case.words_of("lora")))
     restore_attention(model)  # use transformers' own attention
+    written_attention.restore_attention(model)
     stacks = layout_of(model).stacks
     suffixes = sorted({suffix.rpartition(".")[2] for stack in stacks for suffix in stack.qkv})
     head = sorted({name.split(".")[0] if "pooler" not in name else "pooler" for name in head_parameters(model)})
@@ -296,8 +300,12 @@ def measure(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def build_ours(case: Case, precision: str) -> list[Contender]:
-    """Build our LoRA, and WeightLoRA before the cut, after the cut, with a stored prefix, and with a larger micro-batch."""
+    """Build our LoRA, and WeightLoRA before the cut, after the cut, with a stored prefix, and with a larger micro-batch.
+
+    LoRA and WeightLoRA after the cut are also built with `train.fast_step`.
+    """
     found = build_stages(case, precision, [("LoRA", "lora", False), ("WLoRA before the cut", "wlora", False)])
+    found += build_stages(case, precision, [("LoRA, fast", "lora", False), ("WLoRA cut, fast", "wlora", True)], FAST)
     found += build_stages(case, precision, [("WLoRA cut", "wlora", True)])
     # Like `train.grow_batch`: combine as many micro-batches as fit into the memory of one before the cut.
     growth = found[1].saved // found[-1].saved
@@ -309,16 +317,16 @@ def build_ours(case: Case, precision: str) -> list[Contender]:
 
 
 def build_stages(
-    case: Case, precision: str, plans: list[tuple[str, str, bool]], *, recorded: bool = False
+    case: Case, precision: str, plans: list[tuple[str, str, bool]], *words: str, recorded: bool = False
 ) -> list[Contender]:
-    """Build contenders from (name, method, whether it has cut). After a cut, also one with the prefix.
+    """Build contenders from (name, method, whether it has cut), with more `words`. After a cut, also one with the prefix.
 
     With `recorded`, their passes are recorded as CUDA graphs, and their names say so.
     """
     ending = ", graphs" if recorded else ""
     found = []
     for name, method, cut in plans:
-        ours = compose([*case.words_of(method), "k=5"])
+        ours = compose([*case.words_of(method), "k=5", *words])
         model, batch = build_model(ours)
         policy = prepare_method(ours, None)
         assemble(ours, model, policy)

@@ -12,13 +12,11 @@ import io
 import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from benchmark_runs import DEVICE, fast_precision
-from torch.utils._python_dispatch import TorchDispatchMode
+from benchmark_limits import count_operations, count_products, product_rate, time_step
+from benchmark_runs import fast_precision
 
 from wlora.cli.sweep import compose
 from wlora.experiment.run import Course, course
@@ -34,19 +32,6 @@ MODELS = {
     "minilm": ["model=minilm"],
     "deberta": ["model=tiny_deberta", *(f"++model.architecture.{key}={value}" for key, value in _BASE.items())],
 }
-
-
-class Counter(TorchDispatchMode):
-    """Counts the operations that are dispatched to the device."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count: int = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count one operation and run it."""
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Runs:
@@ -83,12 +68,12 @@ class Runs:
         computed = self._pack.compute(requests) if self._pack else [compute_gradients(*request) for request in requests]
         self._batches = [steps.send(found) for steps, found in zip(self._courses, computed, strict=True)]
 
-    def count(self) -> int:
-        """Take a step and return the number of operations dispatched in it."""
-        counter = Counter()
-        with counter:
-            self.step()
-        return counter.count
+    def close(self) -> None:
+        """End the runs where they are. Only then their folder may go: a run whose lock is gone believes it taken over."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            for steps in self._courses:
+                steps.close()
+        self._folder.cleanup()
 
 
 def time_packs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -98,39 +83,35 @@ def time_packs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         words += ["task.max_train_rows=960", "train.eval_every=1500", "train.checkpoint_every=0", "warmup=0"]
         alone = _quietly(words, 1, seeds=False, packed=False)
         for size, seeds in itertools.product(args.sizes, (False, True)):
-            if size == 1 and seeds:
-                continue
-            pack = _quietly(words, size, seeds=seeds, packed=True)
-            both: dict[bool, list[float]] = {False: [], True: []}
-            for _ in range(args.warm_up):
-                alone.step()
-                pack.step()
-            for _, packed in itertools.product(range(args.repeats), (False, True)):
-                both[packed].append(_time(pack if packed else alone))
-            single, whole = (statistics.median(both[packed]) for packed in (False, True))
-            operations = [alone.count(), pack.count()]
-            yield {
-                "model": model,
-                "runs": size,
-                "seeds": "own" if seeds else "one",
-                "precision": fast_precision(),
-                "alone_ms": round(1000 * single, 1),
-                "pack_ms": round(1000 * whole, 1),
-                "time_per_run": round(whole / size / single, 3),
-                "operations_alone": operations[0],
-                "operations_pack": operations[1],
-                "operations_per_run": round(operations[1] / size / operations[0], 3),
-            }
+            if size > 1 or not seeds:
+                pack = _quietly(words, size, seeds=seeds, packed=True)
+                yield {"model": model, "runs": size, "seeds": "own" if seeds else "one", **_compare(alone, pack, size, args)}
+                pack.close()
+        alone.close()
+
+
+def _compare(alone: Runs, pack: Runs, size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Time steps of a run alone and of a pack in turns, and count what each dispatches."""
+    for _ in range(args.warm_up):
+        alone.step()
+        pack.step()
+    seconds = [(time_step(alone.step), time_step(pack.step)) for _ in range(args.repeats)]
+    single, whole = (statistics.median(of_kind) for of_kind in zip(*seconds, strict=True))
+    operations = [count_operations(runs.step) for runs in (alone, pack)]
+    rate = product_rate(fast_precision())
+    return {
+        "precision": fast_precision(),
+        "alone_ms": round(1000 * single, 1),
+        "pack_ms": round(1000 * whole, 1),
+        "time_per_run": round(whole / size / single, 3),
+        "operations_alone": operations[0],
+        "operations_pack": operations[1],
+        "operations_per_run": round(operations[1] / size / operations[0], 3),
+        "alone_to_limit": round(single * rate / count_products(alone.step), 2),
+        "pack_to_limit": round(whole * rate / count_products(pack.step), 2),
+    }
 
 
 def _quietly(words: list[str], size: int, *, seeds: bool, packed: bool) -> Runs:
     with contextlib.redirect_stdout(io.StringIO()):
         return Runs(words, size, seeds=seeds, packed=packed)
-
-
-def _time(runs: Runs) -> float:
-    begin = time.perf_counter()
-    runs.step()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin

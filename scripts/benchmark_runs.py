@@ -36,8 +36,10 @@ PEFT = {
 # The runs of this project: the name of the contender, and its arguments for `python -m wlora.run`.
 RUNS = {
     "LoRA": ["method=lora"],
+    "LoRA, fast": ["method=lora", "train.fast_step=true"],
     "WLoRA": ["method=wlora", "k=5"],
     "WLoRA, prefix": ["method=wlora", "k=5", "train.prefix_cache=memory"],
+    "WLoRA, prefix, fast": ["method=wlora", "k=5", "train.prefix_cache=memory", "train.fast_step=true"],
     "WLoRA depth, prefix": ["method=wlora_depth", "k=5", "train.prefix_cache=memory"],
 }
 TASKS = {"sst2": ["task.max_train_rows=4000"], "mrpc": []}

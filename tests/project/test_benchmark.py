@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
 import importlib
 import json
 import os
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.integration
 
 CUT = "WLoRA cut"
 STAGES = ["PEFT LoRA", "LoRA", "WLoRA before the cut", CUT, f"{CUT}, prefix", f"{CUT}, prefix, micro-batch grown"]
+TIMED = [*STAGES[:3], "LoRA, fast", f"{CUT}, fast", f"{CUT}, fast, prefix", *STAGES[3:]]
 MODELS = {"DeBERTaV3-base": "deberta", "BART-large": "bart", "SmolLM2-135M": "llama", "MiniLM-L6": "minilm"}
 
 
@@ -50,11 +53,14 @@ def test_steps_are_timed_and_compared_with_peft(benchmark: Any, tmp_path: Path, 
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "steps", "--repeats", "1", "--times", "2", "--out", str(tmp_path)])
     benchmark.main()
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
-    assert [(stage(row["what"]), row["precision"]) for row in rows] == [(s, p) for p in ("fp32", "bf16") for s in STAGES]
+    assert [(stage(row["what"]), row["precision"]) for row in rows] == [(s, p) for p in ("fp32", "bf16") for s in TIMED]
     found = {(stage(row["what"]), row["precision"]): row for row in rows}
     assert found["PEFT LoRA", "fp32"]["time_to_peft"] == 1 and found["LoRA", "fp32"]["batch"] == "16×16"
     assert found["WLoRA cut", "fp32"]["saved_to_peft"] < found["LoRA", "fp32"]["saved_to_peft"] <= 1
     assert found["LoRA", "bf16"]["saved_mib"] < found["LoRA", "fp32"]["saved_mib"]
+    # More rows mean no more operations; a shorter backward pass fewer, and no product is faster than the machine's.
+    assert 0 < found["WLoRA cut", "fp32"]["operations"] < found["LoRA", "fp32"]["operations"]
+    assert all(row["time_to_limit"] > 1 for row in rows)
     assert (tmp_path / "steps.md").read_text().count("\n") == len(rows) + 2
 
 
@@ -133,6 +139,21 @@ def test_whole_runs_are_compared_with_each_form_of_batches(runs: Any) -> None:
     assert (ours["time_to_grouped"], ours["time_to_random"], ours["time_to_padded"]) == (0.5, 0.3, 0.125)
     # The target comes from PEFT with grouped batches, whatever the other forms reach.
     assert (ours["target"], ours["to_target_s"], ours["reached"]) == (0.74, 30, "3 of 3")
+
+
+def test_packs_are_timed_beside_a_run_alone_and_end_in_order(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packs = sys.modules["benchmark_packs"]
+    monkeypatch.setattr(packs, "MODELS", {"tiny": ["model=tiny_bert"]})
+    monkeypatch.setattr(packs, "fast_precision", lambda: "fp32")
+    args = argparse.Namespace(models=["tiny"], sizes=[1, 2], repeats=1, warm_up=1)
+    rows = list(packs.time_packs(args))
+    assert [(row["runs"], row["seeds"]) for row in rows] == [(1, "one"), (2, "one"), (2, "own")]
+    assert all(row["operations_per_run"] < 1 for row in rows[1:]) and all(row["pack_to_limit"] > 1 for row in rows)
+    gc.collect()
+    said = capsys.readouterr()
+    assert "taken over" not in said.out + said.err
 
 
 def test_runs_of_two_machines_are_not_compared(runs: Any, tmp_path: Path) -> None:

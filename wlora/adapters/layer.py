@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wlora.adapters.derivation import derive
+from wlora.models.fast_dropout import SHARED_INPUT
 
 Extension = Literal["qr", "gaussian", "uniform"]
 
@@ -49,6 +50,10 @@ class LowRankAdapter(nn.Module):
     function is that of the base. `omega` (0-dim) and `gates` (r) exist only if a method needs them; `requires_grad`
     says whether they train.
 
+    Attributes:
+        fast: whether to multiply in the dtype of the input, and to share dropout masks with the other adapters that read
+            it (`train.fast_step`).
+
     Args:
         d_in: width of the input.
         d_out: width of the output.
@@ -59,6 +64,8 @@ class LowRankAdapter(nn.Module):
         positive: if true, an adapter with ω ≤ 0 contributes nothing in the forward pass (paper §3.3); the gradient of ω
             is still s·⟨∂L/∂h, B A x⟩, so the adapter may return. If false, ω multiplies without a threshold.
     """
+
+    fast = False
 
     def __init__(
         self,
@@ -91,9 +98,21 @@ class LowRankAdapter(nn.Module):
         return int(self.A.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return s·ω·B diag(g) A x in the adapter's dtype, for x of shape [..., d_in]. No d_out×d_in matrix is built."""
-        components = F.linear(F.dropout(x, self.dropout, self.training).to(self.A.dtype), self.A)
-        return F.linear(components * self._weighting(), self.B)
+        """Return s·ω·B diag(g) A x for x of shape [..., d_in]. No d_out×d_in matrix is built.
+
+        The result has the adapter's dtype; if the adapter is `fast`, that of x.
+        """
+        dtype = x.dtype if self.fast else self.A.dtype
+        components = F.linear(self.drop(x).to(dtype), self.A.to(dtype))
+        outer = (self.B * self._weighting()).to(dtype).T
+        # With a tall matrix, as B is, a CPU takes three times as long for both products of the backward pass.
+        return components @ (outer.contiguous() if outer.device.type == "cpu" else outer)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Return the adapter's input with elements dropped, in training."""
+        if self.fast and self.training:
+            return SHARED_INPUT.drop(x, self.dropout)
+        return F.dropout(x, self.dropout, self.training)
 
     def _weighting(self) -> Tensor | float:
         """Return the factor of every component: a number, or a tensor of shape [] or [r]."""
@@ -208,6 +227,13 @@ class LowRankAdapter(nn.Module):
     def count(self) -> int:
         """Return the number of counted elements."""
         return sum(p.numel() for p in self.counted())
+
+
+def quicken_adapters(model: nn.Module) -> None:
+    """Make every adapter of a model `fast`."""
+    for module in model.modules():
+        if isinstance(module, LowRankAdapter):
+            module.fast = True
 
 
 class AdaptedLinear(nn.Module):

@@ -101,16 +101,17 @@ def _rows_of(x: Tensor, index: Tensor | None, runs: int) -> Tensor:
 def _multiply(rows: Tensor, adapters: Sequence[LowRankAdapter], stack: Stacks) -> Tensor:
     """Return s·ω·B A x of every adapter for its rows, [adapters, rows · tokens, d_out]."""
     A, B = stack([adapter.A for adapter in adapters]), stack([adapter.B for adapter in adapters])
-    rows = rows.to(A.dtype)
-    if len(rows) == 1 < len(adapters):
-        components = rows.reshape(-1, rows.shape[-1]) @ A.transpose(1, 2)
-    else:
-        components = torch.bmm(rows.reshape(len(adapters), -1, rows.shape[-1]), A.transpose(1, 2))
     weighting = _constant(tuple(adapter.scale for adapter in adapters), A.dtype, A.device)
     if any(adapter.omega is not None for adapter in adapters):
         one = _constant((1.0,), A.dtype, A.device).squeeze()
         weighting = weighting * positive_part(stack([one if a.omega is None else a.omega for a in adapters]))
-    return torch.bmm(components * weighting.view(-1, 1, 1), B.transpose(1, 2))
+    dtype = rows.dtype if adapters[0].fast else A.dtype
+    rows, A, B = rows.to(dtype), A.to(dtype), (B * weighting.view(-1, 1, 1)).to(dtype)
+    if len(rows) == 1 < len(adapters):
+        components = rows.reshape(-1, rows.shape[-1]) @ A.transpose(1, 2)
+    else:
+        components = torch.bmm(rows.reshape(len(adapters), -1, rows.shape[-1]), A.transpose(1, 2))
+    return torch.bmm(components, B.transpose(1, 2))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -32,7 +32,7 @@ class BlockDiagonalAdapter(LowRankAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the concatenated outputs of the mini-adapters, for x of shape [..., d_in]."""
-        dropped = F.dropout(x, self.dropout, self.training).to(self.A.dtype)
+        dropped = self.drop(x).to(self.A.dtype)
         parts = dropped.reshape(*x.shape[:-1], self.blocks, -1)
         A, B = self._minis()
         components = torch.einsum("...kd,krd->...kr", parts, A) * self._weighting()
@@ -73,7 +73,7 @@ class FramedAdapter(LowRankAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return s·B_out B A A_out x for x of shape [..., d_in]."""
-        framed = F.linear(F.dropout(x, self.dropout, self.training).to(self.A.dtype), self.outer_A)
+        framed = F.linear(self.drop(x).to(self.A.dtype), self.outer_A)
         components = F.linear(framed, self.A) * self._weighting()
         return F.linear(F.linear(components, self.B), self.outer_B)
 
@@ -162,7 +162,7 @@ class GrowingAdapter(LowRankAdapter):
     def forward(self, x: Tensor) -> Tensor:
         """Return s·Σ B diag(λ) A x for x of shape [..., d_in]."""
         A, B, gates = self.joined()
-        dropped = F.dropout(x, self.dropout, self.training).to(A.dtype)
+        dropped = self.drop(x).to(A.dtype)
         out = F.linear(F.linear(dropped, A) * (self.scale * gates), B)
         if self.watching and out.requires_grad:
             inputs = dropped.detach().flatten(0, -2)

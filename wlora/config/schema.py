@@ -171,6 +171,12 @@ class TrainConfig:
         "course",
         later=True,
     )
+    fast_step: bool = key(
+        False,
+        "",
+        "faster dropout masks on CPUs, one for adapters with the same input; adapters multiplied in the base's precision",
+        later=True,
+    )
     grow_batch: str = key(
         "off",
         "off | micro | effective",

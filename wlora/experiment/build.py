@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from wlora.adapters.adapter_set import count_elements
+from wlora.adapters.layer import quicken_adapters
 from wlora.adapters.peft_format import Start, identify_files, read_adapter
 from wlora.config.identity import stream_seed
 from wlora.config.schema import Config
@@ -17,6 +18,7 @@ from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
 from wlora.models.architectures import read_architecture
 from wlora.models.discovery import layout_of
+from wlora.models.fast_dropout import quicken_dropout
 from wlora.models.heads import head_parameters
 from wlora.models.loading import checkpoint_activations
 from wlora.models.quantization import count_model
@@ -101,6 +103,9 @@ def assemble(
         ConfigError: an adapter or head does not fit the model, or an adapter is outside the target set.
     """
     head = _attach(model, method, config)
+    if config.train.fast_step:
+        quicken_adapters(model)
+        quicken_dropout(model)
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     if precision is not None:

@@ -58,8 +58,9 @@ def group(entries: Sequence[Entry]) -> list[list[int]]:
     """Return the indices of the entries by pack. The runs of a pack have equal model, data, precision and batch shape."""
     packs: dict[str, list[int]] = {}
     for index, (config, _) in enumerate(entries):
-        parts = (dataclasses.asdict(config.model), dataclasses.asdict(config.task), config.precision, config.results_dir)
-        shape = json.dumps([*parts, config.train.accumulation_steps], sort_keys=True, default=str)
+        train = config.train
+        parts = [dataclasses.asdict(config.model), dataclasses.asdict(config.task), config.precision, config.results_dir]
+        shape = json.dumps([*parts, train.accumulation_steps, train.fast_step], sort_keys=True, default=str)
         packs.setdefault(f"alone/{index}" if why_alone(config) else shape, []).append(index)
     return list(packs.values())
 

@@ -26,7 +26,8 @@ def first_token_alone(model: PreTrainedModel) -> Iterator[None]:
     whole = part.forward
 
     def first(hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return whole(hidden_states[:, :1], input_tensor[:, :1])  # type: ignore[no-any-return]
+        # Contiguous: of a strided input, torch multiplies each row with a copy of the weights of its own.
+        return whole(hidden_states[:, :1].contiguous(), input_tensor[:, :1].contiguous())  # type: ignore[no-any-return]
 
     part.forward = first
     try:

@@ -37,6 +37,7 @@ from wlora.models.heads import AUTO, HEAD_NAMES, LM_HEAD, head_parameters, make_
 from wlora.models.quantization import keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource, unchanged
 from wlora.models.targets import find_layout, tell_layout
+from wlora.models.written_attention import write_out_attention
 
 # Random base weights take the role of pretrained ones, so they do not depend on the seed of the run.
 _RANDOM_BASE_SEED = 0
@@ -224,6 +225,7 @@ def load_base(
     if head != "seq2seq":
         loaded.config.use_cache = False  # cached keys and values are used in generation only
     replace_attention(loaded)
+    write_out_attention(loaded)
     loaded.requires_grad_(False)
     return loaded, fresh
 
@@ -261,6 +263,7 @@ def build_unloaded(
     with torch.device(device):
         built = _build(model, config, head)
     replace_attention(built)
+    write_out_attention(built)
     pack_on_meta(built, model.quantization)
     built.requires_grad_(False)
     return built

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from wlora.adapters.layer import LowRankAdapter
 from wlora.adapters.stacked import Stacks, add_adapters, apply_linears
 from wlora.errors import ran_out_of_memory
+from wlora.models.fast_dropout import quicken_dropout
 from wlora.models.first_token import first_token_alone
 from wlora.models.heads import head_modules
 from wlora.models.keyed_dropout import KeyedDropout, make_key
@@ -98,6 +99,7 @@ class Pack:
         self._members: dict[int, Member] = {}
         self._pass: _Pass
         self.carrier = _strip(first.bare_model).train()
+        quicken_dropout(self.carrier, fast=False)  # masks are keyed
         self._depth = int(self.carrier.config.num_hidden_layers)
         self._patched: set[str] = set()
         for name in _with_parameters(self.carrier):
