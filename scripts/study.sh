@@ -47,9 +47,9 @@ sweep() {
 
 # The small studies: MiniLM (K out of 18 adapters on query, key and value, or 36 on all linears) on samples of the tasks. MODEL
 # names another model: SmolLM2-135M in Table 3, a small BART in Table 5. small TASK prints the arguments that all their runs share.
-# tune_small SEEDS TASK METHOD OVERRIDE...: four rates on TUNE_SEED, a fifth where the best is at an edge, then the reported
+# tune_small SEEDS TASK METHOD OVERRIDE...: four rates on TUNE_SEED, up to two more where the best is at an edge, then the reported
 # seeds 0 to SEEDS - 1 at the best rate; call it once per phase of PHASES, with a stage after it.
-PHASES="grid beyond seeds"
+PHASES="grid beyond beyond seeds"
 small() {
     local words="${MODEL:-model=minilm} precision=bf16 train.accumulation_steps=1 train.checkpoint_every=0 train.save_adapter=false"
     case "${MODEL:-minilm} $1" in

@@ -79,6 +79,8 @@ def test_another_models_table_has_the_tasks_and_ranks_that_were_run_and_the_pape
         record(tmp_path, "lora", "story_summary", seed, 0.5, "rank=4", "targets=all", "model=tiny_bart")
     table = fill(LAYOUTS["5"], read_runs(tmp_path))
     assert table.model == "tiny_bart"
+    assert "on summarisation at rank 4 (ROUGE-1)" in caption(table)
+    assert "Story summary is a generated task in place of XSum and CNN/DailyMail." in caption(table)
     assert [heading for heading in draw(table).headings if heading[0]] == [("Story summary", "r=4")]
     printed = read_printed(LAYOUTS["5"])
     beside = draw_companion(table, LAYOUTS["5"], printed)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from wlora.analysis.study import Run, shipped_task, show
 from wlora.analysis.tables.cells import Score, Table
-from wlora.analysis.tables.layouts import Column
+from wlora.analysis.tables.layouts import LAYOUTS, Column
 from wlora.analysis.tuning import Choice
 from wlora.storage.environment import describe_computing
 
@@ -20,9 +20,9 @@ EVALUATION: dict[Score, str] = {
 def caption(table: Table) -> str:
     """Return the caption of a table, generated only from the records."""
     runs = table.runs()
-    parts = [f"{table.layout.title}. {_model(table, runs)}: dev sets, {EVALUATION[table.score]}."]
+    parts = [f"{_title(table)}. {_model(table, runs)}: dev sets, {EVALUATION[table.score]}."]
     if runs:
-        parts += [_seeds(runs), _training(table), *_tuning(table), *_mode(runs)]
+        parts += [_seeds(runs), *_stand_ins(table), _training(table), *_tuning(table), *_mode(runs)]
     if any(cell.mark for cell in (*table.cells.values(), *table.averages.values())):
         within = {"rank": " at each rank", "k": " at each K", None: ""}[table.layout.group]
         parts.append(f"The best{within} is bold, the second underlined; equal printed figures share a mark.")
@@ -83,6 +83,24 @@ def machines(runs: Iterable[Run]) -> list[str]:
 def _model(table: Table, runs: Sequence[Run]) -> str:
     totals = sorted({run.record.parameters["total"] for run in runs})
     return f"{table.model} ({totals[0] / 1e6:,.1f}M parameters)" if totals else table.model
+
+
+def _title(table: Table) -> str:
+    """Return the title, with the ranks of the rows where these are not the paper's four."""
+    ranks = sorted({row.rank for row in table.rows if row.rank is not None})
+    shown = f"at rank{'s' if len(ranks) > 1 else ''} {_join(map(str, ranks))}"
+    return table.layout.title.replace("at four ranks", shown) if len(ranks) not in (0, 4) else table.layout.title
+
+
+def _stand_ins(table: Table) -> list[str]:
+    """Say which columns stand in for the paper's tasks, and which weights their runs start from."""
+    shown = [column for column in table.layout.columns if column in table.layout.stand_ins]
+    if not shown:
+        return []
+    tasks = _join(column.title for column in LAYOUTS[table.layout.name].columns)
+    folders = sorted({str(path) for run in table.runs() if (path := run.record.config["model"].get("path"))})
+    weights = f" The pretrained weights are those of model.path={_join(folders)}." if folders else ""
+    return [f"{_join(column.title for column in shown)} is a generated task in place of {tasks}.{weights}"]
 
 
 def _seeds(runs: Sequence[Run]) -> str:
