@@ -84,7 +84,7 @@ def test_the_companion_shows_the_papers_figure_and_the_difference(tmp_path: Path
     record(tmp_path, "lora", "sst2", 0, 0.95)
     record(tmp_path, "lora", "mrpc", 0, 0.9)
     table = filled(tmp_path, "1")
-    text = to_markdown(draw_companion(table, read_printed(LAYOUTS["1"])))
+    text = to_markdown(draw_companion(table, LAYOUTS["1"], read_printed(LAYOUTS["1"])))
     assert "| LoRA | 442K (0.24%) | 0.8797 (–) | 0.9450 (+0.0050) |" in text
     assert "| 0.8897/0.9220 (+0.0103/+0.0780) | 0.8655 (–) |" in text
 
@@ -129,7 +129,7 @@ def test_latex_has_booktabs_spans_marks_and_rules(tmp_path: Path) -> None:
     text = to_latex(draw(filled(tmp_path, "2")), caption="a & b", label="tab:2", notes=["50 %"])
     assert r"\caption{a \& b}" in text and r"\footnotesize 50 \%" in text
     assert r"\textbf{0.9000} {\scriptsize (1)}" in text and r"\underline{0.8000}" in text
-    assert text.count(r"\midrule") == 1 + 3 and text.count("{") == text.count("}")
+    assert text.count(r"\midrule") == 1 + 1 and text.count("{") == text.count("}")
     pivot = to_latex(draw(paper_table(LAYOUTS["4"])), caption="", label="")
     assert r" &  & \multicolumn{4}{c}{SQuAD v1.1} & \multicolumn{4}{c}{SQuAD v2.0} \\" in pivot
     assert r"\cmidrule(lr){3-6}" in pivot and r"\cmidrule(lr){7-10}" in pivot
@@ -142,10 +142,10 @@ def test_the_csv_joins_the_papers(tmp_path: Path) -> None:
     study(tmp_path)
     (wlora, *_) = csv.DictReader(io.StringIO(to_csv(filled(tmp_path))))
     (paper, *_) = csv.DictReader((paper_folder() / "table6.csv").open(encoding="utf-8"))
-    assert set(paper) - {"printed_label", "note"} <= set(wlora)
+    assert {"method", "rank", "k", "sst2_accuracy", "mrpc_accuracy", "mrpc_f1", "all"} <= set(wlora) & set(paper)
     assert wlora["method"] == "wlora" and wlora["sst2_accuracy"] == "0.820000" and wlora["sst2_accuracy_std"] == "0.020000"
     assert float(wlora["sst2_accuracy_low"]) >= 0.8 and float(wlora["sst2_accuracy_high"]) <= 0.84
-    assert (wlora["sst2_runs"], wlora["sst2_diverged"], wlora["mnli_missing"], wlora["mnli_accuracy"]) == ("3", "1", "4", "")
+    assert (wlora["sst2_runs"], wlora["sst2_diverged"], wlora["sst2_missing"], wlora["mrpc_missing"]) == ("3", "1", "0", "1")
 
 
 def test_several_machines_are_named(tmp_path: Path) -> None:

@@ -146,8 +146,8 @@ def test_git_is_asked_of_this_checkout_alone(tmp_path: Path, mark: Path, monkeyp
 @pytest.mark.parametrize(
     ("section", "key", "value", "told"),
     [
-        ("task", "hub_id", "${oc.env:SECRET}", "has an interpolation"),
-        ("method", "select", "${oc.env:SECRET}", "has an interpolation"),
+        ("task", "hub_id", "${oc.env:SECRET}", "contains an interpolation"),
+        ("method", "select", "${oc.env:SECRET}", "contains an interpolation"),
         ("method", "_target_", "builtins.open", "_target_"),
         ("method", "name", "../../evil", "method.name=../../evil is unknown"),
         ("method", "name", "base", "method.name=base is unknown"),

@@ -187,7 +187,8 @@ def test_every_kind_of_task_predicts_rows_without_labels(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file, new = tmp_path / "t.jsonl", tmp_path / "new.jsonl"
-    file.write_text("".join(json.dumps(rows) + "\n" for _ in range(20)))
+    other = {"score": 2.5} if "score" in rows else {}  # a column of one value is refused
+    file.write_text("".join(json.dumps(rows | (other if at % 2 else {})) + "\n" for at in range(20)))
     target = list(rows)[-1]
     new.write_text(
         "".join(json.dumps({key: value for key, value in rows.items() if key != target}) + "\n" for _ in range(3))

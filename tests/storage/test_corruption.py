@@ -119,7 +119,8 @@ def test_figures_name_a_damaged_curve(
     with pytest.raises(SystemExit):
         figures.main(["curves", f"results_dir={tmp_path}"])
     error = capsys.readouterr().err
-    assert f"notice: learning curve {file} is damaged: " in error and "no learning curve" in error
+    told = "is missing" if kind == "deleted" else "is damaged: "
+    assert f"notice: learning curve {file} {told}" in error and "no learning curve" in error
 
 
 def test_the_report_tells_what_is_left_out(study: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,4 +165,5 @@ def test_a_run_with_a_damaged_record_is_done_again(
         damage(file.with_suffix(".jsonl"), kind)
         run_tiny(*settings)
         out = capsys.readouterr().out
-        assert "is done" in out and f"notice: learning curve {file.with_suffix('.jsonl')} is damaged" in out
+        told = "is missing" if kind == "deleted" else "is damaged"
+        assert "is done" in out and f"notice: learning curve {file.with_suffix('.jsonl')} {told}" in out
