@@ -8,10 +8,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from wlora.config.identity import run_id, scientific_fields, stream_seed
