@@ -8,10 +8,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from wlora.config.identity import run_id, scientific_fields, stream_seed
@@ -42,7 +40,7 @@ from wlora.training.graphs import settle_graphs
 from wlora.training.interruption import Guard, Interrupted, Stopped, StopSignals
 from wlora.training.pack import Pack
 from wlora.training.precision import Precision, choose_precision, has_accelerator
-from wlora.training.prefix_cache import Storage
+from wlora.training.prefix_cache import storage_of
 from wlora.training.run_length import make_plan
 from wlora.training.settings import Computed, Result, Settings
 from wlora.training.trainer import Trainer
@@ -386,18 +384,5 @@ def _settings(config: Config, method: Method, precision: Precision, process: int
         grow_batch=config.train.grow_batch,
         best=config.train.best,
         patience=config.train.patience,
-        prefix=_prefix_storage(config),
-    )
-
-
-def _prefix_storage(config: Config) -> Storage | None:
-    """Return how `train.prefix_cache` stores hidden states; None if it is off."""
-    train = config.train
-    if train.prefix_cache == "off":
-        return None
-    return Storage(
-        kind="disk" if train.prefix_cache == "disk" else "memory",
-        dtype=torch.bfloat16 if train.prefix_cache_dtype == "bf16" else torch.float32,
-        limit=int(train.prefix_cache_gb * 2**30),
-        folder=Path(config.results_dir) / "prefix_cache",
+        prefix=storage_of(config),
     )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import __version__ as transformers_version
 
+from wlora.config.schema import Config
 from wlora.console import notice, say
 from wlora.data.features import INPUT_TYPES, Features
 from wlora.errors import RunFault
@@ -56,6 +57,19 @@ class Storage:
     dtype: torch.dtype
     limit: int
     folder: Path
+
+
+def storage_of(config: Config) -> Storage | None:
+    """Return where `train.prefix_cache` keeps its states; None if it is off."""
+    train = config.train
+    if train.prefix_cache == "off":
+        return None
+    return Storage(
+        kind="disk" if train.prefix_cache == "disk" else "memory",
+        dtype=torch.bfloat16 if train.prefix_cache_dtype == "bf16" else torch.float32,
+        limit=int(train.prefix_cache_gb * 2**30),
+        folder=Path(config.results_dir) / "prefix_cache",
+    )
 
 
 @dataclass(frozen=True)
