@@ -29,7 +29,7 @@ ROWS = STEPS // 2 * 4 * 3
 SETTING = [
     *("task=story_nli", "model=tiny_bert", f"task.max_train_rows={ROWS}", "task.max_eval_rows=48", "task.batch_size=4"),
     *("train.accumulation_steps=3", f"train.max_steps={STEPS}", "train.eval_every=20", "train.checkpoint_every=3"),
-    *("rank=4", "lr=1e-3", "offline=true"),
+    *("++rank=4", "lr=1e-3", "offline=true"),  # ++: some methods do not read the rank
 ]
 CUT_LATER = [f"method.select_steps={STEPS // 2}"]
 # NoRA's default outer rank of 64 exceeds a tiny model's width. The variants have more structural changes, or later ones.
