@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,38 +19,22 @@ from wlora.training.trainer import Trainer
 OWN = {**FITTING, "wlora_depth": ["method.depth_cost=100"]}
 
 
-def settings_of(method: str) -> list[str]:
-    return [f"method={method}", "k=2", "rank=4", "lr=3e-3", "task.max_train_rows=192", *OWN.get(method, [])]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    """Return a function that trains a method once for all tests here; returns record and folder."""
-
-    @functools.cache
-    def train(method: str) -> tuple[Any, Path]:
-        folder = tmp_path_factory.mktemp(method)
-        return experiment.run(compose(*TINY, *settings_of(method), f"results_dir={folder}")), folder
-
-    return train
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_ends_with_a_success_record_and_repeats_bit_for_bit(
-    method: str, trained: Callable[[str], tuple[Any, Path]], run_tiny: Callable[..., Any], tmp_path: Path
+    method: str, run_tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
-    first, folder = trained(method)
-    again = run_tiny(*settings_of(method), results=tmp_path)
+    settings = [f"method={method}", "rank=4", "task.max_train_rows=192", *OWN.get(method, [])]
+    first, again = (run_tiny(*settings, results=tmp_path / folder) for folder in ("a", "b"))
     assert first.status == "success" and first.metrics == again.metrics and first.adapters == again.adapters
-    curves = [(results / "records" / f"{first.run_id}.jsonl").read_bytes() for results in (folder, tmp_path)]
+    names = [f"{first.run_id}.jsonl" for _ in range(2)]
+    curves = [(tmp_path / folder / "records" / name).read_bytes() for folder, name in zip(("a", "b"), names, strict=True)]
     assert curves[0] == curves[1]
     if method not in ("full", "probe"):
         assert first.parameters["adapter_initial"] > 0 and first.adapters
 
 
-@pytest.mark.integration
-def test_methods_differ_from_each_other_on_the_same_seed(trained: Callable[[str], tuple[Any, Path]]) -> None:
-    curves = {name: trained(name)[0].curve for name in METHODS}
+def test_methods_differ_from_each_other_on_the_same_seed(run_tiny: Callable[..., Any]) -> None:
+    curves = {name: run_tiny(f"method={name}", "k=2", "rank=4", "lr=3e-3", *OWN.get(name, [])).curve for name in METHODS}
     assert None not in curves.values() and len(set(curves.values())) == len(METHODS), curves
 
 
