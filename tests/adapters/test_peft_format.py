@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.conftest import TINY, compose
-from tests.support.conf_files import FITTING, METHODS
+from tests.support.conf_files import FITTING, METHODS, RELEASED, whole_runs
 from tests.support.outputs import TEXTS, logits
 from wlora.adapters.layer import LowRankAdapter
 from wlora.adapters.peft_format import Factors, _compile, describe_lora
@@ -79,11 +79,9 @@ def run(seen: dict[str, Any], results: Path, *words: str) -> tuple[Any, Path]:
     return record, results / "adapters" / record.run_id
 
 
-@pytest.mark.parametrize(
-    ("name", "compat"), [*((name, "paper") for name in ADAPTED), ("wlora", "release"), ("wlora_plus", "release")]
-)
-def test_peft_gives_the_logits_of_every_method(name: str, compat: str, seen: dict[str, Any], tmp_path: Path) -> None:
-    words = [f"method={name}", f"compat={compat}", "targets=all", "rank=4", "train.max_steps=20", *SPECIAL.get(name, [])]
+@pytest.mark.parametrize("method", whole_runs([*ADAPTED, *RELEASED]))
+def test_peft_gives_the_logits_of_every_method(method: str, seen: dict[str, Any], tmp_path: Path) -> None:
+    words = [*f"method={method}".split(), "targets=all", "rank=4", "train.max_steps=20", *SPECIAL.get(method.split()[0], [])]
     record, folder = run(seen, tmp_path, *words)
     base, tokenizer = load_base(record)
     plain = logits(base, tokenizer)

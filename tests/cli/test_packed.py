@@ -99,7 +99,7 @@ def start(*words: str) -> subprocess.Popen[bytes]:
 @pytest.mark.slow
 def test_a_sweep_killed_three_times_ends_with_the_records_of_an_unkilled_one(tmp_path: Path) -> None:
     words = [*PACKED, "method=lora,wlora,wlora_plus,rlora", "rank=4", "k=3", "lr=1e-3,3e-3", "seed=0,1,2", "pack=8"]
-    words += ["train.max_steps=32", "train.checkpoint_every=5"]
+    words += ["train.max_steps=20", "train.checkpoint_every=4"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(*words, f"results_dir={whole}").wait(600) == 0
     for finished in (0, 8, 16):  # in each of the three packs, once checkpoints are there

@@ -74,6 +74,7 @@ def test_a_race_stops_half_at_each_rung_and_its_winner_ends_as_without_a_race(
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "raced" / "records").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_later_sweep_without_a_race_finishes_what_was_stopped(
     run_main: Main, run_tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -133,6 +134,7 @@ def test_every_seed_and_setting_is_a_race_and_tuned_takes_the_winner(run_main: M
     assert f"lr={winner['lr']}" in out and f"warmup={winner['warmup']}" in out
 
 
+@pytest.mark.slow
 def test_survivors_refill_a_pack_and_end_as_in_a_pack_without_a_race(run_main: Main, tmp_path: Path) -> None:
     packed = ["hydra/launcher=packed", "pack=3"]
     code, out, err = run_main("-m", *packed, *GRID, f"results_dir={tmp_path / 'raced'}")
@@ -182,6 +184,7 @@ def test_a_run_that_fails_leaves_its_race_to_the_others(
     assert sorted([found[1e-4], found[1e-2]]) == ["stopped", "success"]
 
 
+@pytest.mark.slow
 def test_runs_of_other_processes_are_waited_for(run_main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wlora.storage.locks import RunLock
 

@@ -63,7 +63,7 @@ FUZZ = settings(
 )
 
 
-@settings(FUZZ, max_examples=60)
+@settings(FUZZ, max_examples=30)
 @given(line=lines)
 def test_an_override_is_understood_or_refused_in_a_line_or_two(
     line: tuple[str, list[str], str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 
 from tests.conftest import ROOT, TINY, compose
 from tests.support.bart_folder import build_bart_folder
-from tests.support.conf_files import FITTING, METHODS
+from tests.support.conf_files import FITTING, METHODS, RELEASED, whole_runs
 from tests.support.outputs import TEXTS, logits
 from wlora.config.identity import scientific_fields
 from wlora.errors import ConfigError, RunFault
@@ -70,14 +70,12 @@ def load(folder: Path, *words: str, head: str, num_labels: int = 3) -> tuple[Pre
     return load_model(config.model, locate(config.model), tokenizer, head=head, num_labels=num_labels, seed=7), tokenizer
 
 
-@pytest.mark.parametrize(
-    ("name", "compat"), [*((name, "paper") for name in METHODS), ("wlora", "release"), ("wlora_plus", "release")]
-)
-def test_folding_any_method_changes_no_logit(name: str, compat: str, seen: Seen, tmp_path: Path) -> None:
-    words = [f"method={name}", f"compat={compat}", "targets=all", "rank=4", "train.max_steps=20"]
-    _, folder = run(tmp_path, *words, *SPECIAL.get(name, []))
+@pytest.mark.parametrize("method", whole_runs([*METHODS, *RELEASED]))
+def test_folding_any_method_changes_no_logit(method: str, seen: Seen, tmp_path: Path) -> None:
+    words = [*f"method={method}".split(), "targets=all", "rank=4", "train.max_steps=20"]
+    _, folder = run(tmp_path, *words, *SPECIAL.get(method, []))
     assert torch.allclose(seen["folded"], seen["logits"], atol=1e-5)
-    assert seen["moved"] > 1e-4 or name in ("full", "probe"), "the adapters took part"
+    assert seen["moved"] > 1e-4 or method in ("full", "probe"), "the adapters took part"
     model, tokenizer = load(folder, head="sequence_classification")
     assert torch.equal(logits(model, tokenizer), seen["folded"])
     plain = AutoModelForSequenceClassification.from_pretrained(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY, compose
-from tests.support.conf_files import FITTING, METHODS
+from tests.support.conf_files import FITTING, METHODS, whole_runs
 from wlora.adapters.layer import AdaptedLinear
 from wlora.experiment import run as experiment
 from wlora.experiment.dry_run import describe
@@ -19,7 +19,7 @@ from wlora.training.trainer import Trainer
 OWN = {**FITTING, "wlora_depth": ["method.depth_cost=100"]}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", whole_runs())
 def test_a_method_ends_with_a_success_record_and_repeats_bit_for_bit(
     method: str, run_tiny: Callable[..., Any], tmp_path: Path
 ) -> None:

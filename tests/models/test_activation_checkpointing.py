@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.conftest import TINY, compose
-from tests.support.conf_files import FITTING, METHODS
+from tests.support.conf_files import FITTING, whole_runs
 from wlora.config.identity import run_id, scientific_fields
 from wlora.experiment.build import assemble
 from wlora.methods.base import Method
@@ -118,7 +118,7 @@ def test_it_would_be_noticed_if_the_embeddings_were_made_to_require_a_gradient()
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", whole_runs())
 def test_a_run_has_the_same_curve_and_identity(method: str, run_tiny: Any, tmp_path: Path) -> None:
     records, curves = [], []
     for on in ("false", "true"):

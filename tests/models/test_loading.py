@@ -146,7 +146,7 @@ def test_a_character_never_seen_is_unknown_and_not_padding(hub_folder: Path) -> 
 # A whole run ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["bin", "shards"])
+@pytest.mark.parametrize("variant", [pytest.param("bin", marks=pytest.mark.slow), "shards"])
 def test_the_papers_command_runs_from_local_copies_without_a_hub(
     variant: str, hub_folder: Path, rte_folder: Path, tmp_path: Path, run_main: RunMain
 ) -> None:

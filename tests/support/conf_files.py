@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 from omegaconf import OmegaConf
 
 from wlora.config.schema import config_folder
@@ -30,3 +32,14 @@ def read_method(name: str) -> dict[str, Any]:
 
 
 METHODS = options("method")
+
+# The methods of the paper's claims, and one of each kind of change of structure.
+QUICK = {"full", "lora", "wlora", "wlora_plus", "rlora", "adalora", "increlora", "lora_drop"}
+
+
+RELEASED = ("wlora compat=release", "wlora_plus compat=release")
+
+
+def whole_runs(methods: Iterable[str] = METHODS) -> list[Any]:
+    """Return methods, which more words may follow, as parameters of a test that trains each; `QUICK` are not slow."""
+    return [words if words.split()[0] in QUICK else pytest.param(words, marks=pytest.mark.slow) for words in methods]

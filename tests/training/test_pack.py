@@ -69,7 +69,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "assemble", assemble)
 
 
-@pytest.mark.parametrize("model", ["tiny_bert", "tiny_deberta"])
+@pytest.mark.parametrize("model", ["tiny_bert", pytest.param("tiny_deberta", marks=pytest.mark.slow)])
 def test_in_float64_eight_mixed_runs_equal_their_twins_alone(model: str, double: None, tmp_path: Path) -> None:
     words = [f"model={model}", *STILL, "precision=fp32", "task.batch_size=10"]  # the last batch of an epoch is smaller
     found = together(EIGHT, tmp_path / "packed", *words)

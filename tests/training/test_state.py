@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from tests.support.conf_files import FITTING, METHODS
+from tests.support.conf_files import FITTING, whole_runs
 from wlora.experiment import run as experiment
 from wlora.training.state import State, capture
 from wlora.training.trainer import Trainer
@@ -50,7 +50,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, run_tiny: Callable[..., Any]) -> Ca
     return train
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", whole_runs())
 def test_a_run_goes_on_from_its_written_state_as_if_nothing_had_happened(
     method: str, trained: Callable[..., Any], tmp_path: Path
 ) -> None:
