@@ -72,7 +72,7 @@ def test_an_override_is_understood_or_refused_in_a_line_or_two(
 
 
 @pytest.mark.slow
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=150)
 @given(line=lines)
 def test_many_overrides_are_understood_or_refused(
     line: tuple[str, list[str], str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -104,7 +104,8 @@ def test_memory_stands_beside_the_authors_measurements(
 
 @pytest.mark.slow
 def test_the_check_of_a_gpu_leaves_json_for_every_part_and_says_what_is_skipped(tmp_path: Path) -> None:
-    words = {"OUT": str(tmp_path), "SMALL": "1", "PARTS": "tests steps packs graphs", "LIMIT": "600"}
+    """The parts `steps` and `packs` are run by other tests, in this process."""
+    words = {"OUT": str(tmp_path), "SMALL": "1", "PARTS": "tests graphs", "LIMIT": "600"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "scripts/gpu_check.sh"],
@@ -119,8 +120,6 @@ def test_the_check_of_a_gpu_leaves_json_for_every_part_and_says_what_is_skipped(
     assert {name: part["ended"] for name, part in parts.items()} == dict.fromkeys(words["PARTS"].split(), "done")
     tests = json.loads((tmp_path / "tests.json").read_text())
     assert tests["skipped"] == 1 and not tests["failed"] and not tests["passed"]
-    assert {row["runs"] for row in json.loads((tmp_path / "packs.json").read_text())["rows"]} == {1, 2}
-    assert json.loads((tmp_path / "steps.json").read_text())["rows"][0]["what"] == "PEFT LoRA"
     assert json.loads((tmp_path / "graphs.json").read_text())["skipped"] == "it needs CUDA"
 
 

@@ -182,13 +182,13 @@ def test_a_small_study_runs_resumes_and_makes_its_table(tmp_path: Path) -> None:
     settings |= {"TASKS": "sst2", "METHODS": "lora", "OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = run_script("table1", *small, **settings)
     assert done.returncode == 0, done.stderr
-    assert re.search("best of [45] on sst2 seed=100", done.stdout)
+    assert re.search("best of [456] on sst2 seed=100", done.stdout)
     count = len(list((tmp_path / "study" / "records").glob("*.json")))
-    assert count in (9, 10), "four rates, a fifth if the best is at an edge, five seeds"
+    assert count in (9, 10, 11), "four rates, up to two more if the best is at an edge, five seeds"
     assert (tmp_path / "study" / "tables" / "table1.tex").is_file()
     listed = run_script("table1", *small, DRY="1", **settings)
     # Four rates and five seeds. A best rate that is at an edge again would ask for another one.
-    assert re.search("^9 of (9|10) runs done; 0 s left", listed.stdout, re.MULTILINE), listed.stdout
+    assert re.search("^9 of (9|10|11) runs done; 0 s left", listed.stdout, re.MULTILINE), listed.stdout
 
 
 def test_recorded_grids_race_as_the_committed_table_says() -> None:
