@@ -82,41 +82,67 @@ def find_misfit(value: Any, kind: Any, at: str = "") -> str | None:
             be finite and may be written as an integer.
         at: name of the value, for the description.
     """
-    origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any:
+    if (misfit := _checker(kind)(value)) is None:
         return None
-    if origin in (Union, UnionType):
-        return None if any(find_misfit(value, one) is None for one in inner) else _mismatch(value, kind, at)
-    if kind in (int, float):
-        numbers = int if kind is int else (int, float)
-        fits = isinstance(value, numbers) and not isinstance(value, bool) and _is_bounded(value)
-        return None if fits else _mismatch(value, kind, at)
-    if dataclasses.is_dataclass(kind) or is_typeddict(kind):
-        return _find_misfit_of_key(value, kind, at)
-    if not isinstance(value, origin or kind):
-        return _mismatch(value, kind, at)
-    if origin is dict:
-        found = (find_misfit(one, inner[1], f"{at}.{key}") for key, one in value.items())
-    elif origin is list:
-        found = (find_misfit(one, inner[0], f"{at}[{index}]") for index, one in enumerate(value))
-    else:
-        return None
-    return next(filter(None, found), None)
+    path, found, expected = misfit
+    where = f"{at}{path}".lstrip(".")
+    return f"{where} is missing" if found is _MISSING else _mismatch(found, expected, where)
 
 
-def _find_misfit_of_key(value: Any, kind: Any, at: str) -> str | None:
-    if not isinstance(value, dict):
-        return _mismatch(value, dict, at)
-    for key in getattr(kind, "__required_keys__", ()):
-        if key not in value:
-            return f"{at}.{key} is missing".lstrip(".")
-    hints = _hints(kind)
-    return next(filter(None, (find_misfit(value[key], hints[key], f"{at}.{key}") for key in hints if key in value)), None)
+# The first mismatch within a value: where it is, what is there, and the expected type.
+_Misfit = tuple[str, Any, Any]
+_MISSING = object()
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _checker(kind: Any) -> Callable[[Any], _Misfit | None]:
+    """Return the check of a type. It is built once, because a study has millions of values."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return lambda value: None
+    if origin in (Union, UnionType):
+        options = [_checker(one) for one in inner]
+        return lambda value: ("", value, kind) if all(option(value) for option in options) else None
+    if kind in (int, float):
+        numbers = int if kind is int else (int, float)
+        return lambda value: (
+            None if isinstance(value, numbers) and not isinstance(value, bool) and _is_bounded(value) else ("", value, kind)
+        )
+    if dataclasses.is_dataclass(kind) or is_typeddict(kind):
+        return _checker_of_keys(kind)
+    if origin in (dict, list):
+        return _checker_of_items(kind, origin, _checker(inner[-1]))
+    return lambda value: None if isinstance(value, origin or kind) else ("", value, kind)
+
+
+def _checker_of_items(kind: Any, container: Any, check: Callable[[Any], _Misfit | None]) -> Callable[[Any], _Misfit | None]:
+    def check_items(value: Any) -> _Misfit | None:
+        if not isinstance(value, container):
+            return "", value, kind
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            if misfit := check(one):
+                return (f".{key}" if container is dict else f"[{key}]") + misfit[0], *misfit[1:]
+        return None
+
+    return check_items
+
+
+def _checker_of_keys(kind: Any) -> Callable[[Any], _Misfit | None]:
+    checks = {key: _checker(hint) for key, hint in get_type_hints(kind).items()}
+    required = getattr(kind, "__required_keys__", ())
+
+    def check_keys(value: Any) -> _Misfit | None:
+        if not isinstance(value, dict):
+            return "", value, dict
+        for key in required:
+            if key not in value:
+                return f".{key}", _MISSING, None
+        for key, check in checks.items():
+            if key in value and (misfit := check(value[key])):
+                return f".{key}{misfit[0]}", *misfit[1:]
+        return None
+
+    return check_keys
 
 
 def _is_bounded(value: float) -> bool:
@@ -124,7 +150,7 @@ def _is_bounded(value: float) -> bool:
 
 
 def _mismatch(value: Any, kind: Any, at: str) -> str:
-    return f"{at.lstrip('.')} is {repr(value)[:40]}, not {getattr(kind, '__name__', kind)}"
+    return f"{at} is {repr(value)[:40]}, not {getattr(kind, '__name__', kind)}"
 
 
 # With one of these errors a file counts as absent, as in `os.path`.
