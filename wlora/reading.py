@@ -103,8 +103,7 @@ def _checker(kind: Any) -> Callable[[Any], _Misfit | None]:
     if kind is Any:
         return lambda value: None
     if origin in (Union, UnionType):
-        options = [_checker(one) for one in inner]
-        return lambda value: ("", value, kind) if all(option(value) for option in options) else None
+        return _checker_of_options(kind, [_checker(one) for one in inner])
     if kind in (int, float):
         numbers = int if kind is int else (int, float)
         return lambda value: (
@@ -115,6 +114,16 @@ def _checker(kind: Any) -> Callable[[Any], _Misfit | None]:
     if origin in (dict, list):
         return _checker_of_items(kind, origin, _checker(inner[-1]))
     return lambda value: None if isinstance(value, origin or kind) else ("", value, kind)
+
+
+def _checker_of_options(kind: Any, options: list[Callable[[Any], _Misfit | None]]) -> Callable[[Any], _Misfit | None]:
+    def check_options(value: Any) -> _Misfit | None:
+        for option in options:
+            if option(value) is None:
+                return None
+        return "", value, kind
+
+    return check_options
 
 
 def _checker_of_items(kind: Any, container: Any, check: Callable[[Any], _Misfit | None]) -> Callable[[Any], _Misfit | None]:
