@@ -13,9 +13,10 @@ from benchmark_runs import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from wlora.training.precision import Precision
+
 # Rows, inputs and outputs of the products that the limit is measured with: those of DeBERTaV3-base's feed-forward network.
 _PRODUCT = (2048, 768, 3072)
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Counter(TorchDispatchMode):
@@ -63,8 +64,9 @@ def product_rate(precision: str) -> float:
         precision: `fp32`, `bf16` or `fp16`.
     """
     rows, inputs, outputs = _PRODUCT
-    x = torch.randn(rows, inputs, device=DEVICE).to(_DTYPES[precision])
-    weight = torch.randn(inputs, outputs, device=DEVICE).to(_DTYPES[precision])
+    dtype = Precision(precision, "").dtype
+    x = torch.randn(rows, inputs, device=DEVICE).to(dtype)
+    weight = torch.randn(inputs, outputs, device=DEVICE).to(dtype)
     seconds = [time_step(lambda: x @ weight) for _ in range(12)]
     return 2 * rows * inputs * outputs / statistics.median(seconds[2:])
 
