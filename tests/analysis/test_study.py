@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT, RunMain, compose
 from tests.support.synthetic import make_record, watch_loads
 from wlora.analysis.study import Point, flatten, name_rows, read_value, read_words, require_one_setting, select
-from wlora.analysis.study_reader import read_runs
+from wlora.analysis.study_reader import read_curve, read_runs
 from wlora.analysis.tuning import Choice, choose_point, fill_tuned
 from wlora.config.schema import restore_config
 from wlora.errors import ConfigError
@@ -251,6 +251,23 @@ def test_unreadable_records_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(read_runs(tmp_path)) == 1
     told = capsys.readouterr().err
     assert told == f"notice: record {tmp_path}/records/torn.json is damaged: it is not complete JSON; it is left out\n"
+
+
+def test_lost_curves_are_told_once_and_a_damaged_one_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = RecordStore(tmp_path)
+    for seed in range(3):
+        record = make_record(tmp_path, "task=sst2", f"seed={seed}")
+        record.curve = "0" * 16
+        store.write(record)
+    damaged = store.path(record.run_id).with_suffix(".jsonl")
+    damaged.write_text("")
+    for run in [*read_runs(tmp_path)] * 2:
+        assert read_curve(store, run) == []
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all(line.startswith("notice: learning curve ") for line in told)
+    assert sum(line.endswith(".jsonl is missing; all missing learning curves are left out") for line in told) == 1
+    damage = "it does not match its checksum in the record"
+    assert f"notice: learning curve {damaged} is damaged: {damage}; it is left out" in told
 
 
 def test_reading_never_imports_torch() -> None:

@@ -17,7 +17,7 @@ from wlora.config.schema import Config
 from wlora.errors import ConfigError, RunFault
 from wlora.storage import atomic_write as staging
 from wlora.storage import records
-from wlora.storage.records import Record, RecordStore
+from wlora.storage.records import MissingFile, Record, RecordStore
 
 
 def identity(*overrides: str, precision: str = "fp32", data: str | None = "d") -> str:
@@ -235,7 +235,7 @@ def test_damaged_predictions_are_told_and_their_loss_costs_no_run(
         with pytest.raises(ConfigError, match="predictions .* are damaged: they do not match their checksum"):
             store.read_predictions(record)
     file.unlink()
-    with pytest.raises(ConfigError, match="predictions .* are damaged"):
+    with pytest.raises(MissingFile, match="predictions .* are missing"):
         store.read_predictions(record)
     monkeypatch.setattr(RecordStore, "write_predictions", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     again = run_tiny("method=probe", "force=true")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from wlora.analysis.statistics import mcnemar
 from wlora.analysis.study import Run
+from wlora.analysis.study_reader import leave_out
 from wlora.errors import ConfigError
 from wlora.storage.records import RecordStore
 
@@ -70,14 +70,14 @@ class Predictions:
     def __call__(self, run: Run) -> Answers | None:
         """Return a run's answers; None if it has no predictions, or if answers are not right or wrong (regression).
 
-        For damaged predictions, print a notice and return None.
+        For damaged or missing predictions, print a notice and return None.
         """
         name = run.record.run_id
         if name not in self._read:
             try:
                 self._read[name] = _read(self._store, run)
             except ConfigError as damage:
-                print(f"notice: {damage}; they are left out", file=sys.stderr)
+                leave_out(damage, "predictions")
                 self._read[name] = None
         return self._read[name]
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from wlora.analysis.study import Run, setting_of
+from wlora.distributed import first_time
 from wlora.errors import ConfigError, wrong_value
 from wlora.reading import find_misfit
 from wlora.storage.index import Entry, Index
 from wlora.storage.packing import Packed, Unpacker, pack
 from wlora.storage.recorded import Finished
-from wlora.storage.records import Record, RecordStore
+from wlora.storage.records import MissingFile, Record, RecordStore
 
 # Errors that reading a damaged record can cause.
 _DAMAGES = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
@@ -134,5 +135,19 @@ def read_curve(store: RecordStore, run: Run, *, key: str = "") -> list[dict[str,
     try:
         return store.read_curve(run.record, key=key)
     except ConfigError as damage:
-        print(f"notice: {damage}; it is left out", file=sys.stderr)
+        leave_out(damage, "learning curves")
         return []
+
+
+def leave_out(damage: ConfigError, files: str) -> None:
+    """Print a notice, once per command, that a file of a run is left out.
+
+    Of missing files only the first one is named: often the records of a whole study were copied without them.
+
+    Args:
+        damage: the error that names the file.
+        files: what the file contains, in the plural.
+    """
+    missing = isinstance(damage, MissingFile)
+    if first_time(f"missing {files}" if missing else str(damage)):
+        print(f"notice: {damage}; {'all missing ' + files + ' are' if missing else 'it is'} left out", file=sys.stderr)

@@ -77,6 +77,10 @@ def _find_misfit(content: dict[str, Any]) -> str | None:
     return misfit
 
 
+class MissingFile(ConfigError):
+    """A file that belongs to a record does not exist: it was removed, or the record was copied without it."""
+
+
 class RecordStore:
     """The records of one study: `<results_dir>/records/<run_id>.json`; `.jsonl` is the curve, `.parquet` the predictions.
 
@@ -141,6 +145,7 @@ class RecordStore:
             key: return only points that have this key; applied only if the record has a checksum of the curve.
 
         Raises:
+            MissingFile: the record has a checksum of the curve, but the file does not exist.
             ConfigError: the file is damaged or cannot be read.
         """
         path = self.path(record.run_id).with_suffix(".jsonl")
@@ -152,7 +157,7 @@ class RecordStore:
         except FileNotFoundError:
             if record.curve is None:
                 return []
-            raise ConfigError(f"learning curve {path} is missing") from None
+            raise MissingFile(f"learning curve {path} is missing") from None
         except OSError as error:
             raise ConfigError(f"learning curve {path} cannot be read ({error.strerror})") from None
         except ValueError as error:
@@ -189,6 +194,7 @@ class RecordStore:
         """Return a run's predictions on the dev set (`Task.tabulate`); None if its record mentions none.
 
         Raises:
+            MissingFile: the file does not exist.
             ConfigError: the file is damaged or cannot be read.
         """
         if record.predictions is None:
@@ -202,7 +208,9 @@ class RecordStore:
             if hash_bytes(content) != record.predictions:
                 raise ValueError("they do not match their checksum in the record")
             return parquet.read_table(pa.BufferReader(content))
-        except (FileNotFoundError, ValueError) as error:
+        except FileNotFoundError:
+            raise MissingFile(f"predictions {path} are missing") from None
+        except ValueError as error:
             raise ConfigError(f"predictions {path} are damaged: {error}") from None
         except OSError as error:
             raise ConfigError(f"predictions {path} cannot be read ({error.strerror or error})") from None
