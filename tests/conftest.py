@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -80,38 +79,26 @@ def _a_yaml_file_is_parsed_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _the_same_files_are_merged_once() -> Iterator[None]:
+    """Composing takes half of the time of a command that stops early. No test changes a file in its place."""
+    from wlora.cli.composing import merging_once
+
+    with merging_once():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_told_yet() -> None:
     """A command tells a notice once; every test is a command of its own."""
     TOLD.clear()
 
 
-# Hundreds of runs differ only in their folder.
-_PLAIN_RESULTS = re.compile(r"results_dir=/[\w./-]+")
-_COMPOSED: dict[tuple[Path, tuple[str, ...]], Any] = {}
-
-
 def compose(*overrides: str) -> Any:
     """Compose the real configuration with overrides and resolve it, as the entry point does."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from omegaconf import OmegaConf
+    from wlora.cli.sweep import compose as compose_quickly
 
-    from wlora.config.presets import apply_presets
-    from wlora.config.schema import config_folder, register_schema
-    from wlora.experiment.resolve import resolve
-
-    folder = config_folder()
-    words = tuple(word for word in overrides if not _PLAIN_RESULTS.fullmatch(word))
-    if (folder, words) not in _COMPOSED:
-        register_schema()
-        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-            _COMPOSED[folder, words] = hydra_compose("config", overrides=list(words))
-    composed = copy.deepcopy(_COMPOSED[folder, words])
-    for word in set(overrides) - set(words):
-        composed.results_dir = word.partition("=")[2]
-    apply_presets(composed, overrides)
-    return resolve(OmegaConf.to_object(composed))  # type: ignore[arg-type]
+    return compose_quickly(overrides)
 
 
 @pytest.fixture

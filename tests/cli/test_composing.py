@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 
-from tests.conftest import TINY, RunMain
+from tests.conftest import ROOT, TINY, RunMain
 from wlora.cli.composing import composing_once
 
 CHECK = [*TINY, "method=lora", "rank=0"]  # refused once it is composed
@@ -55,6 +57,48 @@ def test_what_a_caller_changes_is_not_handed_on() -> None:
             assert found.seed == 3
             found.seed = 4
     assert ConfigLoaderImpl.load_configuration is before
+
+
+ALIKE = """
+from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from wlora.cli.composing import merging_once
+from wlora.config.schema import config_folder, register_schema
+
+LINES = [
+    ["seed=3"],
+    ["seed=4", "rank=2", "+per_task={}"],
+    ["method=lora", "rank=16"],
+    ["method=lora", "hydra.job.chdir=true"],
+    ["experiment=demo", "method=wlora", "k=2"],
+    ["experiment=demo", "method=wlora", "++method.new=[1,2]"],
+]
+read = ConfigLoaderImpl._load_single_config
+files = []
+ConfigLoaderImpl._load_single_config = lambda self, default, repo: files.append(default) or read(self, default, repo)
+register_schema()
+with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+    load = GlobalHydra.instance().config_loader().load_configuration
+    compose = lambda: [OmegaConf.to_yaml(load("config", line, RunMode.RUN)) for line in LINES]
+    plain = compose()
+    every = len(files)
+    with merging_once(), merging_once():
+        assert compose() == plain
+        once = len(files) - every
+        assert compose() == plain and len(files) == every + once, "the second time nothing is read"
+    assert compose() == plain and len(files) == 2 * every + once, "afterwards all is as before"
+print(every / once)
+"""
+
+
+def test_runs_that_choose_the_same_files_are_what_they_are_without_it() -> None:
+    done = subprocess.run([sys.executable, "-c", ALIKE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 1.9, "three choices of six lines"
 
 
 def test_help_does_not_list_groups_that_its_text_leaves_out(run_main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:

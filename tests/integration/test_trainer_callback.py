@@ -115,8 +115,8 @@ class Script:
     [
         ("wlora", {"k": 3, "select_steps": 4}),
         ("wlora_plus", {"k": 3, "select_steps": 6}),
-        ("adalora", {}),
-        ("increlora", {}),
+        pytest.param("adalora", {}, marks=pytest.mark.slow),
+        pytest.param("increlora", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_trainer_script_is_the_run(
@@ -143,7 +143,7 @@ def test_a_trainer_script_is_the_run(
     assert trainer.args.max_grad_norm == 1.0
 
 
-@pytest.mark.parametrize("at", [2, 8])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_a_training_resumes_from_the_trainers_checkpoint(at: int, tmp_path: Path) -> None:
     def begin(**options: Any) -> tuple[Any, Any]:
         script = Script()

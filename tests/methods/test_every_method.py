@@ -33,6 +33,7 @@ def test_a_method_ends_with_a_success_record_and_repeats_bit_for_bit(
         assert first.parameters["adapter_initial"] > 0 and first.adapters
 
 
+@pytest.mark.slow
 def test_methods_differ_from_each_other_on_the_same_seed(run_tiny: Callable[..., Any]) -> None:
     curves = {name: run_tiny(f"method={name}", "k=2", "rank=4", "lr=3e-3", *OWN.get(name, [])).curve for name in METHODS}
     assert None not in curves.values() and len(set(curves.values())) == len(METHODS), curves
@@ -65,7 +66,7 @@ def test_a_dry_run_foretells_the_parameters_at_the_end(
 PRUNING = ["wlora", "wlora_plus", "rlora", "adalora", "dynamic_lora", "lora_drop", "alora", "flexora"]
 
 
-@pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.parametrize("method", whole_runs(PRUNING))
 def test_what_is_pruned_stays_pruned_through_fifty_steps_of_momentum(
     method: str, run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

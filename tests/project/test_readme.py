@@ -36,6 +36,9 @@ pytestmark = pytest.mark.integration
 
 # A command that stands on several pages is checked once.
 LINES = list(dict.fromkeys(line for page in PAGES.values() for block in blocks(page, "bash") for line in block.splitlines()))
+QUICK = {
+    line for block in blocks(README, "bash") for line in block.splitlines()
+}  # the commands of other pages are slow tests
 SETUP = [line for line in LINES if line.startswith("pip install")]
 LAUNCHED = [line for line in LINES if re.search(r"^(accelerate|torchrun) |hydra/launcher=|hardware=", line)]
 PREDICTIONS = [line for line in LINES if line.startswith("python -m wlora.predict ")]
@@ -56,6 +59,10 @@ BART = ("model.architecture.encoder_layers=4", "model.architecture.decoder_layer
 LOOKS = ("--help", "--cfg", "-sc")
 
 Enter = Callable[..., int]
+
+
+def in_tiers(lines: list[str]) -> list[Any]:
+    return [line if line in QUICK else pytest.param(line, marks=pytest.mark.slow) for line in lines]
 
 
 def rows_of(task: Any, number: int) -> dict[str, list[Any]]:
@@ -176,7 +183,7 @@ def test_setup_installs_extras_that_exist() -> None:
         assert match[3] is None or (config_folder() / "experiment" / f"{match[3]}.yaml").is_file()
 
 
-@pytest.mark.parametrize("line", RUNS)
+@pytest.mark.parametrize("line", in_tiers(RUNS))
 def test_command_runs(line: str, enter: Enter, data: Path, tmp_path: Path) -> None:
     words = shrink(line, data, tmp_path / "results")
     assert enter(*words) == 0
@@ -185,7 +192,7 @@ def test_command_runs(line: str, enter: Enter, data: Path, tmp_path: Path) -> No
     assert {record.status for record in records} <= {"success", "stopped" if "race=halving" in words else "success"}
 
 
-@pytest.mark.parametrize("line", LAUNCHED)
+@pytest.mark.parametrize("line", in_tiers(LAUNCHED))
 def test_what_is_launched_composes(line: str, enter: Enter, capsys: pytest.CaptureFixture[str]) -> None:
     """tests/training/test_processes.py and tests/cli/test_launchers.py launch."""
     launcher, words = line.split(" -m wlora.run ")
@@ -219,7 +226,7 @@ def test_what_is_done_with_a_run_afterwards(
     assert (results / "reruns" / "records" / f"{record.run_id}.json").is_file() and (export / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("line", PREDICTIONS)
+@pytest.mark.parametrize("line", in_tiers(PREDICTIONS))
 def test_predictions_are_made(line: str, enter: Enter, data: Path, tmp_path: Path) -> None:
     own = "split=" not in line
     trained = next(run for run in RUNS if "task=text_classification" in run) if own else "python -m wlora.run task=rte"
@@ -273,7 +280,7 @@ def run_script(line: str, data: Path, *options: str) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("line", TABLES)
+@pytest.mark.parametrize("line", in_tiers(TABLES))
 def test_tables_are_made_and_committed_ones_are_those(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)[3:]
     (folder,) = [word.partition("=")[2] for word in words if word.startswith("results_dir=")] or ["results"]
@@ -291,6 +298,7 @@ def test_tables_are_made_and_committed_ones_are_those(line: str, tmp_path: Path,
         assert all((made / name).read_bytes() == (committed / "tables" / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
     drawn: dict[str, set[str]] = {}
     for line in FIGURES:
@@ -310,7 +318,7 @@ def test_figures_are_drawn_from_committed_records(tmp_path: Path) -> None:
     assert drawn["results/selection"] == {"selection.png", "selection.pdf"}
 
 
-@pytest.mark.parametrize("line", STUDIES)
+@pytest.mark.parametrize("line", in_tiers(STUDIES))
 def test_table_scripts_are_there_and_list_their_cells(line: str, tmp_path: Path) -> None:
     *settings, script = shlex.split(line)
     assert os.access(ROOT / script, os.X_OK)

@@ -72,6 +72,7 @@ def test_words_for_every_sweep_may_be_of_keys_that_some_methods_do_not_read(tmp_
     assert "method=lora rank=4 targets=attention:" in done.stdout and "method=wlora rank=4 k=5 targets=att" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_printed_protocol_and_the_releases_targets_are_legal(tmp_path: Path) -> None:
     for name, options in (
         ("table1", {"PROTOCOL": "printed"}),
@@ -83,7 +84,7 @@ def test_the_printed_protocol_and_the_releases_targets_are_legal(tmp_path: Path)
         assert "TARGETS" not in options or "targets=release" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["table1", "table6"])
+@pytest.mark.parametrize("name", ["table1", pytest.param("table6", marks=pytest.mark.slow)])
 def test_the_small_study_is_legal(name: str, tmp_path: Path) -> None:
     done = run_script(name, DRY="1", SCALE="cpu", RESULTS=str(tmp_path), METHODS="lora wlora rlora")
     assert done.returncode == 0, done.stderr
@@ -92,6 +93,7 @@ def test_the_small_study_is_legal(name: str, tmp_path: Path) -> None:
     assert "task=sst2 model=minilm method=wlora rank=8 k=5 targets=qkv: 0 of 9 runs" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cell", "runs"),
     [
@@ -106,6 +108,7 @@ def test_the_other_small_studies_are_legal(name: str, cell: str, runs: int, tmp_
     assert cell in done.stdout and f"0 of {runs} runs done" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scale", "runs"),
     [("k_curve", "cpu", 48), ("depth_curve", "cpu", 90), ("prefix_cache", "cpu", 10), ("depth_curve", "paper", 300)],

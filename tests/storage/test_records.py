@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT, TINY, compose
 from wlora.config.identity import run_id, scientific_fields, stream_seed
-from wlora.config.schema import Config
+from wlora.config.schema import restore_config
 from wlora.errors import ConfigError, RunFault
 from wlora.storage import atomic_write as staging
 from wlora.storage import records
@@ -70,12 +70,10 @@ def test_keys_added_later_count_only_off_their_defaults() -> None:
 @pytest.mark.parametrize("study", sorted(path.parent.name for path in (ROOT / "results").glob("*/records")))
 def test_committed_records_are_still_found(study: str) -> None:
     """Their configurations, without the keys that came later, hash to the names they were stored under."""
-    from omegaconf import OmegaConf
-
     records = list(RecordStore(ROOT / "results" / study))
     assert records
     for record in records:
-        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record.config))
+        config = restore_config(record.config)
         data = {"task_data": record.task["data"], "model_data": record.model["fingerprint"]}
         assert run_id(scientific_fields(config, **data, precision=record.environment["precision"])) == record.run_id
 
