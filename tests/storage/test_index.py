@@ -16,6 +16,7 @@ from tests.support.synthetic import make_record, watch_loads
 from wlora.analysis.study_reader import read_study
 from wlora.analysis.tables.best import read_best
 from wlora.cli import report
+from wlora.distributed import TOLD
 from wlora.storage import index
 from wlora.storage.index import Entry, Index
 from wlora.storage.packing import Unpacker, pack
@@ -67,7 +68,8 @@ def forget(results: Path) -> None:
 
 
 def told(results: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str], dict[str, Any]]:
-    """Return all that a study says: its records, settings, faults and best scores."""
+    """Return all that a study says to a new command: its records, settings, faults and best scores."""
+    TOLD.clear()
     runs, faults = read_study(results)
     return [plain(run.record) for run in runs], [run.setting for run in runs], faults, dict(read_best(results, runs))
 
