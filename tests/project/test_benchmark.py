@@ -124,7 +124,7 @@ def test_the_check_of_a_gpu_leaves_json_for_every_part_and_says_what_is_skipped(
 
 
 def test_whole_runs_are_compared_with_each_form_of_batches(runs: Any) -> None:
-    seconds = {runs.PEFT["grouped"]: [40, 50, 60], runs.PEFT["random"]: [80, 100, 60], runs.PEFT["padded"]: [200, 100, 240]}
+    seconds = {runs.PEFT["grouped"]: [40, 50, 60], runs.PEFT["random"]: [80], runs.PEFT["padded"]: [200]}
     seconds["WLoRA"] = [20, 30, 30]
     scores = {"WLoRA": 0.75, runs.PEFT["grouped"]: 0.75, runs.PEFT["random"]: 0.9, runs.PEFT["padded"]: 0.9}
     found = {
@@ -135,7 +135,7 @@ def test_whole_runs_are_compared_with_each_form_of_batches(runs: Any) -> None:
     for batches, name in runs.PEFT.items():
         assert rows[name][f"time_to_{batches}"] == 1
     ours = rows["WLoRA"]
-    assert (ours["time_to_grouped"], ours["time_to_random"], ours["time_to_padded"]) == (0.5, 0.3, 0.125)
+    assert (ours["time_to_grouped"], ours["time_to_random"], ours["time_to_padded"]) == (0.5, 0.25, 0.1)
     # The target comes from PEFT with grouped batches, whatever the other forms reach.
     assert (ours["target"], ours["to_target_s"], ours["reached"]) == (0.74, 30, "3 of 3")
 
