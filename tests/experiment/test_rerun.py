@@ -153,7 +153,8 @@ def test_mistakes_are_told_before_torch_is_imported(enter: Callable[..., Any]) -
 
 def test_an_environment_tells_enough_to_run_again() -> None:
     environment = describe_environment("cpu", "fp32", 1, overrides=["task=rte"])
-    assert environment["overrides"] == ["task=rte"] and environment["packages"]["torch"] == torch.__version__
+    assert environment["overrides"] == ["task=rte"]
+    assert torch.__version__.startswith(environment["packages"]["torch"])  # without the build, such as +cu128
     assert {"peft", "tokenizers", "safetensors", "pyarrow", "numpy"} <= set(environment["packages"])
     assert environment["torch"]["threads"] == torch.get_num_threads()
     assert environment["torch"]["deterministic_algorithms"] is False

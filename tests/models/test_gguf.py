@@ -27,6 +27,7 @@ from wlora.models.quantization import count_model
 from wlora.models.source import locate
 from wlora.models.targets import Target, count_targets
 
+pytest.importorskip("transformers", minversion="5.23")  # `wlora.models.source.require_extras`
 FILE = "model.Q8_0.gguf"
 
 
@@ -132,6 +133,15 @@ def test_without_the_package_the_extra_is_named(
         f"error: model.gguf_file={FILE}: the package gguf is not installed",
         "way out: pip install 'wlora[quantization]'",
     ]
+
+
+def test_transformers_must_be_new_enough(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.22.1")
+    assert enter_main(monkeypatch, *words(folder), "task=story_nli") == 2
+    told = f"error: model.gguf_file={FILE}: needs transformers 5.23 or newer, not 5.22.1"
+    assert capsys.readouterr().err.splitlines() == [told]
 
 
 # Weights and tokenizer -----------------------------------------------------------------------------------------------

@@ -217,10 +217,14 @@ def _check_answers(column: pa.ChunkedArray, contexts: pa.ChunkedArray, at: str, 
         task: tells whether every row must have an answer.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     refuse_nulls(column, at)
     try:
-        column = column.cast(pa.struct({"text": pa.list_(pa.string()), "answer_start": pa.list_(pa.int64())}))
+        # pyarrow casts a struct with other fields, or in another order, only since version 21.
+        kinds = {"text": pa.list_(pa.string()), "answer_start": pa.list_(pa.int64())}
+        parts = [pc.struct_field(column, name).cast(kind).combine_chunks() for name, kind in kinds.items()]
+        column = pa.chunked_array([pa.StructArray.from_arrays(parts, names=list(kinds))])
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, ValueError) as error:
         raise ConfigError(
             f"{at} holds {shorten_type(column.type)}; expected is {{text: [strings], answer_start: [integers]}} in every "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from wlora.reading import read_file, read_json, strict_lookups
 from wlora.storage.content_hash import hash_file, hash_files, read_as_hashed
 
 _CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt"}
+# Older versions confuse the special tokens of a GGUF file's tokenizer.
+_READS_GGUF = "5.23"
 _PACKAGES = {"model.quantization": "bitsandbytes", "model.gguf_file": "gguf"}
 
 
@@ -106,10 +109,10 @@ def _refuse_elsewhere(index: Path, key: str) -> None:
 
 
 def require_extras(model: ModelConfig) -> None:
-    """Check that the optional package for the model's weights is installed.
+    """Check that the packages can read the model's weights.
 
     Raises:
-        ConfigError: `bitsandbytes` or `gguf` is missing.
+        ConfigError: `bitsandbytes` or `gguf` is missing, or transformers is too old for GGUF files.
     """
     wanted = {"model.quantization": model.quantization, "model.gguf_file": model.gguf_file}
     for key, package in _PACKAGES.items():
@@ -117,6 +120,13 @@ def require_extras(model: ModelConfig) -> None:
             raise ConfigError(
                 f"{key}={wanted[key]}: the package {package} is not installed\nway out: pip install 'wlora[quantization]'"
             )
+    installed = importlib.metadata.version("transformers")
+    if model.gguf_file is not None and _minor(installed) < _minor(_READS_GGUF):
+        raise ConfigError(f"model.gguf_file={model.gguf_file}: needs transformers {_READS_GGUF} or newer, not {installed}")
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _package_folder(model: ModelConfig) -> Path:
