@@ -221,7 +221,7 @@ def _check_answers(column: pa.ChunkedArray, contexts: pa.ChunkedArray, at: str, 
 
     refuse_nulls(column, at)
     try:
-        # pyarrow casts a struct with other fields, or in another order, only since version 21.
+        # Field by field, because older versions of pyarrow (20, for example) cast no struct with another order.
         kinds = {"text": pa.list_(pa.string()), "answer_start": pa.list_(pa.int64())}
         parts = [pc.struct_field(column, name).cast(kind).combine_chunks() for name, kind in kinds.items()]
         column = pa.chunked_array([pa.StructArray.from_arrays(parts, names=list(kinds))])

@@ -120,8 +120,7 @@ def require_extras(model: ModelConfig) -> None:
             raise ConfigError(
                 f"{key}={wanted[key]}: the package {package} is not installed\nway out: pip install 'wlora[quantization]'"
             )
-    installed = importlib.metadata.version("transformers")
-    if model.gguf_file is not None and _minor(installed) < _minor(_READS_GGUF):
+    if model.gguf_file is not None and _minor(installed := importlib.metadata.version("transformers")) < _minor(_READS_GGUF):
         raise ConfigError(f"model.gguf_file={model.gguf_file}: needs transformers {_READS_GGUF} or newer, not {installed}")
 
 
