@@ -12,6 +12,7 @@ from wlora.experiment.dry_run import describe
 from wlora.experiment.memory_estimate import Memory, estimate, tell
 from wlora.methods.base import Steps
 from wlora.models.first_token import first_token_alone
+from wlora.models.source import READS_GGUF
 from wlora.training.activation_memory import build_example, make_batch, saved_bytes
 from wlora.training.precision import Precision, lower_base
 
@@ -55,7 +56,7 @@ def measure(config: Config, precision: str, keep: slice | None = None) -> int:
 )
 def test_estimates_agree_with_what_is_measured(task: str, model: str, precision: str) -> None:
     if model in ("tiny_bart", "tiny_llama"):  # older ones save other tensors, and BART cannot be traced
-        pytest.importorskip("transformers", minversion="5.23")
+        pytest.importorskip("transformers", minversion=READS_GGUF)
     config = compose(f"task={task}", f"model={model}", "method=wlora", "k=2", *SMALL)
     whole, highest, lowest = (memory.total for memory in estimate(config, Precision(precision, ""), STEPS))
     assert whole == pytest.approx(measure(config, precision), rel=0.15)
@@ -102,6 +103,6 @@ def test_what_fits_is_said_of_both_sizes_before_and_after_the_cut() -> None:
 @pytest.mark.parametrize("words", [["task=rte"], ["task=xsum", "model=bart_large"], ["task=sst2", "model=llama3_8b"]])
 def test_a_dry_run_tells_of_the_papers_models(words: list[str], tmp_path: object) -> None:
     if "model=bart_large" in words:
-        pytest.importorskip("transformers", minversion="5.23")
+        pytest.importorskip("transformers", minversion=READS_GGUF)
     text = describe(compose(*words, f"results_dir={tmp_path}"))
     assert "memory     " in text and "GiB with" in text and " fits " in text

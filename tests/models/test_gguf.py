@@ -24,10 +24,10 @@ from wlora.models.architectures import read_architecture
 from wlora.models.gguf import read_gguf_architecture
 from wlora.models.loading import load_model, load_tokenizer
 from wlora.models.quantization import count_model
-from wlora.models.source import locate
+from wlora.models.source import READS_GGUF, locate
 from wlora.models.targets import Target, count_targets
 
-pytest.importorskip("transformers", minversion="5.23")  # `wlora.models.source.require_extras`
+pytest.importorskip("transformers", minversion=READS_GGUF)
 FILE = "model.Q8_0.gguf"
 
 
@@ -140,7 +140,7 @@ def test_transformers_must_be_new_enough(
 ) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "5.22.1")
     assert enter_main(monkeypatch, *words(folder), "task=story_nli") == 2
-    told = f"error: model.gguf_file={FILE}: needs transformers 5.23 or newer, not 5.22.1"
+    told = f"error: model.gguf_file={FILE}: needs transformers {READS_GGUF} or newer, not 5.22.1"
     assert capsys.readouterr().err.splitlines() == [told]
 
 

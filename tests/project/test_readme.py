@@ -29,7 +29,7 @@ from wlora.cli import figures, memory, tables
 from wlora.cli import predict as predictions
 from wlora.config.schema import ModelConfig, config_folder
 from wlora.experiment import run as experiment
-from wlora.models.source import locate
+from wlora.models.source import READS_GGUF, locate
 from wlora.storage.records import Record, RecordStore
 
 pytestmark = pytest.mark.integration
@@ -149,7 +149,7 @@ def shrink(line: str, data: Path, results: Path) -> list[str]:
     elif "model.path=ROBERTA" in words:
         words[words.index("model.path=ROBERTA")] = f"model.path={build_model_folder('roberta', results.parent / 'roberta')}"
     elif "model.gguf_file=NAME.gguf" in words:
-        pytest.importorskip("transformers", minversion="5.23")
+        pytest.importorskip("transformers", minversion=READS_GGUF)
         write_gguf(results.parent / "NAME.gguf")
         words[words.index("model.path=DIR")] = f"model.path={results.parent}"
     elif "model=llama3_8b" in words:

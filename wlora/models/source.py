@@ -18,7 +18,7 @@ from wlora.storage.content_hash import hash_file, hash_files, read_as_hashed
 
 _CONTENT = {".json", ".safetensors", ".bin", ".model", ".txt"}
 # Older versions confuse the special tokens of a GGUF file's tokenizer.
-_READS_GGUF = "5.23"
+READS_GGUF = "5.23"
 _PACKAGES = {"model.quantization": "bitsandbytes", "model.gguf_file": "gguf"}
 
 
@@ -120,8 +120,8 @@ def require_extras(model: ModelConfig) -> None:
             raise ConfigError(
                 f"{key}={wanted[key]}: the package {package} is not installed\nway out: pip install 'wlora[quantization]'"
             )
-    if model.gguf_file is not None and _minor(installed := importlib.metadata.version("transformers")) < _minor(_READS_GGUF):
-        raise ConfigError(f"model.gguf_file={model.gguf_file}: needs transformers {_READS_GGUF} or newer, not {installed}")
+    if model.gguf_file is not None and _minor(installed := importlib.metadata.version("transformers")) < _minor(READS_GGUF):
+        raise ConfigError(f"model.gguf_file={model.gguf_file}: needs transformers {READS_GGUF} or newer, not {installed}")
 
 
 def _minor(version: str) -> tuple[int, ...]:
