@@ -47,6 +47,30 @@ def test_a_golden_table(tmp_path: Path) -> None:
         assert words in said, words
 
 
+def test_tables_2_and_3_take_the_runs_of_their_own_family(tmp_path: Path) -> None:
+    def models() -> list[str]:
+        runs = read_runs(tmp_path)
+        tables = [fill(LAYOUTS[name], runs) for name in "23"]
+        return [table.model if table.runs() else "" for table in tables]
+
+    def add(model: str, *seeds: int) -> None:
+        for seed in seeds:
+            record(tmp_path, "lora", "sst2", seed, 0.8, "targets=all", f"model={model}")
+
+    add("smollm2_135m", 0)
+    assert models() == ["", "smollm2_135m"]
+    add("minilm", 0, 1)  # of neither family, with more runs
+    assert models() == ["minilm", "smollm2_135m"]
+    add("tiny_deberta", 0)
+    assert models() == ["tiny_deberta", "smollm2_135m"]
+    assert fill(LAYOUTS["2"], read_runs(tmp_path), model="smollm2_135m").runs(), "a given model is shown"
+
+
+def test_a_model_of_no_family_is_shown_where_there_is_no_other(tmp_path: Path) -> None:
+    record(tmp_path, "lora", "sst2", 0, 0.8, "targets=all")
+    assert [fill(LAYOUTS[name], read_runs(tmp_path)).model for name in "23"] == ["minilm", "minilm"]
+
+
 def test_rounding_and_shared_marks(tmp_path: Path) -> None:
     # 0.80004 and 0.79996 are printed alike, 0.7 is second, 0.6 has no mark.
     for method, score in {"lora": 0.80004, "adalora": 0.79996, "melora": 0.7, "alora": 0.6}.items():

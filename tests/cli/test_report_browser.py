@@ -59,6 +59,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     text = "".join(json.dumps(point) + "\n" for point in points)
                     store.path(record.run_id).with_suffix(".jsonl").write_text(text)
     make_record(results, "method=adalora", "task=sst2", status="diverged")
+    for seed in (0, 1):
+        record = make_record(
+            results, "method=lora", "task=rte", f"seed={seed}", "targets=all", "model=smollm2_135m", metrics=0.7
+        )
+        record.config["model"]["path"] = "a/folder_with_a_long_name" * 4  # in the caption of Table 3
+        store.write(record)
     report.main([f"results_dir={results}"])
     return results / "report.html"
 
@@ -140,7 +146,7 @@ def test_every_section_is_drawn_within_the_page(width: int, read: Callable[..., 
         reader.wait(f"document.querySelector('#{name} svg .mark-symbol, #{name} svg .mark-rect') !== null")
     widths = reader.ask("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert widths[0] == widths[1] <= width, "nothing is wider than the screen"
-    assert reader.ask("document.querySelectorAll('#cost-charts figure').length") == 2, "one panel per task"
+    assert reader.ask("document.querySelectorAll('#cost-charts figure').length") == 3, "one panel per task and model"
     assert reader.errors() == []
 
 
@@ -148,16 +154,16 @@ def test_filters_change_the_list_and_the_charts(read: Callable[..., Reader]) -> 
     reader = read()
     reader.see("cost")
     marks = "document.querySelectorAll('#cost-charts .mark-symbol path').length"
-    reader.wait(f"{marks} === 6")
-    assert reader.find("#count").text == "31 of 31 runs"
+    reader.wait(f"{marks} === 7")
+    assert reader.find("#count").text == "33 of 33 runs"
     reader.find(".facet:nth-of-type(1) summary").click()
     reader.find(".facet:nth-of-type(1) label").click()
     reader.wait("document.body.dataset.chartsMs")
-    assert reader.find("#count").text == "16 of 31 runs" and reader.ask(marks) == 3
+    assert reader.find("#count").text == "16 of 33 runs" and reader.ask(marks) == 3
     reader.find("#search").send_keys("rlora")
-    reader.wait("document.getElementById('count').textContent === '5 of 31 runs'")
+    reader.wait("document.getElementById('count').textContent === '5 of 33 runs'")
     reader.find("#clear").click()
-    reader.wait(f"{marks} === 6")
+    reader.wait(f"{marks} === 7")
     assert reader.errors() == []
 
 

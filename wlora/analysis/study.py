@@ -81,6 +81,11 @@ class Run:
         return str(self.record.config["model"]["name"])
 
     @property
+    def family(self) -> str | None:
+        """The model's `model_type` in transformers; None if it is not recorded."""
+        return (self.record.config["model"].get("architecture") or {}).get("model_type")
+
+    @property
     def method(self) -> str:
         """Name of the method."""
         return str(self.record.config["method"]["name"])

@@ -119,7 +119,8 @@ def fill(
     Args:
         layout: the layout of the table.
         runs: the runs of a study, after the user's filters.
-        model: use the runs of this model; None: the paper's model if it has runs, else the one with most runs.
+        model: use the runs of this model; None: the paper's model if it has runs, else the one with most runs (see
+            `_at_home`).
         seeds: expected runs per cell; None: with the paper's model the paper's number, else that of the fullest cell.
         bootstrap_seed: seed of all intervals.
         best: the metrics of runs at their best evaluation, if known.
@@ -129,8 +130,9 @@ def fill(
         ConfigError: runs to be averaged or compared have different settings, or the same seed twice.
     """
     fitting = [run for run in runs if belongs(run, layout)]
-    model = model or main_model(fitting, layout.model) or main_model(runs) or layout.model
-    mine = [run for run in fitting if run.model == model]
+    ours = fitting if model else _at_home(fitting, layout)
+    model = model or main_model(ours, layout.model) or main_model(runs) or layout.model
+    mine = [run for run in ours if run.model == model]
     layout = _narrowed(layout, mine, model)
     rows = _rows(layout, mine, model)
     groups: dict[tuple[Row, str], list[Run]] = {(row, column.task): [] for row in rows for column in layout.columns}
@@ -163,6 +165,18 @@ def belongs(run: Run, layout: Layout) -> bool:
     has_group = layout.group is None or getattr(row_of(run), layout.group) is not None
     has_group &= layout.others or run.method in layout.methods
     return (targets is None or targets in layout.targets) and fits_rank and has_group
+
+
+def _at_home(runs: Sequence[Run], layout: Layout) -> list[Run]:
+    """Return the runs for a table whose model is not given. Tables 2 and 3 differ only in the family of their model.
+
+    A run that fits both is shown in the table of its family, or in the table that has no runs of its own family.
+    """
+    others = [other for other in LAYOUTS.values() if other.family != layout.family and other.overlaps(layout)]
+    elsewhere = [{other.family for other in others if belongs(run, other)} for run in runs]
+    pairs = list(zip(runs, elsewhere, strict=True))
+    home = [run for run, families in pairs if run.family == layout.family or not families]
+    return home or [run for run, families in pairs if run.family not in families]
 
 
 def _narrowed(layout: Layout, runs: Sequence[Run], model: str) -> Layout:

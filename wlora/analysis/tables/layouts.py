@@ -73,6 +73,7 @@ class Layout:
         name: `1` to `6`, or `demo`.
         title: title for the caption.
         model: the paper's model.
+        family: `model_type` of the paper's model in transformers.
         columns: one column per task.
         rows: the paper's rows.
         targets: the table contains runs with these target sets.
@@ -90,6 +91,7 @@ class Layout:
     name: str
     title: str
     model: str
+    family: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     targets: tuple[str, ...]
@@ -114,6 +116,10 @@ class Layout:
         """The methods of the paper's rows."""
         return frozenset(row.method for row in self.rows)
 
+    def overlaps(self, other: Layout) -> bool:
+        """Tell whether a run can fit both tables by its task and targets."""
+        return bool(self.tasks & other.tasks) and not set(self.targets).isdisjoint(other.targets)
+
 
 GLUE = (
     Column("mnli", "MNLI", ("accuracy",), "Acc"),
@@ -137,6 +143,7 @@ LAYOUTS = {
         name="1",
         title="Dynamic rank allocation on GLUE, adapters of rank 8 on query, key and value",
         model="deberta_v3_base",
+        family="deberta-v2",
         columns=GLUE,
         rows=(
             Row("full"),
@@ -152,6 +159,7 @@ LAYOUTS = {
         name="2",
         title="LoRA, WLoRA and WLoRA+ on GLUE at four ranks, adapters on all linears of every layer",
         model="deberta_v3_base",
+        family="deberta-v2",
         columns=GLUE,
         rows=_per_rank(20),
         targets=("all", "release"),
@@ -162,6 +170,7 @@ LAYOUTS = {
         name="3",
         title="LoRA, WLoRA and WLoRA+ on GLUE at four ranks, adapters on all linears of every layer",
         model="llama3_8b",
+        family="llama",
         columns=(*GLUE, Column("stsb", "STS-B", ("corr",), "Corr")),
         rows=_per_rank(100),
         targets=("all",),
@@ -172,6 +181,7 @@ LAYOUTS = {
         name="4",
         title="LoRA, WLoRA and WLoRA+ on SQuAD at four ranks (F1), adapters on all linears of every layer",
         model="deberta_v3_base",
+        family="deberta-v2",
         columns=(Column("squad_v1", "SQuAD v1.1", ("f1",), "F1"), Column("squad_v2", "SQuAD v2.0", ("f1",), "F1")),
         rows=_per_rank(20),
         targets=("all", "release"),
@@ -185,6 +195,7 @@ LAYOUTS = {
         name="5",
         title="LoRA, WLoRA and WLoRA+ on summarisation at four ranks (ROUGE-1), adapters on all linears of every layer",
         model="bart_large",
+        family="bart",
         columns=(Column("xsum", "XSum", ("rouge1",), "R1"), Column("cnn_dailymail", "CNN/DailyMail", ("rouge1",), "R1")),
         rows=_per_rank(20),
         targets=("all",),
@@ -199,6 +210,7 @@ LAYOUTS = {
         name="6",
         title="Selected against random adapters on GLUE, rank 8 on query, key and value",
         model="deberta_v3_base",
+        family="deberta-v2",
         columns=GLUE,
         rows=tuple(Row(name, 8, k) for k in (1, 5, 10) for name in ("wlora", "rlora")),
         targets=("qkv",),
@@ -211,6 +223,7 @@ LAYOUTS = {
         name="demo",
         title="Synthetic stories",
         model="minilm",
+        family="bert",
         columns=(
             Column("story_nli", "Story NLI", ("accuracy",), "Acc"),
             Column("story_qa", "Story QA", ("f1",), "F1"),

@@ -44,7 +44,7 @@ async function draw(element, spec, rows, onClick) {
   if (onClick) result.view.addEventListener("click", (_, item) => item && item.datum && onClick(item.datum));
 }
 
-// One panel per task, reused between updates.
+// One panel per key, reused between updates.
 function panels(container, keys, caption) {
   const old = new Map([...container.children].map((figure) => [figure.dataset.key, figure]));
   const figures = keys.map((key) => {

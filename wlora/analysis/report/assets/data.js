@@ -19,6 +19,14 @@ async function loadData() {
     run.text = `${run.id} ${run.setting} ${run.title} ${run.task} ${run.command}`.toLowerCase();
     run.compared = !data.notCompared.includes(run.method);
   }
+  for (const here of groupBy(runs, (run) => run.task).values()) {
+    const models = groupBy(here.filter((run) => run.compared), (run) => run.model);
+    for (const run of here) {
+      const ranks = new Set(models.get(run.model)?.map((one) => one.rank).filter(Boolean));
+      run.panel = models.size > 1 ? `${run.title} · ${run.model}` : run.title;
+      run.end = [run.k !== null && `K=${run.k}`, run.rank !== null && ranks.size > 1 && `r=${run.rank}`].filter(Boolean).join(" ");
+    }
+  }
   const place = (run) => [taskOrder(run.task), methodOrder(run.method)];
   runs.sort((a, b) => {
     const [s, t] = [place(a), place(b)];

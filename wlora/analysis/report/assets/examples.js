@@ -67,6 +67,8 @@ function claimSpec(rows, end, each, extent) {
 
 const options = (values) => values.map(([value, text]) => `<option value="${escaped(value)}">${escaped(text)}</option>`).join("");
 
+const tasksOf = (some) => [...new Set(some.map((run) => run.task))].sort((a, b) => taskOrder(a) - taskOrder(b));
+
 function buildAdapters() {
   const selecting = runs.filter((run) => run.compared && data.adapters.runs[run.id]);
   $("adapter-task").innerHTML = options(tasksOf(selecting).map((task) => [task, data.titles[task]]));

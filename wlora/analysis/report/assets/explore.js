@@ -151,9 +151,9 @@ async function openRun(id) {
 const lineRows = (run, curve, part, line) =>
   curve[part][0].map((step, i) => ({ step, value: curve[part][1][i], line, method: run.method, ...tip(run) }));
 
-// The last point of a line says which K it is of, as one method has one colour.
+// The last point of a line says which K and rank it is of, as one method has one colour.
 function ended(rows, run) {
-  if (rows.length && run.k !== null) rows[rows.length - 1].end = `K=${run.k}`;
+  if (rows.length && run.end) rows[rows.length - 1].end = run.end;
   return rows;
 }
 
@@ -179,7 +179,9 @@ function lineSpec(field, rows, height = 230) {
 
 const usable = (run) => run.compared && run.status === "success";
 const settings = (some) => groupBy(some, (run) => `${run.task} ${run.model} ${run.setting}`);
-const tasksOf = (some) => [...new Set(some.map((run) => run.task))].sort((a, b) => taskOrder(a) - taskOrder(b));
+// One panel per task, and per model if a task has several: models are not compared.
+const panelsOf = (some) => [...new Set([...some].sort((a, b) =>
+  taskOrder(a.task) - taskOrder(b.task) || a.panel.localeCompare(b.panel)).map((run) => run.panel))];
 
 function say(id, ...lines) {
   $(id).textContent = lines.filter(Boolean).join(" ");
@@ -222,9 +224,9 @@ async function drawCost() {
     some = machines[0][1];
   }
   say("cost-note", some.length ? "" : filtered.some(usable) ? NO_TUNED : NO_RUNS, note);
-  const tasks = tasksOf(some), charts = panels($("cost-charts"), tasks, (task) => data.titles[task]);
-  for (const [index, task] of tasks.entries()) {
-    const here = some.filter((run) => run.task === task);
+  const keys = panelsOf(some), charts = panels($("cost-charts"), keys, String);
+  for (const [index, key] of keys.entries()) {
+    const here = some.filter((run) => run.panel === key);
     const groups = single ? here.map((run) => [run]) : [...settings(here).values()];
     const rows = groups.map((group) => mark(group, x, y)).filter((row) => row.x !== null && row.y !== null);
     await draw(charts[index], costSpec(x, y, rows), [...rows, ...front(rows, x, y)], (datum) => datum.Run && openRun(datum.Run));
@@ -237,7 +239,7 @@ function mark(group, x, y) {
   const spread = deviation(up), middle = up.length ? mean(up) : null, run = group[0];
   return { x: across.length ? mean(across) : null, y: middle, low: spread === null ? middle : middle - spread,
     high: spread === null ? middle : middle + spread, method: run.method, size: run.kept ?? 0, Runs: group.length,
-    Seeds: group.map((one) => one.seed).join(", "), ...tip(run), task: run.task };
+    Seeds: group.map((one) => one.seed).join(", "), ...tip(run) };
 }
 
 // The settings that no other one beats: a lower cost or a higher score is better.
@@ -276,10 +278,10 @@ async function drawCurves() {
   const finished = filtered.filter((run) => usable(run) && (single || run.reported));
   const some = finished.filter((run) => curves[run.id]?.[part][0].length > 1);
   const missing = finished.length - some.length;
-  const tasks = tasksOf(some), charts = panels($("curve-charts"), tasks, (task) => data.titles[task]);
+  const keys = panelsOf(some), charts = panels($("curve-charts"), keys, String);
   let left = 0;
-  for (const [index, task] of tasks.entries()) {
-    const here = some.filter((run) => run.task === task);
+  for (const [index, key] of keys.entries()) {
+    const here = some.filter((run) => run.panel === key);
     const groups = single ? here.map((run) => [run]) : [...settings(here).values()];
     left += Math.max(0, groups.length - MOST_LINES);
     const rows = groups.slice(0, MOST_LINES).flatMap((group) => curveRows(group, curves, part));
@@ -308,9 +310,9 @@ function curveRows(group, curves, part) {
 async function drawRates() {
   const some = filtered.filter((run) => usable(run) && scoreOf(run) !== null);
   const lines = [...settings(some).values()].map(rateRows).filter((rows) => rows.length > 1);
-  const tasks = tasksOf(lines.flat()), charts = panels($("rate-charts"), tasks, (task) => data.titles[task]);
-  for (const [index, task] of tasks.entries())
-    await draw(charts[index], rateSpec(some), lines.flat().filter((row) => row.task === task), (datum) => datum.Run && openRun(datum.Run));
+  const rows = lines.flat(), keys = panelsOf(rows), charts = panels($("rate-charts"), keys, String);
+  for (const [index, key] of keys.entries())
+    await draw(charts[index], rateSpec(some), rows.filter((row) => row.panel === key), (datum) => datum.Run && openRun(datum.Run));
   say("rate-note", lines.length ? "" : "No setting of this choice has run at several learning rates.");
 }
 
@@ -320,7 +322,7 @@ function rateRows(group) {
   const seeds = (some) => new Set(some.map((run) => run.seed));
   const common = [...seeds(group)].filter((seed) => rates.every(([, at]) => seeds(at).has(seed)));
   const row = (some, extra) => ({ lr: some[0].lr, value: mean(some.map(scoreOf)), line: some[0].setting, method: some[0].method,
-    task: some[0].task, ...tip(some[0]), Rate: rate(some[0].lr), Seeds: some.map((run) => run.seed).join(", "), ...extra });
+    task: some[0].task, panel: some[0].panel, ...tip(some[0]), Rate: rate(some[0].lr), Seeds: some.map((run) => run.seed).join(", "), ...extra });
   const found = rates.map(([, at]) => {
     const kept = at.filter((run) => common.includes(run.seed));
     return row(kept.length ? kept : at, {});
