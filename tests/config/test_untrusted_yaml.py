@@ -163,79 +163,57 @@ FUZZED = int(os.environ.get("WLORA_FOREIGN_FILES", "25"))
 """How many files the test below makes; 2,000 for a thorough search."""
 
 
+KEYS = [
+    "hydra",
+    "job",
+    "env_set",
+    "env_copy",
+    "callbacks",
+    "job_logging",
+    "hydra_logging",
+    "handlers",
+    "formatters",
+    "()",
+    "_target_",
+    "_args_",
+    "class",
+    "filename",
+    "ext",
+    "run",
+    "dir",
+    "sweep",
+    "launcher",
+    "sweeper",
+    "params",
+    "setup",
+    "searchpath",
+    "output_subdir",
+    "help",
+    "mode",
+    "chdir",
+    "name",
+    "path",
+    "task",
+    "model",
+    "method",
+    "train",
+    "rank",
+]
+CODE = ["builtins.open", "logging.FileHandler", "pathlib.Path.write_text"]
+LOOKUPS = ["${oc.env:SECRET}", "${rank}", "${hydra:runtime.cwd}", "${method}", "${"]
+PLAIN = ["w", 1, None, "off", "nope", True, -1, "1,2", [1], "\x00"]
+
+
 def make_foreign(chance: random.Random, mark: Path) -> tuple[str, Any]:
     """Return a group and a file's content of Hydra's, logging's and our own keys at random."""
-    keys = [
-        "hydra",
-        "job",
-        "env_set",
-        "env_copy",
-        "callbacks",
-        "job_logging",
-        "hydra_logging",
-        "handlers",
-        "formatters",
-        "()",
-    ]
-    keys += [
-        "_target_",
-        "_args_",
-        "class",
-        "filename",
-        "ext",
-        "run",
-        "dir",
-        "sweep",
-        "launcher",
-        "sweeper",
-        "params",
-        "setup",
-    ]
-    keys += [
-        "searchpath",
-        "output_subdir",
-        "help",
-        "mode",
-        "chdir",
-        "name",
-        "path",
-        "task",
-        "model",
-        "method",
-        "train",
-        "rank",
-    ]
-    values = [
-        "builtins.open",
-        "logging.FileHandler",
-        "pathlib.Path.write_text",
-        f"ext://{mark}",
-        str(mark),
-        "w",
-        1,
-        None,
-        "off",
-    ]
-    values += [
-        "${oc.env:SECRET}",
-        "${rank}",
-        "${hydra:runtime.cwd}",
-        "${method}",
-        "${",
-        "nope",
-        True,
-        -1,
-        "1,2",
-        [1],
-        "\x00",
-    ]
+    values = [*CODE, f"ext://{mark}", str(mark), *LOOKUPS, *PLAIN]
 
     def node(depth: int) -> Any:
         if depth == 0 or chance.random() < 0.3:
             return chance.choice(values)
-        return {chance.choice(keys): node(depth - 1) for _ in range(chance.randint(1, 3))}
+        return {chance.choice(KEYS): node(depth - 1) for _ in range(chance.randint(1, 3))}
 
-    content = {chance.choice(keys): node(4) for _ in range(chance.randint(1, 2))}
+    content = {chance.choice(KEYS): node(4) for _ in range(chance.randint(1, 2))}
     if chance.random() < 0.3:
         entries = [
             "_self_",
