@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# WLoRA with fewer projections of omega (docs/selection.md): one at T, or one in eight steps. MiniLM, K = 5 of 18 adapters. The
+# WLoRA with fewer projections of omega: one at T, or one in eight steps. MiniLM, K = 5 of 18 adapters. The
 # rates are tuned, and samples and seeds are those of the small Table 1 (scripts/table1.sh), whose runs project at every step.
 # Settings: scripts/study.sh, and EVERY="100 8". RESULTS is a separate folder by default, because tables do not mix values of
 # method.project_every.

@@ -17,6 +17,7 @@ from wlora.analysis.tables.grid import draw, draw_companion
 from wlora.analysis.tables.layouts import LAYOUTS, Row, row_of
 from wlora.analysis.tables.paper import read_printed
 from wlora.analysis.tables.writing import companion_csv, to_markdown
+from wlora.cli.sweep import compose
 from wlora.errors import ConfigError
 from wlora.storage.records import RecordStore
 
@@ -64,6 +65,12 @@ def test_tables_2_and_3_take_the_runs_of_their_own_family(tmp_path: Path) -> Non
     add("tiny_deberta", 0)
     assert models() == ["tiny_deberta", "smollm2_135m"]
     assert fill(LAYOUTS["2"], read_runs(tmp_path), model="smollm2_135m").runs(), "a given model is shown"
+
+
+def test_the_family_of_a_table_is_that_of_its_model() -> None:
+    for layout in LAYOUTS.values():
+        architecture = compose([f"model={layout.model}"]).model.architecture
+        assert architecture and architecture["model_type"] == layout.family
 
 
 def test_a_model_of_no_family_is_shown_where_there_is_no_other(tmp_path: Path) -> None:

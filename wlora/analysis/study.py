@@ -123,7 +123,7 @@ class Run:
         # Do not use the model's folder, which may be missing on this machine.
         architecture = self.record.config["model"].get("architecture")
         # Counting the targets of other families would require torch.
-        known = targets and architecture and architecture.get("model_type") in FAMILIES
+        known = targets and self.family in FAMILIES
         return count_targets(architecture, targets) if known else None
 
     @property

@@ -19,12 +19,14 @@ async function loadData() {
     run.text = `${run.id} ${run.setting} ${run.title} ${run.task} ${run.command}`.toLowerCase();
     run.compared = !data.notCompared.includes(run.method);
   }
-  for (const here of groupBy(runs, (run) => run.task).values()) {
-    const models = groupBy(here.filter((run) => run.compared), (run) => run.model);
-    for (const run of here) {
-      const ranks = new Set(models.get(run.model)?.map((one) => one.rank).filter(Boolean));
-      run.panel = models.size > 1 ? `${run.title} · ${run.model}` : run.title;
-      run.end = [run.k !== null && `K=${run.k}`, run.rank !== null && ranks.size > 1 && `r=${run.rank}`].filter(Boolean).join(" ");
+  for (const here of groupBy(runs.filter((run) => run.compared), (run) => run.task).values()) {
+    const models = groupBy(here, (run) => run.model);
+    for (const some of models.values()) {
+      const severalRanks = new Set(some.map((run) => run.rank).filter(Boolean)).size > 1;
+      for (const run of some) {
+        run.panel = models.size > 1 ? `${run.title} · ${run.model}` : run.title;
+        run.end = [run.k !== null && `K=${run.k}`, severalRanks && run.rank !== null && `r=${run.rank}`].filter(Boolean).join(" ");
+      }
     }
   }
   const place = (run) => [taskOrder(run.task), methodOrder(run.method)];
