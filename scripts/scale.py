@@ -2,7 +2,7 @@
 
     python scripts/scale.py --records 10000 --cells 5000
 
-The study is created in a temporary folder from committed records of `results/cpu_study`: one per method, with configurations
+The study is created in a temporary folder from committed records of `results/baselines`: one per method, with configurations
 for other tasks, ranks, rates and seeds. Every command runs in a separate process. `first` is without an index; `again` uses
 the index that the first command has written. A small study shows the cost that does not depend on the number of records. CPU
 seconds are reported in addition to wall seconds, because wall time depends on the load of the machine.
@@ -32,7 +32,7 @@ from wlora.models.source import locate
 from wlora.storage.records import Record, RecordStore
 from wlora.storage.sealing import seal
 
-REAL = Path("results/cpu_study")
+REAL = Path("results/baselines")
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 METHODS = ("lora", "wlora", "rlora", "wlora_plus", "adalora", "melora", "increlora", "flexlora")
 RANKS = (1, 4, 8)

@@ -6,11 +6,12 @@ exchanged with the functions of this module.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from wlora.errors import ConfigError
 
@@ -78,6 +79,23 @@ def gather(value: T) -> list[T]:
     from accelerate.utils import gather_object
 
     return gather_object([value]) if PartialState().num_processes > 1 else [value]  # type: ignore[no-any-return]
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with `code`, after all runs of this process.
+
+    A process with a process group exits without the shutdown of the interpreter. DTensor's caches keep the group and its
+    threads, and such a thread may abort the process during the shutdown.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if code == 0:  # after a failure, the other processes may not be ready for it
+            torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def all_failed() -> bool:

@@ -164,6 +164,15 @@ def test_selection_draws_score_against_k_and_omega_of_all_adapters(tmp_path: Pat
     assert sorted(by_k.lines[0].get_xydata().tolist()) == [[1, 0.6], [3, 0.7], [5, 0.75]]
     assert 0.8 in [line.get_ydata()[0] for line in by_k.lines] and by_k.get_ylim()[1] > 0.8, "LoRA, inside the panel"
     assert sum(bar.get_height() for bar in histogram.patches) == 6, "two ω in each of three cuts"
+    assert "above" not in histogram.get_xlabel()
+
+
+def test_a_very_large_omega_is_counted_in_the_last_bar(tmp_path: Path) -> None:
+    make_record(tmp_path, "method=wlora", "task=sst2", "k=1", metrics=0.6, **kept(VALUE.format(5), omega=50.0))
+    histogram = scores.selection(read_runs(tmp_path)).axes[-1]
+    edge = max(bar.get_x() + bar.get_width() for bar in histogram.patches)
+    assert edge == pytest.approx(2.0) and histogram.patches[-1].get_height() == 1
+    assert "2 and above" in histogram.get_xlabel()
 
 
 def test_selection_draws_score_against_t_where_several_have_run(tmp_path: Path) -> None:

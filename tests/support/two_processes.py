@@ -13,6 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import TINY, compose
+from wlora.distributed import leave
 from wlora.experiment import run as experiment
 from wlora.training.interruption import Guard
 from wlora.training.trainer import Trainer
@@ -75,3 +76,4 @@ def main(folder: Path, methods: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)

@@ -77,6 +77,31 @@ def record_of(folder: Path, method: str) -> Record:
     return found
 
 
+ENDING = """
+import atexit, os
+import torch
+from wlora.distributed import leave
+
+class Kept:
+    def __del__(self, write=os.write): write(2, b"shutdown")
+
+kept = Kept()
+atexit.register(print, "exit function")
+if {group}:
+    torch.distributed.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
+leave({code})
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+@pytest.mark.parametrize("group", [True, False])
+def test_with_a_process_group_the_interpreter_is_not_shut_down(group: bool, code: int, tmp_path: Path) -> None:
+    script = ENDING.format(group=group, store=tmp_path / "store", code=code)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == code and ended.stdout == "exit function\n"
+    assert ("shutdown" in ended.stderr) is not group
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_give_the_losses_and_adapters_of_one(
     method: str, both: tuple[Path, list[dict[str, Any]]], run_tiny: Callable[..., Any], tmp_path: Path

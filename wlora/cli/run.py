@@ -20,7 +20,7 @@ from wlora.config.schema import config_folder, register_schema
 from wlora.config.spelling import check_form, explain, quote_folds
 from wlora.config.untrusted_yaml import guard_files, refuse_words
 from wlora.console import protect_output
-from wlora.distributed import TOLD, is_main, require_launch
+from wlora.distributed import TOLD, is_main, leave, require_launch
 from wlora.errors import ConfigError, RunFault
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     code = _run(sys.argv[1:])
     if len(OUTCOMES.outcomes) > 1 and is_main():
         _print_sweep(OUTCOMES.outcomes)
-    sys.exit(max([code, *(outcome.exit_code for outcome in OUTCOMES.outcomes)]))
+    leave(max([code, *(outcome.exit_code for outcome in OUTCOMES.outcomes)]))
 
 
 def _run(words: Sequence[str]) -> int:
@@ -65,7 +65,7 @@ def _run(words: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt as stop:
         fail(RunFault(f"interrupted: {stop}" if str(stop) else "interrupted"))
-        sys.exit(getattr(stop, "exit_code", 130))
+        leave(getattr(stop, "exit_code", 130))  # all processes of a run stop after the same step
     except OSError as error:
         fail(ConfigError(f"results_dir: {error.filename} cannot be written ({error.strerror})"))
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ImportError, RuntimeError) as error:

@@ -214,18 +214,18 @@ def _git_state() -> tuple[str | None, bool | None]:
 
     Git is asked once: all runs of a sweep execute the code that this process has imported.
     """
-    here = Path(__file__).parent
+    package = Path(__file__).parents[1]
     # Prefer the system's git. Variables such as GIT_DIR are not passed on, because they may refer to another checkout.
     program = shutil.which("git", path=os.defpath) or "git"
     settings = {name: os.environ[name] for name in ("HOME", "PATH", "SYSTEMROOT") if name in os.environ}
 
     def git(*words: str) -> str:
         return subprocess.run(
-            [program, *words], cwd=here, env=settings, capture_output=True, text=True, check=True, timeout=10
+            [program, *words], cwd=package, env=settings, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent.resolve():
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent.resolve():
             return None, None
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ":/wlora", ":/conf"))
     except (OSError, subprocess.SubprocessError):

@@ -23,6 +23,8 @@ from wlora.storage.records import RecordStore
 
 # Kinds of events that a learning curve marks.
 MARKED = ("cut", "select", "extend", "grow", "prune", "share", "allocate")
+# The last bar of the histogram of ω counts all values from this one on: at a high learning rate a single ω may be 50.
+LARGEST_OMEGA = 2.0
 
 
 def pareto(runs: Sequence[Run]) -> Figure:
@@ -273,11 +275,17 @@ def selection(runs: Sequence[Run]) -> Figure:
         for axis in by_steps:
             if not by_t[task]:
                 _leave_out(axis, "a single T")
-        histogram.hist([w for group in mine for run in group for w in _omegas(run)], bins=40, color="0.4")
-        histogram.set_xlabel("ω at WLoRA's cut, all adapters")
-        histogram.set_ylabel("adapters")
+        _draw_omegas(histogram, [w for group in mine for run in group for w in _omegas(run)])
     _legend(figure, [axis for line in axes[:-1] for axis in line])
     return figure
+
+
+def _draw_omegas(axis: Axes, omegas: Sequence[float]) -> None:
+    """Draw the histogram of ω, with the largest values in the last bar."""
+    axis.hist([min(w, LARGEST_OMEGA) for w in omegas], bins=40, color="0.4")
+    beyond = max(omegas, default=0) > LARGEST_OMEGA
+    axis.set_xlabel("ω at WLoRA's cut, all adapters" + (f"\n(last bar: {LARGEST_OMEGA:g} and above)" if beyond else ""))
+    axis.set_ylabel("adapters")
 
 
 def _several_t(groups: Sequence[Sequence[Run]]) -> list[Sequence[Run]]:
