@@ -9,7 +9,11 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-ASK = "from wlora.storage.environment import describe_environment as d; e = d('cpu', 'fp32', 1); print(e['git_commit'], e['git_dirty'])"
+ASK = """
+from wlora.storage.environment import describe_environment
+environment = describe_environment("cpu", "fp32", 1)
+print(environment["git_commit"], environment["git_dirty"])
+"""
 
 
 def git(folder: Path, *words: str) -> str:
