@@ -255,7 +255,7 @@ function front(rows, x, y) {
 function costSpec(x, y, rows) {
   const zero = (key, name) => rows.some((row) => !row[name]) && { type: "symlog", constant: 1000 };
   const axis = (key, name) => ({ field: "", type: "quantitative", title: AXES[key][0], scale: AXES[key][1] === "log" ?
-    zero(key, name) || { type: "log", nice: false, padding: 16 } : { zero: false, nice: true }, axis: { tickCount: 4, labelOverlap: "greedy", format: isScore(key) ? ".3f" : "~s" } });
+    zero(key, name) || { type: "log", nice: false, padding: 16 } : { zero: false, padding: 10 }, axis: { tickCount: 4, labelOverlap: "greedy", format: isScore(key) ? ".3f" : "~s" } });
   const [across, up] = [{ ...axis(x, "x"), field: "x" }, { ...axis(y, "y"), field: "y" }];
   const names = ["Setting", "Rate", "Seeds", "Runs", "Run", "Command"];
   const tooltip = [...names.slice(0, 1).map((field) => ({ field })), { field: "y", title: AXES[y][0], format: isScore(y) ? ".4f" : ".4s" },
@@ -311,8 +311,9 @@ async function drawRates() {
   const some = filtered.filter((run) => usable(run) && scoreOf(run) !== null);
   const lines = [...settings(some).values()].map(rateRows).filter((rows) => rows.length > 1);
   const rows = lines.flat(), keys = panelsOf(rows), charts = panels($("rate-charts"), keys, String);
+  const of = groupBy(rows, (row) => row.panel);
   for (const [index, key] of keys.entries())
-    await draw(charts[index], rateSpec(some), rows.filter((row) => row.panel === key), (datum) => datum.Run && openRun(datum.Run));
+    await draw(charts[index], rateSpec(of.get(key)), of.get(key), (datum) => datum.Run && openRun(datum.Run));
   say("rate-note", lines.length ? "" : "No setting of this choice has run at several learning rates.");
 }
 
@@ -332,8 +333,8 @@ function rateRows(group) {
   return reported.length ? [...found, row(reported, { tuned: true })] : found;
 }
 
-function rateSpec(some) {
-  const values = [...new Set(some.map((run) => run.lr))].sort((a, b) => a - b);
+function rateSpec(rows) {
+  const values = [...new Set(rows.map((row) => row.lr))].sort((a, b) => a - b);
   const domain = [values[0] / 1.3, values[values.length - 1] * 1.6];
   const x = { field: "lr", type: "quantitative", scale: { type: "log", domain, nice: false }, title: "learning rate",
     axis: { values, labelExpr: "replace(format(datum.value, '.2~e'), 'e−', 'e-')", labelOverlap: "parity" } };
