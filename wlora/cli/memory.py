@@ -40,7 +40,7 @@ STOPS = 12
 
 
 USAGE = """\
-usage: python -m wlora.memory [key=value ...]
+usage: python -m wlora.memory key=value ...
 
 Measures the memory of a training step by the number of connected adapters and writes <results_dir>/memory/NAME.json, which
 python -m wlora.figures memory draws.
@@ -50,7 +50,7 @@ python -m wlora.figures memory draws.
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure one setting and print the path of the results. Exit code 2 for a wrong request."""
-    serve(lambda given: print(write(compose(given))), USAGE, words, alone=True)
+    serve(lambda given: print(write(compose(given))), USAGE, words)
 
 
 def write(config: Config) -> Path:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from wlora.config.schema import ModelConfig
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.gguf import find_gguf
@@ -120,12 +122,10 @@ def require_extras(model: ModelConfig) -> None:
             raise ConfigError(
                 f"{key}={wanted[key]}: the package {package} is not installed\nway out: pip install 'wlora[quantization]'"
             )
-    if model.gguf_file is not None and _minor(installed := importlib.metadata.version("transformers")) < _minor(READS_GGUF):
-        raise ConfigError(f"model.gguf_file={model.gguf_file}: needs transformers {READS_GGUF} or newer, not {installed}")
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    if model.gguf_file is not None:
+        found = importlib.metadata.version("transformers")
+        if Version(found) < Version(READS_GGUF):
+            raise ConfigError(f"model.gguf_file={model.gguf_file}: needs transformers {READS_GGUF} or newer, not {found}")
 
 
 def _package_folder(model: ModelConfig) -> Path:
