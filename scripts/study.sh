@@ -7,6 +7,7 @@
 #   DATA=DIR          local copies, one folder per task         [the hub]
 #   TASKS="rte mrpc"  METHODS="lora wlora"                      [all of the script]
 #   TUNE_SEED=N       seed for tuning rates and warm-up; larger than the reported seeds   [100]
+#   RANKS=8           ranks of the small Tables 2 and 4         [1,8]
 #   RACE=1            race the tuning sweeps (docs/sweeps.md): the worse rates are stopped early
 #   JOBS=N            number of simultaneous sweeps; with GPUS=N each uses one of N GPUs   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
@@ -58,7 +59,7 @@ small() {
     *sst2) words+=" task.batch_size=32 task.max_train_rows=4000 task.epochs=3" ;;
     *mrpc) words+=" task.batch_size=32 task.epochs=3" ;;
     *qnli) words+=" task.batch_size=32 task.max_train_rows=4000 task.epochs=2" ;;
-    *squad_v1) words+=" task.batch_size=32 task.max_train_rows=4000 task.max_eval_rows=1000 task.epochs=2" ;;
+    *squad_v1) words+=" task.batch_size=8 task.max_train_rows=4000 task.max_eval_rows=1000 task.epochs=2" ;;
     esac
     echo "$words"
 }

@@ -22,7 +22,7 @@ paper)
 cpu) # K = 10 of 36 adapters
     for PHASE in $PHASES; do
         for task in sst2 mrpc; do
-            for method in lora "wlora k=10" wlora_plus; do tune_small 3 $task $method targets=all rank=1,8; done
+            for method in lora "wlora k=10" wlora_plus; do tune_small 3 $task $method targets=all "rank=${RANKS:-1,8}"; done
         done
         stage
     done

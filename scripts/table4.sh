@@ -24,6 +24,7 @@ cpu) # MiniLM, K = 10 of 36 adapters, SQuAD v1.1; rates are tuned at rank 8 and 
         stage
     done
     for method in lora "wlora k=10" wlora_plus; do
+        [[ ",${RANKS:-1,8}," == *,1,* ]] || break
         rate=1e-3 # placeholder in a dry run, because the tuned rate is unknown
         [ -n "${DRY:-}" ] || rate=$(tuned_rate squad_v1 $method targets=all rank=8)
         # shellcheck disable=SC2046 # words without spaces
