@@ -54,11 +54,11 @@ def _draw(words: Sequence[str], known: Sequence[Run] | None) -> None:
     results = Path(options["results_dir"] or "results")
     check_folders(results, "figures")
     figures = _figures(results, filters, read_runs(results) if known is None else known)
+    allowed = sorted([*figures, "all"])
     if len(names) != 1:
-        given = " ".join(names) or "none"
-        raise ConfigError(f"figures={given}: allowed is one of {', '.join(sorted([*figures, 'all']))}")
-    if names[0] not in (*figures, "all"):
-        raise unknown_name(f"figure {names[0]}", names[0], [*figures, "all"])
+        raise ConfigError(f"figures={' '.join(names) or 'none'}: allowed is one of {', '.join(allowed)}")
+    if names[0] not in allowed:
+        raise unknown_name(f"figure {names[0]}", names[0], allowed)
     from wlora.analysis.figures.canvas import save
 
     drawn = 0

@@ -311,9 +311,9 @@ async function drawRates() {
   const some = filtered.filter((run) => usable(run) && scoreOf(run) !== null);
   const lines = [...settings(some).values()].map(rateRows).filter((rows) => rows.length > 1);
   const rows = lines.flat(), keys = panelsOf(rows), charts = panels($("rate-charts"), keys, String);
-  const of = groupBy(rows, (row) => row.panel);
+  const inPanel = groupBy(rows, (row) => row.panel);
   for (const [index, key] of keys.entries())
-    await draw(charts[index], rateSpec(of.get(key)), of.get(key), (datum) => datum.Run && openRun(datum.Run));
+    await draw(charts[index], rateSpec(inPanel.get(key)), inPanel.get(key), (datum) => datum.Run && openRun(datum.Run));
   say("rate-note", lines.length ? "" : "No setting of this choice has run at several learning rates.");
 }
 
