@@ -100,7 +100,12 @@ def test_a_model_trains_is_cut_and_is_read_again_by_peft_with_the_same_logits(
     torch.testing.assert_close(logits(whole, tokenizer), expected, rtol=1e-4, atol=1e-5)
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    # `offline=true` sets these; the test restores them.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE"):
+        monkeypatch.setenv(name, "")
     fill_cache(folder, tmp_path, f"tiny/{family}")
     of_hub, _ = trained(*words, "model=hub", f"model.hub_id=tiny/{family}", "offline=true", results="of_hub")
+    assert constants.HF_HUB_OFFLINE, "the libraries may use the network, and wait for it if it is down"
     assert of_hub.metrics == record.metrics and of_hub.adapters == record.adapters
     assert of_hub.config["model"]["name"] == family and of_hub.run_id != record.run_id

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from wlora.config.identity import run_id, scientific_fields, stream_seed
 from wlora.config.schema import Config
 from wlora.console import say
+from wlora.data.hub import go_offline
 from wlora.data.sources import fingerprint
 from wlora.distributed import from_main, gather
 from wlora.errors import ConfigError, TakenOver
@@ -182,6 +183,8 @@ def course(
         ConfigError: as for `run`.
         RunFault: as for `run`.
     """
+    if config.offline:
+        go_offline()  # a command has done it before; a script that calls `run` has not
     job = open_job(config, overrides, signals)
     config, record, accelerator = job.config, job.record, job.accelerator
     store = RecordStore(config.results_dir)
