@@ -59,7 +59,9 @@ small() {
     *sst2) words+=" task.batch_size=32 task.max_train_rows=4000 task.epochs=3" ;;
     *mrpc) words+=" task.batch_size=32 task.epochs=3" ;;
     *qnli) words+=" task.batch_size=32 task.max_train_rows=4000 task.epochs=2" ;;
-    *squad_v1) words+=" task.batch_size=8 task.max_train_rows=4000 task.max_eval_rows=1000 task.epochs=2" ;;
+    *squad_v1)
+        words+=" task.batch_size=8 task.max_train_rows=4000 task.max_eval_rows=1000 task.epochs=2 train.fast_step=true"
+        ;;
     esac
     echo "$words"
 }
