@@ -79,7 +79,7 @@ def test_without_a_curve_the_best_is_empty(content: str | None, tmp_path: Path, 
     main(["1", f"results_dir={tmp_path}", "score=best"])
     told = capsys.readouterr()
     assert "notice: 1 runs have no readable learning curve with evaluations" in told.err
-    assert "| LoRA | 1.00K (0.10%) | – | – |" in told.out and "2 runs stand in cells whose best evaluations" in told.out
+    assert "| LoRA | 1.00K (0.10%) | – | – |" in told.out and "Runs in cells whose best evaluations are not all known: 2" in told.out
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "tables" / "table1.csv").open())}
     assert (rows["lora"]["sst2_accuracy"], rows["lora"]["sst2_accuracy_best"]) == ("0.500000", "")
 

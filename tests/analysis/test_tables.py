@@ -33,7 +33,7 @@ def test_a_golden_table(tmp_path: Path) -> None:
     ]
     # 4 runs per cell: the fullest has 3 and 1 that diverged.
     assert notes(table) == [
-        "3 of 4 cells have fewer than 4 runs: 4 runs are missing; a dash is a cell without any.",
+        "Cells with fewer than 4 runs: 3 of 4 (runs missing: 4). A dash is a cell without any.",
         "Diverged (†): 1 of 4 runs of WLoRA K=5 on sst2; not in its mean.",
     ]
     said = caption(table)

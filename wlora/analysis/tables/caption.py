@@ -37,8 +37,8 @@ def notes(table: Table) -> list[str]:
     missing = sum(cell.missing for cell in table.cells.values())
     if missing:
         fewer = sum(bool(cell.missing) for cell in table.cells.values())
-        which = f"{fewer} of {len(table.cells)} cells have fewer than {table.seeds} runs"
-        found.append(f"{which}: {missing} runs are missing; a dash is a cell without any.")
+        which = f"Cells with fewer than {table.seeds} runs: {fewer} of {len(table.cells)}"
+        found.append(f"{which} (runs missing: {missing}). A dash is a cell without any.")
     for (row, task), cell in table.cells.items():
         if cell.diverged:
             total = cell.diverged + len(cell.runs)
@@ -46,7 +46,7 @@ def notes(table: Table) -> list[str]:
             found.append(f"Diverged (†): {cell.diverged} of {total} runs of {where}; not in its mean.")
     unknown = sum(len(cell.runs) for cell in table.cells.values() if cell.runs and not cell.summaries)
     if unknown:
-        found.append(f"{unknown} runs stand in cells whose best evaluations are not all known: those cells are empty.")
+        found.append(f"Runs in cells whose best evaluations are not all known: {unknown}; those cells are empty.")
     environments = [run.record.environment for run in table.runs()]
     commits = sorted({str(environment["git_commit"])[:7] for environment in environments if environment.get("git_commit")})
     if len(commits) > 1:
@@ -54,7 +54,7 @@ def notes(table: Table) -> list[str]:
     found += machines(table.runs())
     dirty = sum(bool(environment.get("git_dirty")) for environment in environments)
     if dirty:
-        found.append(f"{dirty} runs come from a checkout with uncommitted changes.")
+        found.append(f"Runs from a checkout with uncommitted changes: {dirty}.")
     return found
 
 
