@@ -103,6 +103,13 @@ def test_a_single_pair_per_task_has_no_interval() -> None:
     assert found is not None and found.difference.low is None
 
 
+def test_a_task_with_a_single_pair_leaves_the_mean_without_an_interval() -> None:
+    b = {"x": {0: 0.0}, "y": {0: 0.1, 1: 0.4, 2: 0.2}}
+    found = compare({"x": {0: 1.0}, "y": {0: 0.5, 1: 0.5, 2: 0.5}}, b, rng())
+    assert found is not None and found.pairs == 4 and found.difference.low is None and found.probability.low is None
+    assert compare({"x": {0: 1.0}}, {"x": {1: 0.5, 2: 0.6, 3: 0.7}}, rng()).difference.low is None  # type: ignore[union-attr]
+
+
 def test_the_paired_interval_on_one_task_is_that_of_the_t_test() -> None:
     a, b = {0: 0.81, 1: 0.84, 2: 0.80, 3: 0.86}, {0: 0.80, 1: 0.82, 2: 0.81, 3: 0.83}
     found = difference({"x": a}, {"x": b})

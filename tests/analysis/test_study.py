@@ -82,6 +82,36 @@ def test_a_tuning_seed_among_the_reported_ones_is_reported(tuning: int, tmp_path
     assert seeds_reported(tmp_path) == [0, 1, 2]
 
 
+def test_folds_of_the_tuning_seed_are_compared_by_their_mean_and_not_reported(tmp_path: Path) -> None:
+    for fold, (low, high) in enumerate(((0.9, 0.5), (0.4, 0.6), (0.4, 0.7))):
+        for lr, score in (("1e-3", low), ("3e-3", high)):
+            words = ("task=sst2", f"lr={lr}", "task.validation='folds=3'", f"task.fold={fold}")
+            make_record(tmp_path, *words, "seed=100", metrics=score)
+    for seed in range(2):
+        for fold in range(3):
+            words = ("task=sst2", "lr=3e-3", "task.validation='folds=3'", f"task.fold={fold}", f"seed={seed}")
+            make_record(tmp_path, *words, metrics=0.6)
+    choice = choose_point(read_runs(tmp_path))
+    assert choice is not None and (choice.point.lr, choice.seed) == (3e-3, 100), "fold 0 alone liked 1e-3"
+    assert seeds_reported(tmp_path) == [0, 1, 2, 1000, 1001, 1002]
+
+
+def test_rates_are_tuned_on_runs_of_the_requested_precision(tmp_path: Path) -> None:
+    scores = {"bf16": {"1e-3": 0.5, "3e-3": 0.9}, "fp32": {"1e-3": 0.8, "3e-3": 0.6, "1e-2": 0.7}}
+    for precision, by_rate in scores.items():
+        for lr, score in by_rate.items():
+            words = ("model=minilm", "task=sst2", f"lr={lr}", "seed=100", f"precision={precision}")
+            make_record(tmp_path, *words, metrics=score, precision=precision)
+    for precision, expected in (("bf16", 3e-3), ("fp32", 1e-3), ("auto", 1e-3), ("fp16", 1e-3)):
+        words = ("model=minilm", "task.path=data", "task=sst2", "lr=tuned", f"precision={precision}")
+        config = compose(*words, f"results_dir={tmp_path}")
+        choice = fill_tuned(config, task_data="d", model_data="m")
+        assert choice is not None and (config.lr, choice.compared) == (
+            expected,
+            len(scores["bf16" if expected == 3e-3 else "fp32"]),
+        )
+
+
 def test_seeds_of_one_point_are_all_reported(tmp_path: Path) -> None:
     for seed in (99, 100):
         make_record(tmp_path, "task=sst2", f"seed={seed}")
@@ -218,7 +248,13 @@ def test_selection_by_any_key(tmp_path: Path) -> None:
     make_record(tmp_path, "task=sst2", "method=wlora", "k=5", "lr=5e-3")
     make_record(tmp_path, "task=mrpc", "method=full")
     runs = read_runs(tmp_path)
+    for run in runs[:2]:  # older than the key, and a name that looks like a number
+        del run.record.config["train"]["fast_step"]
+        run.record.config["model"]["head"] = "1234567e89012345"
     for filters, number in [
+        ({"train.fast_step": "false"}, 3),
+        ({"train.fast_step": "true"}, 0),
+        ({"model.head": "1234567e89012345"}, 2),
         ({"task": "sst2"}, 2),
         ({"task": "sst2,mrpc"}, 3),
         ({"lr": "5e-3"}, 1),

@@ -11,7 +11,9 @@ import pytest
 
 from tests.support.synthetic import make_record
 from tests.support.table_study import lines, record, study
+from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tables.paper import paper_folder
+from wlora.analysis.tables.settings import runs_by_setting
 from wlora.cli.tables import main
 from wlora.storage.records import Record
 
@@ -79,7 +81,10 @@ def test_without_a_curve_the_best_is_empty(content: str | None, tmp_path: Path, 
     main(["1", f"results_dir={tmp_path}", "score=best"])
     told = capsys.readouterr()
     assert "notice: 1 runs have no readable learning curve with evaluations" in told.err
-    assert "| LoRA | 1.00K (0.10%) | – | – |" in told.out and "Runs in cells whose best evaluations are not all known: 2" in told.out
+    assert (
+        "| LoRA | 1.00K (0.10%) | – | – |" in told.out
+        and "Runs in cells whose best evaluations are not all known: 2" in told.out
+    )
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "tables" / "table1.csv").open())}
     assert (rows["lora"]["sst2_accuracy"], rows["lora"]["sst2_accuracy_best"]) == ("0.500000", "")
 
@@ -160,6 +165,22 @@ def test_the_summary_tells_all_settings_of_a_method_apart(tmp_path: Path, capsys
     main(["summary", f"results_dir={tmp_path}"])
     printed = capsys.readouterr().out
     assert "| LoRA r=8 targets=qkv | 0.5000" in printed and "| LoRA r=32 targets=qkv@4 | 0.6000" in printed
+
+
+def test_settings_that_share_a_row_are_told_apart_by_their_own_rank_and_k(tmp_path: Path) -> None:
+    # The rank of VeRA is not the rank at which it is compared, and halvings do not name their K.
+    for own in (256, 1024):
+        make_record(tmp_path, "method=vera", "task=sst2", f"method.rank={own}", metrics=0.5)
+    for k in (5, 9):
+        make_record(tmp_path, "method=wlora_plus", "task=sst2", f"k={k}", "method.schedule=halvings", metrics=0.5)
+    found = {label for label, _ in runs_by_setting(read_runs(tmp_path))}
+    assert found == {"VeRA rank=256", "VeRA rank=1024", "WLoRA+ k=5", "WLoRA+ k=9"}
+
+
+def test_a_task_that_stands_in_for_the_papers_can_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_record(tmp_path, "method=lora", "task=story_summary", "model=tiny_bart", "targets=all", "rank=4", metrics=0.5)
+    main(["5", f"results_dir={tmp_path}", "task=story_summary"])
+    assert "| LoRA | R1 | 50.00 (1) |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.support.synthetic import make_record
 from tests.support.table_study import LORA, RLORA, WLORA, filled, lines, record, study
 from wlora.analysis.study_reader import read_runs
@@ -118,7 +119,15 @@ def test_latex_prints_special_characters_as_they_stand() -> None:
     assert escape("a_b & 5% #1 ~ ^ {x} \\ $") == (
         r"a\_b \& 5\% \#1 \textasciitilde{} \textasciicircum{} \{x\} \textbackslash{} \$"
     )
-    assert escape("±≈−–†") == r"$\pm$$\approx$$-$--$\dagger$"
+    assert escape("±≈≥−–†") == r"$\pm$$\approx$$\geq$$-$--$\dagger$"
+    assert escape("[2024] x") == "{[}2024] x", "behind the end of a line it would be its option"
+
+
+def test_the_committed_tables_have_only_characters_that_latex_knows() -> None:
+    pages = {file: file.read_text(encoding="utf-8") for file in sorted((ROOT / "results").glob("*/tables/*.tex"))}
+    assert pages
+    for file, page in pages.items():
+        assert {letter for letter in page if ord(letter) > 127} <= set("“”é"), file
 
 
 def test_latex_has_booktabs_spans_marks_and_rules(tmp_path: Path) -> None:

@@ -48,6 +48,20 @@ def test_a_golden_table(tmp_path: Path) -> None:
         assert words in said, words
 
 
+def test_a_note_names_the_settings_in_which_the_tasks_or_the_claimed_methods_differ(tmp_path: Path) -> None:
+    for task in ("sst2", "mrpc"):
+        here = "train.fast_step=true" if task == "sst2" else "train.fast_step=false"
+        record(tmp_path, "lora", task, 0, 0.8, here)
+        record(
+            tmp_path, "wlora", task, 0, 0.8, "k=5", "alpha=64", f"method.omega_clipped={str(task == 'mrpc').lower()}", here
+        )
+    assert notes(filled(tmp_path, "1"))[1:] == [
+        "train.fast_step: true for SST-2; false for MRPC.",
+        "WLoRA K=5: method.omega_clipped: false for SST-2; true for MRPC.",
+        "method.alpha: 32.0 for LoRA; 64.0 for WLoRA K=5.",
+    ]
+
+
 def test_tables_2_and_3_take_the_runs_of_their_own_family(tmp_path: Path) -> None:
     def models() -> list[str]:
         runs = read_runs(tmp_path)

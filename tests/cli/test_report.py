@@ -107,20 +107,25 @@ def test_predictions_are_on_the_page_as_classes(tmp_path: Path) -> None:
     record.predictions = store.write_predictions(record.run_id, table)
     store.write(record)
     found = packed(write_page(tmp_path), "more")["predictions"]
-    assert found["sets"] == [{"task": "sst2", "labels": ["negative", "positive"], "gold": "011"}]
+    assert found["sets"] == [{"task": "sst2", "fold": None, "labels": ["negative", "positive"], "gold": "011"}]
     assert found["runs"] == {record.run_id: [0, "001"]}
 
 
-def test_classes_are_shown_per_task_and_method(tmp_path: Path) -> None:
+def test_classes_are_shown_per_task_and_setting(tmp_path: Path) -> None:
     for seed, confusion in enumerate(([[3, 1], [0, 2]], [[4, 0], [1, 1]])):
         block = {"names": ["<no>", "yes"], "precision": [1.0, 0.5 + seed / 10], "recall": [0.5, 1.0], "f1": [0.8, 0.7]}
         block |= {"support": [4, 2], "macro_f1": 0.75, "weighted_f1": 0.77, "confusion": confusion}
         make_record(tmp_path, "method=lora", "task=rte", f"seed={seed}", classes=block)
     make_record(tmp_path, "method=wlora", "task=stsb", "k=5")
     page = write_page(tmp_path)
-    assert "method=lora: 2 runs" in page and page.count("<h3>rte, ") == 1
+    assert "rte, LoRA: 2 runs" in page and page.count("<h3>rte, ") == 1
     assert "<td>yes</td><td>0.5500</td><td>1.0000</td><td>0.7000</td><td>4</td>" in page
     assert "<td>&lt;no&gt;</td><td>7</td><td>1</td>" in page, "summed over runs"
+    # The runs of other rates, of the tuning seed and without recorded classes are not averaged with the reported ones.
+    for seed, rate, more in ((100, 1e-2, {"classes": block}), (100, 5e-4, {"classes": block}), (2, 5e-4, {})):
+        score = 0.1 if rate == 1e-2 else 0.5
+        make_record(tmp_path, "method=lora", "task=rte", f"seed={seed}", f"lr={rate}", metrics=score, **more)
+    assert "rte, LoRA: 2 of 3 runs" in write_page(tmp_path)
 
 
 def test_a_study_of_other_tasks_shows_its_summary(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_what_grows_later_has_state_and_schedule_of_its_own() -> None:
     assert reserve.gates not in states and adapter.reserve is not None and adapter.reserve.A not in states
     starts = {p: group.start for group in rig.optimizers.groups for p in group.parameters}
     assert reserve.gates is not None
-    assert [starts[p] for p in (first, reserve.A, reserve.gates, adapter.reserve.A)] == [0, 0, 10, 10]
+    assert [starts[p] for p in (first, reserve.A, reserve.gates, adapter.reserve.A)] == [0, 0, 9, 9]
 
 
 def test_scores_do_not_depend_on_the_factor_of_a_scaled_loss() -> None:

@@ -67,7 +67,16 @@ def test_entities_are_scored_as_by_seqeval() -> None:
     assert found["names"] == ["LOC", "PER"] and found["f1"] == [0.0, 1.0] and found["support"] == [2, 1]
     assert found["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"], abs=1e-6)
     nothing = [["O"]]
-    assert score_tags(["f1"], nothing, nothing) == {"f1": 0.0} and score_entity_types(nothing, nothing)["names"] == []
+    assert score_tags(["f1", "macro_f1"], nothing, nothing) == {"f1": 0.0, "macro_f1": 0.0}
+    report = score_entity_types(nothing, nothing)
+    assert report["names"] == [] and report["macro_f1"] == report["weighted_f1"] == 0.0
+
+
+def test_last_and_unit_tags_end_an_entity() -> None:
+    two = [["U-PER", "U-PER", "O"]]
+    assert score_tags(["f1"], two, [["B-PER", "L-PER", "O"]]) == {"f1": 0.0}, "one entity of two tokens"
+    assert score_tags(["f1"], two, [["U-PER", "O", "O"]]) == {"f1": pytest.approx(2 / 3)}
+    assert score_entity_types(two, two)["support"] == [2]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, compose
+from wlora.experiment.run import run
 from wlora.methods.parameter_groups import ParameterGroup
 from wlora.training.optimizers import Optimizers, ReleaseAdamW, linear_schedule
 
@@ -43,6 +45,25 @@ def test_a_group_that_starts_later_warms_up_on_its_own() -> None:
         (rule,) = optimizers._rules.values()
         rates.append(tuple(group["lr"] for group in rule.param_groups))
     assert rates == [(4 / 6, 0.0), (3 / 6, 0.5), (2 / 6, 1.0), (1 / 6, 0.5)]
+
+
+@pytest.mark.parametrize("method", ["increlora", "wlora_plus"])
+def test_the_step_of_a_change_has_the_scheduled_rate(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """IncreLoRA grows, and the release's WLoRA+ cuts, between setting the rates and the step."""
+    rates: list[set[float]] = []
+    step = Optimizers.step
+
+    def noted(optimizers: Optimizers) -> None:
+        rates.append({group["lr"] / group["peak"] for rule in optimizers._rules.values() for group in rule.param_groups})
+        step(optimizers)
+
+    monkeypatch.setattr(Optimizers, "step", noted)
+    words = ["compat=release", "method.select_steps=4"] if method == "wlora_plus" else ["rank=2"]
+    words += ["task=story_nli", "model=tiny_bert", f"method={method}", "train.max_steps=24", "warmup=12", "precision=fp32"]
+    record = run(compose(*words, "task.max_train_rows=96", "task.max_eval_rows=8", f"results_dir={tmp_path}"))
+    assert any(2 < event["step"] < 12 for event in record.events), "the structure changes during the warm-up"
+    whole = [linear_schedule(done, warmup=12, total=24) for done in range(12)]
+    assert [max(found) for found in rates[:12]] == pytest.approx(whole), "nothing trains at the peak during the warm-up"
 
 
 def test_rebuild_keeps_survivors_starts_newcomers_and_drops_the_rest() -> None:

@@ -1,8 +1,8 @@
-"""Scores of single classes over the runs of a study: per task and method, means over runs and one confusion matrix."""
+"""Scores of single classes over the runs of a study: per task and setting, means over runs and one confusion matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wlora.analysis.study import Run
@@ -13,10 +13,10 @@ MOST_CONFUSED = 20
 
 @dataclass(frozen=True)
 class ClassScores:
-    """The class scores of one method on one task.
+    """The class scores of one setting on one task.
 
     Attributes:
-        title: task, model, method and number of runs.
+        title: task, setting and number of runs.
         head: the headings of `rows`.
         rows: a line per class, then the means over classes. A line has precision, recall and F1 as means over runs, and the
             number of rows of the class over all runs.
@@ -31,21 +31,24 @@ class ClassScores:
     confusion: list[list[int]]
 
 
-def summarize_classes(runs: Sequence[Run]) -> list[ClassScores]:
-    """Return the class scores of every task and method with successful runs that recorded them.
+def summarize_classes(groups: Mapping[tuple[str, str], Sequence[Run]]) -> list[ClassScores]:
+    """Return the class scores of every setting with runs that recorded them.
 
     Runs with different classes are summarised separately.
+
+    Args:
+        groups: the runs to average, by label of the setting and task (`wlora.analysis.tables.settings.chosen_runs`).
     """
-    groups: dict[tuple[str, str, str, tuple[str, ...]], list[Run]] = {}
-    for run in runs:
-        if run.status == "success" and run.record.classes:
-            names = tuple(run.record.classes["names"])
-            groups.setdefault((run.task, run.model, run.method, names), []).append(run)
-    return [_summarize(key, group) for key, group in sorted(groups.items())]
+    found: dict[tuple[str, str, tuple[str, ...]], list[Run]] = {}
+    for (label, task), group in groups.items():
+        for run in group:
+            if run.record.classes:
+                found.setdefault((task, label, tuple(run.record.classes["names"])), []).append(run)
+    return [_summarize(key, runs, len(groups[key[1], key[0]])) for key, runs in found.items()]
 
 
-def _summarize(key: tuple[str, str, str, tuple[str, ...]], runs: Sequence[Run]) -> ClassScores:
-    task, model, method, names = key
+def _summarize(key: tuple[str, str, tuple[str, ...]], runs: Sequence[Run], total: int) -> ClassScores:
+    task, label, names = key
     blocks = [run.record.classes for run in runs]
     rows = []
     for number, name in enumerate(names):
@@ -58,8 +61,8 @@ def _summarize(key: tuple[str, str, str, tuple[str, ...]], runs: Sequence[Run]) 
     if all("confusion" in block for block in blocks) and len(names) <= MOST_CONFUSED:
         size = range(len(names))
         confusion = [[sum(block["confusion"][true][found] for block in blocks) for found in size] for true in size]
-    many = "run" if len(runs) == 1 else "runs"
-    title = f"{task}, {model}, method={method}: {len(runs)} {many}"
+    many = f"{len(runs)} of {total} runs" if len(runs) < total else f"{total} run{'' if total == 1 else 's'}"
+    title = f"{task}, {label}: {many}"
     return ClassScores(title, ["class", "precision", "recall", "F1", "rows"], rows, list(names), confusion)
 
 

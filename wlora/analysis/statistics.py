@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -114,7 +115,7 @@ def compare(a: Scores, b: Scores, rng: np.random.Generator) -> Comparison | None
     tasks = [task for task in a if a[task] and b.get(task)]
     if not tasks:
         return None
-    differences, probabilities, gaps, wins, pairs, paired = [], [], [], [], 0, True
+    differences, probabilities, gaps, wins, pairs, fewest, paired = [], [], [], [], 0, sys.maxsize, True
     for task in tasks:
         common = sorted(a[task].keys() & b[task].keys())
         if common:
@@ -127,29 +128,24 @@ def compare(a: Scores, b: Scores, rng: np.random.Generator) -> Comparison | None
             left, right = resample(x, rng)[:, :, None], resample(y, rng)[:, None, :]
             gap, won, count = (left - right).reshape(DRAWS, -1), _wins(left, right).reshape(DRAWS, -1), len(x) * len(y)
             first, share = x[:, None] - y, _wins(x[:, None], y)
-            paired = False
+            fewest, paired = min(fewest, len(y)), False
         differences.append(first.mean())
         probabilities.append(share.mean())
         gaps.append(gap.mean(axis=1))
         wins.append(won.mean(axis=1))
-        pairs += count
-    return Comparison(
-        len(tasks), pairs, paired, _with_interval(differences, gaps, pairs), _with_interval(probabilities, wins, pairs)
-    )
+        pairs, fewest = pairs + count, min(fewest, len(first))
+
+    def summary(values: Sequence[float], draws: Sequence[np.ndarray]) -> Summary:
+        # The error of a task with a single run is unknown, and so is that of the mean over tasks.
+        low, high = interval(np.mean(draws, axis=0)) if fewest > 1 else (None, None)
+        return Summary(float(np.mean(values)), n=pairs, low=low, high=high)
+
+    return Comparison(len(tasks), pairs, paired, summary(differences, gaps), summary(probabilities, wins))
 
 
 def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     won: np.ndarray = (x > y) + 0.5 * (x == y)
     return won
-
-
-def _with_interval(values: Sequence[float], draws: Sequence[np.ndarray], pairs: int) -> Summary:
-    """Average over tasks and add the interval. With a single pair per task no interval is possible."""
-    mean = float(np.mean(values))
-    if pairs == len(values):
-        return Summary(mean, n=pairs)
-    low, high = interval(np.mean(draws, axis=0))
-    return Summary(mean, n=pairs, low=low, high=high)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from wlora.config.identity import later_keys, scientific_fields
 from wlora.config.schema import Config, TaskConfig, config_folder, restore_config
@@ -93,7 +93,12 @@ class Run:
     @property
     def seed(self) -> int:
         """The number that distinguishes runs with equal setting and point: the seed, combined with the fold if any."""
-        return _with_fold(int(self.record.config["seed"]), self.record.config["task"].get("fold"))
+        return _with_fold(self.config_seed, self.record.config["task"].get("fold"))
+
+    @property
+    def config_seed(self) -> int:
+        """The seed of the configuration, which all folds of a run share."""
+        return int(self.record.config["seed"])
 
     @property
     def point(self) -> Point:
@@ -221,8 +226,8 @@ def require_one_setting(
 ) -> None:
     """Raise an error for runs that differ in more than point and seed, because they must not be averaged or compared.
 
-    If only some runs of a method have a key, it counts as null in the others: they were recorded before the key was added,
-    or do not use it.
+    If only some runs have a key, the others have its default, because they were recorded before the key was added, or null,
+    because they do not use it.
 
     Args:
         runs: the runs to average or compare.
@@ -238,7 +243,7 @@ def require_one_setting(
     for key in sorted({key for run in runs for key in run.setting}):
         if key.startswith(part) and key not in ignore and not (but and key.startswith(but)):
             has = {run.method for run in runs if key in run.setting}
-            values = [_lookup(run, key)[1] for run in runs if run.method in has or not key.startswith("method.")]
+            values = [lookup(run, key)[1] for run in runs if run.method in has or not key.startswith("method.")]
             found[key] = {repr(value): value for value in values}
     mixed = {key: [values[text] for text in sorted(values)] for key, values in found.items() if len(values) > 1}
     if mixed:
@@ -267,22 +272,27 @@ def select(runs: Iterable[Run], filters: dict[str, str]) -> list[Run]:
     """Keep the runs whose configuration has one of the values given for every key, as in `task=sst2,mrpc seed=0`.
 
     Keys are those of the configuration. `task`, `model` and `method` are compared with names; `wlora`, `task.version` and
-    `task.data` with the values in `Run.setting`. A run is kept if no run of its method has the key. If only other runs of
-    the method have the key, its value is null.
+    `task.data` with the values in `Run.setting`. A run is kept if no run of its method has the key. A record older than the
+    key has the key's default. If only other runs of the method have the key, its value is null.
 
     Raises:
         ConfigError: no record has the key.
     """
     kept = list(runs)
     for key, text in filters.items():
-        allowed = [read_value(word) for word in text.split(",")]
-        values = [_lookup(run, key) for run in kept]
+        words = text.split(",")
+        allowed, spelled = [read_value(word) for word in words], {text, *words}
+        values = [lookup(run, key) for run in kept]
         has = {run.method for run, (found, _) in zip(kept, values, strict=True) if found}
         if kept and not has:
             parent = key.rpartition(".")[0]
             names = {name for run in kept for name in (*run.record.config, *run.setting)}
             raise unknown_name(f"{key}={text}", key, {name for name in names if name.rpartition(".")[0] == parent} or names)
-        kept = [run for run, (_, value) in zip(kept, values, strict=True) if run.method not in has or value in allowed]
+        kept = [
+            run
+            for run, (_, value) in zip(kept, values, strict=True)
+            if run.method not in has or value in allowed or show(value) in spelled  # a name may look like a number
+        ]
     return kept
 
 
@@ -304,7 +314,8 @@ def show(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _lookup(run: Run, key: str) -> tuple[bool, Any]:
+def lookup(run: Run, key: str) -> tuple[bool, Any]:
+    """Return whether a run has a key, and its value. A record older than the key has the key's default."""
     if key in _NAMES:
         return True, getattr(run, key)
     if key in run.setting:
@@ -312,11 +323,18 @@ def _lookup(run: Run, key: str) -> tuple[bool, Any]:
     value: Any = run.record.config
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            later = later_keys(run.method)
             name = key.removeprefix("method.")
-            return name != key and name in later, later.get(name)
+            implied = _defaults() if name == key else later_keys(run.method)
+            return name in implied, implied.get(name)
         value = value[part]
     return True, value
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Return the default of every key outside the methods that has one."""
+    flat = flatten(asdict(Config()))
+    return {key: value for key, value in flat.items() if value != MISSING and not key.startswith("method.")}
 
 
 def without_point(fields: dict[str, Any]) -> dict[str, Any]:

@@ -94,8 +94,8 @@ class Choice:
         Otherwise it is included, as in studies that were tuned on seed 0 and reported on seeds 0 to 2.
         """
         found = sorted((run for run in runs if run.status in ENDED and run.point == self.point), key=lambda run: run.seed)
-        others = [run for run in found if run.seed != self.seed]
-        apart = others and self.compared > 1 and self.seed > others[-1].seed
+        others = [run for run in found if run.config_seed != self.seed]
+        apart = others and self.compared > 1 and self.seed > others[-1].config_seed
         return others if apart else found
 
 
@@ -106,22 +106,24 @@ def choose_point(runs: Iterable[Run]) -> Choice | None:
 
     The tuning seed is `TUNE_SEED` if it has runs at several points; otherwise it is the seed with most points, and among
     these the lowest. Runs of other seeds at the chosen point therefore do not change the choice. The best primary metric on
-    the dev set wins. In a tie, lower rates and shorter warm-up win.
+    the dev set wins, or with folds the best mean over them. In a tie, lower rates and shorter warm-up win.
     """
-    points: dict[int, dict[Point, Run]] = {}
+    points: dict[int, dict[Point, list[Run]]] = {}
     for run in runs:
         if run.status in TRIED:
-            points.setdefault(run.seed, {})[run.point] = run
+            points.setdefault(run.config_seed, {}).setdefault(run.point, []).append(run)
     if not points:
         return None
     meant = len(points.get(TUNE_SEED, ())) > 1
     seed = TUNE_SEED if meant else max(points, key=lambda seed: (len(points[seed]), -seed))
-    succeeded = [run for run in points[seed].values() if run.status == "success"]
-    if not succeeded:
+    scores = {point: [run.score for run in folds if run.status == "success"] for point, folds in points[seed].items()}
+    complete = max(map(len, scores.values()))
+    if not complete:
         return None
-    best = max(succeeded, key=lambda run: (run.score, *(-(value or 0) for value in run.point)))
-    raced = any(run.status == "stopped" for run in points[seed].values())
-    return Choice(best.point, seed, tuple(points[seed]), raced)
+    means = {point: sum(folds) / complete for point, folds in scores.items() if len(folds) == complete}
+    best = max(means, key=lambda point: (means[point], *(-(value or 0) for value in point)))
+    raced = any(run.status == "stopped" for folds in points[seed].values() for run in folds)
+    return Choice(best, seed, tuple(points[seed]), raced)
 
 
 def wanted_keys(config: Config) -> list[str]:
@@ -166,12 +168,22 @@ class Settings:
     def choose(self, config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
         """Choose the values for `tuned`: the best recorded point of the same setting, on the task `tune_on` if it is set.
 
+        Runs of several precisions or versions are not compared: those of the requested precision count, or else those of
+        the precision and version with most runs.
+
         Raises:
             ConfigError: the runs on `tune_on` have several settings.
         """
         same = self.same(config, task_data=task_data, model_data=model_data, task=config.tune_on)
         require_one_setting(same, f"tune_on={config.tune_on}", ignore=_ENVIRONMENT)
-        return choose_point(same)
+        groups: dict[tuple[str, ...], list[Run]] = {}
+        for run in same:
+            groups.setdefault(tuple(repr(run.setting.get(key)) for key in _ENVIRONMENT), []).append(run)
+
+        def fits(name: tuple[str, ...]) -> tuple[bool, int, tuple[str, ...]]:
+            return name[0] == repr(config.precision), len(groups[name]), name
+
+        return choose_point(groups[max(groups, key=fits)]) if groups else None
 
 
 def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:

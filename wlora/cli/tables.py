@@ -151,17 +151,20 @@ def _restrict(layouts: Sequence[Layout], filters: dict[str, str]) -> list[Layout
     tasks, methods = (filters[key].split(",") if key in filters else None for key in ("task", "method"))
     found = []
     for layout in layouts:
-        columns = tuple(column for column in layout.columns if tasks is None or column.task in tasks)
+        columns, stand_ins = (
+            tuple(column for column in some if tasks is None or column.task in tasks)
+            for some in (layout.columns, layout.stand_ins)
+        )
         rows = tuple(row for row in layout.rows if methods is None or row.method in methods)
-        if columns:
-            found.append(replace(layout, columns=columns, rows=rows))
+        if columns or stand_ins:
+            found.append(replace(layout, columns=columns, stand_ins=stand_ins, rows=rows))
     if not found:
         raise wrong_value("task", filters["task"], f"a task of table {layouts[0].name}: {_tasks(layouts)}")
     return found
 
 
 def _tasks(layouts: Sequence[Layout]) -> str:
-    return ", ".join(dict.fromkeys(column.task for layout in layouts for column in layout.columns))
+    return ", ".join(dict.fromkeys(column.task for layout in layouts for column in (*layout.columns, *layout.stand_ins)))
 
 
 def _integer(key: str, text: str | None, least: int) -> int | None:
@@ -189,7 +192,7 @@ def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown
     _save(folder / f"{name}.csv", to_csv(table))
     _save(folder / f"{name}.tex", to_latex(grid, caption=said, label=f"tab:{name}", notes=below))
     printed = read_printed(layout)
-    if printed:
+    if printed and layout.columns:  # none if only a task was asked for that stands in for the paper's
         beside = draw_companion(table, layout, printed)
         about = f"The paper's {title}, and in brackets ours minus the paper's. {_model_note(table)}{layout.remark}".strip()
         page += [f"## {title} in the paper", about, to_markdown(beside), *_row_notes(layout)]

@@ -19,19 +19,19 @@ def method_revision(method: dict[str, Any], *, release: bool) -> int:
     stored. Revision 2 means:
 
     - `wlora`, `wlora_depth`: the default of T (`select_steps`) has changed.
-    - `wlora_plus`: the second halving has changed, and so have the ranks if n is not a multiple of K.
+    - `wlora_plus`: the second halving has changed, and so have the ranks if n is not a multiple of K. In the mode `release`,
+      the step of a cut has the scheduled rate, not the peak.
+    - `increlora`: the same holds for the step in which adapters grow.
     - `rlora`: the random set is used from the first projection on.
     - `alora`: rank components that remain keep their optimiser moments.
     """
     match method["name"]:
         case "wlora" | "wlora_depth":
             changed = not release and method["select_steps"] is None
-        case "wlora_plus":
-            changed = not release
         case "rlora":
             changed = not release and method["draw"] != "at_start"
         case name:
-            changed = name == "alora"
+            changed = name in ("wlora_plus", "increlora", "alora")
     return 2 if changed else 1
 
 

@@ -96,7 +96,7 @@ class IncreLoRA(AdapterMethod):
         self.heads = self._adapters_per_growth()
         if self.total_rank() < self.target:
             for adapter in self.components.values():
-                self._draw_reserve(adapter, step=0)
+                self._draw_reserve(adapter, done=0)
 
     def make_adapter(self, d_in: int, d_out: int, device: torch.device) -> LowRankAdapter:
         """Build an adapter of rank 1 that records the gradient of its ΔW.
@@ -172,14 +172,15 @@ class IncreLoRA(AdapterMethod):
         """Activate the reserves of the h best adapters and create new ones. At the target, remove all reserves."""
         able = [name for name, adapter in self.components.items() if adapter.reserve is not None]
         best = sorted(able, key=lambda name: -float(self.importance.score(name)))[: self.heads]
+        done = step - 1  # the schedule of the new parts begins with this very step
         for name in best:
             adapter, left = self.components[name], self.target - self.total_rank()
             reserve = adapter.reserve
             if left > 0 and reserve is not None:
                 adapter.activate(min(left, reserve.rank))
-                self._acts[reserve] = step
+                self._acts[reserve] = done
                 adapter.scale = self.alpha / (adapter.rank + 1e-5)
-                self._draw_reserve(adapter, step=step)
+                self._draw_reserve(adapter, done=done)
         if self.total_rank() >= self.target:
             for adapter in self.components.values():
                 if adapter.reserve is not None:
@@ -188,12 +189,12 @@ class IncreLoRA(AdapterMethod):
                 adapter.watching = False
         return Event(step, "grow", {"ranks": {name: adapter.rank for name, adapter in self.components.items()}})
 
-    def _draw_reserve(self, adapter: GrowingAdapter, *, step: int) -> None:
+    def _draw_reserve(self, adapter: GrowingAdapter, *, done: int) -> None:
         """Add reserve components to an adapter, unless it has full rank."""
         room = min(adapter.A.shape[1], adapter.B.shape[0]) - adapter.rank
         if room:
             adapter.add_reserve(min(self.add_rank, room), gate=RESERVE_GATE, generator=self.generator)
-            self._came[adapter.parts[-1]] = step
+            self._came[adapter.parts[-1]] = done
 
     def _adapters_per_growth(self) -> int:
         """Return h, and check that the growth can end within the run.

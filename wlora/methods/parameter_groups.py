@@ -17,7 +17,7 @@ class ParameterGroup:
         lr: peak learning rate.
         rule: `adamw`, or `sgd` without momentum and weight decay.
         scheduled: whether the run's learning-rate schedule applies.
-        start: optimiser step at which the group's own schedule begins, including its own warm-up.
+        start: completed optimiser steps when the group's own schedule begins, including its own warm-up.
         clipped: whether global-norm clipping includes these gradients.
     """
 

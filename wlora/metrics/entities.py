@@ -37,11 +37,13 @@ def score_tags(names: Sequence[str], references: Tags, predictions: Tags) -> dic
     """
     from seqeval import metrics as seqeval_metrics
 
+    whole, found = _as_iobes(references, predictions)
+    any_entity = any(tag != "O" for rows in (whole, found) for row in rows for tag in row)
     own: dict[str, Any] = {
-        "f1": lambda: seqeval_metrics.f1_score(references, predictions, zero_division=0),
-        "precision": lambda: seqeval_metrics.precision_score(references, predictions, zero_division=0),
-        "recall": lambda: seqeval_metrics.recall_score(references, predictions, zero_division=0),
-        "macro_f1": lambda: seqeval_metrics.f1_score(references, predictions, average="macro", zero_division=0),
+        "f1": lambda: seqeval_metrics.f1_score(whole, found, zero_division=0),
+        "precision": lambda: seqeval_metrics.precision_score(whole, found, zero_division=0),
+        "recall": lambda: seqeval_metrics.recall_score(whole, found, zero_division=0),
+        "macro_f1": lambda: seqeval_metrics.f1_score(whole, found, average="macro", zero_division=0) if any_entity else 0.0,
         "accuracy": lambda: np.mean(_flat(references) == _flat(predictions)),
         "tag_macro_f1": lambda: _macro_f1(_flat(references), _flat(predictions)),
     }
@@ -56,9 +58,13 @@ def score_entity_types(references: Tags, predictions: Tags) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = seqeval_metrics.classification_report(references, predictions, output_dict=True, zero_division=0)
+        report = seqeval_metrics.classification_report(
+            *_as_iobes(references, predictions), output_dict=True, zero_division=0
+        )
     means = {name: report.pop(f"{name} avg", {"f1-score": 0.0}) for name in ("micro", "macro", "weighted")}
     kinds = sorted(report)
+    if not kinds:
+        means = dict.fromkeys(means, {"f1-score": 0.0})  # seqeval returns NaN if there is no entity at all
     columns = {key: [round(float(report[kind][own]), 6) for kind in kinds] for key, own in _COLUMNS.items()}
     return {
         "names": kinds,
@@ -69,6 +75,12 @@ def score_entity_types(references: Tags, predictions: Tags) -> dict[str, Any]:
 
 
 _COLUMNS = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
+
+
+def _as_iobes(*sides: Tags) -> list[list[list[str]]]:
+    """Return tags with the letters that seqeval reads: the last and unit tags of BILOU (L, U) are E and S in IOBES."""
+    letters = {"L": "E", "U": "S"}
+    return [[[letters.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in side] for side in sides]
 
 
 def _flat(tags: Tags) -> np.ndarray:

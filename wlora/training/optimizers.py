@@ -64,6 +64,7 @@ class Optimizers:
         self._weight_decay = weight_decay
         self._release = release
         self._rules: dict[str, Optimizer] = {}
+        self._rate: Callable[[dict[str, Any]], float] = lambda group: group["peak"]
         self.groups: list[ParameterGroup] = []
         self.rebuild(groups)
 
@@ -72,7 +73,8 @@ class Optimizers:
 
         A parameter that existed before keeps its moments and step count. A pruned or extended parameter inherits them
         from its original (`wlora.adapters.derivation`). A new parameter starts with zero moments. The state of removed
-        parameters is dropped.
+        parameters is dropped. The last `set_schedule` or `scale` also holds for the new groups, because a method may change
+        its structure between it and the step.
         """
         state = {p: s for optimizer in self._rules.values() for p, s in optimizer.state.items()}
         for p in (p for group in groups for p in group.parameters):
@@ -88,6 +90,7 @@ class Optimizers:
             for p in (p for group in described for p in group["params"] if p in state):
                 optimizer.state[p] = state[p]
             self._rules[rule] = optimizer
+        self._set_rates(self._rate)
 
     def forget(self) -> None:
         """Discard all moments and step counts."""
@@ -108,16 +111,21 @@ class Optimizers:
 
     def set_schedule(self, step: int, *, warmup: int, total: int) -> None:
         """Set the learning rate of every scheduled group after `step` of `total` completed steps."""
-        for optimizer in self._rules.values():
-            for group in optimizer.param_groups:
-                start = group["start"]
-                factor = linear_schedule(step - start, warmup=warmup, total=total - start) if group["scheduled"] else 1.0
-                group["lr"] = group["peak"] * factor
+
+        def rate(group: dict[str, Any]) -> float:
+            done, rest = step - group["start"], total - group["start"]
+            return float(group["peak"]) * (linear_schedule(done, warmup=warmup, total=rest) if group["scheduled"] else 1.0)
+
+        self._set_rates(rate)
 
     def scale(self, factor: float) -> None:
         """Set the learning rate of every scheduled group to a share of its peak, in place of `set_schedule`."""
+        self._set_rates(lambda group: float(group["peak"]) * (factor if group["scheduled"] else 1.0))
+
+    def _set_rates(self, rate: Callable[[dict[str, Any]], float]) -> None:
+        self._rate = rate
         for group in (group for optimizer in self._rules.values() for group in optimizer.param_groups):
-            group["lr"] = group["peak"] * (factor if group["scheduled"] else 1.0)
+            group["lr"] = rate(group)
 
     def step(self) -> None:
         """Update all parameters that have gradients. The gradients must be unscaled and clipped.

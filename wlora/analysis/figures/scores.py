@@ -234,7 +234,11 @@ def _along_rates(choice: Choice, group: Sequence[Run]) -> dict[float, list[Run]]
     seeds = {run.seed for run in choice.reported(group)}
     seeds = {seed for seed in seeds if all(seed in {run.seed for run in at_rate} for at_rate in by_rate.values() if at_rate)}
     shown = {
-        rate: [run for run in at_rate if run.status == "success" and run.seed in (seeds or {choice.seed})]
+        rate: [
+            run
+            for run in at_rate
+            if run.status == "success" and (run.seed in seeds if seeds else run.config_seed == choice.seed)
+        ]
         for rate, at_rate in by_rate.items()
     }
     return {rate: kept for rate, kept in shown.items() if kept}

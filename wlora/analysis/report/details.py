@@ -81,11 +81,12 @@ def predictions(runs: Sequence[Run], read: Predictions) -> dict[str, Any]:
     """Return the predictions of runs on the first validation split, with one letter per example.
 
     Returns:
-        `sets`: the distinct dev sets, each with its task, its label names, and the true classes of its examples. For tasks
+        `sets`: the distinct dev sets, each with its task, fold, label names, and the true classes of its examples. For tasks
             without classes, the letter is always 1. `runs`: by run_id, the index of the set and the predicted classes. For
             tasks without classes, the letter is 1 for a right and 0 for a wrong answer.
     """
     sets: list[dict[str, Any]] = []
+    known: list[tuple[dict[str, Any], str | None]] = []
     found, total = {}, 0
     for run in runs:
         answers = read(run) if total < EXAMPLES else None
@@ -96,9 +97,13 @@ def predictions(runs: Sequence[Run], read: Predictions) -> dict[str, Any]:
             continue
         gold, predicted = letters
         names = list(run.record.config["task"].get("labels") or []) if answers.label is not None else []
-        one = {"task": run.task, "labels": names, "gold": gold}
-        sets += [one] if one not in sets else []
-        found[run.record.run_id] = [sets.index(one), predicted]
+        one = {"task": run.task, "fold": run.record.config["task"].get("fold"), "labels": names, "gold": gold}
+        # True classes tell dev sets apart; without classes, all examples have the same letter.
+        own = one, run.record.task.get("data") if answers.label is None else None
+        if own not in known:
+            known.append(own)
+            sets.append(one)
+        found[run.record.run_id] = [known.index(own), predicted]
         total += len(predicted)
     return {"sets": sets, "runs": found}
 

@@ -51,7 +51,8 @@ def build_page(
     best, predicted = read_best(results, runs), Predictions(store)
     labels = {run.record.run_id: label for (label, _), group in runs_by_setting(runs).items() for run in group}
     compared = [run for run in runs if run.method not in NOT_COMPARED]
-    reported = [run for group in chosen_runs(compared).values() for run in group]
+    chosen = chosen_runs(compared)
+    reported = [run for group in chosen.values() for run in group]
     names = {run.record.run_id for run in reported}
     others = [run for run in compared if run.status == "success" and run.record.run_id not in names]
     detailed = [*reported, *others][:RUNS]
@@ -73,7 +74,7 @@ def build_page(
         "NOTICES": "".join(f"<p class=notice>{html.escape(line)}</p>" for line in notices),
         "CLAIMS": _switched({one.score: page_of_claims(one) for one in filled}),
         "TABLES": _switched({one.score: page_of_tables(runs, one, summary) for one in filled}),
-        "CLASSES": page_of_classes(runs),
+        "CLASSES": page_of_classes(chosen),
         "ENVIRONMENTS": _environments(runs),
         "COMMAND": html.escape(command),
         "DATA": _packed(json.dumps(data, separators=(",", ":"), allow_nan=False)),

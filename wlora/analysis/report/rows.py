@@ -45,6 +45,7 @@ def _line(
         "rank": run.rank,
         "lr": run.point.lr,
         "warmup": run.point.warmup,
+        "head_lr": run.point.head_lr,
         "seed": run.seed,
         "status": run.status,
         "metric": primary,

@@ -83,9 +83,9 @@ def page_of_claims(filled: Filled) -> str:
     return "\n".join(_section(part.title, _caption(part.about) + to_html(part.grid), opened=False) for part in filled.parts)
 
 
-def page_of_classes(runs: Sequence[Run]) -> str:
+def page_of_classes(chosen: Mapping[tuple[str, str], Sequence[Run]]) -> str:
     """Return the scores of single classes and the confusion matrices (`summarize_classes`) as HTML, each folded."""
-    found = summarize_classes(runs)
+    found = summarize_classes(chosen)
     if not found:
         return _note("No run has recorded scores of single classes.")
     parts = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from wlora.analysis.study import Run, shipped_task, show
+from wlora.analysis.study import Run, lookup, shipped_task, show
 from wlora.analysis.tables.cells import Score, Table
 from wlora.analysis.tables.layouts import LAYOUTS, Column
 from wlora.analysis.tuning import Choice
@@ -47,6 +47,7 @@ def notes(table: Table) -> list[str]:
     unknown = sum(len(cell.runs) for cell in table.cells.values() if cell.runs and not cell.summaries)
     if unknown:
         found.append(f"Runs in cells whose best evaluations are not all known: {unknown}; those cells are empty.")
+    found += _differences(table)
     environments = [run.record.environment for run in table.runs()]
     commits = sorted({str(environment["git_commit"])[:7] for environment in environments if environment.get("git_commit")})
     if len(commits) > 1:
@@ -77,6 +78,40 @@ def machines(runs: Iterable[Run]) -> list[str]:
     if moved:
         which = f"{moved} run{'' if moved == 1 else 's'}"
         found.append(f"Of {which} an earlier part was computed in another environment, which the record names.")
+    return found
+
+
+# Keys that tasks may set differently, as the paper's protocols do, and keys of the adapters that the claims compare.
+_OF_TASKS = ("task.", "train.max_steps", "train.accumulation_steps")
+_OF_ADAPTERS = ("method.alpha", "method.dropout")
+_CLAIMED = ("lora", "wlora", "wlora_plus", "rlora")
+
+
+def _differences(table: Table) -> list[str]:
+    """Return a note for each setting in which the runs differ that ALL averages or the claims compare."""
+    titles = {column.task: column.title for column in table.layout.columns}
+    first = {(row, titles[task]): cell.runs[0] for (row, task), cell in table.cells.items() if cell.runs}
+    found = _differing(
+        [(title, run) for (_, title), run in first.items()], lambda key: not key.startswith((*_OF_TASKS, "method."))
+    )
+    for row in table.rows:
+        mine = [(title, run) for (other, title), run in first.items() if other == row]
+        found += [f"{row.label}: {line}" for line in _differing(mine, lambda key: key.startswith("method."))]
+    claimed = [(row.label, run) for (row, _), run in first.items() if row.method in _CLAIMED]
+    return found + _differing(claimed, lambda key: key in _OF_ADAPTERS)
+
+
+def _differing(runs: Sequence[tuple[str, Run]], compared: Callable[[str], bool]) -> list[str]:
+    """Return a note for each compared key with several values, which names the runs of each value."""
+    found = []
+    for key in sorted({key for _, run in runs for key in run.setting if compared(key)}):
+        names: dict[str, list[str]] = {}
+        for name, run in runs:
+            names.setdefault(show(lookup(run, key)[1]), []).append(name)
+        if len(names) > 1:
+            found.append(
+                f"{key}: " + "; ".join(f"{value} for {_join(dict.fromkeys(who))}" for value, who in names.items()) + "."
+            )
     return found
 
 

@@ -181,9 +181,10 @@ def methods(table: Table, bootstrap_seed: int) -> Part | None:
     """Return interquartile means and performance profiles of a table's rows over its tasks; None without LoRA."""
     about = (
         "The methods over all tasks that they share with LoRA of the same rank, every run measured in points above the mean "
-        "of LoRA on its task. IQM: interquartile mean over all runs, with its 95 % bootstrap interval (seeds drawn within "
-        "each task). The columns ≥ are performance profiles: the share of runs at least so many points above LoRA's mean, "
-        "every task weighing the same (the measures of Agarwal et al., 2021, and of their library rliable)."
+        "of LoRA on its task, which counts as exact. IQM: interquartile mean over all runs, with its 95 % bootstrap "
+        "interval (seeds drawn within each task). The columns ≥ are performance profiles: the share of runs at least so "
+        "many points above LoRA's mean, every task weighing the same (the measures of Agarwal et al., 2021, and of their "
+        "library rliable)."
     )
     headings = ("Method", "Rank", "Tasks", "Runs", "IQM", *(f"≥ {_sign(level, 0)}" for level in THRESHOLDS))
     body: list[tuple[str, ...]] = []

@@ -58,12 +58,15 @@ def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
         group = settings[task, model, row, setting]
         label = row.label + (f" r={row.rank}" if len(ranks) > 1 and row.rank is not None else "")
         label += f" model={model}" if len(models) > 1 else ""
-        found[label + _difference(group[0], others[task, model, row.method]), task] = group
+        label += _difference(group[0], others[task, model, row.method])
+        assert (label, task) not in found, f"two settings named {label} on {task}"
+        found[label, task] = group
     return found
 
 
 def _difference(run: Run, alike: Sequence[Run]) -> str:
-    """Return the fields, other than rank and K, in which a run differs from other runs of its method."""
-    others = [key for key in run.setting if key not in ("method.rank", "method.k")]
+    """Return the fields in which a run differs from other runs of its method, without the rank and K of its row."""
+    named = {"method.rank": run.rank, "method.k": run.k}
+    others = [key for key, value in run.setting.items() if key not in named or named[key] != value]
     differing = [key for key in others if any(other.setting.get(key) != run.setting[key] for other in alike)]
     return "".join(f" {key.rpartition('.')[2]}={run.setting[key]}" for key in differing)

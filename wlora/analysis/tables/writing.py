@@ -32,6 +32,8 @@ _LATEX = {
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "≈": r"$\approx$",
+    "≥": r"$\geq$",
+    "[": r"{[}",  # at the start of a line, LaTeX would read it as an option of the command before
     "−": r"$-$",
     "–": "--",
     "×": r"$\times$",

@@ -133,7 +133,7 @@ async function buildExamples() {
     return;
   }
   $("example-set").innerHTML = options(predictions.sets.map((set, i) =>
-    [i, `${data.titles[set.task]}, ${set.gold.length} examples`]));
+    [i, `${data.titles[set.task]}${set.fold === null ? "" : `, fold ${set.fold}`}, ${set.gold.length} examples`]));
   const fill = () => {
     const set = Number($("example-set").value);
     const here = known.filter((id) => predictions.runs[id][0] === set).map((id) => byId.get(id))

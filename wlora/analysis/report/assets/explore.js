@@ -317,17 +317,29 @@ async function drawRates() {
   say("rate-note", lines.length ? "" : "No setting of this choice has run at several learning rates.");
 }
 
+// The runs of the seeds that all groups share; all runs if there is no such seed.
+function ofSharedSeeds(groups) {
+  const seeds = groups.map((some) => new Set(some.map((run) => run.seed)));
+  const shared = [...seeds[0]].filter((seed) => seeds.every((own) => own.has(seed)));
+  return groups.map((some) => {
+    const kept = some.filter((run) => shared.includes(run.seed));
+    return kept.length ? kept : some;
+  });
+}
+
+// Of several warm-ups and head rates at one learning rate, the best counts, compared on the seeds that all of them share.
+function bestAtRate(at) {
+  const variants = [...groupBy(at, (run) => `${run.warmup} ${run.head_lr}`).values()];
+  const scores = ofSharedSeeds(variants).map((some) => mean(some.map(scoreOf)));
+  return variants[scores.indexOf(Math.max(...scores))];
+}
+
 function rateRows(group) {
-  const rates = [...groupBy(group, (run) => run.lr)].sort(([a], [b]) => a - b);
+  const rates = [...groupBy(group, (run) => run.lr)].sort(([a], [b]) => a - b).map(([, at]) => bestAtRate(at));
   if (rates.length < 2) return [];
-  const seeds = (some) => new Set(some.map((run) => run.seed));
-  const common = [...seeds(group)].filter((seed) => rates.every(([, at]) => seeds(at).has(seed)));
   const row = (some, extra) => ({ lr: some[0].lr, value: mean(some.map(scoreOf)), line: some[0].setting, method: some[0].method,
     task: some[0].task, panel: some[0].panel, ...tip(some[0]), Rate: rate(some[0].lr), Seeds: some.map((run) => run.seed).join(", "), ...extra });
-  const found = rates.map(([, at]) => {
-    const kept = at.filter((run) => common.includes(run.seed));
-    return row(kept.length ? kept : at, {});
-  });
+  const found = ofSharedSeeds(rates).map((kept) => row(kept, {}));
   ended(found, group[0]);
   const reported = group.filter((run) => run.reported);
   return reported.length ? [...found, row(reported, { tuned: true })] : found;
