@@ -47,7 +47,7 @@ def test_query_key_and_value_drop_the_same_inputs_and_other_modules_do_not() -> 
     adapters = [LowRankAdapter(64, 64, rank=64, scale=1.0, dropout=0.5) for _ in range(2)]
     for adapter in adapters:
         adapter.A.data = adapter.B.data = torch.eye(64)
-        quicken_adapters(adapter)
+    quicken_adapters(nn.ModuleList(adapters))
     x = torch.ones(8, 64)
     assert torch.equal(adapters[0](x), adapters[1](x)) and not torch.equal(adapters[0](x), adapters[1](x.clone()))
     assert torch.equal(adapters[0].eval()(x), x)
@@ -61,6 +61,17 @@ def test_without_dropout_in_float32_a_fast_run_has_the_numbers_of_a_plain_one(
     plain, fast = run_tiny(*words), run_tiny(*words, FAST)
     assert plain.run_id != fast.run_id and plain.metrics == fast.metrics
     assert losses(tmp_path, fast.run_id) == pytest.approx(losses(tmp_path, plain.run_id), rel=1e-6)
+
+
+@pytest.mark.parametrize("targets", ["qkv", "value"])
+def test_recomputed_activations_have_the_masks_of_the_forward_pass(
+    targets: str, run_tiny: Callable[..., Record], tmp_path: Path
+) -> None:
+    words = [*SHORT, "method=lora", "dropout=0.3", f"targets={targets}", "precision=fp32", FAST]
+    plain = run_tiny(*words)
+    again = run_tiny(*words, "train.gradient_checkpointing=true", results=tmp_path / "again")
+    assert again.run_id == plain.run_id
+    assert losses(tmp_path / "again", again.run_id) == pytest.approx(losses(tmp_path, plain.run_id), rel=1e-5)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(run_tiny: Callable[..., Record], tmp_path: Path) -> None:

@@ -161,6 +161,16 @@ def test_a_language_model_with_fused_projections_works_too(tmp_path: Path) -> No
     assert torch.allclose(loaded(inputs).logits, model(inputs).logits, atol=1e-5)
 
 
+def test_the_head_of_a_model_in_low_precision_trains_in_float32() -> None:
+    model = build().to(torch.bfloat16)
+    handle = wlora.attach(model, k=3, rank=2, select_steps=4)
+    handle.begin(8, lr=1e-3)
+    train(handle, 8)
+    heads = {name: p.dtype for name, p in model.named_parameters() if "classifier" in name or "pooler" in name}
+    assert heads and set(heads.values()) == {torch.float32}
+    assert model.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+
+
 def message(act: Callable[[], Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         act()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import wlora
@@ -212,3 +212,107 @@ def test_methods_that_look_at_rows_get_those_of_the_trainer(tmp_path: Path) -> N
     script.trainer(tmp_path, [wlora.WLoRACallback(handle)]).train()
     assert [event.kind for event in handle.events] in (["cut"], ["share"])
     assert [sum(phase.steps for phase in handle.phases), len(handle.phases[1].rows)] == [STEPS, 64]
+
+
+class Stream(IterableDataset[Any]):
+    """Rows without a length and an order, as of a streamed data set."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
+class Frame:
+    """Rows that end with KeyError, as of a pandas frame, and that only the collator encodes."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = dict(enumerate(rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any]:
+        return (self.rows[index],)
+
+
+@pytest.mark.parametrize("form", ["stream", "frame"])
+def test_rows_of_any_form_train_with_methods_that_do_not_look_at_them(form: str, tmp_path: Path) -> None:
+    script = Script()
+    handle = wlora.attach(script.model, k=3, targets="all", select_steps=4)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    trainer = Trainer(
+        model=script.model,
+        args=args,
+        train_dataset=Stream(script.rows) if form == "stream" else Frame(script.rows),  # type: ignore[arg-type]
+        data_collator=script.collate if form == "stream" else lambda rows: script.collate([row for (row,) in rows]),
+        callbacks=[wlora.WLoRACallback(handle)],
+    )
+    trainer.train()
+    assert handle.done == 6 and len(handle.summary()["adapters"]) == 3
+    with pytest.raises(ConfigError, match="rows: row 0 is a tuple: allowed are encoded rows"):
+        wlora.attach(Script().model, "lora_drop").begin(6, lr=1e-3, rows=Frame(script.rows), collate=script.collate)  # type: ignore[arg-type]
+
+
+def test_increlora_trains_under_autocast(tmp_path: Path) -> None:
+    script = Script()
+    handle = wlora.attach(script.model, "increlora", targets="all", rank=2, steps=STEPS, steps_per_epoch=STEPS // 2)
+    script.trainer(tmp_path, [wlora.WLoRACallback(handle)], bf16=True).train()
+    assert any(event.kind == "grow" for event in handle.events)
+
+
+@pytest.mark.parametrize("method", ["tied_lora", "vera", pytest.param("vb_lora", marks=pytest.mark.slow)])
+def test_adapters_with_common_parameters_are_saved_and_resumed(method: str, tmp_path: Path) -> None:
+    def begin(**options: Any) -> tuple[Any, Any]:
+        script = Script()
+        handle = wlora.attach(script.model, method, targets="all", dropout=0.0)
+        return handle, script.trainer(tmp_path / "run", [wlora.WLoRACallback(handle)], **options)
+
+    handle, whole = begin(save_strategy="steps", save_steps=4, max_steps=8)
+    whole.train()
+    again, rest = begin(max_steps=8)
+    rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert rest.losses == pytest.approx(whole.losses[4:], abs=1e-6) and again.summary() == handle.summary()
+
+
+def test_an_optimiser_and_a_scheduler_of_ones_own_are_refused_or_followed(tmp_path: Path) -> None:
+    script = Script()
+    seen: list[float] = []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_optimizer_step(self, *_: Any, **known: Any) -> None:
+            seen.append(handle._optimizers._rules["adamw"].param_groups[0]["lr"])
+
+    for rate in (1e-3, 5e-3):
+        script.model = Script().model
+        handle = wlora.attach(script.model, "lora", targets="all")
+        trainer = script.trainer(tmp_path, [wlora.WLoRACallback(handle), Watch()], max_steps=3)
+        optimizer = torch.optim.AdamW(handle.model.parameters(), lr=rate)
+        trainer.optimizer, trainer.lr_scheduler = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 9)
+        if rate != 5e-3:
+            with pytest.raises(ConfigError, match="optimizers: the optimiser has learning_rate=0.001: allowed is"):
+                trainer.train()
+            continue
+        trainer.train()
+    assert seen == pytest.approx([2.5e-3] * 3), "not the linear schedule of the arguments"
+
+
+def test_clipping_is_not_lost_by_an_interrupt(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **known: Any) -> None:
+            raise KeyboardInterrupt
+
+    script = Script()
+    handle = wlora.attach(script.model, "lora", targets="all")
+    trainer = script.trainer(tmp_path, [wlora.WLoRACallback(handle), Interrupt()], max_grad_norm=0.3)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    handle = wlora.attach(Script().model, "lora", targets="all")
+    callback = wlora.WLoRACallback(handle)
+    later = script.trainer(tmp_path, [callback])
+    later.model, later.args = handle.model, trainer.args
+    later.train()
+    assert handle._max_grad_norm == 0.3 and trainer.args.max_grad_norm == 0.3

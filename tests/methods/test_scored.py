@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.conftest import compose
 from tests.support.toy_model import COMMON, ROWS, SETTINGS, WIDTH, N, Rig
 from wlora.errors import ConfigError
+from wlora.experiment.run import run
 from wlora.methods.flexlora import decompose
-from wlora.methods.lora_drop import choose
+from wlora.methods.lora_drop import _with_masks, choose
 from wlora.methods.training_data import Batch, TrainingData
 
 SETTINGS.update(
@@ -35,6 +39,7 @@ class Called(nn.Module):
     def __init__(self, rig: Rig) -> None:
         super().__init__()
         self.inner = rig.model
+        self.config = SimpleNamespace(is_encoder_decoder=False)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, attention_mask: torch.Tensor) -> Output:
         return Output(((self.inner(x) - y) ** 2).mean())
@@ -94,6 +99,22 @@ def test_lora_drop_importance_is_the_squared_output_over_the_sample() -> None:
     assert sum(found.values()) == pytest.approx(1.0)
     for name, value in expected.items():
         assert found[name] == pytest.approx(value / sum(expected.values()), rel=1e-4)
+
+
+def test_lora_drop_sees_the_outputs_of_a_decoder(tmp_path: Path) -> None:
+    sizes = ["train.max_steps=8", "task.max_train_rows=32", "task.max_eval_rows=4", "task.generation.max_new_tokens=4"]
+    words = ["task=story_summary", "model=tiny_bart", "method=lora_drop", "targets=all", "rank=2", "precision=fp32"]
+    record = run(compose(*words, *sizes, f"results_dir={tmp_path}"))
+    (cut,) = (event for event in record.events if event["kind"] == "cut")
+    assert len(cut["importance"]) == 32 and all(value > 0 for value in cut["importance"].values())
+
+
+def test_lora_drop_tells_source_and_target_of_equal_length_apart() -> None:
+    source, labels = torch.tensor([[1, 1, 0]]), torch.tensor([[5, -100, -100]])
+    batch, masks = _with_masks({"attention_mask": source, "labels": labels, "decoder_input_ids": labels}, generates=True)
+    assert [mask.int().tolist() for mask in masks] == [[[1, 1, 0]], [[1, 0, 0, 0]]] and "decoder_input_ids" not in batch
+    batch, masks = _with_masks({"attention_mask": source, "labels": labels}, generates=False)
+    assert len(masks) == 1 and batch["labels"] is labels
 
 
 def test_lora_drop_trains_on_the_sample_first_and_then_drops_half() -> None:

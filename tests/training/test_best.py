@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,45 @@ def test_an_interrupted_run_keeps_the_best_of_before(
     assert record.resumed_at == [24] and kinds(record) == [(24, "best")] and same(scripted[-1], best)
 
 
+@pytest.mark.parametrize("words", [("train.best=accuracy",), ("train.patience=2",)])
+def test_an_evaluation_where_a_run_is_stopped_does_not_count(
+    words: tuple[str, ...], scripted: Any, run_tiny: Callable[..., Any]
+) -> None:
+    SCORES.update({20: 1.0, 40: 0.1, 48: 0.1})
+    words = (*WORDS[:-1], "train.max_steps=48", *words)
+    assert run_tiny(*words, "train.until=0.41").status == "stopped" and 20 in scripted
+    assert kinds(run_tiny(*words)) == ([(24, "best")] if "best" in words[-1] else [(40, "stopped")])
+
+
+def test_a_run_that_is_interrupted_after_its_last_evaluation_has_its_predictions(
+    scripted: Any, run_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SCORES.update({40: 0.1, 48: 0.1})
+    evaluate = training.Trainer._evaluate
+
+    def stop(self: training.Trainer, step: int) -> dict[str, Any]:
+        point = evaluate(self, step)
+        if step == 40 and stopped.pop():
+            signal.raise_signal(signal.SIGTERM)
+        return point
+
+    stopped = [True]
+    monkeypatch.setattr(training.Trainer, "_evaluate", stop)
+    words = (*WORDS[:-1], "train.max_steps=48", "train.patience=2")
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        run_tiny(*words)
+    record = run_tiny(*words)
+    assert record.resumed_at == [40] and kinds(record) == [(40, "stopped")] and record.predictions
+
+
 def test_both_are_part_of_the_identity_only_where_they_are_set() -> None:
     def identity(*words: str) -> str:
         return run_id(scientific_fields(compose(*TINY, *words), task_data="x", model_data=None, precision="fp32"))
 
     found = [identity(*words) for words in ([], ["train.best=accuracy"], ["train.patience=3"])]
     assert len(set(found)) == 3 and identity("train.best=null", "train.patience=null") == found[0]
+    assert identity("train.eval_every=5") == found[0], "evaluations change nothing without them"
+    assert len({identity("train.patience=3", f"train.eval_every={n}") for n in ("null", 5, 10)}) == 3
 
 
 def test_a_metric_that_is_not_computed_is_refused() -> None:

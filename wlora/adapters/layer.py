@@ -234,6 +234,12 @@ def quicken_adapters(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LowRankAdapter):
             module.fast = True
+    # Gradient checkpointing computes the topmost layer again from the same tensor, and must then draw its mask again.
+    model.register_forward_hook(_forget_input)
+
+
+def _forget_input(*_: Any) -> None:
+    SHARED_INPUT.forget()
 
 
 class AdaptedLinear(nn.Module):

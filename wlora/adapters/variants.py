@@ -166,7 +166,11 @@ class GrowingAdapter(LowRankAdapter):
         out = F.linear(F.linear(dropped, A) * (self.scale * gates), B)
         if self.watching and out.requires_grad:
             inputs = dropped.detach().flatten(0, -2)
-            out.register_hook(lambda gradient: self._watch(gradient.flatten(0, -2).T @ inputs))  # type: ignore[no-untyped-call]
+
+            def watch(gradient: Tensor) -> None:  # under autocast, gradients may have lower precision than inputs
+                self._watch(gradient.flatten(0, -2).T.to(inputs.dtype) @ inputs)
+
+            out.register_hook(watch)  # type: ignore[no-untyped-call]
         return out
 
     @torch.no_grad()

@@ -48,6 +48,8 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
     stored = train.pop("prefix_cache", "off"), train.pop("prefix_cache_dtype", config.train.prefix_cache_dtype)
     if stored[0] != "off":
         train["prefix_cache"] = stored[1]  # only the dtype matters: memory and disk give the same numbers
+    if (config.train.best or config.train.patience) and config.train.eval_every is not None:
+        train["eval_every"] = config.train.eval_every  # more evaluations give other best ones, and other early stops
     start = {"adapter": {"data": config.adapter.fingerprint, "head": config.adapter.head}} if config.adapter.path else {}
     return {
         **start,

@@ -21,6 +21,7 @@ from wlora.methods.base import Steps
 from wlora.methods.registry import build_method
 from wlora.models.discovery import layout_of
 from wlora.models.heads import head_parameters
+from wlora.training.precision import raise_head
 
 
 def attach(
@@ -44,7 +45,8 @@ def attach(
     random generators does not change. A method that does not use `k`, `rank`, `alpha` or `dropout` ignores it.
 
     Args:
-        model: a transformers model of any family. It is changed in place and keeps its device and dtype.
+        model: a transformers model of any family. It is changed in place and keeps its device and dtype; a trained head is
+            in float32.
         method: a name of `conf/method/` (docs/methods.md gives the paper of each).
         targets: the linear modules with adapters: `qkv`, `attention`, `all`, or names of modules, with `*` for anything.
         rank: r of every adapter: A has the shape [r, d_in] and B the shape [d_out, r] (Hu et al., 2021).
@@ -73,6 +75,8 @@ def attach(
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})):
         attach_adapters(model, policy, settings.get("targets", "all"), seed=seed)
+    if head and model.dtype != torch.float32:
+        raise_head(model)  # transformers loads a checkpoint in the precision in which it is stored
     trained = head_parameters(model) if head else {}
     for parameter in trained.values():
         parameter.requires_grad_(True)

@@ -48,7 +48,8 @@ class Handle:
         method: the method, which controls the adapters.
         done: optimiser steps taken.
         events: the structural changes so far, such as the cut.
-        phases: the training rows that the method requests for each part of the training; known after `begin` with rows.
+        phases: the training rows that the method requests for each part of the training; known after `begin`, and empty
+            for a method that does not look at rows.
     """
 
     def __init__(self, assembly: Assembly, name: str, length: Steps | None) -> None:
@@ -102,12 +103,13 @@ class Handle:
             raise ConfigError("begin: {}: allowed is {}, as for wlora.attach".format(*told))
         self._length, self._warmup, self._max_grad_norm = length, warmup, max_grad_norm
         self._lr, self._head_lr = lr, head_lr or lr
-        if rows is not None and collate is not None:
-            self.phases = self.method.phases(_training_data(self.model, rows, collate), steps)
-        elif type(self.method).phases is not Method.phases:
-            raise ConfigError(
-                f"method={self.name}: looks at training rows: allowed is begin(..., rows=ROWS, collate=FUNCTION)"
-            )
+        if type(self.method).phases is not Method.phases:  # other methods never look at rows, which may be of any form
+            if rows is not None and collate is not None:
+                self.phases = self.method.phases(_training_data(self.model, rows, collate), steps)
+            else:
+                raise ConfigError(
+                    f"method={self.name}: looks at training rows: allowed is begin(..., rows=ROWS, collate=FUNCTION)"
+                )
         self._optimizers = Optimizers(self.groups(), weight_decay=weight_decay, release=self.method.release_adamw)
 
     def step(self, factor: float | None = None) -> list[Event]:
@@ -264,12 +266,18 @@ def _training_data(model: PreTrainedModel, rows: Rows, collate: Collate) -> Trai
     """Return access to batches of training rows on the model's device, for methods."""
     if not hasattr(rows, "__len__"):
         raise wrong_value("rows", type(rows).__name__, "rows with a length, which can be read in any order")
-    labels = [row.get("labels", row.get("label")) for row in rows]
+    lengths, labels = list[int](), list[Any]()
+    for index in range(len(rows)):  # only rows with a length are sure to end
+        row = rows[index]
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            found = f"with {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
+            raise ConfigError(f"rows: row {index} is {found}: allowed are encoded rows, mappings with input_ids and labels")
+        lengths.append(len(row["input_ids"]))
+        labels.append(row.get("labels", row.get("label")))
     plain = all(isinstance(label, int | float) for label in labels)
 
     def batch(chosen: Sequence[int]) -> Batch:
         device = next(model.parameters()).device
         return move({key: torch.as_tensor(value) for key, value in collate([rows[row] for row in chosen]).items()}, device)
 
-    lengths = [len(row["input_ids"]) for row in rows]
     return TrainingData(model, lengths=lengths, labels=[float(x) for x in labels] if plain else None, collate=batch)

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from wlora.adapters.layer import AdaptedLinear
 from wlora.console import notice
 from wlora.errors import ConfigError, wrong_value
 from wlora.integration.handle import Handle
 from wlora.methods.base import Method
+from wlora.training.optimizers import linear_schedule
 
 _STATE = "wlora"  # the key of the handle's state in the first group of the Trainer's optimiser
 _OPTIMS = ("adamw_torch", "adamw_torch_fused")
+_CLIPPING = "_wlora_max_grad_norm"  # where the arguments keep the user's clipping, which an interrupt must not lose
 
 
 class WLoRACallback(TrainerCallback):  # type: ignore[misc]
@@ -37,9 +40,9 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
-        self._max_grad_norm = 0.0
         # The Trainer loads a checkpoint's weights into newly attached adapters before any event of a callback.
         handle.model.register_load_state_dict_pre_hook(_fit_checkpoint)
+        handle.model.register_state_dict_post_hook(_separate_shared)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **known: Any) -> None:
         """Begin the handle's training, or continue from the state in the Trainer's checkpoint.
@@ -50,18 +53,20 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
         optimizer: Any = getattr(known["optimizer"], "optimizer", known["optimizer"])
         self._check(args, known["model"], optimizer)
         loader = known["train_dataloader"]
-        per_epoch = -(-len(loader) // args.gradient_accumulation_steps) if hasattr(loader, "__len__") else None
-        linear = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) == "linear"
+        per_epoch = -(-len(loader) // args.gradient_accumulation_steps) if has_length(loader) else None
+        warmup = args.get_warmup_steps(state.max_steps)
+        linear = _is_linear(known["lr_scheduler"], warmup=warmup, total=state.max_steps)
         self._factor = None if linear else (lambda: optimizer.param_groups[0]["lr"] / args.learning_rate)
         rows = getattr(loader, "dataset", None)
+        max_grad_norm = args.max_grad_norm or getattr(args, _CLIPPING, 0.0)
         self.handle.begin(
             state.max_steps,
             lr=args.learning_rate,
-            warmup=args.get_warmup_steps(state.max_steps),
+            warmup=warmup,
             steps_per_epoch=per_epoch,
             weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm,
-            rows=rows if hasattr(rows, "__len__") else None,
+            max_grad_norm=max_grad_norm,
+            rows=rows if has_length(rows) else None,
             collate=loader.collate_fn,
         )
         if rows is not None and any(len(phase.rows) < len(rows) for phase in self.handle.phases):
@@ -75,7 +80,8 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
             )
         optimizer.register_state_dict_post_hook(self._add_state)
         # The Trainer would clip all gradients including those of ω. The handle clips all except those of ω.
-        self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        setattr(args, _CLIPPING, max_grad_norm)
+        args.max_grad_norm = 0.0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **known: Any
@@ -90,7 +96,7 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             RunFault: the training ended before the cut.
         """
-        args.max_grad_norm = self._max_grad_norm
+        args.max_grad_norm = getattr(args, _CLIPPING)
         self.handle.check_settled()
 
     def _add_state(self, optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
@@ -112,6 +118,16 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
             default = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}[key]
             if only != default:
                 raise wrong_value(key, only, f"{default}, as in a run")
+        for group in optimizer.param_groups:
+            for key, own, allowed in (
+                ("learning_rate", group.get("initial_lr", group["lr"]), (args.learning_rate,)),
+                ("weight_decay", group["weight_decay"], (args.weight_decay, 0.0)),
+            ):
+                if own not in allowed:
+                    raise ConfigError(
+                        f"optimizers: the optimiser has {key}={own}: allowed is that of the TrainingArguments, "
+                        f"{getattr(args, key)}: the handle uses its own AdamW"
+                    )
         for key in ("fp16", "auto_find_batch_size"):
             if getattr(args, key, False):
                 raise wrong_value(key, "True", "False; bf16=True works" if key == "fp16" else "False")
@@ -123,6 +139,25 @@ class WLoRACallback(TrainerCallback):  # type: ignore[misc]
                 "True",
                 f"False: method={self.handle.name} changes the model's structure during training",
             )
+
+
+def _is_linear(scheduler: Any, *, warmup: int, total: int) -> bool:
+    """Tell whether a scheduler is the linear one of a run, which the handle computes itself, for each group of its own."""
+    rates = getattr(getattr(scheduler, "scheduler", scheduler), "lr_lambdas", [])
+    steps = sorted({0, 1, warmup // 2, warmup, warmup + 1, (warmup + total) // 2, total - 1})
+    expected = [linear_schedule(step, warmup=warmup, total=total) for step in steps]
+    return bool(rates) and all(abs(rates[0](s) - own) < 1e-9 for s, own in zip(steps, expected, strict=True))
+
+
+def _separate_shared(module: nn.Module, content: dict[str, Tensor], *_: Any) -> None:
+    """Copy tensors that several adapters share: the Trainer's safetensors refuse them. transformers knows its own (tied)."""
+    seen: set[tuple[int, torch.Size]] = set()
+    tied = getattr(module, "all_tied_weights_keys", {})
+    for key, tensor in content.items():
+        if key not in tied and key not in tied.values():
+            own = tensor.data_ptr(), tensor.shape
+            content[key] = tensor.clone() if own in seen else tensor
+            seen.add(own)
 
 
 def _fit_checkpoint(module: nn.Module, content: dict[str, Tensor], prefix: str, *_: Any) -> None:

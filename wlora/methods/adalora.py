@@ -96,7 +96,9 @@ class AdaLoRA(ComponentPruning):
         if step == self.end:
             if step == 1:  # in such a short run no scores exist yet
                 self.update_scores()
-            return [self.prune(step)]
+            pruned = self.prune(step)
+            self.importance.clear()  # not needed any more, and as large as the adapters of the initial rank
+            return [pruned]
         self.update_scores()
         if step > self.start and step % self.interval == 0:
             self.mask(self.budget(step))

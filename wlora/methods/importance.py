@@ -29,6 +29,11 @@ class Importance:
         average = self.sensitivity[key].mul_(self.beta1).add_(value, alpha=1 - self.beta1)
         self.uncertainty[key].mul_(self.beta2).add_((value - average).abs(), alpha=1 - self.beta2)
 
+    def clear(self) -> None:
+        """Discard all averages."""
+        self.sensitivity.clear()
+        self.uncertainty.clear()
+
     def score(self, key: str) -> Tensor:
         """Return sensitivity × uncertainty, with the tensor's shape."""
         return self.sensitivity[key] * self.uncertainty[key]

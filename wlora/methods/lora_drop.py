@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wlora.adapters.layer import LowRankAdapter
 from wlora.distributed import mean
 from wlora.errors import wrong_value
 from wlora.methods.base import AdapterMethod, Event, Steps, bound_sum
 from wlora.methods.selection import widest
-from wlora.methods.training_data import Phase, TrainingData
+from wlora.methods.training_data import Batch, Phase, TrainingData
 from wlora.models.first_token import every_token
 
 MIN_STAGE_STEPS = 50
 SCORE_BATCH = 32
+IGNORED = -100  # the label of padding
 
 
 class LoRADrop(AdapterMethod):
@@ -25,7 +27,7 @@ class LoRADrop(AdapterMethod):
 
     The best adapters keep their weights. The others are disconnected; with `share`, they get one new common adapter per
     kind of module instead. Stage two trains on all rows. The LoRA-drop paper leaves these details open; our choices:
-    adapters are ranked individually, over all tokens with attention mask 1; stage one is one pass over D_s (at least 50
+    adapters are ranked individually, over all tokens that are not padding; stage one is one pass over D_s (at least 50
     steps, at most a quarter of the run) and counts as part of the run. The 221K parameters in the WeightLoRA paper
     correspond to `keep=0.5 share=false`.
 
@@ -122,13 +124,14 @@ class LoRADrop(AdapterMethod):
         """Return I_i, which sum to 1: each adapter's share of the squared outputs over the tokens of D_s."""
         model = self._data.model
         sums = dict.fromkeys(self.adapters, 0.0)
-        mask: Tensor | None = None
+        masks: list[Tensor] = []
 
         def observe(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 # DeBERTa also sends relative position embeddings through these projections. They are not tokens and are
                 # skipped.
-                if mask is None or output.shape[:-1] == mask.shape:
+                mask = next((mask for mask in masks if output.shape[:-1] == mask.shape), None)
+                if mask is not None or not masks:
                     squared = output.to(widest(output.device)).square().sum(-1)
                     sums[name] += float(squared.sum() if mask is None else (squared * mask).sum())
 
@@ -138,7 +141,7 @@ class LoRADrop(AdapterMethod):
         try:
             with self._data.evaluation_mode(), every_token(model):
                 for batch in self._data.batches(self._sample, SCORE_BATCH):
-                    mask = batch.get("attention_mask")
+                    batch, masks = _with_masks(batch, generates=bool(model.config.is_encoder_decoder))
                     model(**batch)
         finally:
             for handle in handles:
@@ -146,6 +149,23 @@ class LoRADrop(AdapterMethod):
         sums = dict(zip(sums, mean(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
         total = sum(sums.values()) or 1.0
         return {name: value / total for name, value in sums.items()}
+
+
+def _with_masks(batch: Batch, *, generates: bool) -> tuple[Batch, list[Tensor]]:
+    """Return a batch and the masks of its tokens, by whose shapes the outputs of modules are told apart.
+
+    The modules of a decoder see the target's tokens, those of an encoder and the keys of cross-attention the source's. A
+    target that is as long as the source gets a column of padding, so that the shapes differ.
+    """
+    masks = [batch["attention_mask"]] if "attention_mask" in batch else []
+    labels = batch.get("labels")
+    if generates and masks and labels is not None and labels.dim() == 2:
+        if labels.shape == masks[0].shape:
+            labels = F.pad(labels, (0, 1), value=IGNORED)
+        # Without `decoder_input_ids`, the model makes them from the labels.
+        batch = {key: value for key, value in batch.items() if key != "decoder_input_ids"} | {"labels": labels}
+        masks.append(labels != IGNORED)
+    return batch, masks
 
 
 def choose(importance: dict[str, float], *, keep: float, threshold: float | None) -> Sequence[str]:

@@ -46,6 +46,10 @@ class SharedInput:
         self._last = weakref.ref(x, self._forget), p, dropped
         return dropped
 
+    def forget(self) -> None:
+        """Forget the last input: the next module drops other elements, even of the same tensor."""
+        self._last = None
+
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
         if self._last is not None and self._last[0] is gone:
             self._last = None

@@ -86,7 +86,13 @@ def lower_base(model: nn.Module, precision: Precision) -> None:
                 module.float()  # the weights were rounded before, so they are still bfloat16 values
                 module.register_forward_pre_hook(_cast_up, with_kwargs=True)
                 module.register_forward_hook(lambda _module, _args, out: out.to(precision.dtype))
+    raise_head(model)
+
+
+def raise_head(model: nn.Module) -> None:
+    """Keep a model's head in float32, whatever the dtype of the base, so that small updates of it are not rounded away."""
     for module in head_modules(model).values():
+        module.float()
         module.register_forward_pre_hook(_cast_up, with_kwargs=True)
 
 

@@ -198,7 +198,8 @@ class Trainer:
                 if on_step is not None:
                     on_step(self)
                 advance(shown, self.losses.values, self.result.metrics, self.task.primary_metric, self.method)
-            if self.best.put_back(self.step, self.bare_model, self.method):
+            # A run that was interrupted between its last evaluation and its end has no predictions yet.
+            if self.best.put_back(self.step, self.bare_model, self.method) or self.evaluation is None:
                 self._score()
             self.result.events += self.best.events(self.step, self.plan.total_steps)
             self.result.memory |= {"saved": self.measure(saved_bytes)} | (self.prefix.facts() if self.prefix else {})
@@ -344,7 +345,8 @@ class Trainer:
         """Evaluate on the dev set; return the point of the learning curve."""
         metrics = self._score()
         self.result.evaluations.append({"step": step, "seconds": self.result.train_seconds})
-        self.best.observe(step, metrics, self.bare_model, self.method)
+        if self.passed(self.plan.eval_every):  # an evaluation at a stop (`train.until`) does not count: it is not planned
+            self.best.observe(step, metrics, self.bare_model, self.method)
         return {"step": step, "epoch": step / self.plan.steps_per_epoch, "metrics": metrics}
 
     def _score(self) -> dict[str, float]:
