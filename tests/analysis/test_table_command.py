@@ -177,6 +177,13 @@ def test_settings_that_share_a_row_are_told_apart_by_their_own_rank_and_k(tmp_pa
     assert found == {"VeRA rank=256", "VeRA rank=1024", "WLoRA+ k=5", "WLoRA+ k=9"}
 
 
+def test_a_setting_has_the_same_label_on_all_tasks(tmp_path: Path) -> None:
+    for task, targets in (("sst2", "qkv"), ("sst2", "all"), ("mrpc", "qkv")):
+        make_record(tmp_path, "method=lora", f"task={task}", f"targets={targets}", metrics=0.5)
+    found = {(label, task) for label, task in runs_by_setting(read_runs(tmp_path))}
+    assert found == {("LoRA targets=qkv", "sst2"), ("LoRA targets=all", "sst2"), ("LoRA targets=qkv", "mrpc")}
+
+
 def test_a_task_that_stands_in_for_the_papers_can_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_record(tmp_path, "method=lora", "task=story_summary", "model=tiny_bart", "targets=all", "rank=4", metrics=0.5)
     main(["5", f"results_dir={tmp_path}", "task=story_summary"])

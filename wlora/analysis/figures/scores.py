@@ -247,13 +247,17 @@ def _along_rates(choice: Choice, group: Sequence[Run]) -> dict[float, list[Run]]
 def selection(runs: Sequence[Run]) -> Figure:
     """Draw score against K (at the default T) and against T, with LoRA as a line, and the histogram of ω at the cut.
 
-    If several settings have the same method, K and T, the one with most runs is drawn. The row of panels for T is drawn
-    only if there are several values of T.
+    Only the model and targets with most runs are drawn, because K counts among the adapters of these. If several settings
+    have the same method, K and T, the one with most runs is drawn. The row of panels for T is drawn only if there are
+    several values of T.
     """
     chosen = chosen_runs(runs)
     selecting = [run for group in chosen.values() for run in group if run.k is not None]
     if not selecting:
         raise nothing("selection", "no successful run of a method that reads k; scripts/k_curve.sh makes them")
+    ((size, _),) = Counter(map(_size, selecting)).most_common(1)
+    chosen = {key: group for key, group in chosen.items() if _size(group[0]) == size}
+    selecting = [run for run in selecting if _size(run) == size]
     tasks = tasks_of(selecting)
     by_t = {task: _several_t([group for (_, where), group in chosen.items() if where == task]) for task in tasks}
     rows = 3 if any(by_t.values()) else 2
@@ -282,6 +286,11 @@ def selection(runs: Sequence[Run]) -> Figure:
         _draw_omegas(histogram, [w for group in mine for run in group for w in _omegas(run)])
     _legend(figure, [axis for line in axes[:-1] for axis in line])
     return figure
+
+
+def _size(run: Run) -> tuple[str, str]:
+    """Return model and targets, on which the number of adapters depends."""
+    return run.model, str(run.setting.get("method.targets"))
 
 
 def _draw_omegas(axis: Axes, omegas: Sequence[float]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from wlora.analysis.study import TRIED, Run
 from wlora.analysis.tables.layouts import GLUE, LABELS, LAYOUTS, Row, row_of
@@ -31,7 +31,8 @@ def chosen_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
 def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
     """Return the tried runs of each setting by label and task: ended runs and runs that a race has stopped.
 
-    A label contains the method and, if several settings of a method exist on the task, all fields in which they differ.
+    A label contains the method and, if several settings of a method exist on any task, all fields in which they differ
+    there, so that a setting has the same label on all tasks.
     """
     settings: dict[tuple[str, str, Row, str], list[Run]] = {}
     names: dict[int, str] = {}  # by id: runs of one setting share the object (`wlora.analysis.study_reader.read_study`)
@@ -44,6 +45,9 @@ def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
     others: dict[tuple[str, str, str], list[Run]] = {}
     for (task, model, row, _), group in settings.items():
         others.setdefault((task, model, row.method), []).append(group[0])
+    named: dict[tuple[str, str], set[str]] = {}
+    for (_, model, method), alike in others.items():
+        named.setdefault((model, method), set()).update(_differing(alike))
     ranks = {row.rank for _, _, row, _ in settings if row.rank is not None}
     models = {model for _, model, _, _ in settings}
     found: dict[tuple[str, str], list[Run]] = {}
@@ -58,15 +62,23 @@ def runs_by_setting(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
         group = settings[task, model, row, setting]
         label = row.label + (f" r={row.rank}" if len(ranks) > 1 and row.rank is not None else "")
         label += f" model={model}" if len(models) > 1 else ""
-        label += _difference(group[0], others[task, model, row.method])
+        label += _difference(group[0], named[model, row.method])
         assert (label, task) not in found, f"two settings named {label} on {task}"
         found[label, task] = group
     return found
 
 
-def _difference(run: Run, alike: Sequence[Run]) -> str:
-    """Return the fields in which a run differs from other runs of its method, without the rank and K of its row."""
-    named = {"method.rank": run.rank, "method.k": run.k}
-    others = [key for key, value in run.setting.items() if key not in named or named[key] != value]
-    differing = [key for key in others if any(other.setting.get(key) != run.setting[key] for other in alike)]
-    return "".join(f" {key.rpartition('.')[2]}={run.setting[key]}" for key in differing)
+def _differing(runs: Sequence[Run]) -> set[str]:
+    """Return the fields in which runs of one method on one task differ, without the rank and K of their rows."""
+    found = set()
+    for run in runs:
+        shown = {"method.rank": run.rank, "method.k": run.k}
+        for key, value in run.setting.items():
+            if (key not in shown or shown[key] != value) and any(other.setting.get(key) != value for other in runs):
+                found.add(key)
+    return found
+
+
+def _difference(run: Run, keys: Collection[str]) -> str:
+    """Return those of the given fields that a run has, with their values."""
+    return "".join(f" {key.rpartition('.')[2]}={value}" for key, value in run.setting.items() if key in keys)
