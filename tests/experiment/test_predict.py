@@ -201,6 +201,26 @@ def test_every_kind_of_task_predicts_rows_without_labels(
     assert len(answers) == 3 and all("prediction" in answer and target not in answer for answer in answers)
 
 
+@pytest.mark.parametrize(
+    ("words", "kind"), [(["task.max_eval_rows=null"], "csv"), (["task=story_qa"], "jsonl"), (["task=story_qa"], "csv")]
+)
+def test_the_rows_of_a_generated_task_are_generated(
+    words: list[str], kind: str, run_tiny: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = run_tiny(*words, "method=lora", "train.max_steps=1", "precision=fp32")
+    out, there = tmp_path / f"out.{kind}", f"results_dir={tmp_path}"
+    code, _, error = ask(capsys, record.run_id, "split=validation", f"to={out}", there)
+    assert code == 0, error
+    recorded = RecordStore(tmp_path).read_predictions(record)
+    assert recorded is not None
+    found = [json.loads(line) for line in out.read_text().splitlines()] if kind == "jsonl" else read(out)
+    names, expected = record.config["task"]["labels"], recorded["prediction"].to_pylist()
+    rows = [row["prediction"] for row in found][: len(expected)]
+    assert rows == [names[number] if names else number for number in expected]
+    code, _, error = ask(capsys, record.run_id, "split=test", f"to={out}", there)
+    assert code == 2 and error.endswith("split is unknown\nallowed: train, validation\n"), error
+
+
 def _small(task: str) -> list[str]:
     small = ["train.max_steps=16", "task.batch_size=4"]
     small += ["task.stride=8"] if task == "question_answering" else []

@@ -113,7 +113,7 @@ def write_rows(folder: Path, first: str) -> Path:
 def test_data_may_move_but_not_change(run_tiny: Callable[..., Any], enter: Callable[..., Any], tmp_path: Path) -> None:
     data, other = write_rows(tmp_path / "data", "Anna left."), write_rows(tmp_path / "other", "Anna came.")
     record = run_tiny("task=sst2", "method=lora", f"task.path={data}", "train.max_steps=4")
-    moved = data.rename(tmp_path / "moved")
+    moved = data.rename(tmp_path / "it's #1: moved")
     code, out, err = enter(f"from={record.run_id}", f"task.path={moved}")
     assert code == 0 and "equal " in out, err
     code, _, err = enter(f"from={record.run_id}", f"task.path={other}")

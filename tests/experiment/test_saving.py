@@ -195,6 +195,25 @@ def test_a_kept_head_gives_the_classes_of_the_task_in_its_order(tmp_path: Path) 
             compose(*kept)
 
 
+def test_a_kept_head_of_tags_gives_the_classes_of_the_task_in_its_order(tmp_path: Path) -> None:
+    file = tmp_path / "ner.jsonl"
+    rows = [{"tokens": [name, "left", "the", "garden"], "ner_tags": ["B-PER", *"OOO"]} for name in ("Anna", "Ben") * 10]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ["task=token_classification", f"task.path={file}", "method=lora", "task.batch_size=4"]
+    trained, folder = run(tmp_path, *task, "lr=1e-2", "targets=all", "train.max_steps=24")
+    assert trained.metrics["f1"] == 1 and trained.config["task"]["labels"] == ["B-PER", "O"]
+    still = [*task, "lr=1e-12", "train.max_steps=1", f"model.path={folder}", "model.head=kept"]
+    assert run(tmp_path, *still, "task.labels=[O,B-PER]")[0].metrics["f1"] == 1
+    with pytest.raises(ConfigError, match="model.head=kept: the classes of .* are b-per, o, but the task has o, b-loc"):
+        compose(*TINY, *still, "task.labels=[O,B-LOC]", f"task.path={_with_places(file)}")
+
+
+def _with_places(file: Path) -> Path:
+    other = file.with_name("places.jsonl")
+    other.write_text(file.read_text().replace("B-PER", "B-LOC"))
+    return other
+
+
 def test_a_head_is_kept_only_where_there_is_one_to_keep(tmp_path: Path) -> None:
     _, folder = run(tmp_path, "method=lora")
     there, adapter = [f"model.path={folder}", "model.head=kept"], next((tmp_path / "adapters").iterdir())

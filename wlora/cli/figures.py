@@ -11,6 +11,7 @@ from wlora.analysis.study import Run, main_model, read_words, select
 from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tables.cells import NOT_COMPARED
 from wlora.cli.entry import serve
+from wlora.config.spelling import expand_home
 from wlora.errors import ConfigError, unknown_name
 from wlora.storage.atomic_write import check_folders
 from wlora.storage.records import RecordStore
@@ -51,7 +52,7 @@ def _draw(words: Sequence[str], known: Sequence[Run] | None) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("figures need matplotlib\nway out: pip install 'wlora[figures]'")
     names, options, filters = read_words(words, {"results_dir": "results"})
-    results = Path(options["results_dir"] or "results")
+    results = Path(expand_home("results_dir", options["results_dir"] or "results"))
     check_folders(results, "figures")
     figures = _figures(results, filters, read_runs(results) if known is None else known)
     allowed = sorted([*figures, "all"])

@@ -211,7 +211,9 @@ def describe_run(name: str, config: Config) -> Outcome:
     """Print what a run would do (`dry_run=true`)."""
     from wlora.experiment.dry_run import describe
 
-    print(describe(config))
+    text = describe(config)  # in every process, because one that fails must fail in all
+    if is_main():
+        put(text)
     return Outcome(name, "described", None, 0)
 
 
@@ -222,13 +224,14 @@ def _run_folds(name: str, config: Config, overrides: list[str], folds: int) -> O
 
     found = []
     for fold in range(folds):
-        put(f"fold {fold + 1} of {folds}")
+        if is_main():
+            put(f"fold {fold + 1} of {folds}")
         own = copy.deepcopy(config)
         own.task.fold = fold
         found.append(outcome_of(name, run(own, overrides, inputs_of_process())))
     scores = [outcome.score for outcome in found if outcome.score is not None]
     mean = statistics.fmean(scores) if scores else None
-    if mean is not None and len(scores) == folds:
+    if mean is not None and len(scores) == folds and is_main():
         spread = statistics.stdev(scores)
         put(f"folds      {config.task.primary_metric} {mean:.4f}, standard deviation {spread:.4f}, over {folds} folds")
     seconds = [outcome.seconds for outcome in found if outcome.seconds is not None]

@@ -15,6 +15,7 @@ from wlora.analysis.study import read_words, select
 from wlora.analysis.study_reader import read_study
 from wlora.cli.entry import serve
 from wlora.cli.tables import check_model, read_score
+from wlora.config.spelling import expand_home
 from wlora.errors import ConfigError
 from wlora.storage.atomic_write import check_folders, write_whole
 
@@ -46,7 +47,7 @@ def write(words: Sequence[str]) -> Path:
     if names:
         raise ConfigError(f"report {' '.join(names)}: allowed is key=value")
     score = read_score(options["score"])
-    results = Path(options["results_dir"] or "results")
+    results = Path(expand_home("results_dir", options["results_dir"] or "results"))
     check_folders(results)
     everything, faults = read_study(results)
     check_model(options["model"], everything)

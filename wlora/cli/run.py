@@ -17,7 +17,7 @@ from wlora.cli.help import register_help
 from wlora.cli.job import OUTCOMES, Outcome, attempt, fail, run_one
 from wlora.cli.launching import collecting
 from wlora.config.schema import config_folder, register_schema
-from wlora.config.spelling import check_form, explain, quote_folds
+from wlora.config.spelling import check_form, explain, quote_texts
 from wlora.config.untrusted_yaml import guard_files, refuse_words
 from wlora.console import protect_output
 from wlora.distributed import TOLD, is_main, leave, require_launch
@@ -49,7 +49,7 @@ def _run(words: Sequence[str]) -> int:
         if any(word.startswith("from=") for word in words):
             OUTCOMES.outcomes.append(attempt("", lambda: _repeat(words)))
         else:
-            words = quote_folds(words)
+            words = quote_texts(words)
             sys.argv[1:] = words  # read by Hydra
             check_form(words)
             refuse_words(words)

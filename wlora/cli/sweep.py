@@ -27,9 +27,9 @@ from wlora.cli.entry import serve
 from wlora.config.presets import KEYED_BY, apply_presets
 from wlora.config.rules import RULES, satisfies
 from wlora.config.schema import Config, config_folder, register_schema
-from wlora.config.spelling import check_read, explain, quote_folds
+from wlora.config.spelling import check_read, explain, quote_texts
 from wlora.config.untrusted_yaml import guard_files
-from wlora.data.sources import fingerprint
+from wlora.data.sources import count_train_rows, fingerprint
 from wlora.errors import ConfigError, wrong_value
 from wlora.experiment.resolve import resolve
 from wlora.models.source import locate
@@ -201,8 +201,8 @@ def _examples(config: Config) -> int | None:
 
 def _rows(config: Config) -> int | None:
     """Return the number of training rows according to the configuration; None if it is unknown."""
-    rows, limit = config.task.train_rows, config.task.max_train_rows
-    return limit if rows is None else min(rows, limit or rows)
+    rows = count_train_rows(config.task)
+    return config.task.max_train_rows if rows is None else rows
 
 
 USAGE = """\
@@ -247,7 +247,7 @@ def survey(sweeps: Iterable[Sequence[str]]) -> list[Cell]:
     """
     cells: dict[tuple[str, ...], Cell] = {}
     for words in sweeps:
-        parts = list(expand(quote_folds(words)))
+        parts = list(expand(quote_texts(words)))
         check_read([overrides for overrides, _ in parts], _compose)
         for overrides, points in parts:
             key = tuple(sorted(overrides))
@@ -299,6 +299,7 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: the configuration is invalid.
     """
+    overrides = quote_texts(overrides)
     composed = _compose(overrides)
     apply_presets(composed, overrides)
     config = OmegaConf.to_object(composed)

@@ -24,6 +24,7 @@ from wlora.analysis.tables.summary import caption_summary, draw_summary, summari
 from wlora.analysis.tables.writing import companion_csv, comparisons_csv, runs_csv, to_csv, to_latex, to_markdown, write_csv
 from wlora.cli.entry import serve
 from wlora.config.schema import config_folder
+from wlora.config.spelling import expand_home
 from wlora.errors import ConfigError, unknown_name, wrong_value
 from wlora.storage.atomic_write import check_folders, write_whole
 from wlora.storage.records import RecordStore
@@ -87,7 +88,7 @@ def _write(words: Sequence[str], known: Sequence[Run] | None) -> None:
     layouts = [] if names == ["summary"] else _layouts(["all"] if names == ["claims"] else names)
     seeds, bootstrap_seed = _integer("seeds", options["seeds"], 1), _integer("bootstrap_seed", options["bootstrap_seed"], 0)
     score = read_score(options["score"])
-    results = Path(options["results_dir"] or "results")
+    results = Path(expand_home("results_dir", options["results_dir"] or "results"))
     check_folders(results, "tables")
     if os.path.isfile(results / "table1.csv") and not os.path.isdir(results / "records"):
         for layout in layouts:

@@ -1,5 +1,7 @@
 """Checks of command-line arguments: syntax errors, unknown keys, and keys that the chosen method does not read.
 
+Also adds the quotes that Hydra needs around texts, and expands home folders in paths.
+
 Every error is one or two lines and suggests what was probably meant. This module does not import torch.
 
 In this module a *word* is one command-line argument, such as `lr=1e-3`.
@@ -8,6 +10,7 @@ In this module a *word* is one command-line argument, such as `lr=1e-3`.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 from omegaconf import DictConfig, OmegaConf
 
 from wlora.config.schema import METHOD_NOTES, Config, config_folder, method_names, read_method
-from wlora.errors import ConfigError, unknown_name
+from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
 
 # Top-level keys that a method reads only if its configuration interpolates them.
 SHORT = ("rank", "alpha", "dropout", "k", "targets")
@@ -45,6 +48,14 @@ _IDLE = (
     Idle("rlora", "draw", lambda draw: str(draw).lower() == "at_start", tuple(f"method.{key}" for key in _OMEGA)),
     Idle("lora_drop", "threshold", lambda threshold: threshold is not None, ("method.keep",)),
 )
+
+# Keys whose value is a path, a name or a column: Hydra cannot read all characters that these may have.
+_TEXTS = (
+    *("task.path", "task.name", "task.text", "task.label", "task.validation"),
+    *("model.path", "model.name", "model.gguf_file", "adapter.path", "results_dir"),
+)
+# Values without a character that Hydra reads only in quotes.
+_PLAIN = re.compile(r"[\w/\\+.$%*@?|: -]*", re.ASCII)
 
 # Names of keys in transformers, PEFT and the paper, with our names (last component).
 SYNONYMS = {
@@ -93,9 +104,52 @@ def check_form(words: Sequence[str]) -> None:
             raise _not_an_assignment(given.overrides, index)
 
 
-def quote_folds(words: Sequence[str]) -> list[str]:
-    """Return the arguments with `task.validation=folds=5` in quotes, because Hydra allows no second `=` without them."""
-    return [re.sub(r"^(\+*task\.validation)=(folds=\d+)$", r"\1='\2'", word) for word in words]
+def quote_texts(words: Sequence[str]) -> list[str]:
+    """Return the arguments with quotes around texts that Hydra cannot read without them, as in `task.path=données.csv`.
+
+    This holds for the keys in `_TEXTS`. Quotes, lists, sweeps, and values that Hydra can read are not changed.
+    """
+    return [_quote_text(word) for word in words]
+
+
+def _quote_text(word: str) -> str:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, _, value = word.partition("=")
+    if key.lstrip("+") not in _TEXTS or _PLAIN.fullmatch(value) or "," in value or _is_enclosed(value):
+        return word
+    parser = OverridesParser.create()
+    if value.partition("(")[0].strip() in parser.functions.definitions and value.endswith(")"):
+        return word
+    try:
+        parser.parse_overrides([word])
+    except HydraException:
+        return f"{key}={_quote(value.strip(), single=True)}"
+    return word
+
+
+def _is_enclosed(value: str) -> bool:
+    """Tell whether a value is already in quotes, or is a list or mapping."""
+    return len(value) > 1 and value[0] + value[-1] in ("''", '""', "[]", "{}")
+
+
+def _quote(text: str, *, single: bool = False) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return str(QuotedString(text, Quote.single if single else Quote.double).with_quotes())
+
+
+def expand_home(key: str, path: str) -> str:
+    """Return a path with the home folder in place of `~` or `~NAME` at its start.
+
+    Raises:
+        ConfigError: there is no such home folder; `key` is for the message.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise wrong_value(key, path, f"a path in an existing home folder, or ./{path} for a name that begins with ~")
+    return found
 
 
 def _not_an_assignment(words: Sequence[str], index: int) -> ConfigError:
@@ -211,9 +265,31 @@ def explain(error: Exception, words: Sequence[str] = ()) -> str:
     sweep = re.search(r"Ambiguous value for argument '(.+)'|Sweep parameters '(.+)' requires", text)
     if sweep:
         word = sweep[1] or sweep[2]
-        return f"{word}: several values are a sweep; add -m, as in python -m wlora.run -m {shlex.quote(word)}"
+        told = f"{word}: several values are a sweep; add -m, as in python -m wlora.run -m {shlex.quote(word)}"
+        name, _, given = word.partition("=")
+        one = shlex.quote(f"{name}={_quote(given)}")
+        return f"{told}\na single text with a comma needs quotes: {one}" if name in _TEXTS else told
+    word = getattr(error, "override", None)
+    if word is not None and not str(error).startswith("Error parsing override"):  # an error of syntax, not of a function
+        return _explain_syntax(word)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def _explain_syntax(word: str) -> str:
+    """Explain a word that Hydra cannot read: name it, and show it with quotes, or the rule of its key."""
+    from wlora.config.rules import RULES
+
+    key, _, value = word.partition("=")
+    listed = len(value) > 1 and value[0] + value[-1] == "[]"
+    inside = value[1:-1] if listed else value
+    strange = next((character for character in inside if character != "," and not _PLAIN.fullmatch(character)), None)
+    told = f"{shorten(word)}: the value cannot be read" + (f" because of {strange}" if strange else "")
+    if key.lstrip("+") in RULES:
+        return f"{told}\nallowed is {RULES[key.lstrip('+')]}"
+    each = ",".join(_quote(item.strip()) for item in inside.split(","))
+    forms = [f"[{each}]"] if listed else list(dict.fromkeys([_quote(value), each]))
+    return f"{told}\nway out: quotes, as in {' or '.join(shlex.quote(f'{key}={form}') for form in forms)}"
 
 
 def unknown_key(key: str, words: Sequence[str] = ()) -> ConfigError:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from wlora.data.labels import are_indicators, is_text, plain, shorten_type
-from wlora.data.row_checks import LABEL
+from wlora.data.labels import is_text, plain, shorten_type
+from wlora.data.row_checks import LABEL, are_indicators
 from wlora.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wlora.data.local_files import read_lists
 from wlora.errors import ConfigError
 from wlora.reading import read_json
 
@@ -37,17 +39,17 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def refuse_nulls(column: pa.ChunkedArray, at: str) -> None:
-    """Raise an error for a column with missing values.
+    """Raise an error for a column with missing values: null or, in a column of numbers, NaN.
 
     Raises:
         ConfigError: names the first row, and the number of rows if there are several.
     """
-    if column.null_count == len(column) > 1:
+    empty = np.flatnonzero(column.is_null(nan_is_null=True).to_numpy())
+    if len(empty) == len(column) > 1:
         raise ConfigError(f"{at}: all {len(column)} rows are empty (null); expected is a value in every row")
-    if column.null_count:
-        row = int(np.flatnonzero(column.is_null().to_numpy())[0])
-        more = f", one of {column.null_count}," if column.null_count > 1 else ""
-        raise ConfigError(f"{at}: row {row}{more} is empty (null); expected is a value in every row")
+    if len(empty):
+        more = f", one of {len(empty)}," if len(empty) > 1 else ""
+        raise ConfigError(f"{at}: row {empty[0]}{more} is empty (null); expected is a value in every row")
 
 
 def stored_names(schema: pa.Schema, column: str) -> list[str] | None:
@@ -68,7 +70,7 @@ def name_cells(column: pa.ChunkedArray, names: Sequence[str] | None, at: str) ->
     """Return the class name of every cell as it is in the data: a text, a list of texts, or None for null.
 
     Numbers and truth values become text (`7`, `true`), class numbers with stored names their name, and texts lose white
-    space around them.
+    space around them. NaN counts as null.
 
     Args:
         column: the label column.
@@ -76,33 +78,34 @@ def name_cells(column: pa.ChunkedArray, names: Sequence[str] | None, at: str) ->
         at: location for error messages.
 
     Raises:
-        ConfigError: the column holds neither texts, integers, truth values nor lists of these.
+        ConfigError: the column holds neither texts, numbers, truth values nor lists of these.
     """
     from pyarrow import types
 
     column = plain(column)
     inner = column.type.value_type if _is_list(column.type) else column.type
     known = dict(enumerate(names or ()))
-    if types.is_integer(inner) and names is not None:
-
-        def convert(cell: Any) -> str:
-            return known.get(cell, f"{cell} (no class of the file)")
-    elif types.is_floating(inner):
-
-        def convert(cell: Any) -> str:
-            return str(int(cell)) if float(cell).is_integer() else str(cell)
-    elif types.is_boolean(inner) or types.is_integer(inner) or is_text(inner):
-
-        def convert(cell: Any) -> str:
-            return str(cell).lower() if isinstance(cell, bool) else str(cell).strip()
-    elif types.is_null(inner):
+    if types.is_null(inner):
         raise ConfigError(f"{at}: all {len(column)} rows are empty (null); expected is a value in every row")
-    else:
+    if not (types.is_floating(inner) or types.is_boolean(inner) or types.is_integer(inner) or is_text(inner)):
         raise ConfigError(f"{at} holds {shorten_type(column.type)}; expected are classes: texts, numbers or truth values")
-    return [
-        None if cell is None else [convert(part) for part in cell] if isinstance(cell, list) else convert(cell)
-        for cell in column.to_pylist()
-    ]
+
+    def convert(cell: Any) -> Any:
+        if isinstance(cell, list):
+            return [convert(part) for part in cell]
+        if cell is None or cell != cell:
+            return None
+        numbered = names is not None and types.is_integer(inner)
+        return known.get(cell, f"{cell} (no class of the file)") if numbered else _name_of(cell)
+
+    return [convert(cell) for cell in column.to_pylist()]
+
+
+def _name_of(cell: Any) -> str:
+    """Return a cell as text: `7` also for 7.0, `true` and `false`, and texts without white space around them."""
+    if isinstance(cell, float | np.floating):
+        return str(int(cell)) if float(cell).is_integer() else str(cell)
+    return str(cell).lower() if isinstance(cell, bool) else str(cell).strip()
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -114,60 +117,6 @@ def _is_list(kind: pa.DataType) -> bool:
 def shorten_type(kind: Any) -> str:
     """Return the name of a column type, without the fields of a long structure."""
     return shorten(str(kind))
-
-
-def split_cell(text: str, names: Sequence[str] | None = None) -> list[str]:
-    """Return the classes of a text cell: a JSON array, or classes separated by one of `DELIMITERS`.
-
-    Args:
-        text: the cell.
-        names: the known classes. A delimiter counts only if all its parts are known; None takes the first that occurs.
-    """
-    text = text.strip()
-    if text.startswith("["):
-        try:
-            return [str(part) for part in read_json(text)]
-        except (ValueError, TypeError):
-            pass
-    if not text or (names is not None and text in names):
-        return [text] if text else []
-    for delimiter in DELIMITERS:
-        parts = [part.strip() for part in text.split(delimiter) if part.strip()]
-        if delimiter in text and (names is None or set(parts) <= set(names)):
-            return parts
-    return [text]
-
-
-_INDICATORS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-
-
-def are_indicators(column: pa.ChunkedArray) -> bool:
-    """Tell whether a column holds nothing but 0 and 1, as numbers, texts or truth values."""
-    return all(str(cell).strip().lower() in _INDICATORS for cell in plain(column).unique().to_pylist())
-
-
-def merge_indicators(columns: Mapping[str, pa.ChunkedArray], where: str) -> pa.Array:
-    """Return the names of the columns that hold 1 in each row, as lists of strings, shape [rows].
-
-    Args:
-        columns: one column per class.
-        where: the source of the rows, for error messages.
-
-    Raises:
-        ConfigError: a cell is neither 0 nor 1.
-    """
-    import pyarrow as pa
-
-    flags = []
-    for name, column in columns.items():
-        cells = plain(column).to_pylist()
-        found = [_INDICATORS.get(str(cell).strip().lower()) for cell in cells]
-        if None in found:
-            row = found.index(None)
-            raise ConfigError(f"{where}: column {name}: row {row} has {quote(cells[row])}; allowed are 0 and 1")
-        flags.append(found)
-    rows = [[name for name, flag in zip(columns, row, strict=True) if flag] for row in zip(*flags, strict=True)]
-    return pa.array(rows, pa.list_(pa.string()))
 
 
 def count_labels(cells: Sequence[Any], at: str) -> list[tuple[str, int]]:
@@ -206,11 +155,52 @@ def _is_integer(text: str) -> bool:
     return text.lstrip("+-").isdecimal() and len(text) < 19
 
 
+def _number(text: str) -> Decimal | None:
+    """Return the finite number that a text is; None for any other text."""
+    try:
+        number = Decimal(text)
+    except ArithmeticError:
+        return None
+    return number if number.is_finite() and "_" not in text else None
+
+
+def class_finder(names: Sequence[str], *, indices: bool = True) -> Callable[[str], int]:
+    """Return a function that gives the index of the class of a cell; -1 if there is none.
+
+    Names are compared exactly, then without regard to case and to white space around them. A class that is a number has
+    any text of the same value (`1.0` is `1`). An integer is an index only if no class is a number, because `1` would
+    otherwise be two classes.
+
+    Args:
+        names: the classes, in order.
+        indices: whether integers may be indices.
+    """
+    exact = {name: index for index, name in enumerate(names)}
+    folded = {name.strip().lower(): index for index, name in reversed(list(enumerate(names)))}
+    numbers = [_number(name) for name in names]
+    once = {number for number, count in Counter(numbers).items() if count == 1}
+    by_value: dict[Decimal | None, int] = {
+        number: index for index, number in enumerate(numbers) if number is not None and number in once
+    }
+    by_index = {str(index): index for index in range(len(names))} if indices and not any_number(names) else {}
+
+    def find(text: str) -> int:
+        stripped = text.strip()
+        found = exact.get(text, exact.get(stripped, folded.get(stripped.lower(), by_index.get(stripped))))
+        return by_value.get(_number(stripped), -1) if found is None else found
+
+    return find
+
+
+def any_number(names: Sequence[str]) -> bool:
+    """Tell whether a class is a number, so that integers in the data are classes and not indices."""
+    return any(_number(name) is not None for name in names)
+
+
 def class_numbers(column: pa.ChunkedArray, schema: pa.Schema, names: Sequence[str], label: str, at: str) -> np.ndarray:
     """Return class indices of shape [rows], int64, from class names, truth values, integers, or integers as text.
 
-    Integers are indices, unless the classes themselves are integers. Names are compared exactly, and if there is no exact
-    match, without regard to case.
+    Names and integers are compared as by `class_finder`.
 
     Args:
         column: the label column.
@@ -226,17 +216,22 @@ def class_numbers(column: pa.ChunkedArray, schema: pa.Schema, names: Sequence[st
 
     column = plain(column)
     refuse_nulls(column, at)
-    allowed = f"allowed is 0..{len(names) - 1} ({shorten(', '.join(names))})"
     stored = stored_names(schema, label)
-    by_name = all(_is_integer(name) for name in names)
+    numbers = [_number(name) for name in names]
+    whole = all(number is not None and number == number.to_integral_value() for number in numbers)
     truth = pa.types.is_boolean(column.type) and {name.lower() for name in names} >= {"true", "false"}
-    number = pa.types.is_integer(column.type) or (by_name and pa.types.is_floating(column.type))
+    number = pa.types.is_integer(column.type) or (whole and pa.types.is_floating(column.type))
     if not (is_text(column.type) or number or truth):
-        raise ConfigError(f"{at} holds {shorten_type(column.type)}\n{allowed}, as numbers or names")
-    if is_text(column.type) or truth or by_name or stored is not None:
+        raise ConfigError(f"{at} holds {shorten_type(column.type)}\n{_allowed(names)}, as numbers or names")
+    if is_text(column.type) or truth or any_number(names) or stored is not None:
         texts = column if is_text(column.type) else pa.chunked_array([pa.array(name_cells(column, stored, at), pa.string())])
         return _require_classes(_parse_classes(texts, names), texts, names, at)
     return _require_classes(column.to_numpy().astype(np.int64), column, names, at)
+
+
+def _allowed(names: Sequence[str]) -> str:
+    listed = shorten(", ".join(names))
+    return f"allowed are {listed}" if any_number(names) else f"allowed is 0..{len(names) - 1} ({listed})"
 
 
 def _require_classes(numbers: np.ndarray, cells: pa.ChunkedArray, names: Sequence[str], at: str) -> np.ndarray:
@@ -246,28 +241,18 @@ def _require_classes(numbers: np.ndarray, cells: pa.ChunkedArray, names: Sequenc
         hint = ", as hidden test labels do" if str(cells[row]).split()[:1] == ["-1"] else ""
         text = is_text(cells.type)
         there = f"; the column holds {shorten(', '.join(sorted(cells.unique().to_pylist())))}" if text else ""
-        raise ConfigError(
-            f"{at}: row {row} has {quote(cells[row].as_py())}{hint}{there}\n"
-            f"allowed is 0..{len(names) - 1} ({shorten(', '.join(names))})"
-        )
+        raise ConfigError(f"{at}: row {row} has {quote(cells[row].as_py())}{hint}{there}\n{_allowed(names)}")
     return numbers
 
 
 def _parse_classes(labels: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
-    """Return class indices of shape [rows], int64. Names are compared case-insensitively; -1 marks unknown values."""
-    import pyarrow as pa
+    """Return class indices of shape [rows], int64, as by `class_finder`; -1 marks unknown values."""
     import pyarrow.compute as pc
 
-    def fold(texts: Any) -> Any:
-        return pc.utf8_lower(pc.utf8_trim_whitespace(texts))
-
-    texts, known = labels.cast(pa.string()), pa.array(names, pa.string())
-    numbers = pa.array([str(number) for number in range(len(names))])
-    # Exact matches first: two classes may differ only in case.
-    found = pc.coalesce(pc.index_in(texts, value_set=known), pc.index_in(pc.utf8_trim_whitespace(texts), value_set=known))
-    for values in (fold(known), numbers):
-        found = pc.coalesce(found, pc.index_in(fold(texts), value_set=values))
-    return np.asarray(found.fill_null(-1).to_numpy(), dtype=np.int64)
+    there, find = labels.unique(), class_finder(names)
+    found = np.array([find(text) for text in there.to_pylist()], dtype=np.int64)
+    numbers: np.ndarray = found[pc.index_in(labels, value_set=there).to_numpy()]
+    return numbers
 
 
 def class_lists(
@@ -276,9 +261,9 @@ def class_lists(
     """Return the class indices of every row: those of its tokens (`tags`), or the set of its classes in order.
 
     Args:
-        column: lists of classes, or texts: tags separated by white space, or classes as for `split_cell`.
+        column: as for `class_parts`.
         schema: schema of the file, which may hold class names.
-        names: the classes of the task, in order. Integers without stored names are indices, unless the classes are integers.
+        names: the classes of the task, in order. Integers without stored names may be indices (`class_finder`).
         label: the name of the column.
         at: location for error messages.
         tags: whether the classes belong to tokens, so that order and repetition count.
@@ -289,15 +274,10 @@ def class_lists(
     if tags:
         refuse_nulls(column, at)
     stored = stored_names(schema, label)
-    index = {name: number for number, name in enumerate(names)}
-    for number, name in enumerate(names):
-        index.setdefault(name.lower(), number)
-    if stored is None and not all(_is_integer(name) for name in names):
-        index |= {str(number): number for number in range(len(names)) if str(number) not in index}
+    find = class_finder(names, indices=stored is None)
     rows = []
-    for row, cell in enumerate(name_cells(column, stored, at)):
-        parts = _parts(cell, names, tags=tags)
-        numbers = [index.get(part, index.get(part.lower(), -1)) for part in parts]
+    for row, parts in enumerate(class_parts(column, stored, at, tags=tags, find=find)):
+        numbers = [find(part) for part in parts]
         if -1 in numbers:
             wrong = parts[numbers.index(-1)]
             raise ConfigError(f"{at}: row {row} has {quote(wrong)}\nallowed are {shorten(', '.join(names))}")
@@ -305,17 +285,50 @@ def class_lists(
     return rows
 
 
-def _parts(cell: Any, names: Sequence[str] | None, *, tags: bool) -> list[str]:
-    if cell is None:
-        return []
-    if isinstance(cell, list):
-        return [str(part) for part in cell]
-    return cell.split() if tags else split_cell(cell, names)
+def class_parts(
+    column: pa.ChunkedArray, stored: Sequence[str] | None, at: str, *, tags: bool, find: Callable[[str], int] | None
+) -> list[list[str]]:
+    """Return the class names of every row as they are in the data: those of its tokens (`tags`), or of the row.
+
+    Args:
+        column: lists of classes, or texts: lists (`read_lists`), tags separated by white space, or classes separated by one
+            of `DELIMITERS`, the same in all rows.
+        stored: the class names stored with the file.
+        at: location for error messages.
+        tags: whether the classes belong to tokens.
+        find: gives the index of a class; None if the classes are not known yet.
+
+    Raises:
+        ConfigError: an element of a list is empty, or the column holds other values.
+    """
+    cells = read_lists(name_cells(column, stored, at), at, words=tags)
+    delimiter = None if tags else _choose_delimiter({cell for cell in cells if isinstance(cell, str)}, find)
+    rows = []
+    for row, cell in enumerate(cells):
+        if isinstance(cell, list):
+            parts = ["" if part is None or part != part else _name_of(part) for part in cell]
+            if "" in parts:
+                raise ConfigError(f"{at}: row {row} has an empty (null) label in its list; expected are classes")
+            rows.append(parts)
+        else:
+            rows.append((cell or "").split() if tags else _split(cell or "", delimiter, find))
+    return rows
 
 
-def split_cells(cells: Sequence[Any], *, tags: bool) -> list[list[str]]:
-    """Return the classes of every row as `class_lists` reads them, before the classes of the task are known."""
-    return [_parts(cell, None, tags=tags) for cell in cells]
+def _choose_delimiter(texts: set[str], find: Callable[[str], int] | None) -> str | None:
+    """Return the delimiter of a column: the first by which all classes are known, otherwise the first that occurs."""
+    there = [delimiter for delimiter in DELIMITERS if any(delimiter in text for text in texts)]
+    if find is not None:
+        for delimiter in (None, *there):
+            if all(find(part) >= 0 for text in texts for part in _split(text, delimiter, find)):
+                return delimiter
+    return next(iter(there), None)
+
+
+def _split(text: str, delimiter: str | None, find: Callable[[str], int] | None) -> list[str]:
+    if delimiter is None or (find is not None and find(text) >= 0):
+        return [text] if text else []
+    return [part.strip() for part in text.split(delimiter) if part.strip()]
 
 
 def values(column: pa.ChunkedArray, schema: pa.Schema, label: str, at: str) -> np.ndarray:

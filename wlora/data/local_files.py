@@ -1,7 +1,11 @@
-"""Finding and reading the local files of a task. Every error message names `task.path` and the file."""
+"""Finding, reading and writing the local files of a task, and reading lists that are written as text in their cells.
+
+Every error message names `task.path` and the file.
+"""
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wlora.errors import ConfigError
-from wlora.reading import read_file
+from wlora.reading import read_file, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,7 +24,11 @@ if TYPE_CHECKING:
 
 EXTENSIONS = ("parquet", "json", "jsonl", "csv", "tsv")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-_OF_A_SPLIT = re.compile(r"(train|valid|val|dev|test|eval|predict)", re.IGNORECASE)
+# Not the beginning of another word, as in `devices.csv`. A capital letter may mark a part, as in `testA.csv`.
+_OF_A_SPLIT = re.compile(
+    r"(?i:valid(ation)?|val|dev(elopment)?|test(ing)?|eval(uation)?|predict(ions?|ed)?)"
+    r"[-_ ]?(?i:set|data|split)?(?![a-z]|[A-Z]{2})"
+)
 _CSV_DELIMITERS = ",;\t|"
 _NAMES_SHOWN = 8
 _LINE = 160
@@ -28,6 +36,11 @@ _CSV_BLOCK = 1 << 24
 """Block size in bytes. The CSV reader rejects rows longer than one block."""
 _RECODE = "way out, for a file of Excel on Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 _SPACE = re.compile(r"\s*")
+_BREAK_OR_TAB = re.compile(r"\r\n|[\t\r\n]")
+_LONE_RETURN = re.compile(r"\r(?!\n)")
+_QUOTED_LIST = re.compile(r"""\[\s*(["'].*["'])?\s*\]""", re.DOTALL)
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_CELL_SHOWN = 40
 
 
 def extension(file: Path) -> str:
@@ -57,7 +70,7 @@ def find_files(task: TaskConfig, split: str) -> list[Path]:
     """Return the file of a split, or its shards in order (`train-00000-of-00002.parquet`, as on the hub).
 
     If `task.path` is a file, it is the training split. If a folder has no file named after the training split, all its data
-    files of one type are the training split, except files that are named after another split.
+    files of one type are the training split, except files that are named after another split or in `task.validation`.
 
     Raises:
         ConfigError: the folder or file is missing, there are several files, or a shard is missing or empty.
@@ -68,7 +81,7 @@ def find_files(task: TaskConfig, split: str) -> list[Path]:
     elif os.path.isfile(place) and split == "train":
         found = [place]
     elif os.path.isdir(place):
-        found = _find_named(place, split) or (_find_others(place) if split == "train" else [])
+        found = _find_named(place, split) or (_find_others(place, task) if split == "train" else [])
     else:
         what = "is a file: expected is" if os.path.exists(place) else "does not exist: expected is a file, or"
         raise ConfigError(f"task.path={place} {what} a folder with {_names_of(split)}")
@@ -106,10 +119,15 @@ def _find_named(folder: Path, split: str) -> list[Path]:
     return whole or shards
 
 
-def _find_others(folder: Path) -> list[Path]:
-    """Return the data files of a folder that are not named after a split, in the order of their names."""
-    files = [file for file in sorted(folder.iterdir()) if extension(file) in EXTENSIONS and os.path.isfile(file)]
-    own = [file for file in files if not _OF_A_SPLIT.match(file.name)]
+def data_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that may hold rows, in the order of their names."""
+    return [file for file in sorted(folder.iterdir()) if extension(file) in EXTENSIONS and os.path.isfile(file)]
+
+
+def _find_others(folder: Path, task: TaskConfig) -> list[Path]:
+    """Return the data files of a folder that are not validation rows and not named after another split than `train`."""
+    held = None if task.validation_path is None else Path(task.validation_path).expanduser().resolve()
+    own = [file for file in data_files(folder) if not _OF_A_SPLIT.match(file.name) and file.resolve() != held]
     if len({extension(file) for file in own}) > 1:
         found = _listed([file.name for file in own])
         raise ConfigError(f"task.path={folder}: expected are files of one type, or a file train.*\nthere is: {found}")
@@ -123,7 +141,8 @@ def read_table(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
         file: parquet, JSON, CSV (quoting as in RFC 4180) or TSV (no quoting, because GLUE's files have unbalanced quotes).
             JSON may be a sequence of objects (such as JSON lines), an array of objects, an object with such an array under
             `data`, or the nested format of SQuAD. All columns of CSV and TSV are read as text, so that text consisting of
-            digits remains text. The encoding is UTF-8, with or without a byte order mark.
+            digits remains text. The encoding is UTF-8, with or without a byte order mark. Empty lines are no rows, except
+            in a single column, where they are empty texts unless they end the file.
         columns: the columns to read; None for all.
         at: how messages name the file.
 
@@ -153,32 +172,63 @@ def _read_csv(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:
     from pyarrow import csv as arrow_csv
 
     plain = extension(file) == "tsv"
-    delimiter, header = ("\t", _read_header(file, "\t", csv.QUOTE_NONE)) if plain else _find_delimiter(file)
-    chosen = _choose(header, columns, at)
-    return arrow_csv.read_csv(
+    if plain:
+        delimiter, (header, skipped) = "\t", _read_header(file, "\t", csv.QUOTE_NONE)
+    else:
+        delimiter, header, skipped = _find_delimiter(file)
+    chosen, single = _choose(header, columns, at), len(header) == 1
+    table = arrow_csv.read_csv(
         file,
-        read_options=arrow_csv.ReadOptions(block_size=_CSV_BLOCK),
+        read_options=arrow_csv.ReadOptions(block_size=_CSV_BLOCK, skip_rows=skipped),
         parse_options=arrow_csv.ParseOptions(
-            delimiter=delimiter, quote_char=False if plain else '"', newlines_in_values=not plain
+            delimiter=delimiter,
+            quote_char=False if plain else '"',
+            newlines_in_values=not plain,
+            ignore_empty_lines=not single,
         ),
-        convert_options=arrow_csv.ConvertOptions(column_types=dict.fromkeys(chosen, pa.string()), include_columns=chosen),
+        convert_options=arrow_csv.ConvertOptions(
+            column_types=dict.fromkeys(chosen, pa.string()),
+            include_columns=chosen,
+            # An empty line becomes null, and a quoted empty text does not.
+            null_values=[""],
+            strings_can_be_null=single,
+            quoted_strings_can_be_null=False,
+        ),
     )
+    return _fill_empty_lines(table) if single else table
 
 
-def _read_header(file: Path, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> list[str]:
+def _fill_empty_lines(table: pa.Table) -> pa.Table:
+    """Return a table of one column without the empty lines (null) at its end, and with empty texts for all others."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    (column,) = table.columns
+    written = pc.indices_nonzero(column.is_valid())
+    rows = written[-1].as_py() + 1 if len(written) else 0
+    return pa.table({table.column_names[0]: column.slice(0, rows).fill_null("")})
+
+
+def _read_header(file: Path, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> tuple[list[str], int]:
+    """Return the first line that is not empty, and the number of lines before it."""
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        return next(csv.reader(stream, delimiter=delimiter, quoting=quoting), [])
+        for skipped, cells in enumerate(csv.reader(stream, delimiter=delimiter, quoting=quoting)):
+            if any(cell.strip() for cell in cells):
+                return cells, skipped
+    return [], 0
 
 
-def _find_delimiter(file: Path) -> tuple[str, list[str]]:
-    """Return the delimiter with which the header has most columns, and these columns."""
+def _find_delimiter(file: Path) -> tuple[str, list[str], int]:
+    """Return the delimiter with which the header has most columns, these columns, and the number of lines before them."""
     headers = {delimiter: _read_header(file, delimiter) for delimiter in _CSV_DELIMITERS}
-    best = max(headers, key=lambda delimiter: len(headers[delimiter]))  # the first of equal ones, so the comma
-    return best, headers[best]
+    best = max(headers, key=lambda delimiter: len(headers[delimiter][0]))  # the first of equal ones, so the comma
+    return best, *headers[best]
 
 
 def write_table(table: pa.Table, file: Path) -> None:
-    """Write rows to a new file as CSV, TSV, JSON lines or Parquet, by its extension.
+    """Write rows to a new file as CSV, TSV, JSON lines or Parquet, by its extension, so that `read_table` reads them back.
+
+    TSV has no quoting, so line breaks and tabs in texts become spaces.
 
     Raises:
         OSError: the file cannot be written.
@@ -192,10 +242,67 @@ def write_table(table: pa.Table, file: Path) -> None:
         if extension(file) in ("json", "jsonl"):
             stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
             return
-        rows = csv.writer(stream, delimiter="\t" if extension(file) == "tsv" else ",", lineterminator="\n")
-        rows.writerow(table.column_names)
-        for row in table.to_pylist():
-            rows.writerow([json.dumps(cell) if isinstance(cell, list | dict) else cell for cell in row.values()])
+        lines = [table.column_names, *(list(row.values()) for row in table.to_pylist())]
+        if extension(file) == "tsv":
+            stream.writelines("\t".join(_BREAK_OR_TAB.sub(" ", _write_cell(cell)) for cell in line) + "\n" for line in lines)
+            return
+        # Python before 3.13 does not quote a lone carriage return, at which readers would begin a new row.
+        rows = csv.writer(stream, lineterminator="\n")
+        rows.writerows([_LONE_RETURN.sub("\n", _write_cell(cell)) for cell in line] for line in lines)
+
+
+def _write_cell(cell: Any) -> str:
+    """Return a cell as text, lists as JSON (`read_lists`)."""
+    if isinstance(cell, list | dict):
+        return json.dumps(cell, ensure_ascii=False, default=str)
+    return "" if cell is None else str(cell)
+
+
+def is_list_text(text: str) -> bool:
+    """Tell whether a text is a list in brackets whose elements are quoted, or that is empty."""
+    return _QUOTED_LIST.fullmatch(text.strip()) is not None
+
+
+def read_lists(cells: Sequence[Any], at: str, *, words: bool) -> list[Any]:
+    """Return cells with a list in place of every text that is one: a JSON array, or a list as Python and pandas write it.
+
+    Args:
+        cells: a text, a list or None per row.
+        at: location for error messages.
+        words: whether the texts are words separated by spaces, among which may be brackets. Such a text is a list only if
+            its elements are quoted, or if all texts are in brackets.
+
+    Raises:
+        ConfigError: a text in brackets is not a flat list.
+    """
+    texts = {row: cell.strip() for row, cell in enumerate(cells) if isinstance(cell, str) and cell.strip()}
+    lists = {row: text for row, text in texts.items() if text[0] == "[" and text[-1] == "]"}
+    if words and len(lists) < len(texts):
+        lists = {row: text for row, text in lists.items() if is_list_text(text)}
+    found = list(cells)
+    for row, text in lists.items():
+        found[row] = _parse_list(text)
+        if found[row] is None:
+            raise ConfigError(
+                f"{at}: row {row} has {text[:_CELL_SHOWN]!r}; expected is a list without lists in it\n"
+                f'way out: write it as JSON, ["a", "b"], or without brackets, {"a b" if words else "a|b"}'
+            )
+    return found
+
+
+def _parse_list(text: str) -> list[Any] | None:
+    """Return the elements of a list in JSON or in Python's notation; None if the text is not a flat list."""
+    try:
+        parts = read_json(text)
+    except ValueError:
+        try:
+            parts = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return None
+        # NumPy writes no commas, and Python joins texts without a comma between them.
+        if len(_QUOTED.findall(text)) != sum(isinstance(part, str) for part in parts):
+            return None
+    return parts if all(part is None or isinstance(part, str | int | float) for part in parts) else None
 
 
 def _read_json(file: Path, columns: Sequence[str] | None, at: str) -> pa.Table:

@@ -18,13 +18,14 @@ from wlora.data import local_files as files
 from wlora.data.column_names import find_columns, listed
 from wlora.data.held_out import ALLOWED, check_split, made_from_train
 from wlora.data.labels import (
+    class_finder,
+    class_parts,
     count_labels,
     name_cells,
     order_names,
     plain,
     refuse_nulls,
     shorten_class,
-    split_cells,
     stored_names,
     values,
 )
@@ -72,7 +73,7 @@ def settle(task: TaskConfig, *, offline: bool) -> list[str]:
         return told
     find_local(task)
     tables, where = read_raw(task, offline=offline)
-    told += _settle_splits(task, list(tables))
+    told += _settle_splits(task, list(tables)) + _describe_files(task)
     table = tables["train"]
     if table.num_rows == 0:
         raise ConfigError(f"{where}: there are no rows")
@@ -196,6 +197,18 @@ def _settle_splits(task: TaskConfig, there: Sequence[str]) -> list[str]:
     return [f"validation the rows of {name}"] if name else [_describe(task)]
 
 
+def _describe_files(task: TaskConfig) -> list[str]:
+    """Return the line about a folder with several data files: the training files, and the files that no split uses."""
+    place = Path(task.path or "").expanduser()
+    there = files.data_files(place) if task.path is not None and os.path.isdir(place) else []
+    if len(there) < 2:
+        return []
+    used, training = {file.resolve() for file in find_local(task)}, files.find_files(task, "train")
+    unused = [file.name for file in there if file.resolve() not in used]
+    left_out = f"; not used: {listed(unused)}" if unused else ""
+    return [f"files      training rows from {listed([file.name for file in training])}{left_out}"]
+
+
 def _standard(task: TaskConfig) -> str | None:
     """Return the default name of the label column, used if `task.label` is null."""
     return label_column(dataclasses.replace(task, label=None))
@@ -209,25 +222,16 @@ def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
     column, names = table.column(name), several or stored_names(table.schema, name)
     if task.kind != "multi_label":
         refuse_nulls(plain(column), at)
-    cells = name_cells(column, names, at)
     if task.kind == "classification":
-        listed_cell = next((row for row, cell in enumerate(cells) if isinstance(cell, list)), None)
-        if listed_cell is not None:
-            raise ConfigError(
-                f"{at}: row {listed_cell} has a list of labels: allowed is task=multi_label or one label per row"
-            )
-        if number := cells.count(""):
-            others = f", one of {number}," if number > 1 else ""
-            raise ConfigError(f"{at}: row {cells.index('')}{others} has no label; expected is one in every row")
+        cells = _require_single(name_cells(column, names, at), at)
     else:
-        cells = split_cells(cells, tags=task.kind == "token_classification")
+        tags, find = task.kind == "token_classification", class_finder(task.labels) if task.labels else None
+        cells = class_parts(column, names, at, tags=tags, find=find)
     counted = count_labels(cells, at)
     if names is not None and (several or not all(cell.isdecimal() for cell, _ in counted)):
         counted = order_names(names, counted)
     if task.labels:
-        _compare(task.labels, [label for label, _ in counted], at)
-        counts = {label.lower(): number for label, number in counted}
-        counted = [(label, counts.get(label.lower(), 0)) for label in task.labels]
+        counted = _count_given(task.labels, counted, at)
     else:
         task.labels = [label for label, _ in counted]
     if task.kind == "token_classification" and not mark_entities(task.labels):
@@ -237,15 +241,30 @@ def _settle_labels(task: TaskConfig, table: pa.Table, where: str) -> str:
     return f"labels     {', '.join([*shown, *more])}"
 
 
-def _compare(given: Sequence[str], found: Sequence[str], at: str) -> None:
-    """Raise an error if the data have other classes than the given ones. Numbers of the given classes are allowed."""
-    known = {name.lower() for name in given} | {str(number) for number in range(len(given))}
-    strange = [name for name in found if name.lower() not in known]
+def _require_single(cells: list[Any], at: str) -> list[Any]:
+    """Return the class names of all rows; raise an error for a row with a list of classes, or without a class."""
+    listed_cell = next((row for row, cell in enumerate(cells) if isinstance(cell, list) or files.is_list_text(cell)), None)
+    if listed_cell is not None:
+        raise ConfigError(f"{at}: row {listed_cell} has a list of labels: allowed is task=multi_label or one label per row")
+    if number := cells.count(""):
+        others = f", one of {number}," if number > 1 else ""
+        raise ConfigError(f"{at}: row {cells.index('')}{others} has no label; expected is one in every row")
+    return cells
+
+
+def _count_given(given: Sequence[str], counted: Sequence[tuple[str, int]], at: str) -> list[tuple[str, int]]:
+    """Return the given classes with their counts; raise an error if the data have other classes (see `class_finder`)."""
+    find, counts = class_finder(given), dict.fromkeys(given, 0)
+    strange = [name for name, _ in counted if find(name) < 0]
     if strange:
+        there = ", ".join(name for name, _ in counted[:_CLASSES_SHOWN])
         raise ConfigError(
             f"{at}: {shorten(', '.join(strange[:_CLASSES_SHOWN]))} not among task.labels=[{shorten(','.join(given))}]\n"
-            f"the column holds {shorten(', '.join(found[:_CLASSES_SHOWN]))}"
+            f"the column holds {shorten(there)}"
         )
+    for name, number in counted:
+        counts[given[find(name)]] += number
+    return list(counts.items())
 
 
 def _describe_values(task: TaskConfig, table: pa.Table, where: str) -> str:

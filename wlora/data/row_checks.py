@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from wlora.data.labels import (
     class_lists,
     class_numbers,
     is_text,
-    merge_indicators,
     plain,
     quote,
     refuse_nulls,
     shorten_type,
     values,
 )
+from wlora.data.local_files import read_lists
 from wlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ ANSWERS = "answers"
 MOST_BYTES = 1 << 20
 """Maximum bytes of a text. A longer text is probably a whole file by mistake, and tokenising it would take minutes."""
 _LISTED = ("token_classification", "multi_label")
+_INDICATORS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
 def label_column(task: TaskConfig) -> str | None:
@@ -45,6 +46,35 @@ def needed_columns(task: TaskConfig) -> list[str]:
     return [*task.columns, *(name for name in label if name)]
 
 
+def are_indicators(column: pa.ChunkedArray) -> bool:
+    """Tell whether a column holds nothing but 0 and 1, as numbers, texts or truth values."""
+    return all(str(cell).strip().lower() in _INDICATORS for cell in plain(column).unique().to_pylist())
+
+
+def _merge_indicators(columns: Mapping[str, pa.ChunkedArray], where: str) -> pa.Array:
+    """Return the names of the columns that hold 1 in each row, as lists of strings, shape [rows].
+
+    Args:
+        columns: one column per class.
+        where: the source of the rows, for error messages.
+
+    Raises:
+        ConfigError: a cell is neither 0 nor 1.
+    """
+    import pyarrow as pa
+
+    flags = []
+    for name, column in columns.items():
+        cells = plain(column).to_pylist()
+        found = [_INDICATORS.get(str(cell).strip().lower()) for cell in cells]
+        if None in found:
+            row = found.index(None)
+            raise ConfigError(f"{where}: column {name}: row {row} has {quote(cells[row])}; allowed are 0 and 1")
+        flags.append(found)
+    rows = [[name for name, flag in zip(columns, row, strict=True) if flag] for row in zip(*flags, strict=True)]
+    return pa.array(rows, pa.list_(pa.string()))
+
+
 def merge_label_columns(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
     """Return a table whose column `label` lists the classes of each row, from one column of 0 and 1 per class.
 
@@ -55,7 +85,7 @@ def merge_label_columns(table: pa.Table, task: TaskConfig, where: str) -> pa.Tab
     """
     if not isinstance(task.label, list):
         return table
-    cells = merge_indicators({name: _require(table, name, where) for name in task.label}, where)
+    cells = _merge_indicators({name: _require(table, name, where) for name in task.label}, where)
     kept = table.select([name for name in table.column_names if name not in (*task.label, LABEL)])
     return kept.replace_schema_metadata(None).append_column(LABEL, cells)
 
@@ -162,13 +192,13 @@ def _check_text(column: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
 
 
 def _check_tokens(column: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
-    """Return lists of strings, from lists, or from texts with tokens separated by white space."""
+    """Return lists of strings, from lists, or from texts: lists (`read_lists`), or tokens separated by white space."""
     import pyarrow as pa
 
     column = plain(column)
     refuse_nulls(column, at)
     if is_text(column.type):
-        column = pa.chunked_array([pa.array([text.split() for text in column.to_pylist()], pa.list_(pa.string()))])
+        column = pa.chunked_array([pa.array(_split_tokens(column.to_pylist(), at), pa.list_(pa.string()))])
     try:
         column = column.cast(pa.list_(pa.string())) if is_text(column.type.value_type) else None
     except (AttributeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -179,6 +209,15 @@ def _check_tokens(column: pa.ChunkedArray, at: str) -> pa.ChunkedArray:
         if not tokens or None in tokens:
             raise ConfigError(f"{at}: row {row} has {'an empty (null) token' if tokens else 'no tokens'}")
     return column
+
+
+def _split_tokens(texts: Sequence[str], at: str) -> list[list[str | None]]:
+    rows = [cell if isinstance(cell, list) else cell.split() for cell in read_lists(texts, at, words=True)]
+    for row, tokens in enumerate(rows):
+        wrong = [token for token in tokens if not isinstance(token, str | None)]
+        if wrong:
+            raise ConfigError(f"{at}: row {row} has the token {quote(wrong[0])} in its list; expected are texts in quotes")
+    return rows
 
 
 def _check_lengths(tokens: pa.ChunkedArray, tags: Sequence[Sequence[int]], at: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wlora.data import local_files as files
-from wlora.data.held_out import hold_out, made_from_train
+from wlora.data.held_out import count_folds, hold_out, made_from_train
 from wlora.data.row_checks import ANSWERS, LABEL, check_rows, count_empty, needed_columns
 from wlora.errors import ConfigError
 from wlora.storage.content_hash import hash_bytes, hash_file, hash_files, read_as_hashed
@@ -109,7 +110,7 @@ def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
             tables = {split: _read_local(task, split) for split in _loaded_names(task)}
     elif task.generator is not None:
         generated = {split: _generate(task.generator, split) for split in _loaded_names(task)}
-        tables = _check_all(generated, task, f"task.generator={task.generator}")
+        tables = _check_all(generated, task, _where(task))
     else:
         loaded, revision = load_hub(task, _loaded_names(task), offline=offline)
         tables = _check_all({split: loaded[split] for split in _loaded_names(task)}, task, _where(task))
@@ -127,6 +128,25 @@ def load_splits(task: TaskConfig, *, offline: bool) -> Splits:
     return Splits(rows=rows, fingerprint=identity, revision=revision, empty=empty)
 
 
+def count_train_rows(task: TaskConfig) -> int | None:
+    """Return the number of training rows of a task on the hub, without loading it; None if `task.train_rows` is not set.
+
+    Held-out rows and `task.max_train_rows` are subtracted, as by `load_splits`.
+    """
+    rows = task.train_rows
+    if rows is None:
+        return None
+    if any(map(made_from_train, task.validation)):
+        rows -= _count_held_out(task, rows)
+    return min(rows, task.max_train_rows or rows)
+
+
+def _count_held_out(task: TaskConfig, rows: int) -> int:
+    """Return how many of the training rows `hold_out` takes as validation rows."""
+    folds = count_folds(task)
+    return math.floor(rows * float(task.validation[0]) + 0.5) if folds is None else len(range(task.fold or 0, rows, folds))
+
+
 def load_inputs(task: TaskConfig, split: str, *, offline: bool) -> pa.Table:
     """Load the rows of any split without checks, for predictions, because the test split of a benchmark has no labels.
 
@@ -135,6 +155,8 @@ def load_inputs(task: TaskConfig, split: str, *, offline: bool) -> pa.Table:
     """
     if task.path is not None:
         return _read_all(task, split, check=False)
+    if task.generator is not None:
+        return _generate(task.generator, split)
     return load_hub(task, [split], offline=offline)[0][split]
 
 
@@ -155,7 +177,9 @@ def _loaded_names(task: TaskConfig) -> list[str]:
 
 
 def _where(task: TaskConfig) -> str:
-    return f"task.path={task.path}" if task.path is not None else f"task={task.name}: {task.hub_id}"
+    if task.path is not None:
+        return f"task.path={task.path}"
+    return f"task={task.name}: {task.hub_id}" if task.generator is None else f"task.generator={task.generator}"
 
 
 def _groups(table: pa.Table, task: TaskConfig) -> list[Any] | None:

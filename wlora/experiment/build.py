@@ -13,6 +13,7 @@ from wlora.adapters.layer import quicken_adapters
 from wlora.adapters.peft_format import Start, identify_files, read_adapter
 from wlora.config.identity import stream_seed
 from wlora.config.schema import Config
+from wlora.config.spelling import expand_home
 from wlora.errors import ConfigError
 from wlora.methods.base import Method, Setting, Steps
 from wlora.methods.registry import build_method
@@ -158,7 +159,7 @@ def read_start(config: Config) -> Start:
     """
     if config.adapter.path is None:
         return NO_START
-    path = config.adapter.path
+    path = expand_home("adapter.path", config.adapter.path)
     with read_as_hashed(f"adapter.path={path}", config.adapter.fingerprint, lambda: identify_files(path)):
         start = read_adapter(path)
     head, architecture = find_kind(config.task.kind).head, read_architecture(config.model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from accelerate import Accelerator
 
 from wlora.config.schema import Config
-from wlora.data.sources import load_splits
+from wlora.data.held_out import count_folds
+from wlora.data.sources import count_train_rows, load_splits
 from wlora.errors import ConfigError
 from wlora.experiment.build import assemble, prepare_method
 from wlora.experiment.memory_estimate import estimate, tell
@@ -28,12 +30,14 @@ LONG = Steps(total=100_000, per_epoch=10_000)
 
 
 def describe(config: Config) -> str:
-    """Return a description of a run: adapters, parameters, steps, memory, and whether a record exists. Needs no weights."""
+    """Return a description of a run: adapters, parameters, steps, memory, and whether a record exists. Needs no weights.
+
+    For `task.validation=folds=N` it describes the run of the first fold, and lists the records of all folds.
+    """
     source = locate(config.model)
     device = Accelerator(cpu=not has_accelerator()).device
     config = settle_growth(config, device)
     precision = choose_precision(config.precision, device)
-    record = open_record(config, source, precision)
     task = build_task(config.task)
     rows = _known_rows(config)
     plan = None if rows is None else make_plan(config, rows)
@@ -56,7 +60,7 @@ def describe(config: Config) -> str:
     sharded = [f"sharded    {frozen:.1f} GB of frozen base: {parts} processes"] if config.train.fsdp else []
     memory = [f"{'' if i else 'memory':<10} {line}" for i, line in enumerate(_foresee(config, precision, length or LONG))]
     lines = [
-        f"run        {record.run_id} ({_known_status(config.results_dir, record.run_id)})",
+        *(f"{'' if i else 'run':<10} {line}" for i, line in enumerate(_list_runs(config, source, precision))),
         f"model      {config.model.name}, {counts['total']:,} parameters, {precision.name} ({precision.reason})",
         f"adapters   {len(method.attached())} of method={config.method['name']}",
         f"trainable  {trainable:,} {what} parameters ({share_of_model(trainable, counts)})",
@@ -92,6 +96,17 @@ def _foresee(config: Config, precision: Precision, steps: Steps) -> list[str]:
         return [f"no estimate for method={config.method['name']} ({type(error).__name__})"]
 
 
+def _list_runs(config: Config, source: ModelSource, precision: Precision) -> list[str]:
+    """Return the identity of the run, and whether it has a record; for `task.validation=folds=N`, one line per fold."""
+    folds = count_folds(config.task) if config.task.fold is None else None
+    lines = []
+    for fold in [None] if folds is None else range(folds):
+        own = config if fold is None else dataclasses.replace(config, task=dataclasses.replace(config.task, fold=fold))
+        run = open_record(own, source, precision).run_id
+        lines.append(f"{'' if fold is None else f'fold {fold}: '}{run} ({_known_status(config.results_dir, run)})")
+    return lines
+
+
 def _known_status(results_dir: str, run_id: str) -> str:
     """Return whether a run has a record, and its status."""
     try:
@@ -103,12 +118,9 @@ def _known_status(results_dir: str, run_id: str) -> str:
 
 def _known_rows(config: Config) -> int | None:
     """Return the number of training rows without using the network; None if it is unknown."""
-    rows = config.task.train_rows
     if config.task.path is not None or config.task.generator is not None:
         return len(load_splits(config.task, offline=True).rows["train"])
-    if rows is None:
-        return None
-    return min(rows, config.task.max_train_rows or rows)
+    return count_train_rows(config.task)
 
 
 def _countable(config: Config, source: ModelSource) -> dict[str, Any]:

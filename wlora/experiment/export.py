@@ -20,6 +20,7 @@ from wlora.adapters.peft_format import CONFIG, RECORDED, make_uniform, refuse_un
 from wlora.analysis.study import read_words
 from wlora.analysis.study_reader import read_run
 from wlora.config.schema import Config, restore_config
+from wlora.config.spelling import expand_home
 from wlora.data.hub import go_offline, require_sources
 from wlora.errors import ConfigError, shorten, unknown_name, wrong_value
 from wlora.experiment.model_card import write_card
@@ -41,6 +42,8 @@ OPTIONS = {
     "offline": "false",
     "compact": "false",
 }
+_PATHS = ("results_dir", "to", "task.path", "model.path")
+_SWITCH = ("true", "false")
 
 
 def export(words: Sequence[str]) -> Path:
@@ -50,16 +53,14 @@ def export(words: Sequence[str]) -> Path:
         ConfigError: the run does not exist or has no adapters, or the base is not the one of the run.
         RunFault: the folder cannot be written.
     """
-    names, options, strange = read_words(words, dict(OPTIONS))
-    for key in strange:
-        raise unknown_name(key, key, OPTIONS)
+    names, options = read_options(words, OPTIONS)
     if len(names) != 1:
         raise ConfigError(f"{' '.join(names) or 'RUN_ID is missing'}: allowed is one RUN_ID, the name of a record")
     kind, results = options["format"], str(options["results_dir"])
     if kind not in FORMATS:
         raise wrong_value("format", kind, " | ".join(FORMATS))
-    if options["compact"] not in ("true", "false") or (kind == "merged" and options["compact"] == "true"):
-        raise wrong_value("compact", options["compact"], "true | false, with format=peft")
+    if kind == "merged" and options["compact"] == "true":
+        raise wrong_value("compact", "true", "false with format=merged")
     record = find_record(results, names[0])
     adapters = trained_adapters(results, record)
     target = Path(options["to"] or Path(results) / "exports" / f"{record.run_id}-{kind}")
@@ -86,6 +87,27 @@ def export(words: Sequence[str]) -> Path:
             write_model(*merge(config, source, adapters), staging)
         write_card(staging / "README.md", record, config, merged=kind == "merged")
     return target
+
+
+def read_options(words: Sequence[str], defaults: Mapping[str, str | None]) -> tuple[list[str], dict[str, str | None]]:
+    """Split the arguments of a command into names and options. Missing options have their defaults.
+
+    `~` at the start of paths is replaced by the home folder, and switches are in lower case.
+
+    Raises:
+        ConfigError: an option is unknown or has no value, or a switch is neither true nor false.
+    """
+    names, options, strange = read_words(words, dict(defaults))
+    for key in strange:
+        raise unknown_name(key, key, defaults)
+    for key, value in options.items():
+        if value is not None and key in _PATHS:
+            options[key] = expand_home(key, value)
+        elif value is not None and defaults[key] in _SWITCH:
+            options[key] = value.lower()
+            if options[key] not in _SWITCH:
+                raise wrong_value(key, value, " | ".join(_SWITCH))
+    return names, options
 
 
 def find_record(results_dir: str, run_id: str) -> Record:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wlora.config.schema import Config
+from wlora.models.architectures import NAMED_HEADS
 from wlora.storage.records import Record
 from wlora.tasks.base import find_kind
 
@@ -66,7 +67,7 @@ def _usage(record: Record, config: Config, *, merged: bool) -> str:
         lines = [f"from transformers import {name}", f'model = {name}.from_pretrained("DIR")']
     else:
         classes = f", id2label={dict(enumerate(config.task.labels))}" if config.task.labels else ", num_labels=1"
-        labels = classes if head in ("sequence_classification", "token_classification") else ""
+        labels = classes if head in NAMED_HEADS else ""
         revision = f', revision="{record.model["revision"]}"' if record.model.get("revision") else ""
         base = config.model.hub_id if config.model.source == "hub" and config.model.path is None else "BASE"
         lines = [

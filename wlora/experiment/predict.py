@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from wlora.analysis.study import read_words
 from wlora.config.schema import Config, restore_config
 from wlora.console import tell
 from wlora.data import local_files as files
 from wlora.data.row_checks import check_inputs
 from wlora.data.sources import load_inputs, wrap
-from wlora.errors import ConfigError, unknown_name, wrong_value
-from wlora.experiment.export import find_record, load_trained, require_base, trained_adapters
+from wlora.errors import ConfigError, wrong_value
+from wlora.experiment.export import find_record, load_trained, read_options, require_base, trained_adapters
 from wlora.experiment.glue_files import find_server_files, write_server_file
 from wlora.experiment.saving import model_folder
 from wlora.models.source import locate
@@ -46,9 +45,7 @@ def predict(words: Sequence[str]) -> list[Path]:
     Raises:
         ConfigError: the run does not exist or has saved neither adapters nor model, or the rows cannot be read.
     """
-    names, options, strange = read_words(words, dict(OPTIONS))
-    for key in strange:
-        raise unknown_name(key, key, OPTIONS)
+    names, options = read_options(words, OPTIONS)
     split, to = options["split"], options["to"]
     if not names or len(names) > 2 or (len(names) == 2) == (split is not None):
         raise ConfigError(

@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from wlora.analysis.study import read_words
-from wlora.errors import ConfigError, RunFault, shorten, unknown_name, wrong_value
+from wlora.errors import ConfigError, RunFault, shorten
 from wlora.experiment.export import OPTIONS as EXPORT_OPTIONS
-from wlora.experiment.export import export
+from wlora.experiment.export import export, read_options
 
 OPTIONS = {key: value for key, value in EXPORT_OPTIONS.items() if key not in ("to", "offline")} | {"private": "false"}
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -23,17 +22,13 @@ def push(words: Sequence[str]) -> str:
         ConfigError: a wrong argument, or the run cannot be exported (`export`).
         RunFault: the hub refuses the upload or cannot be reached.
     """
-    names, options, strange = read_words(words, dict(OPTIONS))
-    for key in strange:
-        raise unknown_name(key, key, OPTIONS)
+    names, options = read_options(words, OPTIONS)
     if len(names) != 2 or not _REPOSITORY.fullmatch(names[1]):
         raise ConfigError(
             f"{shorten(' '.join(names)) or 'RUN_ID is missing'}: allowed is RUN_ID owner/name, a name on the hub"
         )
     run_id, repository = names
     private = options.pop("private")
-    if private not in ("true", "false"):
-        raise wrong_value("private", private, "true | false")
     with tempfile.TemporaryDirectory() as folder:
         given = [f"{key}={value}" for key, value in options.items() if value is not None]
         exported = export([run_id, *given, f"to={Path(folder) / 'export'}"])

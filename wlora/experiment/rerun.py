@@ -19,7 +19,10 @@ from wlora.adapters.peft_format import RECORDED
 from wlora.config.identity import method_revision
 from wlora.config.rules import check_rules
 from wlora.config.schema import Config, restore_config, walk
+from wlora.config.spelling import expand_home, quote_texts
+from wlora.console import put
 from wlora.data.sources import fingerprint
+from wlora.distributed import is_main
 from wlora.errors import ConfigError, RunFault
 from wlora.experiment.export import find_record
 from wlora.experiment.resolve import check_results_folder, identify_adapter
@@ -55,6 +58,7 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
                 f"{word}: from={origins[0]} repeats the run unchanged: allowed with it is {', '.join(ALLOWED)}"
             )
     results_dir = next((word.partition("=")[2] for word in overrides if word.startswith("results_dir=")), "results")
+    results_dir = expand_home("results_dir", results_dir)
     record = find_record(results_dir, origins[0])
     RecordStore(results_dir).read_curve(record)  # report a damaged learning curve before the run starts
     if "${" in json.dumps(record.config):
@@ -62,7 +66,13 @@ def prepare(words: Sequence[str]) -> tuple[Record, Config]:
         raise ConfigError(f"from={origins[0]}: its record contains an interpolation, ${{...}}, which wlora never writes")
     # These keys describe how the recorded run was started; they must not affect the repetition.
     recorded = dataclasses.replace(restore_config(record.config), force=False, offline=False, track="none")
-    merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(overrides))
+    # The values are YAML, apart from texts that need quotes on the command line of a run.
+    texts = [word for word, quoted in zip(overrides, quote_texts(overrides), strict=True) if word != quoted]
+    given = OmegaConf.from_dotlist([word for word in overrides if word not in texts])
+    merged = OmegaConf.merge(OmegaConf.structured(recorded), given)
+    for word in texts:
+        key, _, value = word.partition("=")
+        OmegaConf.update(merged, key, value)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     check_rules(config, rewritten=ALLOWED)
@@ -140,7 +150,9 @@ def repeat(words: Sequence[str]) -> bool:
     if config.dry_run:
         from wlora.experiment.dry_run import describe
 
-        print(describe(config))
+        text = describe(config)  # in every process, because one that fails must fail in all
+        if is_main():
+            put(text)
         return True
     from wlora.console import say
     from wlora.experiment.run import run

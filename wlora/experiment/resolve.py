@@ -12,11 +12,12 @@ from wlora.adapters.peft_format import fingerprint
 from wlora.config.identity import method_revision
 from wlora.config.rules import RULES, check, check_rules, look_up
 from wlora.config.schema import METHOD_NOTES, TARGET_SETS, AdapterConfig, Config, ModelConfig, method_names, read_method
+from wlora.config.spelling import expand_home
 from wlora.console import tell
 from wlora.data.hub import require_sources
 from wlora.data.own_tables import BENCHMARK, settle
 from wlora.errors import ConfigError, unknown_name, wrong_value
-from wlora.models.architectures import order_classes, read_architecture
+from wlora.models.architectures import NAMED_HEADS, order_classes, read_architecture
 from wlora.models.layout import Layout
 from wlora.models.settle import settle_model
 from wlora.models.targets import find_layout, name_kinds, select_targets, supported_heads, unmatched_words
@@ -53,6 +54,7 @@ def resolve(config: Config) -> Config:
     _check_saving(config)
     _check_sharding(config)
     identify_adapter(config.adapter)
+    config.results_dir = expand_home("results_dir", config.results_dir)
     check_results_folder(config.results_dir)
     config.per_task = {}  # its values have been interpolated into other keys
     config.task.presets = {}
@@ -76,13 +78,18 @@ def _settle_task(config: Config) -> None:
     """Fill in the task's keys that an own table determines, print them, and check the keys that depend on them."""
     task = config.task
     find_kind(task.kind)  # the message for an unknown one
+    for key, value in (("task.path", task.path), ("task.validation", task.validation)):
+        if isinstance(value, str):
+            expand_home(key, value)  # the message for an unknown home folder
     if task.benchmark == BENCHMARK and task.path is None and task.hub_id is not None:
         require_sources(dataclasses.replace(config, model=dataclasses.replace(config.model, source="random", path=None)))
     for line in settle(task, offline=config.offline):
         tell(line)
     best = config.train.best
-    if best is not None and best not in (*task.metrics, "loss"):
-        raise wrong_value("train.best", best, f"{', '.join([*task.metrics, 'loss'])}, or null")
+    # Windows of a question have no validation loss: the answer may be in any of them.
+    allowed = [*task.metrics, *([] if task.kind == "question_answering" else ["loss"])]
+    if best is not None and best not in allowed:
+        raise wrong_value("train.best", best, f"{', '.join(allowed)}, or null, for task={task.name}")
 
 
 def identify_adapter(adapter: AdapterConfig) -> None:
@@ -96,7 +103,7 @@ def identify_adapter(adapter: AdapterConfig) -> None:
             if value != unset:
                 raise ConfigError(f"adapter.{key}={value}: allowed only with adapter.path=DIR")
         return
-    found = fingerprint(adapter.path)
+    found = fingerprint(expand_home("adapter.path", adapter.path))
     if adapter.fingerprint not in (None, found):
         raise ConfigError(
             f"adapter.path={adapter.path}: its adapters are {found}, not adapter.fingerprint={adapter.fingerprint}"
@@ -198,7 +205,7 @@ def _check_kept_head(config: Config, head: str) -> None:
         raise wrong_value("model.head", "kept", f"fresh for task={config.task.name}, whose head is always the model's own")
     if config.adapter.head:
         raise wrong_value("adapter.head", "true", "false with model.head=kept: the run has one head")
-    if head == "sequence_classification":
+    if head in NAMED_HEADS:
         order_classes(read_architecture(model), config.task.labels, where=f"model.path={model.path}")
 
 

@@ -22,7 +22,7 @@ from wlora.errors import ConfigError, TakenOver
 from wlora.experiment.build import assemble, prepare_method, read_start
 from wlora.experiment.outcome import classify, complete, find_success, keep_results, out_of_memory, write_ending
 from wlora.experiment.saving import model_folder, save_model
-from wlora.experiment.shared_inputs import SharedInputs
+from wlora.experiment.shared_inputs import SharedInputs, require_best
 from wlora.experiment.summary import announce, summarize
 from wlora.methods.base import Method, Steps
 from wlora.models.source import ModelSource, locate
@@ -248,6 +248,7 @@ def prepare(job: Job, shared: SharedInputs) -> Trainer:
     """
     config, record = job.config, job.record
     material = shared.material(config, job.source)
+    require_best(config, material.splits)
     plan = make_plan(config, len(material.data.train))
     method = prepare_method(config, Steps(total=plan.total_steps, per_epoch=plan.steps_per_epoch))
     announce(config, record.run_id, plan, job.precision)

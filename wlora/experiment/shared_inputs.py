@@ -15,7 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wlora.config.schema import Config
 from wlora.console import notice
+from wlora.data.row_checks import ANSWERS
 from wlora.data.sources import Splits, fingerprint, load_splits
+from wlora.errors import wrong_value
+from wlora.models.architectures import NAMED_HEADS
 from wlora.models.heads import head_parameters, name_classes, reorder_head, start_head, weigh_classes
 from wlora.models.loading import load_base, load_tokenizer
 from wlora.models.source import ModelSource
@@ -112,7 +115,7 @@ def _with_head(model: PreTrainedModel, fresh: list[str], config: Config, materia
     """Initialise the head of a loaded model for a task (fresh or kept), with outputs in the order of the task's classes."""
     kind = material.task.head
     start_head(model, fresh, seed)
-    if config.model.head == "kept" and kind == "sequence_classification":
+    if config.model.head == "kept" and kind in NAMED_HEADS:
         reorder_head(model, config.task.labels)
     name_classes(model, config.task.labels, head=kind, several=config.task.kind == "multi_label")
     weights = getattr(material.task, "class_weights", None)
@@ -137,13 +140,14 @@ def _versions(model: nn.Module) -> list[int]:
 
 
 def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, dict[str, Any]]:
-    """Tokenise all splits, and print a notice if rows are truncated or answers are lost.
+    """Tokenise all splits, and print a notice if rows are truncated or left out, or answers are lost.
 
     Returns:
         The features, and information for the record: `truncated_share` by split; `lost_answers`, the number of training rows
-        whose answer is completely contained in no window; and `empty_texts` by split and column, if there are any.
+        whose answer is completely contained in no window; and, if there are any, `left_out`, the number of training rows
+        without features, and `empty_texts` by split and column.
     """
-    features, shares, lost = {}, {}, 0
+    features, shares, lost, left_out = {}, {}, 0, 0
     for name, found_empty in splits.empty.items():
         told = ", ".join(f"{number} in column {column}" for column, number in found_empty.items())
         notice(f"empty texts among the {len(splits.rows[name])} rows of {name}: {told}")
@@ -152,13 +156,30 @@ def encode(task: Task, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tu
         shares[name] = found.truncated_share
         if found.truncated_share:
             notice(f"{found.truncated_share:.1%} of the rows of {name} are truncated: see task.max_length")
+        if name == "train" and (left_out := max(len(rows) - len(found), 0)):
+            notice(f"{left_out} of {len(rows)} rows of {name} are left out, because the tokenizer finds no token in them")
         if name == "train" and found.lost_answers:
             lost = found.lost_answers
             notice(f"{lost} of {len(rows)} rows of {name} have an answer that fits in no window: see task.stride")
     train = features.pop("train")
     validation = {name: Split(splits.rows[name], encoded) for name, encoded in features.items()}
-    unfit = {"truncated_share": shares, "lost_answers": lost}
+    unfit: dict[str, Any] = {"truncated_share": shares, "lost_answers": lost}
+    unfit |= {"left_out": left_out} if left_out else {}
     return Data(train=train, validation=validation), unfit | ({"empty_texts": splits.empty} if splits.empty else {})
+
+
+def require_best(config: Config, splits: Splits) -> None:
+    """Check that the validation rows have the questions that `train.best=HasAns_…` or `NoAns_…` is computed over.
+
+    Raises:
+        ConfigError: no question has an answer, or each has one.
+    """
+    best, split = config.train.best or "", config.task.validation[0]
+    if best.startswith(("HasAns_", "NoAns_")):
+        answered = best.startswith("HasAns_")
+        if all(bool(answer["text"]) != answered for answer in splits.rows[split][ANSWERS][:]):
+            which = "no question has an answer" if answered else "every question has an answer"
+            raise wrong_value("train.best", best, f"a metric that exists for {split}, where {which}, such as f1")
 
 
 def _key(*parts: Any) -> str:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora.adapters.peft_format import CONFIG, fold_peft, read_adapter
-from wlora.analysis.study import read_words
 from wlora.config.schema import Config, restore_config
-from wlora.errors import ConfigError, RunFault, shorten, unknown_name
-from wlora.experiment.export import find_record, require_base, trained_adapters, write_files
+from wlora.errors import ConfigError, RunFault, shorten
+from wlora.experiment.export import find_record, read_options, require_base, trained_adapters, write_files
 from wlora.reading import read_json
 
 if TYPE_CHECKING:
@@ -41,9 +40,7 @@ def verify(words: Sequence[str]) -> list[str]:
         ConfigError: the folder is not an export, or its run or base is missing.
         RunFault: logits differ by more than `TOLERANCE`.
     """
-    names, options, strange = read_words(words, dict(OPTIONS))
-    for key in strange:
-        raise unknown_name(key, key, OPTIONS)
+    names, options = read_options(words, OPTIONS)
     if len(names) != 1:
         raise ConfigError(f"{' '.join(names) or 'DIR is missing'}: allowed is one folder that wlora export wrote")
     folder = Path(names[0])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wlora.config.spelling import expand_home
 from wlora.errors import ConfigError, shorten
 from wlora.models.gguf import find_gguf, read_gguf_architecture
 from wlora.models.layout import FAMILIES
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from wlora.config.schema import ModelConfig
 
 MOST_LAYERS, LARGEST_SIZE = 10_000, 1 << 30
+NAMED_HEADS = ("sequence_classification", "token_classification")
+"""The kinds of heads (`Task.head`) whose outputs are the classes of a task."""
 # Keys of `config.json` whose value must be an integer of at least 1.
 _SIZES = re.compile(r"max_position_embeddings|(hidden|intermediate|vocab)_size|d_model|(?!pruned)\w+_heads|\w+_ffn_dim")
 # Keys with the number of layers in families that are not described.
@@ -38,7 +41,7 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
         return _check_sizes(dict(model.architecture), model) if model.architecture else {}
     if model.gguf_file is not None:
         return _check_sizes(read_gguf_architecture(find_gguf(model)), model)
-    file = Path(model.path) / "config.json"
+    file = Path(expand_home("model.path", model.path)) / "config.json"
     if not os.path.isfile(file):
         raise ConfigError(f"model.path={model.path}: allowed is a folder with config.json, tokenizer and weights")
     try:

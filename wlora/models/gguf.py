@@ -11,6 +11,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from wlora.config.spelling import expand_home
 from wlora.errors import ConfigError, wrong_value
 from wlora.reading import open_file
 
@@ -38,9 +39,10 @@ def find_gguf(model: ModelConfig) -> Path:
         ConfigError: the file does not exist.
     """
     assert model.path is not None and model.gguf_file is not None
-    file = Path(model.path) / model.gguf_file
+    folder = Path(expand_home("model.path", model.path))
+    file = folder / model.gguf_file
     if not os.path.isfile(file):
-        there = ", ".join(sorted(path.name for path in Path(model.path).glob("*.gguf"))) or "none"
+        there = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
         raise wrong_value("model.gguf_file", model.gguf_file, f"a GGUF file in model.path={model.path} (there: {there})")
     return file
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wlora.config.schema import ModelConfig, config_folder
+from wlora.config.spelling import expand_home
 from wlora.data.hub import fetch_file
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.architectures import read_architecture
@@ -39,7 +40,7 @@ def settle_model(model: ModelConfig, *, offline: bool) -> None:
         found = read_architecture(model)
         if found["model_type"] != model.architecture.get("model_type"):
             named = (config_folder() / "model" / f"{model.name}.yaml").is_file()
-            model.name = _as_name(Path(model.path).absolute().name) if named else model.name
+            model.name = _as_name(Path(expand_home("model.path", model.path)).absolute().name) if named else model.name
             model.architecture = _strip(found)
             model.sha256 = model.accumulation_steps = model.k = None
     elif model.source == "hub":

@@ -13,6 +13,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from wlora.config.schema import ModelConfig
+from wlora.config.spelling import expand_home
 from wlora.errors import ConfigError, wrong_value
 from wlora.models.gguf import find_gguf
 from wlora.reading import read_file, read_json, strict_lookups
@@ -47,9 +48,10 @@ def locate(model: ModelConfig) -> ModelSource:
             package is not installed; the SHA-256 is wrong.
     """
     if model.path is not None and model.gguf_file is not None:
-        return _hashed(f"model.path={model.path}", model.path, [find_gguf(model)])  # it contains configuration and tokenizer
+        file = find_gguf(model)  # it contains configuration and tokenizer
+        return _hashed(f"model.path={model.path}", expand_home("model.path", model.path), [file])
     if model.path is not None:
-        folder, key = Path(model.path), f"model.path={model.path}"
+        folder, key = Path(expand_home("model.path", model.path)), f"model.path={model.path}"
     elif model.source == "package":
         folder, key = _package_folder(model), f"model={model.name}"
     else:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
     from wlora.config.schema import TaskConfig
     from wlora.data.features import Features
@@ -64,7 +64,8 @@ class Task(Protocol):
             Columns of the model's inputs (not padded) and `length` (tokens). Training features also have the targets of
                 the loss: `labels`, or `start_positions` and `end_positions`. Validation features have them if a
                 validation loss is defined, and further columns that `predict` and `score` read. If the loss is a mean
-                over tokens, `loss_tokens` is their number. Rows without labels (`wlora predict`) give no targets.
+                over tokens, `loss_tokens` is their number. Rows without labels (`wlora predict`) give no targets. Training
+                rows without any target have no features.
         """
         ...
 
@@ -159,6 +160,21 @@ def build_task(config: TaskConfig) -> Task:
     kind = find_kind(config.kind)
     task: Task = getattr(importlib.import_module(kind.module), kind.name)(config)
     return task
+
+
+def fill_empty(encoded: BatchEncoding, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give every text without tokens one token, in place, because a model cannot read a batch of such texts only.
+
+    The tokenizers of many decoders add no special token, so that an empty text has no token. The heads of decoders read the
+    last token that is not padding, so the end token is used unless it is also the padding token.
+    """
+    marks = [getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "unk")]
+    mark = next((mark for mark in marks if mark not in (None, tokenizer.pad_token_id)), tokenizer.pad_token_id)
+    filler = {"input_ids": mark, "attention_mask": 1, "token_type_ids": 0}
+    for row, tokens in enumerate(encoded["input_ids"]):
+        if not tokens:
+            for name in filler.keys() & encoded.keys():
+                encoded[name][row] = [filler[name]]
 
 
 def check_metrics(config: TaskConfig, known: Sequence[str], of: str, *, never_primary: tuple[str, ...] = ()) -> None:

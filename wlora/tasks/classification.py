@@ -18,7 +18,7 @@ from wlora.data.row_checks import LABEL
 from wlora.errors import wrong_value
 from wlora.metrics.classes import score_classes
 from wlora.metrics.glue import compute, metrics_of
-from wlora.tasks.base import check_metrics
+from wlora.tasks.base import check_metrics, fill_empty
 from wlora.tasks.class_weights import balance_classes, class_losses
 
 
@@ -60,7 +60,7 @@ class SequenceClassification:
         check_metrics(config, metrics_of(classes), f"{classes} classes" if classes else "values (task.labels=[])")
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
-        """Tokenise rows, truncated to `task.max_length` tokens and not padded.
+        """Tokenise rows, truncated to `task.max_length` tokens and not padded. Every row has at least one token.
 
         Returns:
             Columns `input_ids`, `attention_mask` and, if the tokenizer provides them, `token_type_ids` (lists of
@@ -76,6 +76,7 @@ class SequenceClassification:
                 max_length=self.config.max_length,
             )
             truncated += sum(find_truncated(encoded, self.config.max_length))
+            fill_empty(encoded, tokenizer)
             labels = {"labels": self._label_array(texts[LABEL])} if LABEL in texts else {}
             pieces.append(pa.table({**input_columns(encoded), **labels}))
         if training and self.config.class_weights == "balanced":

@@ -17,7 +17,7 @@ from wlora.config.schema import TaskConfig
 from wlora.data.features import ROWS_AT_ONCE, Features, find_truncated, input_columns, pad, stack
 from wlora.errors import ConfigError
 from wlora.metrics.rouge import ROUGE_NAMES, compute_rouge, score_documents
-from wlora.tasks.base import check_metrics
+from wlora.tasks.base import check_metrics, fill_empty
 
 IGNORED = -100
 """The label of a padded position.
@@ -54,7 +54,7 @@ class Summarization:
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Tokenise rows, truncated to `task.max_length` and `task.max_target_length` tokens and not padded.
 
-        Empty documents and summaries, of which the benchmarks have a few, are encoded as empty texts.
+        Empty documents and summaries, of which the benchmarks have a few, are encoded as empty texts of at least one token.
 
         Returns:
             Columns `input_ids`, `attention_mask` (lists of `length` integers), `labels` (list of the summary's tokens),
@@ -73,6 +73,8 @@ class Summarization:
             target = tokenizer(text_target=summaries, truncation=True, max_length=limits[1])
             cut = (find_truncated(encoded, limit) for encoded, limit in zip((source, target), limits, strict=True))
             truncated += sum(any(both) for both in zip(*cut, strict=True))
+            for encoded in (source, target):
+                fill_empty(encoded, tokenizer)
             # The tokenizer's token_type_ids are dropped: encoder-decoder models do not accept them.
             inputs = {key: source[key] for key in ("input_ids", "attention_mask")}
             labels = pa.array(target["input_ids"], pa.list_(pa.int32()))
@@ -95,7 +97,7 @@ class Summarization:
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         logits = model(**rest, decoder_input_ids=shifted).logits
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-        return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1)
+        return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -18,7 +19,7 @@ from wlora.data.row_checks import LABEL
 from wlora.errors import ConfigError, wrong_value
 from wlora.metrics.classes import score_classes
 from wlora.metrics.entities import ENTITY_METRICS, TAG_METRICS, mark_entities, score_entity_types, score_tags
-from wlora.tasks.base import check_metrics
+from wlora.tasks.base import check_metrics, fill_empty
 
 IGNORED = -100
 """The label of pieces that are not the first of a token; the cross-entropy of torch ignores it."""
@@ -59,13 +60,16 @@ class TokenClassification:
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, training: bool) -> Features:
         """Tokenise rows, joined by spaces, truncated to `task.max_length` pieces and not padded.
 
+        Some tokens have no piece (an empty text, a zero-width space). Training rows of such tokens only are left out.
+
         Returns:
             Columns `input_ids`, `attention_mask` and, if the tokenizer provides them, `token_type_ids`; `length` (pieces,
                 int32); `first` (index of every token's first piece, −1 if it is cut off; lists of int32); and, if the rows
                 have labels, `labels` (a list with a class or −100 per piece) and `loss_tokens` (pieces with a class).
 
         Raises:
-            ConfigError: the tokenizer does not provide the character positions of its pieces.
+            ConfigError: the tokenizer does not provide the character positions of its pieces, or all training rows are left
+                out.
         """
         if not tokenizer.is_fast:
             raise ConfigError(
@@ -80,16 +84,23 @@ class TokenClassification:
             truncated += sum(find_truncated(encoded, self.config.max_length))
             assert encoded.encodings is not None
             first = [_first_pieces(encoding, row) for encoding, row in zip(encoded.encodings, tokens, strict=True)]
+            fill_empty(encoded, tokenizer)
             columns = {**input_columns(encoded), "first": pa.array(first, pa.list_(pa.int32()))}
             if LABEL in batch:
                 columns |= _label_columns(first, batch[LABEL], columns["length"].to_pylist())
-            pieces.append(pa.table(columns))
+            table = pa.table(columns)
+            pieces.append(table.filter(pc.greater(table["loss_tokens"], 0)) if training else table)
+        if not any(piece.num_rows for piece in pieces):
+            raise ConfigError(f"task={self.config.name}: the tokenizer finds no token in any training row")
         return Features(pieces, truncated_share=truncated / len(rows))
 
     def collate(self, features: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-        """Pad features to the longest one, on the right. Labels have shape [rows, pieces], int64."""
+        """Pad features to the longest one, on the right. Labels have shape [rows, pieces], int64.
+
+        If no piece of the batch has a class, the labels are omitted, because the mean loss over no pieces is not a number.
+        """
         batch = pad(features, tokenizer, side="right")
-        if "labels" in features[0]:
+        if any(feature.get("loss_tokens") for feature in features):
             batch["labels"] = stack([feature["labels"] for feature in features], IGNORED, "right")
         return batch
 
@@ -98,7 +109,7 @@ class TokenClassification:
         labels = inputs["labels"]
         logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-        return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1)
+        return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
 
     def predict(
         self, model: PreTrainedModel, features: list[dict[str, Any]], inputs: dict[str, torch.Tensor], outputs: Any

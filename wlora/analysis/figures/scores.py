@@ -234,14 +234,11 @@ def _along_rates(choice: Choice, group: Sequence[Run]) -> dict[float, list[Run]]
     seeds = {run.seed for run in choice.reported(group)}
     seeds = {seed for seed in seeds if all(seed in {run.seed for run in at_rate} for at_rate in by_rate.values() if at_rate)}
     shown = {
-        rate: [
-            run
-            for run in at_rate
-            if run.status == "success" and (run.seed in seeds if seeds else run.config_seed == choice.seed)
-        ]
+        rate: [run for run in at_rate if run.seed in seeds or (not seeds and run.config_seed == choice.seed)]
         for rate, at_rate in by_rate.items()
     }
-    return {rate: kept for rate, kept in shown.items() if kept}
+    succeeded = {rate: [run for run in kept if run.status == "success"] for rate, kept in shown.items()}
+    return {rate: kept for rate, kept in succeeded.items() if kept}
 
 
 def selection(runs: Sequence[Run]) -> Figure:
