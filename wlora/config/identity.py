@@ -50,13 +50,16 @@ def scientific_fields(config: Config, *, task_data: str | None, model_data: str 
         train["prefix_cache"] = stored[1]  # only the dtype matters: memory and disk give the same numbers
     if (config.train.best or config.train.patience) and config.train.eval_every is not None:
         train["eval_every"] = config.train.eval_every  # more evaluations give other best ones, and other early stops
+    model = _identifying(config.model, content_known=bool(model_data))
+    if len(config.task.columns) < 2:
+        model.pop("separate_pairs", None)  # there are no pairs
     start = {"adapter": {"data": config.adapter.fingerprint, "head": config.adapter.head}} if config.adapter.path else {}
     return {
         **start,
         **_identifying(config),
         "version": RUN_ID_VERSION,
         "task": {**_identifying(config.task, content_known=bool(task_data)), "data": task_data},
-        "model": {**_identifying(config.model, content_known=bool(model_data)), "data": model_data},
+        "model": {**model, "data": model_data},
         "method": _identifying_method(config.method),
         "train": train,
         "precision": precision,

@@ -130,6 +130,9 @@ class ModelConfig:
     path: str | None = key(None, "", "local folder in transformers format, used instead of the hub", "nothing")
     head: str = key("fresh", "fresh | kept", "fresh: a new head; kept: the head stored in model.path", later=True)
     gguf_file: str | None = key(None, "", "GGUF file with the weights; they are dequantised", "origin", later=True)
+    separate_pairs: bool = key(
+        False, "", "put the end token between two texts if the tokenizer puts no token there", later=True
+    )
     quantization: str = key("none", " | ".join(QUANTIZATIONS), "quantisation of the frozen linear layers", later=True)
     architecture: dict[str, Any] = key(dict, "", "transformers configuration, for counts and random weights", "origin")
     accumulation_steps: int | None = key(None, "", "default of train.accumulation_steps on GLUE", "course")

@@ -20,7 +20,7 @@ from wlora.data.sources import Splits, fingerprint, load_splits
 from wlora.errors import wrong_value
 from wlora.models.architectures import NAMED_HEADS
 from wlora.models.heads import head_parameters, name_classes, reorder_head, start_head, weigh_classes
-from wlora.models.loading import load_base, load_tokenizer
+from wlora.models.loading import load_base, load_tokenizer, separates_pairs
 from wlora.models.source import ModelSource
 from wlora.storage.content_hash import changed
 from wlora.tasks.base import Task, build_task
@@ -69,6 +69,8 @@ class SharedInputs:
             if content not in (None, splits.fingerprint):
                 raise changed(f"task.path={config.task.path}")
             tokenizer = load_tokenizer(config.model, source)
+            if task.head == "sequence_classification" and len(config.task.columns) > 1 and not separates_pairs(tokenizer):
+                notice("the tokenizer puts nothing between two texts: model.separate_pairs=true puts its end token there")
             data, unfit = encode(task, splits, tokenizer)
             self._material = key, Material(task, splits, tokenizer, data, unfit)
         return self._material[1]

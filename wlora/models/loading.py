@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
     PretrainedConfig,
@@ -82,7 +82,24 @@ def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokeniz
         tokenizer.pad_token = tokenizer.eos_token
     _read_marks_as_text(tokenizer)
     _fit_tokenizer(tokenizer, model)
+    if model.separate_pairs and not separates_pairs(tokenizer) and tokenizer.is_fast and tokenizer.eos_token is not None:
+        _separate_pairs(tokenizer, tokenizer.eos_token)
     return tokenizer
+
+
+def separates_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a tokenizer puts a special token between two texts. The tokenizers of many decoders do not."""
+    single, pair = (tokenizer.num_special_tokens_to_add(pair=both) for both in (False, True))
+    return bool(pair > single)
+
+
+def _separate_pairs(tokenizer: Any, mark: str) -> None:
+    """Put a special token between the two texts of a pair; single texts are encoded as before."""
+    backend = tokenizer.backend_tokenizer
+    number = tokenizer.convert_tokens_to_ids(mark)
+    between = processors.TemplateProcessing(single="$A", pair=f"$A {mark} $B", special_tokens=[(mark, number)])
+    before = [backend.post_processor] if backend.post_processor else []
+    backend.post_processor = processors.Sequence([*before, between])
 
 
 def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
