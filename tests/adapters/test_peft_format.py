@@ -22,8 +22,9 @@ from wlora.adapters.variants import BlockDiagonalAdapter, FramedAdapter, Growing
 from wlora.experiment import outcome, saving
 from wlora.experiment import run as experiment
 from wlora.methods.base import Method
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model
 from wlora.models.source import locate
+from wlora.models.tokenizer import load_tokenizer
 from wlora.tasks.base import build_task
 
 pytestmark = pytest.mark.integration

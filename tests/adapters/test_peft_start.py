@@ -24,8 +24,9 @@ from wlora.experiment import build
 from wlora.experiment import run as experiment
 from wlora.methods import registry as methods
 from wlora.methods.base import Method
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model
 from wlora.models.source import locate
+from wlora.models.tokenizer import load_tokenizer
 from wlora.storage.records import RecordStore
 
 pytestmark = pytest.mark.integration

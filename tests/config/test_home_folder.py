@@ -18,8 +18,8 @@ from wlora.errors import ConfigError
 from wlora.experiment.build import read_start
 from wlora.experiment.rerun import prepare
 from wlora.models.architectures import read_architecture
-from wlora.models.loading import load_tokenizer
 from wlora.models.source import locate
+from wlora.models.tokenizer import load_tokenizer
 
 TABLE = ["task=text_classification", "model=tiny_bert", "method=lora"]
 STRANGE = "~no-such-user/x"

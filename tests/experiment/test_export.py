@@ -21,8 +21,9 @@ from wlora.cli.export import main
 from wlora.config.schema import restore_config
 from wlora.errors import ConfigError
 from wlora.experiment.export import export
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model
 from wlora.models.source import locate
+from wlora.models.tokenizer import load_tokenizer
 from wlora.storage.records import RecordStore
 
 WORDS = ["method=wlora", "k=3", "targets=all", "lr=1e-2", "precision=fp32"]

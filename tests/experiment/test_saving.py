@@ -23,8 +23,9 @@ from wlora.experiment import run as experiment
 from wlora.experiment import saving
 from wlora.methods.base import Method
 from wlora.models.heads import name_classes
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model
 from wlora.models.source import locate
+from wlora.models.tokenizer import load_tokenizer
 from wlora.storage.atomic_write import Put
 from wlora.storage.records import RecordStore
 

@@ -17,9 +17,10 @@ from wlora.config.identity import run_id, scientific_fields
 from wlora.experiment.build import assemble
 from wlora.methods.base import Method
 from wlora.methods.registry import build_method
-from wlora.models.loading import checkpoint_activations, load_model, load_tokenizer
+from wlora.models.loading import checkpoint_activations, load_model
 from wlora.models.source import ModelSource
 from wlora.models.targets import find_layout, list_targets
+from wlora.models.tokenizer import load_tokenizer
 
 MODELS = ["tiny_bert", "tiny_deberta", "tiny_bart", "tiny_llama"]
 OWN = {**FITTING, "flexora": ["method.held_out=16"]}  # of the few rows

@@ -192,7 +192,8 @@ LINEARS_PER_LAYER: dict[str, dict[str, float]] = {
 
 
 def build_tiny(name: str) -> tuple[ModelConfig, nn.Module, dict[str, Any]]:
-    from wlora.models.loading import load_model, load_tokenizer
+    from wlora.models.loading import load_model
+    from wlora.models.tokenizer import load_tokenizer
 
     model: ModelConfig = compose("task=story_nli", f"model={name}", "k=1").model
     source = ModelSource(None, None)

@@ -26,9 +26,10 @@ from wlora.models.heads import AUTO, make_config
 from wlora.models.layout import FAMILIES as DESCRIBED
 from wlora.models.layout import described_layout
 from wlora.models.linears import base_weight
-from wlora.models.loading import checkpoint_activations, load_base, load_tokenizer
+from wlora.models.loading import checkpoint_activations, load_base
 from wlora.models.source import locate
 from wlora.models.targets import Target, count_targets, find_layout, list_targets, name_kinds, select_targets
+from wlora.models.tokenizer import load_tokenizer
 from wlora.storage.records import Record
 
 FUSED = {

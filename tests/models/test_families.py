@@ -18,9 +18,10 @@ from tests.support.hub_folder import build_folder, copy_folder
 from tests.support.llama_folder import BOS, EOS, build_llama_folder, llama_weights
 from wlora.errors import ConfigError
 from wlora.models.heads import head_parameters
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model
 from wlora.models.source import locate
 from wlora.models.tiny import build_tokenizer
+from wlora.models.tokenizer import load_tokenizer
 
 PAIR = ("Anna went to the library. Ben grabbed the ball.", "Anna is in the library.")
 REAL = ("minilm", "deberta", "bart", "llama")

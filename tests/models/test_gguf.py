@@ -22,10 +22,11 @@ from wlora.errors import ConfigError
 from wlora.methods.milora import decompose_base
 from wlora.models.architectures import read_architecture
 from wlora.models.gguf import read_gguf_architecture
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model
 from wlora.models.quantization import count_model
 from wlora.models.source import READS_GGUF, locate
 from wlora.models.targets import Target, count_targets
+from wlora.models.tokenizer import load_tokenizer
 
 pytest.importorskip("transformers", minversion=READS_GGUF)
 FILE = "model.Q8_0.gguf"

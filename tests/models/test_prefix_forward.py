@@ -19,9 +19,10 @@ from wlora.experiment.build import assemble
 from wlora.methods.alora import ALoRA
 from wlora.methods.registry import build_method
 from wlora.methods.training_data import TrainingData
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model
 from wlora.models.prefix_forward import Prefix, frozen_depth
 from wlora.models.source import ModelSource
+from wlora.models.tokenizer import load_tokenizer
 from wlora.storage.records import Record
 from wlora.training.interruption import Interrupted
 from wlora.training.prefix_cache import PrefixCache

@@ -22,8 +22,9 @@ from wlora.methods.milora import decompose_base
 from wlora.methods.registry import build_method
 from wlora.models.architectures import read_architecture
 from wlora.models.heads import head_parameters
-from wlora.models.loading import build_unloaded, load_model, load_tokenizer
+from wlora.models.loading import build_unloaded, load_model
 from wlora.models.source import locate
+from wlora.models.tokenizer import load_tokenizer
 from wlora.training.precision import Precision, lower_base
 
 CPU = torch.device("cpu")

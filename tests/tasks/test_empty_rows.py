@@ -20,9 +20,10 @@ from tests.support.model_folders import build_model_folder
 from tests.support.own_tables import write
 from wlora.config.schema import TaskConfig
 from wlora.errors import ConfigError
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model
 from wlora.models.source import locate
 from wlora.models.tiny import build_tokenizer
+from wlora.models.tokenizer import load_tokenizer
 from wlora.tasks.base import build_task, fill_empty
 
 UNSEEN = "\u3000"  # white space; other tokenizers drop a zero-width space, too

@@ -20,8 +20,8 @@ from wlora.data.sources import load_splits
 from wlora.errors import ConfigError
 from wlora.metrics.glue import Shard, merge_shards
 from wlora.metrics.squad import ANSWERABLE_METRICS, UNANSWERABLE_METRICS
-from wlora.models.loading import load_tokenizer
 from wlora.models.source import locate
+from wlora.models.tokenizer import load_tokenizer
 from wlora.tasks.base import build_task
 from wlora.tasks.question_answering import QuestionAnswering
 

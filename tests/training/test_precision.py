@@ -17,8 +17,9 @@ from wlora.methods.base import Method
 from wlora.methods.registry import build_method
 from wlora.methods.selection import widest
 from wlora.models.heads import head_parameters
-from wlora.models.loading import load_model, load_tokenizer
+from wlora.models.loading import load_model
 from wlora.models.source import ModelSource
+from wlora.models.tokenizer import load_tokenizer
 from wlora.training import precision as precision_module
 from wlora.training.precision import Precision, choose_precision, has_accelerator, lower_base
 

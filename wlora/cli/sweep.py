@@ -299,11 +299,10 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: the configuration is invalid.
     """
-    overrides = quote_texts(overrides)
-    composed = _compose(overrides)
-    apply_presets(composed, overrides)
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
+    words = quote_texts(overrides)
+    composed = _compose(words)
+    apply_presets(composed, words)
+    config: Any = OmegaConf.to_object(composed)
     return resolve(config)
 
 

@@ -17,8 +17,9 @@ from wlora.experiment.run import open_record
 from wlora.experiment.summary import share_of_model
 from wlora.methods.base import Method, Steps
 from wlora.models.architectures import read_architecture
-from wlora.models.loading import build_unloaded, load_tokenizer
+from wlora.models.loading import build_unloaded
 from wlora.models.source import ModelSource, locate
+from wlora.models.tokenizer import load_tokenizer
 from wlora.storage.records import RecordStore
 from wlora.tasks.base import build_task
 from wlora.training.batch_growth import settle_growth

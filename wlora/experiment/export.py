@@ -213,7 +213,8 @@ def load_trained(
     from peft import PeftModel
 
     from wlora.models.heads import name_classes
-    from wlora.models.loading import load_model, load_tokenizer, quiet
+    from wlora.models.loading import load_model, quiet
+    from wlora.models.tokenizer import load_tokenizer
     from wlora.tasks.base import build_task
     from wlora.tasks.summarization import Summarization
 
@@ -240,7 +241,8 @@ def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
     from types import SimpleNamespace
 
     from wlora.models.heads import make_config, name_classes
-    from wlora.models.loading import load_tokenizer, quiet
+    from wlora.models.loading import quiet
+    from wlora.models.tokenizer import load_tokenizer
     from wlora.tasks.base import build_task
 
     task = build_task(config.task)

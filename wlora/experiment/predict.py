@@ -93,7 +93,8 @@ def load(config: Config, record: Record, results: str) -> Trained:
     if not folder.is_dir():
         trained_adapters(results, record)  # raises an error that says what is missing
     from wlora.models.heads import name_classes
-    from wlora.models.loading import load_model, load_tokenizer
+    from wlora.models.loading import load_model
+    from wlora.models.tokenizer import load_tokenizer
 
     whole = dataclasses.replace(
         config.model, path=str(folder), head="kept", sha256=None, quantization="none", gguf_file=None

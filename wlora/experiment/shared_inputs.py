@@ -20,8 +20,9 @@ from wlora.data.sources import Splits, fingerprint, load_splits
 from wlora.errors import wrong_value
 from wlora.models.architectures import NAMED_HEADS
 from wlora.models.heads import head_parameters, name_classes, reorder_head, start_head, weigh_classes
-from wlora.models.loading import load_base, load_tokenizer, separates_pairs
+from wlora.models.loading import load_base
 from wlora.models.source import ModelSource
+from wlora.models.tokenizer import load_tokenizer, separates_pairs
 from wlora.storage.content_hash import changed
 from wlora.tasks.base import Task, build_task
 from wlora.training.evaluation import Split

@@ -52,7 +52,8 @@ def verify(words: Sequence[str]) -> list[str]:
     source = require_base(config, record)
     import torch
 
-    from wlora.models.loading import load_model, load_tokenizer, quiet
+    from wlora.models.loading import load_model, quiet
+    from wlora.models.tokenizer import load_tokenizer
     from wlora.tasks.base import build_task
 
     task, tokenizer = build_task(config.task), load_tokenizer(config.model, source)

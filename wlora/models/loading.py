@@ -1,30 +1,22 @@
-"""Load models and tokenizers from the hub, a local folder or a package, or create random models; always in float32."""
+"""Load models from the hub, a local folder or a package, or create random models; always in float32."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import io
-import json
 import os
 import pickle
-import re
-import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from transformers import (
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from wlora.config.schema import ModelConfig
@@ -32,7 +24,6 @@ from wlora.console import notice
 from wlora.errors import ConfigError, ran_out_of_memory
 from wlora.models.architectures import read_architecture
 from wlora.models.deberta_attention import replace_attention
-from wlora.models.gguf import read_gguf_architecture
 from wlora.models.heads import AUTO, HEAD_NAMES, LM_HEAD, head_parameters, make_config, start_head
 from wlora.models.quantization import keep_differentiable, loading_options, pack_on_meta
 from wlora.models.source import ModelSource, unchanged
@@ -42,125 +33,6 @@ from wlora.models.written_attention import write_out_attention
 # Random base weights take the role of pretrained ones, so they do not depend on the seed of the run.
 _RANDOM_BASE_SEED = 0
 _CPU = torch.device("cpu")
-# The special token that heads read, and its position. The heads of decoders read the last token of the text instead.
-_READ_AT = {"first": ("cls_token", 0, "before"), "end": ("eos_token", -1, "behind")}
-
-
-def load_tokenizer(model: ModelConfig, source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; for a GGUF file, from the file itself. `trust_remote_code` is never set.
-
-    Special tokens that occur in a text are read as plain text. A tokenizer without a padding token, such as Llama's, pads
-    with its end-of-sequence token. This is safe: padding is masked, and no encoded text ends with that token, so that
-    classification heads find the last token that is not padding.
-
-    Raises:
-        ConfigError: there is no tokenizer; it cannot be read; it has neither of the two tokens; or it does not add the
-            special token that the model's heads read.
-    """
-    if source.location is None:
-        from wlora.models.tiny import build_tokenizer
-
-        tiny = build_tokenizer()
-        _read_marks_as_text(tiny)
-        return tiny
-    with unchanged(model, source):
-        try:
-            with quiet():
-                tokenizer: PreTrainedTokenizerBase = (
-                    _read_gguf_tokenizer(model, source.location)
-                    if model.gguf_file
-                    else AutoTokenizer.from_pretrained(source.location, revision=model.revision)
-                )
-        except Exception as error:  # three libraries raise exceptions without a common class
-            raise ConfigError(f"{_origin(model)}: the tokenizer cannot be loaded ({_reason(error)})") from error
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        # Without vocabulary files, transformers builds a tokenizer for which every word is unknown.
-        raise ConfigError(f"{_origin(model)}: there is no tokenizer (tokenizer.json, spm.model or vocab.txt)")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ConfigError(f"{_origin(model)}: the tokenizer has neither a padding nor an end-of-sequence token")
-        tokenizer.pad_token = tokenizer.eos_token
-    _read_marks_as_text(tokenizer)
-    _fit_tokenizer(tokenizer, model)
-    if model.separate_pairs and not separates_pairs(tokenizer) and tokenizer.is_fast and tokenizer.eos_token is not None:
-        _separate_pairs(tokenizer, tokenizer.eos_token)
-    return tokenizer
-
-
-def separates_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether a tokenizer puts a special token between two texts. The tokenizers of many decoders do not."""
-    single, pair = (tokenizer.num_special_tokens_to_add(pair=both) for both in (False, True))
-    return bool(pair > single)
-
-
-def _separate_pairs(tokenizer: Any, mark: str) -> None:
-    """Put a special token between the two texts of a pair; single texts are encoded as before."""
-    backend = tokenizer.backend_tokenizer
-    number = tokenizer.convert_tokens_to_ids(mark)
-    between = processors.TemplateProcessing(single="$A", pair=f"$A {mark} $B", special_tokens=[(mark, number)])
-    before = [backend.post_processor] if backend.post_processor else []
-    backend.post_processor = processors.Sequence([*before, between])
-
-
-def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
-    """Check that a tokenizer adds the token that the model's heads read, and remove outputs that the model does not accept.
-
-    The tokenizer of a discovered decoder is set to pad on the right, because positions are counted from the left.
-
-    Raises:
-        ConfigError: the token that the heads read is missing.
-    """
-    architecture = read_architecture(model)
-    layout = find_layout(architecture)
-    if layout.reads in _READ_AT:
-        name, place, where = _READ_AT[layout.reads]
-        mark, ids = getattr(tokenizer, f"{name}_id"), list(tokenizer("a")["input_ids"])
-        # Discovered families may have another token in this position (mBART: the language) or none (XLNet).
-        if (ids[place] != mark) if layout.described else mark is None or ids.count(mark) != 1:
-            raise ConfigError(
-                f"{_origin(model)}: the tokenizer puts no {name} {where} a text, which a "
-                f"{architecture['model_type']} model's heads need"
-            )
-    elif not layout.described:
-        tokenizer.padding_side = "right"
-    if not layout.token_types:
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-
-
-def _read_marks_as_text(tokenizer: Any) -> None:
-    """Make the tokenizer read special tokens in a text as plain characters. Other texts are encoded as before.
-
-    BART's classification head finds the end of a text by the end token, and rejects a batch with unequal numbers of them.
-    """
-    tokenizer.split_special_tokens = True
-    marks = [mark for mark in tokenizer.all_special_tokens if mark != tokenizer.unk_token]
-    if tokenizer.is_fast and any(mark in tokenizer.tokenize(f"{mark} {mark}a{mark}") for mark in marks):
-        # Some vocabularies, such as DeBERTa's, also contain the special tokens as pieces. Splitting prevents such pieces.
-        first = "|".join(f"{re.escape(mark[0])}(?={re.escape(mark[1:])})" for mark in tokenizer.all_special_tokens)
-        backend, split = tokenizer.backend_tokenizer, pre_tokenizers.Split(Regex(first), "isolated")
-        before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
-
-
-def _read_gguf_tokenizer(model: ModelConfig, location: str) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a GGUF file, without tokens beyond the file's vocabulary.
-
-    transformers reads a byte-level vocabulary as GPT-2's. If the file has no `<|endoftext|>`, as for Llama 3, transformers
-    adds it, but the model has no embedding for it. transformers would also mix in a `tokenizer.json` in the same folder.
-    """
-    file = Path(cached_file(location, model.gguf_file, revision=model.revision)).absolute()
-    with tempfile.TemporaryDirectory() as nothing_beside:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(nothing_beside, gguf_file=str(file))
-    words = read_gguf_architecture(file)["vocab_size"]
-    if len(tokenizer) <= words:
-        return tokenizer
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < words]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
-        model_input_names=tokenizer.model_input_names,
-        **{name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
-    )
 
 
 def load_model(
@@ -236,7 +108,7 @@ def load_base(
             notice(tell_layout(loaded.config.model_type, layout))
     known = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
-        raise ConfigError(f"{_origin(model)}: the tokenizer has {len(tokenizer)} tokens, the model {known}")
+        raise ConfigError(f"{origin_of(model)}: the tokenizer has {len(tokenizer)} tokens, the model {known}")
     loaded.config.pad_token_id = tokenizer.pad_token_id
     loaded.config.problem_type = None  # set by an earlier training, possibly with another kind of labels
     if head != "seq2seq":
@@ -260,14 +132,14 @@ def _check_special_tokens(
         return
     if head == "sequence_classification" and config.eos_token_id != tokenizer.eos_token_id:
         raise ConfigError(
-            f"{_origin(model)}: eos_token_id in config.json is {config.eos_token_id}: allowed is "
+            f"{origin_of(model)}: eos_token_id in config.json is {config.eos_token_id}: allowed is "
             f"{tokenizer.eos_token_id}, the tokenizer's end token, by which the head finds the end of a text"
         )
     if head == "seq2seq":
         generation = loaded.generation_config
         if generation.decoder_start_token_id is None and generation.bos_token_id is None:
             raise ConfigError(
-                f"{_origin(model)}: config.json has neither decoder_start_token_id nor bos_token_id: allowed is one "
+                f"{origin_of(model)}: config.json has neither decoder_start_token_id nor bos_token_id: allowed is one "
                 "of them, with which a generated text begins"
             )
 
@@ -342,23 +214,23 @@ def _load_pretrained(
     except Exception as error:  # four libraries raise exceptions without a common class
         if ran_out_of_memory(error):
             raise
-        raise ConfigError(f"{_origin(model)}: the weights cannot be loaded ({_reason(error)})") from error
+        raise ConfigError(f"{origin_of(model)}: the weights cannot be loaded ({reason_of(error)})") from error
     head_names = list(head_parameters(loaded))
     absent = sorted(set(report["missing_keys"]) - set(head_names))
     if absent:
         number = f"{len(absent)} tensors of the body, among them " if len(absent) > 1 else ""
-        raise ConfigError(f"{_origin(model)}: the checkpoint lacks {number}{absent[0]}")
+        raise ConfigError(f"{origin_of(model)}: the checkpoint lacks {number}{absent[0]}")
     for name, given, expected in report["mismatched_keys"]:
         if name not in head_names:
             shapes = f"{list(given)} in the checkpoint, {list(expected)} by config.json"
-            raise ConfigError(f"{_origin(model)}: {name} is {shapes}")
+            raise ConfigError(f"{origin_of(model)}: {name} is {shapes}")
     assert isinstance(loaded, PreTrainedModel)
     unfit = {*report["missing_keys"], *(name for name, _, _ in report["mismatched_keys"])}
     lacking = [name for name in head_names if name in unfit]
     if model.head == "kept" and lacking:
         # The last missing parameter belongs to the output layer, whose name tells the kind of head.
         raise ConfigError(
-            f"model.head=kept: {_origin(model)} has no {lacking[-1]} of this shape\nallowed is fresh, for a new head"
+            f"model.head=kept: {origin_of(model)} has no {lacking[-1]} of this shape\nallowed is fresh, for a new head"
         )
     outside = {name for name in head_names if not name.startswith(f"{loaded.base_model_prefix}.")}
     return loaded, sorted(unfit if model.head == "kept" else unfit | outside)
@@ -371,7 +243,7 @@ def _build(model: ModelConfig, config: PretrainedConfig, head: str) -> PreTraine
     except Exception as error:  # transformers and torch raise many kinds of exceptions for invalid sizes
         if ran_out_of_memory(error):
             raise
-        raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
+        raise ConfigError(f"{origin_of(model)}: the architecture cannot be built ({reason_of(error)})") from error
     return built
 
 
@@ -379,7 +251,7 @@ def _make_config(model: ModelConfig, architecture: dict[str, Any], num_labels: i
     try:
         return make_config(architecture, num_labels=num_labels)
     except Exception as error:  # the type checks of transformers raise their own exception class
-        raise ConfigError(f"{_origin(model)}: the architecture cannot be built ({_reason(error)})") from error
+        raise ConfigError(f"{origin_of(model)}: the architecture cannot be built ({reason_of(error)})") from error
 
 
 @contextlib.contextmanager
@@ -396,11 +268,13 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _origin(model: ModelConfig) -> str:
+def origin_of(model: ModelConfig) -> str:
+    """Return how messages name a model: by its folder or its name."""
     return f"model.path={model.path}" if model.path else f"model={model.name}"
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error of a library, or what it means."""
     if isinstance(error, pickle.UnpicklingError):
         # torch's own message explains how to load the file without this protection.
         return "the file is damaged or contains other objects than tensors; nothing in it was run"
