@@ -70,6 +70,10 @@ def test_what_is_not_quoted_is_named_with_its_quotes(word: str, told: str) -> No
         assert all(read(shown) for shown in shlex.split(told.partition("as in ")[2].replace(" or ", " ")))
 
 
+def test_control_characters_are_not_printed() -> None:
+    assert refuse("task.subset=é\x1d") == "task.subset=é: the value cannot be read; allowed are printable characters"
+
+
 def test_a_single_text_with_a_comma_is_shown_with_quotes(run_main: RunMain) -> None:
     code, _, error = run_main(*TABLE, "task.path=Anna, Ben.csv")
     assert code == 2 and error.endswith("\na single text with a comma needs quotes: 'task.path=\"Anna, Ben.csv\"'\n"), error

@@ -264,7 +264,7 @@ def explain(error: Exception, words: Sequence[str] = ()) -> str:
         return str(unknown_key(unknown[1], words))
     sweep = re.search(r"Ambiguous value for argument '(.+)'|Sweep parameters '(.+)' requires", text)
     if sweep:
-        word = sweep[1] or sweep[2]
+        word = shorten(sweep[1] or sweep[2])
         told = f"{word}: several values are a sweep; add -m, as in python -m wlora.run -m {shlex.quote(word)}"
         name, _, given = word.partition("=")
         one = shlex.quote(f"{name}={_quote(given)}")
@@ -280,6 +280,8 @@ def _explain_syntax(word: str) -> str:
     """Explain a word that Hydra cannot read: name it, and show it with quotes, or the rule of its key."""
     from wlora.config.rules import RULES
 
+    if not word.isprintable():
+        return f"{shorten(word)}: the value cannot be read; allowed are printable characters"
     key, _, value = word.partition("=")
     listed = len(value) > 1 and value[0] + value[-1] == "[]"
     inside = value[1:-1] if listed else value
