@@ -264,9 +264,9 @@ def explain(error: Exception, words: Sequence[str] = ()) -> str:
         return str(unknown_key(unknown[1], words))
     sweep = re.search(r"Ambiguous value for argument '(.+)'|Sweep parameters '(.+)' requires", text)
     if sweep:
-        word = shorten(sweep[1] or sweep[2])
-        told = f"{word}: several values are a sweep; add -m, as in python -m wlora.run -m {shlex.quote(word)}"
-        name, _, given = word.partition("=")
+        swept = shorten(sweep[1] or sweep[2])
+        told = f"{swept}: several values are a sweep; add -m, as in python -m wlora.run -m {shlex.quote(swept)}"
+        name, _, given = swept.partition("=")
         one = shlex.quote(f"{name}={_quote(given)}")
         return f"{told}\na single text with a comma needs quotes: {one}" if name in _TEXTS else told
     word = getattr(error, "override", None)
