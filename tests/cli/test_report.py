@@ -118,14 +118,14 @@ def test_classes_are_shown_per_task_and_setting(tmp_path: Path) -> None:
         make_record(tmp_path, "method=lora", "task=rte", f"seed={seed}", classes=block)
     make_record(tmp_path, "method=wlora", "task=stsb", "k=5")
     page = write_page(tmp_path)
-    assert "rte, LoRA: 2 runs" in page and page.count("<h3>rte, ") == 1
+    assert "RTE, LoRA: 2 runs" in page and page.count("<h3>RTE, ") == 1
     assert "<td>yes</td><td>0.5500</td><td>1.0000</td><td>0.7000</td><td>4</td>" in page
     assert "<td>&lt;no&gt;</td><td>7</td><td>1</td>" in page, "summed over runs"
     # The runs of other rates, of the tuning seed and without recorded classes are not averaged with the reported ones.
     for seed, rate, more in ((100, 1e-2, {"classes": block}), (100, 5e-4, {"classes": block}), (2, 5e-4, {})):
         score = 0.1 if rate == 1e-2 else 0.5
         make_record(tmp_path, "method=lora", "task=rte", f"seed={seed}", f"lr={rate}", metrics=score, **more)
-    assert "rte, LoRA: 2 of 3 runs" in write_page(tmp_path)
+    assert "RTE, LoRA: 2 of 3 runs" in write_page(tmp_path)
 
 
 def test_a_study_of_other_tasks_shows_its_summary(tmp_path: Path) -> None:

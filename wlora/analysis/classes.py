@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wlora.analysis.study import Run
+from wlora.analysis.tables.settings import TITLES, tasks_of
 
 MOST_CONFUSED = 20
 """Maximum number of classes of a confusion matrix that is shown."""
@@ -44,7 +45,9 @@ def summarize_classes(groups: Mapping[tuple[str, str], Sequence[Run]]) -> list[C
         for run in group:
             if run.record.classes:
                 found.setdefault((task, label, tuple(run.record.classes["names"])), []).append(run)
-    return [_summarize(key, runs, len(groups[key[1], key[0]])) for key, runs in found.items()]
+    order = tasks_of(run for group in groups.values() for run in group)
+    ordered = sorted(found.items(), key=lambda item: order.index(item[0][0]))
+    return [_summarize(key, runs, len(groups[key[1], key[0]])) for key, runs in ordered]
 
 
 def _summarize(key: tuple[str, str, tuple[str, ...]], runs: Sequence[Run], total: int) -> ClassScores:
@@ -62,7 +65,7 @@ def _summarize(key: tuple[str, str, tuple[str, ...]], runs: Sequence[Run], total
         size = range(len(names))
         confusion = [[sum(block["confusion"][true][found] for block in blocks) for found in size] for true in size]
     many = f"{len(runs)} of {total} runs" if len(runs) < total else f"{total} run{'' if total == 1 else 's'}"
-    title = f"{task}, {label}: {many}"
+    title = f"{TITLES.get(task, task)}, {label}: {many}"
     return ClassScores(title, ["class", "precision", "recall", "F1", "rows"], rows, list(names), confusion)
 
 
