@@ -15,7 +15,7 @@ from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tables.paper import paper_folder
 from wlora.analysis.tables.settings import runs_by_setting
 from wlora.cli.tables import main
-from wlora.storage.records import Record
+from wlora.storage.records import Record, RecordStore
 
 # Own rows, models, best evaluations
 
@@ -182,6 +182,15 @@ def test_a_setting_has_the_same_label_on_all_tasks(tmp_path: Path) -> None:
         make_record(tmp_path, "method=lora", f"task={task}", f"targets={targets}", metrics=0.5)
     found = {(label, task) for label, task in runs_by_setting(read_runs(tmp_path))}
     assert found == {("LoRA targets=qkv", "sst2"), ("LoRA targets=all", "sst2"), ("LoRA targets=qkv", "mrpc")}
+
+
+def test_a_key_that_is_left_out_or_null_makes_one_setting(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        made = make_record(tmp_path, "method=wlora", "task=sst2", "k=5", f"seed={seed}", metrics=0.5)
+        if seed:
+            del made.config["method"]["select_steps"]
+            RecordStore(tmp_path).write(made)
+    assert {key: len(group) for key, group in runs_by_setting(read_runs(tmp_path)).items()} == {("WLoRA K=5", "sst2"): 2}
 
 
 def test_a_task_that_stands_in_for_the_papers_can_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
