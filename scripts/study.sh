@@ -54,7 +54,7 @@ PHASES="grid beyond beyond seeds"
 small() {
     local words="${MODEL:-model=minilm} precision=bf16 train.accumulation_steps=1 train.checkpoint_every=0 train.save_adapter=false"
     case "${MODEL:-minilm} $1" in
-    model=smollm2*) words+=" task.batch_size=16 task.max_train_rows=1024 task.epochs=1" ;;
+    model=smollm2*) words+=" task.batch_size=16 task.max_train_rows=1024 task.epochs=3 train.fast_step=true" ;;
     *story_summary) words+=" task.batch_size=32 task.epochs=5" ;;
     *sst2) words+=" task.batch_size=32 task.max_train_rows=4000 task.epochs=3" ;;
     *mrpc) words+=" task.batch_size=32 task.epochs=3" ;;
