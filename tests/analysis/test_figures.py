@@ -11,7 +11,7 @@ from matplotlib import pyplot
 
 from tests.conftest import ROOT
 from tests.support.synthetic import make_record
-from wlora.analysis.figures import adapters, canvas, footprint, scores
+from wlora.analysis.figures import adapters, canvas, cost, footprint, scores
 from wlora.analysis.study_reader import read_runs
 from wlora.cli import figures
 from wlora.errors import ConfigError
@@ -103,7 +103,7 @@ def test_pareto_draws_means_over_seeds_against_parameters_and_seconds(tmp_path: 
     for seed, score in enumerate((0.7, 0.8, 0.9)):
         seconds = {"train": 10.0 + seed, "eval": 1.0, "total": 20.0}
         make_record(tmp_path, "method=lora", "task=sst2", f"seed={seed}", metrics=score, seconds=seconds)
-    upper, lower = scores.pareto(read_runs(tmp_path)).axes
+    upper, lower = cost.pareto(read_runs(tmp_path)).axes
     assert upper.lines[0].get_xydata().tolist() == [pytest.approx([1000, 0.8])]
     assert lower.lines[0].get_xydata().tolist() == [pytest.approx([11, 0.8])]
 
@@ -139,11 +139,11 @@ def test_a_figure_finds_its_model_and_says_so(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_legend_of_long_names_stays_on_the_page(tmp_path: Path) -> None:
-    for cost in (1e-4, 1e-3, 1e-2, 1e-1):
+    for price in (1e-4, 1e-3, 1e-2, 1e-1):
         for rule in ("once", "projected"):
-            words = ("method=wlora_depth", "task=sst2", f"method.depth_cost={cost}", f"method.rule={rule}")
+            words = ("method=wlora_depth", "task=sst2", f"method.depth_cost={price}", f"method.rule={rule}")
             make_record(tmp_path, *words, metrics=0.8)
-    (legend,) = scores.pareto(read_runs(tmp_path)).legends
+    (legend,) = cost.pareto(read_runs(tmp_path)).legends
     box, page = legend.get_window_extent(), legend.figure.bbox
     assert len(legend.get_texts()) == 8 and box.x0 >= page.x0 and box.x1 <= page.x1
 
@@ -202,8 +202,30 @@ def test_seconds_are_those_of_one_kind_of_machine(tmp_path: Path) -> None:
         environment = {"precision": "fp32", "processor": processor}
         seconds = {"train": train, "eval": 1.0, "total": train}
         make_record(tmp_path, "method=lora", "task=sst2", f"seed={seed}", seconds=seconds, environment=environment)
-    _, lower = scores.pareto(read_runs(tmp_path)).axes
+    _, lower = cost.pareto(read_runs(tmp_path)).axes
     assert lower.lines[0].get_xdata().tolist() == [pytest.approx(11)] and "Quick" in lower.get_xlabel()
+
+
+def test_seconds_of_a_busy_machine_are_left_out(tmp_path: Path) -> None:
+    for seed, train in enumerate((10.0, 21.0)):
+        seconds = {"train": train, "eval": 1.0, "total": train}
+        make_record(tmp_path, "method=lora", "task=sst2", f"seed={seed}", seconds=seconds)
+    (axis,) = cost.pareto(read_runs(tmp_path)).axes
+    assert "parameters" in axis.get_xlabel()
+
+
+def test_many_settings_are_drawn_in_several_rows_each_with_the_lora_of_its_targets(tmp_path: Path) -> None:
+    many = ("full", *(f"wlora k={k}" for k in range(1, 17)))
+    for method, targets in (*((method, "qkv") for method in (*many, "lora")), ("lora", "all"), ("wlora k=5", "all")):
+        words = [f"method={method}".replace(" ", ","), "task=sst2"]
+        words = [*words[0].split(","), words[1], *([f"targets={targets}"] if method != "full" else [])]
+        for lr in ("1e-3", "3e-3"):
+            make_record(tmp_path, *words, f"lr={lr}", metrics=0.8)
+    drawn = [axis.get_legend_handles_labels()[1] for axis in scores.rates(read_runs(tmp_path)).axes]
+    drawn = [[label for label in labels if "chosen" not in label] for labels in drawn]
+    assert [len(labels) for labels in drawn] == [7, 7, 6, 2], "LoRA and a third of 17, and the two settings of all linears"
+    assert [labels[0] for labels in drawn] == ["LoRA targets=qkv"] * 3 + ["LoRA targets=all"]
+    assert drawn[0][1] == "Full fine-tuning"
 
 
 def test_the_panels_keep_their_size_beside_a_long_legend(tmp_path: Path) -> None:
@@ -249,4 +271,4 @@ def test_curves_skip_the_torn_last_line_of_a_crash(tmp_path: Path) -> None:
 
 def test_the_committed_study_can_be_drawn(tmp_path: Path) -> None:
     runs = read_runs(ROOT / "results" / "first_runs")
-    assert len(scores.pareto(runs).axes) == 4, "two rows of two tasks"
+    assert len(cost.pareto(runs).axes) == 2, "two tasks; seconds of a busy machine are left out"

@@ -79,7 +79,7 @@ def _draw(words: Sequence[str], known: Sequence[Run] | None) -> None:
 
 def _figures(results: Path, filters: dict[str, str], everything: Sequence[Run]) -> dict[str, Callable[[], Figure]]:
     """Return a drawing function for every figure of a study, by name."""
-    from wlora.analysis.figures import adapters, footprint, scores
+    from wlora.analysis.figures import adapters, cost, footprint, scores
 
     runs = select(everything, filters)
     single = _of_main_model([run for run in runs if run.method in NOT_COMPARED], "dot_products")
@@ -88,7 +88,7 @@ def _figures(results: Path, filters: dict[str, str], everything: Sequence[Run]) 
         "dot_products": lambda: adapters.dot_products([*single, *(run for run in runs if run.method not in NOT_COMPARED)]),
         "memory": lambda: footprint.memory(results / "memory", filters.get("model")),
         "adapters": lambda: adapters.adapters(ours),
-        "pareto": lambda: scores.pareto(ours),
+        "pareto": lambda: cost.pareto(ours),
         "curves": lambda: scores.curves(ours, RecordStore(results)),
         "rates": lambda: scores.rates(ours),
         "selection": lambda: scores.selection(ours),

@@ -35,7 +35,7 @@ def adapters(runs: Sequence[Run]) -> Figure:
     layers = max(target.layer for group in chosen.values() for target in targets_of(group[0])) + 1
     width = max(COLUMN, min(PAGE, 1.9 * len(tasks)))
     titles = {
-        key: textwrap.fill(f"{TITLES.get(key[1], key[1])}, {key[0]}", round(14 * width / len(tasks))) for key in chosen
+        key: textwrap.fill(f"{TITLES.get(key[1], key[1])}, {key[0]}", round(12 * width / len(tasks))) for key in chosen
     }
     lines = max(title.count("\n") for title in titles.values())
     figure, axes = new_figure(len(labels), len(tasks), width=width, height=0.45 + 0.17 * layers + 0.11 * lines)
@@ -69,13 +69,13 @@ def _draw_kept(axis: Axes, runs: Sequence[Run]) -> AxesImage:
             rank[where] += adapter["rank"]
     image = axis.imshow(kept / len(runs), cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
     grown = any(adapter["rank"] != run.rank for run in runs for adapter in run.record.adapters)
+    narrow = len(kinds) > 4
     for layer, kind in zip(*np.nonzero(kept), strict=True):
         count = kept[layer, kind]
         text = f"{omega[layer, kind] / count:.2f}" + (f"\nr={rank[layer, kind] / count:.0f}" if grown else "")
-        axis.text(
-            kind, layer, text, ha="center", va="center", fontsize=5, color="white" if count / len(runs) > 0.6 else "black"
-        )
-    axis.set_xticks(range(len(kinds)), [short_kind(kind) for kind in kinds], rotation=0 if len(kinds) <= 4 else 45)
+        size, colour = 3.5 if narrow else 4 if grown else 5, "white" if count / len(runs) > 0.6 else "black"
+        axis.text(kind, layer, text, ha="center", va="center", fontsize=size, color=colour)
+    axis.set_xticks(range(len(kinds)), [short_kind(kind) for kind in kinds], rotation=90 if narrow else 0)
     axis.set_yticks(range(0, shape[0], 1 if shape[0] <= 12 else 4))
     axis.set_ylabel("layer")
     return image

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from wlora.analysis.statistics import Summary, generator, summarize
+from wlora.analysis.study import Run
 from wlora.errors import ConfigError
 from wlora.storage.atomic_write import staged
 
@@ -132,3 +136,50 @@ def side_by_side(values: Sequence[float], *, ratio: float, widest: float) -> lis
 def count_axis(axis: Axes) -> None:
     """Put ticks at whole numbers only."""
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def leave_out(axis: Axes, why: str = "") -> None:
+    """Hide a panel and write the reason in its place."""
+    axis.clear()
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, why, ha="center", va="center", color="0.4", transform=axis.transAxes)
+
+
+def fit(title: str, inches: float) -> str:
+    """Break the lines of a title or axis label so that none is longer than a panel of this width."""
+    return "\n".join(textwrap.fill(line, round(14 * inches)) for line in title.split("\n"))
+
+
+def metric_name(groups: dict[tuple[str, str], list[Run]], task: str) -> str:
+    """Return the name of a task's primary metric; keys are (label, task)."""
+    name = next(group[0].record.primary_metric for (_, where), group in groups.items() if where == task)
+    return name.replace("_", "/")
+
+
+def mean_score(group: Sequence[Run], name: str) -> Summary:
+    """Summarise the scores of a group of runs; the name seeds the bootstrap."""
+    return summarize([run.score for run in group], generator(0, name))
+
+
+def error_bars(summary: Summary) -> np.ndarray | None:
+    """Return the lengths of the error bars, [2, 1]; None without an interval."""
+    if summary.low is None or summary.high is None:
+        return None
+    return np.array([[max(0.0, summary.mean - summary.low)], [max(0.0, summary.high - summary.mean)]])
+
+
+def add_legend(figure: Figure, axes: Sequence[Axes], more: dict[str, Any] | None = None) -> None:
+    """Draw one legend for all panels below them, in as many columns as fit on the page."""
+    once: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            once.setdefault(label, handle)
+    once |= more or {}
+    for columns in range(min(len(once), 4), 0, -1):
+        legend = figure.legend(list(once.values()), list(once), loc="outside lower center", ncols=columns)
+        box = legend.get_window_extent()
+        if columns == 1 or box.width <= figure.bbox.width:
+            # Enlarge the figure by the legend's height, so that the panels keep their size.
+            figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
+            return
+        legend.remove()

@@ -1,4 +1,4 @@
-"""Figures of scores: against cost (`pareto`), rate (`rates`), K, T and ω (`selection`), and over training (`curves`)."""
+"""Figures of scores: against rate (`rates`), K, T and ω (`selection`), and over training (`curves`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from wlora.analysis.figures.canvas import COLUMN, PAGE, count_axis, new_figure, nothing, side_by_side, style_of
+from wlora.analysis.figures.canvas import (
+    COLUMN,
+    PAGE,
+    add_legend,
+    count_axis,
+    error_bars,
+    leave_out,
+    mean_score,
+    metric_name,
+    new_figure,
+    nothing,
+    side_by_side,
+    style_of,
+)
 from wlora.analysis.series import smooth
-from wlora.analysis.statistics import Summary, generator, summarize
+from wlora.analysis.statistics import Summary
 from wlora.analysis.study import Run
 from wlora.analysis.study_reader import read_curve
 from wlora.analysis.tables.layouts import LABELS, row_of
@@ -23,87 +36,10 @@ from wlora.storage.records import RecordStore
 
 # Kinds of events that a learning curve marks.
 MARKED = ("cut", "select", "extend", "grow", "prune", "share", "allocate")
+# Settings in one panel besides LoRA. The lines of more could not be told apart.
+LINES = 8
 # The last bar of the histogram of ω counts all values from this one on: at a high learning rate a single ω may be 50.
 LARGEST_OMEGA = 2.0
-
-
-def pareto(runs: Sequence[Run]) -> Figure:
-    """Draw score against cost, one point per setting, with 95 % intervals.
-
-    Costs are trained parameters, training seconds on the machine with most of the runs, and, if all records have them, the
-    bytes saved for the backward pass. Settings with equal numbers of parameters are drawn side by side.
-    """
-    chosen = chosen_runs(runs)
-    if not chosen:
-        raise nothing("pareto", "no successful run")
-    tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
-    styles = style_of(labels)
-    machine = Counter(run.machine for group in chosen.values() for run in group).most_common(1)[0][0]
-    costs: dict[str, _Cost] = {
-        "trained parameters without the head": lambda group: Summary(float(np.mean([_trained(run) for run in group]))),
-        f"training seconds\n{machine}": lambda group: _seconds(group, machine),
-    }
-    if all("saved" in run.record.memory for group in chosen.values() for run in group):
-        costs["MiB saved for the backward pass"] = lambda group: Summary(
-            float(np.mean([run.record.memory["saved"] for run in group])) / 2**20
-        )
-    figure, axes = new_figure(len(costs), len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=2.2)
-    for column, task in enumerate(tasks):
-        groups = {label: chosen[label, task] for label in labels if (label, task) in chosen}
-        for line, (title, cost) in zip(axes, costs.items(), strict=True):
-            axis = line[column]
-            _draw_costs(axis, groups, cost, styles, task, apart=title.startswith("trained"))
-            axis.set_xlabel(title)
-            axis.set_ylabel(_metric(chosen, task))
-        _count_scale(axes[0][column], max(_trained(run) for group in chosen.values() for run in group))
-        axes[0][column].set_title(TITLES.get(task, task))
-    _legend(figure, axes[0])
-    return figure
-
-
-_Cost = Callable[[Sequence[Run]], Summary | None]
-
-
-def _seconds(group: Sequence[Run], machine: str) -> Summary | None:
-    """Summarise the training seconds of the runs on one machine. Times of different machines are not comparable."""
-    values = [run.record.seconds["train"] for run in group if run.machine == machine]
-    return summarize(values, generator(0, f"{group[0].record.run_id} seconds")) if values else None
-
-
-def _draw_costs(
-    axis: Axes,
-    groups: dict[str, list[Run]],
-    cost: _Cost,
-    styles: dict[str, dict[str, Any]],
-    task: str,
-    *,
-    apart: bool,
-) -> None:
-    found = {label: price for label, group in groups.items() if (price := cost(group)) is not None}
-    means = [price.mean for price in found.values()]
-    for (label, price), x in zip(found.items(), side_by_side(means, ratio=1.2, widest=4.0) if apart else means, strict=True):
-        score = _summary(groups[label], f"{label} {task}")
-        style: dict[str, Any] = {"color": styles[label]["color"], "fmt": styles[label]["marker"], "label": label}
-        style |= {"elinewidth": 0.6, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.3}
-        axis.errorbar(x, score.mean, xerr=_bars(price), yerr=_bars(score), **style)
-
-
-def _count_scale(axis: Axes, largest: int) -> None:
-    """Make an axis of parameter counts logarithmic, with a place for 0 (only the head is trained)."""
-    axis.set_xscale("symlog", linthresh=1000)
-    axis.set_xticks([0, *(10**power for power in range(4, len(str(largest)) + 1))])
-    axis.minorticks_off()
-
-
-def _trained(run: Run) -> int:
-    counts = run.record.parameters
-    return counts["adapter_final"] + (counts["base"] + counts["head"] if counts["base"] else 0)
-
-
-def _metric(chosen: dict[tuple[str, str], list[Run]], task: str) -> str:
-    """Return the name of a task's primary metric."""
-    name = next(group[0].record.primary_metric for (_, where), group in chosen.items() if where == task)
-    return name.replace("_", "/")
 
 
 def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
@@ -113,33 +49,37 @@ def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
     if not any(bands.values()):
         raise nothing("curves", f"no learning curve of a successful run in {store.folder}")
     tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
-    styles = style_of(labels)
-    figure, axes = new_figure(2, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.8)
-    for column, task in enumerate(tasks):
-        upper, lower = axes[0][column], axes[1][column]
-        for label in labels:
-            if (found := bands.get((label, task))) is None:
+    styles, rows = style_of(labels), _rows(chosen)
+    width = max(COLUMN, min(PAGE, 2.4 * len(tasks)))
+    figure, axes = new_figure(2 * len(rows), len(tasks), width=width, height=1.8)
+    for row, shown in enumerate(rows):
+        for column, task in enumerate(tasks):
+            upper, lower = axes[2 * row][column], axes[2 * row + 1][column]
+            here = {label: found for label in shown if (found := bands.get((label, task))) is not None}
+            if not here:
+                leave_out(upper)
+                leave_out(lower)
                 continue
-            losses, metric = found
-            style = {key: styles[label][key] for key in ("color", "linestyle")}
-            _draw_band(upper, losses, label, style)
-            if metric.shape[1] > 1:
-                _draw_band(lower, metric, label, style, marker=styles[label]["marker"])
-            events = (event for run in chosen[label, task] for event in run.record.events)
-            moments = sorted({event["step"] for event in events if event["kind"] in MARKED})
-            for moment in moments if len(moments) <= 4 else (moments[0], moments[-1]):
-                for axis in (upper, lower):
-                    axis.axvline(moment, color=style["color"], linewidth=0.5, linestyle=":")
-        upper.set_title(TITLES.get(task, task))
-        upper.set_ylabel("training loss, smoothed")
-        lower.set_ylabel(_metric(chosen, task))
-        if not any(band[1].shape[1] > 1 for (_, where), band in bands.items() if where == task and band):
-            _leave_out(lower, "a single evaluation,\nwhich the tables show")
-        for axis in (upper, lower):
-            axis.set_xlim(left=0)
-        lower.set_xlabel("optimiser step")
+            for label, (losses, metric) in here.items():
+                style = {key: styles[label][key] for key in ("color", "linestyle")}
+                _draw_band(upper, losses, label, style)
+                if metric.shape[1] > 1:
+                    _draw_band(lower, metric, label, style, marker=styles[label]["marker"])
+                events = (event for run in chosen[label, task] for event in run.record.events)
+                moments = sorted({event["step"] for event in events if event["kind"] in MARKED})
+                for moment in moments if len(moments) <= 4 else (moments[0], moments[-1]):
+                    for axis in (upper, lower):
+                        axis.axvline(moment, color=style["color"], linewidth=0.5, linestyle=":")
+            upper.set_title(TITLES.get(task, task))
+            upper.set_ylabel("training loss, smoothed")
+            lower.set_ylabel(metric_name(chosen, task))
+            if not any(metric.shape[1] > 1 for _, metric in here.values()):
+                leave_out(lower, "a single evaluation,\nwhich the tables show")
+            for axis in (upper, lower):
+                axis.set_xlim(left=0)
+            lower.set_xlabel("optimiser step")
     changes = Line2D([], [], color="0.3", linewidth=0.5, linestyle=":")
-    _legend(figure, axes[0], {"adapters cut or grown": changes})
+    add_legend(figure, [axis for line in axes for axis in line], {"adapters cut or grown": changes})
     return figure
 
 
@@ -188,31 +128,60 @@ def rates(runs: Sequence[Run]) -> Figure:
         )
     groups = {key: group for key, (_, group) in found.items()}
     tasks, labels = tasks_of(run for group in groups.values() for run in group), list(dict.fromkeys(k for k, _ in found))
-    styles = style_of(labels)
+    styles, rows = style_of(labels), _rows(groups)
     wide = len(tasks) > 1 or len(labels) > 6
-    figure, axes = new_figure(1, len(tasks), width=PAGE if wide else COLUMN, height=2.2)
+    figure, axes = new_figure(len(rows), len(tasks), width=PAGE if wide else COLUMN, height=2.2)
     star: dict[str, Any] = {"marker": "*", "markersize": 6, "linestyle": "none"}
     star |= {"markeredgewidth": 0.4, "markeredgecolor": "black"}
-    for axis, task in zip(axes[0], tasks, strict=True):
-        every = {run.point.lr for (_, where), group in groups.items() if where == task for run in group}
-        here = [label for label in labels if (label, task) in found]
-        stars = side_by_side([found[label, task][0].point.lr for label in here], ratio=1.05, widest=1.2)
-        for label, place in zip(here, stars, strict=True):
-            choice, group = found[label, task]
-            lines = {rate: _summary(kept, f"{label} {task} {rate}") for rate, kept in _along_rates(choice, group).items()}
-            _draw_line(axis, list(lines.items()), label, styles[label])
-            reported = [run for run in choice.reported(group) if run.status == "success"]
-            if reported:
-                score, style = _summary(reported, f"{label} {task}"), {**star, "color": styles[label]["color"]}
-                axis.errorbar([place], [score.mean], yerr=_bars(score), elinewidth=0.6, zorder=5, **style)
-        axis.set_xscale("log")
-        axis.set_xticks(sorted(every), [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in sorted(every)])
-        axis.minorticks_off()
-        axis.set_title(TITLES.get(task, task))
-        axis.set_xlabel("learning rate")
-        axis.set_ylabel(_metric(groups, task))
-    _legend(figure, axes[0], {"chosen, over the reported seeds": Line2D([], [], color="0.8", **star)})
+    for shown, line in zip(rows, axes, strict=True):
+        for axis, task in zip(line, tasks, strict=True):
+            here = {label: found[label, task] for label in shown if (label, task) in found}
+            if not here:
+                leave_out(axis)
+                continue
+            every = sorted({run.point.lr for _, group in here.values() for run in group})
+            stars = side_by_side([choice.point.lr for choice, _ in here.values()], ratio=1.05, widest=1.2)
+            for (label, (choice, group)), place in zip(here.items(), stars, strict=True):
+                by_rate = _along_rates(choice, group).items()
+                points = [(rate, mean_score(kept, f"{label} {task} {rate}")) for rate, kept in by_rate]
+                _draw_line(axis, points, label, styles[label])
+                reported = [run for run in choice.reported(group) if run.status == "success"]
+                if reported:
+                    score, style = mean_score(reported, f"{label} {task}"), {**star, "color": styles[label]["color"]}
+                    axis.errorbar([place], [score.mean], yerr=error_bars(score), elinewidth=0.6, zorder=5, **style)
+            axis.set_xscale("log")
+            names = [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in every]
+            axis.set_xticks(every, names, rotation=90 if wide and len(every) > 4 else 0)
+            axis.minorticks_off()
+            axis.set_title(TITLES.get(task, task))
+            axis.set_xlabel("learning rate")
+            axis.set_ylabel(metric_name(groups, task))
+    chosen = Line2D([], [], color="0.8", **star)
+    add_legend(figure, [axis for line in axes for axis in line], {"chosen, over the reported seeds": chosen})
     return figure
+
+
+def _rows(groups: dict[tuple[str, str], list[Run]]) -> list[list[str]]:
+    """Divide the settings into rows of panels, so that no panel has more than LoRA and `LINES` others.
+
+    Each model and targets have their own rows, and each row shows their LoRA. Methods without targets, such as full
+    fine-tuning, go to the targets with most settings.
+    """
+    first = {label: group[0] for (label, _), group in groups.items()}
+    if len(first) <= LINES + 1:
+        return [list(first)]
+    sizes = Counter(_size(run) for run in first.values() if run.setting.get("method.targets")).most_common()
+    by_size: dict[tuple[str, str], list[str]] = {size: [] for size, _ in sizes or [(("", ""), 0)]}
+    most = next(iter(by_size.values()))
+    for label, run in first.items():
+        by_size.get(_size(run), most).append(label)
+    rows = []
+    for labels in by_size.values():
+        reference = [label for label in labels if first[label].method == "lora"][:1]
+        others = [label for label in labels if label not in reference]
+        for part in np.array_split(others, max(1, -(-len(others) // LINES))):
+            rows.append([*reference, *map(str, part)])
+    return rows
 
 
 def _compared(group: Sequence[Run]) -> Choice | None:
@@ -275,13 +244,13 @@ def selection(runs: Sequence[Run]) -> Figure:
             axis.set_xlabel("T, steps of selection")
         for axis in (by_k, *by_steps):
             _draw_lora(axis, [group for group in mine if group[0].method == "lora"], task)
-            axis.set_ylabel(_metric(chosen, task))
+            axis.set_ylabel(metric_name(chosen, task))
             count_axis(axis)
         for axis in by_steps:
             if not by_t[task]:
-                _leave_out(axis, "a single T")
+                leave_out(axis, "a single T")
         _draw_omegas(histogram, [w for group in mine for run in group for w in _omegas(run)])
-    _legend(figure, [axis for line in axes[:-1] for axis in line])
+    add_legend(figure, [axis for line in axes[:-1] for axis in line])
     return figure
 
 
@@ -308,17 +277,10 @@ def _several_t(groups: Sequence[Sequence[Run]]) -> list[Sequence[Run]]:
 def _draw_lora(axis: Axes, groups: Sequence[Sequence[Run]], task: str) -> None:
     """Draw the mean score of each LoRA setting as a horizontal line, if it is inside the panel."""
     for group in groups:
-        mean = _summary(group, f"lora {task}").mean
+        mean = mean_score(group, f"lora {task}").mean
         axis.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=LABELS["lora"])
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, mean - 0.06 * (high - low)), max(high, mean + 0.06 * (high - low)))
-
-
-def _leave_out(axis: Axes, why: str) -> None:
-    """Hide a panel and write the reason in its place."""
-    axis.clear()
-    axis.set_axis_off()
-    axis.text(0.5, 0.5, why, ha="center", va="center", color="0.4", transform=axis.transAxes)
 
 
 def _largest(groups: Sequence[Sequence[Run]], key: Callable[[Run], object]) -> list[Sequence[Run]]:
@@ -347,14 +309,14 @@ def _draw_against(
         value = quantity(group[0])
         if value is not None:
             name = label(group[0])
-            lines.setdefault(name, []).append((value, _summary(group, f"{name} {value}")))
+            lines.setdefault(name, []).append((value, mean_score(group, f"{name} {value}")))
     for name, points in lines.items():
         _draw_line(axis, sorted(points, key=lambda point: point[0]), name, styles[name])
 
 
 def _draw_line(axis: Axes, points: Sequence[tuple[float, Summary]], label: str, style: dict[str, Any]) -> None:
     """Draw a line through means, with intervals where all points have one."""
-    bars = [bar for _, score in points if (bar := _bars(score)) is not None]
+    bars = [bar for _, score in points if (bar := error_bars(score)) is not None]
     ends = np.hstack(bars) if bars and len(bars) == len(points) else None
     means = [score.mean for _, score in points]
     axis.errorbar([x for x, _ in points], means, yerr=ends, elinewidth=0.6, label=label, **style)
@@ -370,31 +332,3 @@ def _omegas(run: Run) -> list[float]:
         return []
     cuts = [event["omega"] for event in run.record.events if event["kind"] in ("cut", "select") and "omega" in event]
     return list(cuts[-1].values()) if cuts else []
-
-
-def _summary(group: Sequence[Run], name: str) -> Summary:
-    return summarize([run.score for run in group], generator(0, name))
-
-
-def _bars(summary: Summary) -> np.ndarray | None:
-    """Return the lengths of the error bars, [2, 1]; None without an interval."""
-    if summary.low is None or summary.high is None:
-        return None
-    return np.array([[max(0.0, summary.mean - summary.low)], [max(0.0, summary.high - summary.mean)]])
-
-
-def _legend(figure: Figure, axes: Sequence[Axes], more: dict[str, Any] | None = None) -> None:
-    """Draw one legend for all panels below them, in as many columns as fit on the page."""
-    once: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            once.setdefault(label, handle)
-    once |= more or {}
-    for columns in range(min(len(once), 4), 0, -1):
-        legend = figure.legend(list(once.values()), list(once), loc="outside lower center", ncols=columns)
-        box = legend.get_window_extent()
-        if columns == 1 or box.width <= figure.bbox.width:
-            # Enlarge the figure by the legend's height, so that the panels keep their size.
-            figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
-            return
-        legend.remove()
