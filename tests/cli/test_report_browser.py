@@ -150,6 +150,21 @@ def test_every_section_is_drawn_within_the_page(width: int, read: Callable[..., 
     assert reader.errors() == []
 
 
+def test_the_same_two_methods_in_two_tables_have_two_marks(driver: Any, tmp_path: Path) -> None:
+    for targets, tasks in (("qkv", ("sst2", "rte")), ("all", ("sst2",))):
+        for task in tasks:
+            for method, score in (("lora", 0.8), ("wlora", 0.7)):
+                for seed in range(3):
+                    words = [f"method={method}", f"task={task}", f"seed={seed}", f"targets={targets}"]
+                    make_record(tmp_path, *words, *(["k=5"] if method == "wlora" else []), metrics=score + seed / 100)
+    report.main([f"results_dir={tmp_path}"])
+    driver.get((tmp_path / "report.html").as_uri())
+    reader = Reader(driver)
+    reader.wait("document.querySelectorAll('#claims .mark-symbol path').length === 2")
+    labels = reader.ask("[...document.querySelectorAll('#claims .role-axis-label text')].map((text) => text.textContent)")
+    assert {"WLoRA K=5 vs LoRA · Table 1", "WLoRA K=5 vs LoRA · Table 2, SST-2"} <= set(labels)
+
+
 def test_filters_change_the_list_and_the_charts(read: Callable[..., Reader]) -> None:
     reader = read()
     reader.see("cost")

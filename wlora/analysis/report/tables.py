@@ -117,6 +117,7 @@ def claims_data(findings: Sequence[Finding]) -> list[dict[str, Any]]:
             {
                 "claim": finding.claim.text,
                 "kind": finding.claim.kind,
+                "table": finding.table,
                 "pair": f"{finding.a.label} vs {finding.b.label}{rank}",
                 "task": finding.task,
                 "tasks": len(finding.tasks),

@@ -2,6 +2,9 @@
 
 // The claims -------------------------------------------------------------------------------------------------------------
 
+// Width of the labels on a phone, in pixels.
+const NARROW = 152;
+
 const CLASSES = { holds: "holds", "does not hold": "fails", undecided: "open" };
 const KINDS = { better: "above 0", worse: "below 0", equivalent: "inside the band", "at least": "not below the band, nor below 0" };
 
@@ -13,11 +16,12 @@ async function drawClaims() {
   const groups = [...groupBy(found, (one) => one.claim)];
   // The zeros of all claims stand below each other.
   const longest = Math.max(...found.map((one) => claimRow(one, each).label.length));
-  const extent = innerWidth < 600 ? 130 : Math.min(330, 20 + 6 * longest);
+  const extent = innerWidth < 600 ? NARROW : Math.min(330, 20 + 6 * longest);
   if (box.children.length !== groups.length)
     box.innerHTML = groups.map(() => `<div class="claim"><h3></h3><p class="verdicts"></p><div class="chart"></div></div>`).join("");
   for (const [index, [claim, all]] of groups.entries()) {
-    const shown = all.filter((one) => each || one.tasks > 1 || !all.some((other) => other.pair === one.pair && other.tasks > 1));
+    const whole = new Set(all.filter((one) => one.tasks > 1).map((one) => one.pair + one.table));
+    const shown = all.filter((one) => each || one.tasks > 1 || !whole.has(one.pair + one.table));
     const element = box.children[index];
     element.querySelector("h3").textContent = claim;
     element.querySelector("p").innerHTML = Object.entries(CLASSES).map(([verdict, name]) => [verdict, name,
@@ -40,23 +44,25 @@ function claimRow(one, each) {
   const where = one.task || `all ${one.tasks} tasks`;
   const name = one.pair.replace(/, r=\d+$/, (rank) => (new Set(data.runs.rank.filter(Boolean)).size > 1 ? rank : ""));
   const interval = one.low === null ? "" : ` [${signed(one.low)}, ${signed(one.high)}]`;
-  return { ...one, label: each || one.tasks < 2 ? `${name} · ${where}` : name, Comparison: one.pair, Task: where,
+  const table = new Set(data.claims[state.score].map((other) => other.table)).size > 1 ? `Table ${one.table}` : "";
+  const what = [table, each || one.tasks < 2 ? where : ""].filter(Boolean).join(", ");
+  return { ...one, label: what ? `${name} · ${what}` : name, Comparison: one.pair, Table: one.table, Task: where,
     Difference: signed(one.mean) + interval, Verdict: one.verdict, p: chance(one.p), Pairs: one.pairs,
     "P(improvement)": one.probability, "Share of parameters": one.share === null ? "" : `${Math.round(100 * one.share)} %`,
     "Order turns at the common rate": one.turned.join(", ") || "none" };
 }
 
 function claimSpec(rows, end, each, extent) {
-  const x = (field) => ({ field, type: "quantitative", title: "difference, points", scale: { domain: [-end, end] }, axis: { tickCount: extent > 130 ? 9 : 5 } });
+  const x = (field) => ({ field, type: "quantitative", title: "difference, points", scale: { domain: [-end, end] }, axis: { tickCount: extent > NARROW ? 9 : 5 } });
   const y = { field: "label", type: "nominal", sort: rows.map((row) => row.label), title: null,
     axis: { labelLimit: extent, minExtent: extent, maxExtent: extent, ticks: false, domain: false, grid: true, gridDash: [1, 3],
-      labelPadding: 8, labelFontSize: extent > 130 ? 11 : 9.5 } };
+      labelPadding: 8, ...(extent > NARROW ? { labelFontSize: 11 } : { labelFontSize: 9.5, labelExpr: "split(datum.label, ' · ')" }) } };
   const color = { field: "verdict", type: "nominal", legend: null,
     scale: { domain: Object.keys(CLASSES), range: [tint("holds"), tint("fails"), tint("open")] } };
-  const fields = ["Comparison", "Task", "Difference", "Verdict", "p", "P(improvement)", "Pairs", "Share of parameters",
+  const fields = ["Comparison", "Table", "Task", "Difference", "Verdict", "p", "P(improvement)", "Pairs", "Share of parameters",
     "Order turns at the common rate"];
   const tooltip = fields.map((field) => ({ field }));
-  return { height: { step: each ? 20 : 24 }, layer: [
+  return { height: { step: extent > NARROW ? (each ? 20 : 24) : 30 }, layer: [
     { mark: { type: "rect", color: tint("band"), clip: true }, encoding: { x: { datum: -1, type: "quantitative" }, x2: { datum: 1 } } },
     { mark: { type: "rule", color: tint("front") }, encoding: { x: { datum: 0, type: "quantitative" } } },
     { mark: { type: "rule", strokeWidth: 2, clip: true }, encoding: { x: x("low"), x2: { field: "high" }, y, color, tooltip } },

@@ -157,8 +157,15 @@ function ended(rows, run) {
   return rows;
 }
 
-const endLabels = (x, y) => ({ transform: [{ filter: "datum.end" }], mark: { type: "text", align: "left", dx: 6, fontSize: 9 },
-  encoding: { x, y, text: { field: "end" }, color: methodScale("colour") } });
+// Labels that would cover each other are left out. The filters and the tooltips still tell the lines apart.
+function endLabels(rows, x, y) {
+  const named = rows.filter((row) => row.end), values = rows.filter((row) => !row.event).map((row) => row.value);
+  const apart = 0.05 * (Math.max(...values) - Math.min(...values));
+  const covered = (row, other) => other !== row && other[x.field] === row[x.field] && Math.abs(other.value - row.value) < apart;
+  for (const row of named) row.label = named.some((other) => covered(row, other)) ? "" : row.end;
+  return { transform: [{ filter: "datum.label" }], mark: { type: "text", align: "left", dx: 6, fontSize: 9 },
+    encoding: { x, y, text: { field: "label" }, color: methodScale("colour") } };
+}
 
 const tip = (run) => ({ Setting: run.setting, Rate: rate(run.lr), Seed: run.seed, Run: run.id, Command: run.command });
 
@@ -169,7 +176,7 @@ function lineSpec(field, rows, height = 230) {
   const events = rows.some((row) => row.event) ? [
     { mark: { type: "rule", strokeDash: [2, 3], opacity: 0.5 }, transform: [{ filter: "datum.event" }],
       encoding: { x, color: methodScale("colour") } }] : [];
-  return { height, layer: [...events, endLabels(x, y),
+  return { height, layer: [...events, endLabels(rows, x, y),
     { mark: { type: "line", strokeWidth: 1.6, opacity: 0.9 }, transform: [{ filter: "!datum.event" }],
       encoding: { x, y, detail: { field: "line" }, color: methodScale("colour") } },
     { mark: { type: "point", filled: true, size: 22 }, transform: [{ filter: "!datum.event" }],
@@ -355,7 +362,7 @@ function rateSpec(rows) {
   const tooltip = ["Setting", "Rate", "Seeds", "Run", "Command"].map((field) => ({ field }));
   tooltip.splice(1, 0, { field: "value", title: "score", format: ".4f" });
   const plain = [{ filter: "!datum.tuned" }];
-  return { height: 250, layer: [endLabels(x, y),
+  return { height: 250, layer: [endLabels(rows, x, y),
     { transform: plain, mark: { type: "line", strokeWidth: 1.4, opacity: 0.8 }, encoding: { x, y, color, detail: { field: "line" } } },
     { transform: plain, mark: { type: "point", filled: true, size: 40 }, encoding: { x, y, color, shape: methodScale("shape"), tooltip } },
     { transform: [{ filter: "datum.tuned" }], encoding: { x, y, color, tooltip }, mark: { type: "point", filled: true, size: 170, opacity: 1,
