@@ -122,9 +122,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def read(driver: Any, page: Path) -> Callable[..., Reader]:
-    """Return a function that opens the page at a width in pixels."""
+    """Return a function that opens the page, or another one, at a width in pixels."""
 
-    def opened(width: int = 1280) -> Reader:
+    def opened(width: int = 1280, page: Path = page) -> Reader:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         driver.get(page.as_uri())
@@ -150,7 +150,7 @@ def test_every_section_is_drawn_within_the_page(width: int, read: Callable[..., 
     assert reader.errors() == []
 
 
-def test_the_same_two_methods_in_two_tables_have_two_marks(driver: Any, tmp_path: Path) -> None:
+def test_the_same_two_methods_in_two_tables_have_two_marks(read: Callable[..., Reader], tmp_path: Path) -> None:
     for targets, tasks in (("qkv", ("sst2", "rte")), ("all", ("sst2",))):
         for task in tasks:
             for method, score in (("lora", 0.8), ("wlora", 0.7)):
@@ -158,8 +158,7 @@ def test_the_same_two_methods_in_two_tables_have_two_marks(driver: Any, tmp_path
                     words = [f"method={method}", f"task={task}", f"seed={seed}", f"targets={targets}"]
                     make_record(tmp_path, *words, *(["k=5"] if method == "wlora" else []), metrics=score + seed / 100)
     report.main([f"results_dir={tmp_path}"])
-    driver.get((tmp_path / "report.html").as_uri())
-    reader = Reader(driver)
+    reader = read(page=tmp_path / "report.html")
     reader.wait("document.querySelectorAll('#claims .mark-symbol path').length === 2")
     labels = reader.ask("[...document.querySelectorAll('#claims .role-axis-label text')].map((text) => text.textContent)")
     assert {"WLoRA K=5 vs LoRA · Table 1", "WLoRA K=5 vs LoRA · Table 2, SST-2"} <= set(labels)
