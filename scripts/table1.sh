@@ -21,8 +21,8 @@ paper)
     finish wlora.tables 1 model=deberta_v3_base ${protocol%% *}
     ;;
 cpu)
-    # The methods of the paper's claims have five seeds, the others three. ALoRA has one, on two tasks: it takes many times longer.
-    for part in claims others alora; do
+    # The methods of the paper's claims have five seeds, the others three.
+    for part in claims others; do
         for PHASE in $PHASES; do
             for task in sst2 mrpc qnli; do
                 case $part in
@@ -31,8 +31,7 @@ cpu)
                     tune_small 5 $task wlora k=1,3,5
                     tune_small 5 $task wlora_plus
                     ;;
-                others) for method in $methods; do [[ $method = lora || $method = alora ]] || tune_small 3 $task $method; done ;;
-                alora) [ $task = qnli ] || tune_small 1 $task alora ;;
+                others) for method in $methods; do [ $method = lora ] || tune_small 3 $task $method; done ;;
                 esac
             done
             stage
