@@ -215,12 +215,11 @@ def test_seconds_of_a_busy_machine_are_left_out(tmp_path: Path) -> None:
 
 
 def test_many_settings_are_drawn_in_several_rows_each_with_the_lora_of_its_targets(tmp_path: Path) -> None:
-    many = ("full", *(f"wlora k={k}" for k in range(1, 17)))
-    for method, targets in (*((method, "qkv") for method in (*many, "lora")), ("lora", "all"), ("wlora k=5", "all")):
-        words = [f"method={method}".replace(" ", ","), "task=sst2"]
-        words = [*words[0].split(","), words[1], *([f"targets={targets}"] if method != "full" else [])]
+    some = [["method=lora", "targets=qkv"], *(["method=wlora", "targets=qkv", f"k={k}"] for k in range(1, 17))]
+    others = [["method=lora", "targets=all"], ["method=wlora", "targets=all", "k=5"]]
+    for words in (["method=full"], *some, *others):
         for lr in ("1e-3", "3e-3"):
-            make_record(tmp_path, *words, f"lr={lr}", metrics=0.8)
+            make_record(tmp_path, "task=sst2", *words, f"lr={lr}", metrics=0.8)
     drawn = [axis.get_legend_handles_labels()[1] for axis in scores.rates(read_runs(tmp_path)).axes]
     drawn = [[label for label in labels if "chosen" not in label] for labels in drawn]
     assert [len(labels) for labels in drawn] == [7, 7, 6, 2], "LoRA and a third of 17, and the two settings of all linears"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -12,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
-from wlora.analysis.figures.canvas import COLOURS, COLUMN, PAGE, new_figure, nothing
+from wlora.analysis.figures.canvas import COLOURS, COLUMN, PAGE, fit, new_figure, nothing, page_width, tasks_and_labels
 from wlora.analysis.study import Run, require_one_setting
-from wlora.analysis.tables.settings import TITLES, chosen_runs, tasks_of
+from wlora.analysis.tables.settings import TITLES, chosen_runs
 from wlora.analysis.targets import selects, short_kind, targets_of
 
 # An adapter is starred if at least this share of the runs keeps it.
@@ -31,12 +30,11 @@ def adapters(runs: Sequence[Run]) -> Figure:
     chosen = {key: group for key, group in chosen_runs(runs).items() if selects(group[0])}
     if not chosen:
         raise nothing("adapters", "no successful run of a method that selects adapters, as wlora does")
-    tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
+    tasks, labels = tasks_and_labels(chosen)
     layers = max(target.layer for group in chosen.values() for target in targets_of(group[0])) + 1
-    width = max(COLUMN, min(PAGE, 1.9 * len(tasks)))
-    titles = {
-        key: textwrap.fill(f"{TITLES.get(key[1], key[1])}, {key[0]}", round(12 * width / len(tasks))) for key in chosen
-    }
+    width = page_width(len(tasks), each=1.9)
+    # The colour bar takes a seventh of the width.
+    titles = {(label, task): fit(f"{TITLES.get(task, task)}, {label}", 6 / 7 * width / len(tasks)) for label, task in chosen}
     lines = max(title.count("\n") for title in titles.values())
     figure, axes = new_figure(len(labels), len(tasks), width=width, height=0.45 + 0.17 * layers + 0.11 * lines)
     for line, label in zip(axes, labels, strict=True):

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from wlora.analysis.statistics import Summary, generator, summarize
 from wlora.analysis.study import Run
+from wlora.analysis.tables.settings import tasks_of
 from wlora.errors import ConfigError
 from wlora.storage.atomic_write import staged
 
@@ -138,6 +139,16 @@ def count_axis(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def tasks_and_labels(groups: dict[tuple[str, str], list[Run]]) -> tuple[list[str], list[str]]:
+    """Return the tasks and the labels of groups with the keys (label, task), each in the order in which it is drawn."""
+    return tasks_of(run for group in groups.values() for run in group), list(dict.fromkeys(label for label, _ in groups))
+
+
+def page_width(columns: int, each: float = 2.4) -> float:
+    """Return the width of a figure in inches: `each` per column of panels, at least a text column, at most a page."""
+    return max(COLUMN, min(PAGE, each * columns))
+
+
 def leave_out(axis: Axes, why: str = "") -> None:
     """Hide a panel and write the reason in its place."""
     axis.clear()
@@ -147,6 +158,7 @@ def leave_out(axis: Axes, why: str = "") -> None:
 
 def fit(title: str, inches: float) -> str:
     """Break the lines of a title or axis label so that none is longer than a panel of this width."""
+    # About 14 characters of the page's font fit in an inch.
     return "\n".join(textwrap.fill(line, round(14 * inches)) for line in title.split("\n"))
 
 

@@ -11,8 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wlora.analysis.figures.canvas import (
-    COLUMN,
-    PAGE,
     add_legend,
     error_bars,
     fit,
@@ -20,12 +18,14 @@ from wlora.analysis.figures.canvas import (
     metric_name,
     new_figure,
     nothing,
+    page_width,
     side_by_side,
     style_of,
+    tasks_and_labels,
 )
 from wlora.analysis.statistics import Summary, generator, summarize
 from wlora.analysis.study import Run
-from wlora.analysis.tables.settings import TITLES, chosen_runs, tasks_of
+from wlora.analysis.tables.settings import TITLES, chosen_runs
 from wlora.analysis.targets import selects
 
 # Training seconds are drawn only if, in no setting, one run took more than this many times as long as another.
@@ -42,7 +42,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
     chosen = chosen_runs(runs)
     if not chosen:
         raise nothing("pareto", "no successful run")
-    tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
+    tasks, labels = tasks_and_labels(chosen)
     styles = style_of(labels)
     machine = Counter(run.machine for group in chosen.values() for run in group).most_common(1)[0][0]
     costs: dict[str, _Cost] = {
@@ -54,7 +54,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
         costs["MiB saved for the backward pass"] = lambda group: Summary(
             float(np.mean([run.record.memory["saved"] for run in group])) / 2**20
         )
-    width = max(COLUMN, min(PAGE, 2.4 * len(tasks)))
+    width = page_width(len(tasks))
     figure, axes = new_figure(len(costs), len(tasks), width=width, height=2.2)
     for column, task in enumerate(tasks):
         groups = {label: chosen[label, task] for label in labels if (label, task) in chosen}

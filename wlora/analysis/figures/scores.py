@@ -22,8 +22,10 @@ from wlora.analysis.figures.canvas import (
     metric_name,
     new_figure,
     nothing,
+    page_width,
     side_by_side,
     style_of,
+    tasks_and_labels,
 )
 from wlora.analysis.series import smooth
 from wlora.analysis.statistics import Summary
@@ -38,6 +40,14 @@ from wlora.storage.records import RecordStore
 MARKED = ("cut", "select", "extend", "grow", "prune", "share", "allocate")
 # Settings in one panel besides LoRA. The lines of more could not be told apart.
 LINES = 8
+# The mark of a chosen rate.
+STAR: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 6,
+    "linestyle": "none",
+    "markeredgewidth": 0.4,
+    "markeredgecolor": "black",
+}
 # The last bar of the histogram of ω counts all values from this one on: at a high learning rate a single ω may be 50.
 LARGEST_OMEGA = 2.0
 
@@ -48,10 +58,9 @@ def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
     bands = {key: _read_bands(group, store) for key, group in chosen.items()}
     if not any(bands.values()):
         raise nothing("curves", f"no learning curve of a successful run in {store.folder}")
-    tasks, labels = tasks_of(run for group in chosen.values() for run in group), list(dict.fromkeys(k for k, _ in chosen))
+    tasks, labels = tasks_and_labels(chosen)
     styles, rows = style_of(labels), _rows(chosen)
-    width = max(COLUMN, min(PAGE, 2.4 * len(tasks)))
-    figure, axes = new_figure(2 * len(rows), len(tasks), width=width, height=1.8)
+    figure, axes = new_figure(2 * len(rows), len(tasks), width=page_width(len(tasks)), height=1.8)
     for row, shown in enumerate(rows):
         for column, task in enumerate(tasks):
             upper, lower = axes[2 * row][column], axes[2 * row + 1][column]
@@ -60,16 +69,8 @@ def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
                 leave_out(upper)
                 leave_out(lower)
                 continue
-            for label, (losses, metric) in here.items():
-                style = {key: styles[label][key] for key in ("color", "linestyle")}
-                _draw_band(upper, losses, label, style)
-                if metric.shape[1] > 1:
-                    _draw_band(lower, metric, label, style, marker=styles[label]["marker"])
-                events = (event for run in chosen[label, task] for event in run.record.events)
-                moments = sorted({event["step"] for event in events if event["kind"] in MARKED})
-                for moment in moments if len(moments) <= 4 else (moments[0], moments[-1]):
-                    for axis in (upper, lower):
-                        axis.axvline(moment, color=style["color"], linewidth=0.5, linestyle=":")
+            for label, found in here.items():
+                _draw_curves(upper, lower, found, label, styles[label], chosen[label, task])
             upper.set_title(TITLES.get(task, task))
             upper.set_ylabel("training loss, smoothed")
             lower.set_ylabel(metric_name(chosen, task))
@@ -81,6 +82,26 @@ def curves(runs: Sequence[Run], store: RecordStore) -> Figure:
     changes = Line2D([], [], color="0.3", linewidth=0.5, linestyle=":")
     add_legend(figure, [axis for line in axes for axis in line], {"adapters cut or grown": changes})
     return figure
+
+
+def _draw_curves(
+    upper: Axes,
+    lower: Axes,
+    bands: tuple[np.ndarray, np.ndarray],
+    label: str,
+    style: dict[str, Any],
+    group: Sequence[Run],
+) -> None:
+    """Draw loss and metric of a setting, and the steps at which its runs cut or grow adapters, at most four of them."""
+    losses, metric = bands
+    line = {key: style[key] for key in ("color", "linestyle")}
+    _draw_band(upper, losses, label, line)
+    if metric.shape[1] > 1:
+        _draw_band(lower, metric, label, line, marker=style["marker"])
+    moments = sorted({event["step"] for run in group for event in run.record.events if event["kind"] in MARKED})
+    for moment in moments if len(moments) <= 4 else (moments[0], moments[-1]):
+        for axis in (upper, lower):
+            axis.axvline(moment, color=style["color"], linewidth=0.5, linestyle=":")
 
 
 def _read_bands(group: Sequence[Run], store: RecordStore) -> tuple[np.ndarray, np.ndarray] | None:
@@ -127,38 +148,48 @@ def rates(runs: Sequence[Run]) -> Figure:
             "rates", "no setting with successful runs at several learning rates, as -m lr=3e-4,1e-3,3e-3 makes them"
         )
     groups = {key: group for key, (_, group) in found.items()}
-    tasks, labels = tasks_of(run for group in groups.values() for run in group), list(dict.fromkeys(k for k, _ in found))
+    tasks, labels = tasks_and_labels(groups)
     styles, rows = style_of(labels), _rows(groups)
     wide = len(tasks) > 1 or len(labels) > 6
     figure, axes = new_figure(len(rows), len(tasks), width=PAGE if wide else COLUMN, height=2.2)
-    star: dict[str, Any] = {"marker": "*", "markersize": 6, "linestyle": "none"}
-    star |= {"markeredgewidth": 0.4, "markeredgecolor": "black"}
     for shown, line in zip(rows, axes, strict=True):
         for axis, task in zip(line, tasks, strict=True):
             here = {label: found[label, task] for label in shown if (label, task) in found}
             if not here:
                 leave_out(axis)
                 continue
-            every = sorted({run.point.lr for _, group in here.values() for run in group})
-            stars = side_by_side([choice.point.lr for choice, _ in here.values()], ratio=1.05, widest=1.2)
-            for (label, (choice, group)), place in zip(here.items(), stars, strict=True):
-                by_rate = _along_rates(choice, group).items()
-                points = [(rate, mean_score(kept, f"{label} {task} {rate}")) for rate, kept in by_rate]
-                _draw_line(axis, points, label, styles[label])
-                reported = [run for run in choice.reported(group) if run.status == "success"]
-                if reported:
-                    score, style = mean_score(reported, f"{label} {task}"), {**star, "color": styles[label]["color"]}
-                    axis.errorbar([place], [score.mean], yerr=error_bars(score), elinewidth=0.6, zorder=5, **style)
-            axis.set_xscale("log")
-            names = [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in every]
-            axis.set_xticks(every, names, rotation=90 if wide and len(every) > 4 else 0)
-            axis.minorticks_off()
+            _draw_rates(axis, here, task, styles, upright=wide)
             axis.set_title(TITLES.get(task, task))
             axis.set_xlabel("learning rate")
             axis.set_ylabel(metric_name(groups, task))
-    chosen = Line2D([], [], color="0.8", **star)
+    chosen = Line2D([], [], color="0.8", **STAR)
     add_legend(figure, [axis for line in axes for axis in line], {"chosen, over the reported seeds": chosen})
     return figure
+
+
+def _draw_rates(
+    axis: Axes,
+    found: dict[str, tuple[Choice, list[Run]]],
+    task: str,
+    styles: dict[str, dict[str, Any]],
+    *,
+    upright: bool,
+) -> None:
+    """Draw the settings of one panel, whose rates stand upright below it if there are many and the panel is narrow."""
+    stars = side_by_side([choice.point.lr for choice, _ in found.values()], ratio=1.05, widest=1.2)
+    for (label, (choice, group)), place in zip(found.items(), stars, strict=True):
+        by_rate = _along_rates(choice, group).items()
+        points = [(rate, mean_score(kept, f"{label} {task} {rate}")) for rate, kept in by_rate]
+        _draw_line(axis, points, label, styles[label])
+        reported = [run for run in choice.reported(group) if run.status == "success"]
+        if reported:
+            score, style = mean_score(reported, f"{label} {task}"), {**STAR, "color": styles[label]["color"]}
+            axis.errorbar([place], [score.mean], yerr=error_bars(score), elinewidth=0.6, zorder=5, **style)
+    every = sorted({run.point.lr for _, group in found.values() for run in group})
+    names = [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in every]
+    axis.set_xscale("log")
+    axis.set_xticks(every, names, rotation=90 if upright and len(every) > 4 else 0)
+    axis.minorticks_off()
 
 
 def _rows(groups: dict[tuple[str, str], list[Run]]) -> list[list[str]]:
@@ -170,11 +201,11 @@ def _rows(groups: dict[tuple[str, str], list[Run]]) -> list[list[str]]:
     first = {label: group[0] for (label, _), group in groups.items()}
     if len(first) <= LINES + 1:
         return [list(first)]
-    sizes = Counter(_size(run) for run in first.values() if run.setting.get("method.targets")).most_common()
-    by_size: dict[tuple[str, str], list[str]] = {size: [] for size, _ in sizes or [(("", ""), 0)]}
-    most = next(iter(by_size.values()))
+    sizes = [size for size, _ in Counter(map(_size, filter(_has_targets, first.values()))).most_common()]
+    by_size: dict[tuple[str, str], list[str]] = {size: [] for size in sizes}
     for label, run in first.items():
-        by_size.get(_size(run), most).append(label)
+        home = _size(run) if _has_targets(run) or not sizes else sizes[0]
+        by_size.setdefault(home, []).append(label)
     rows = []
     for labels in by_size.values():
         reference = [label for label in labels if first[label].method == "lora"][:1]
@@ -227,7 +258,7 @@ def selection(runs: Sequence[Run]) -> Figure:
     tasks = tasks_of(selecting)
     by_t = {task: _several_t([group for (_, where), group in chosen.items() if where == task]) for task in tasks}
     rows = 3 if any(by_t.values()) else 2
-    figure, axes = new_figure(rows, len(tasks), width=max(COLUMN, min(PAGE, 2.4 * len(tasks))), height=1.7)
+    figure, axes = new_figure(rows, len(tasks), width=page_width(len(tasks)), height=1.7)
     styles = style_of(list(dict.fromkeys(name for run in selecting for name in (LABELS[run.method], _row(run)))))
     for column, task in enumerate(tasks):
         mine = [group for (_, where), group in chosen.items() if where == task]
@@ -252,6 +283,10 @@ def selection(runs: Sequence[Run]) -> Figure:
         _draw_omegas(histogram, [w for group in mine for run in group for w in _omegas(run)])
     add_legend(figure, [axis for line in axes[:-1] for axis in line])
     return figure
+
+
+def _has_targets(run: Run) -> bool:
+    return bool(run.setting.get("method.targets"))
 
 
 def _size(run: Run) -> tuple[str, str]:

@@ -2,9 +2,6 @@
 
 // The claims -------------------------------------------------------------------------------------------------------------
 
-// Width of the labels on a phone, in pixels.
-const NARROW = 152;
-
 const CLASSES = { holds: "holds", "does not hold": "fails", undecided: "open" };
 const KINDS = { better: "above 0", worse: "below 0", equivalent: "inside the band", "at least": "not below the band, nor below 0" };
 
@@ -14,9 +11,11 @@ async function drawClaims() {
   $("claim-tasks").hidden = !found.length;
   if (!found.length) return;
   const groups = [...groupBy(found, (one) => one.claim)];
+  const several = { tables: new Set(found.map((one) => one.table)).size > 1, ranks: new Set(data.runs.rank.filter(Boolean)).size > 1 };
+  const rowOf = new Map(found.map((one) => [one, claimRow(one, each, several)]));
   // The zeros of all claims stand below each other.
-  const longest = Math.max(...found.map((one) => claimRow(one, each).label.length));
-  const extent = innerWidth < 600 ? NARROW : Math.min(330, 20 + 6 * longest);
+  const longest = Math.max(...[...rowOf.values()].map((row) => row.label.length));
+  const narrow = innerWidth < 600, extent = narrow ? 152 : Math.min(330, 20 + 6 * longest);
   if (box.children.length !== groups.length)
     box.innerHTML = groups.map(() => `<div class="claim"><h3></h3><p class="verdicts"></p><div class="chart"></div></div>`).join("");
   for (const [index, [claim, all]] of groups.entries()) {
@@ -28,8 +27,8 @@ async function drawClaims() {
       shown.filter((one) => one.verdict === verdict).length]).filter(([, , count]) => count).map(([verdict, name, count]) =>
       `<span><b class="${name}">${verdict}</b> ${count} of ${shown.length}</span>`).join("") +
       `<span>holds if the interval is ${KINDS[all[0].kind]}</span>`;
-    const rows = shown.map((one) => claimRow(one, each));
-    await draw(element.querySelector(".chart"), claimSpec(rows, reach(found), each, extent), rows);
+    const rows = shown.map((one) => rowOf.get(one));
+    await draw(element.querySelector(".chart"), claimSpec(rows, reach(found), each, extent, narrow), rows);
   }
 }
 
@@ -40,29 +39,28 @@ function reach(found) {
   return Math.ceil(Math.max(2, Math.min(upTo(ends, 1), 1.6 * upTo(ends, 0.75), 20)));
 }
 
-function claimRow(one, each) {
+function claimRow(one, each, several) {
   const where = one.task || `all ${one.tasks} tasks`;
-  const name = one.pair.replace(/, r=\d+$/, (rank) => (new Set(data.runs.rank.filter(Boolean)).size > 1 ? rank : ""));
+  const name = one.pair.replace(/, r=\d+$/, (rank) => (several.ranks ? rank : ""));
   const interval = one.low === null ? "" : ` [${signed(one.low)}, ${signed(one.high)}]`;
-  const table = new Set(data.claims[state.score].map((other) => other.table)).size > 1 ? `Table ${one.table}` : "";
-  const what = [table, each || one.tasks < 2 ? where : ""].filter(Boolean).join(", ");
+  const what = [several.tables ? `Table ${one.table}` : "", each || one.tasks < 2 ? where : ""].filter(Boolean).join(", ");
   return { ...one, label: what ? `${name} · ${what}` : name, Comparison: one.pair, Table: one.table, Task: where,
     Difference: signed(one.mean) + interval, Verdict: one.verdict, p: chance(one.p), Pairs: one.pairs,
     "P(improvement)": one.probability, "Share of parameters": one.share === null ? "" : `${Math.round(100 * one.share)} %`,
     "Order turns at the common rate": one.turned.join(", ") || "none" };
 }
 
-function claimSpec(rows, end, each, extent) {
-  const x = (field) => ({ field, type: "quantitative", title: "difference, points", scale: { domain: [-end, end] }, axis: { tickCount: extent > NARROW ? 9 : 5 } });
+function claimSpec(rows, end, each, extent, narrow) {
+  const x = (field) => ({ field, type: "quantitative", title: "difference, points", scale: { domain: [-end, end] }, axis: { tickCount: narrow ? 5 : 9 } });
   const y = { field: "label", type: "nominal", sort: rows.map((row) => row.label), title: null,
     axis: { labelLimit: extent, minExtent: extent, maxExtent: extent, ticks: false, domain: false, grid: true, gridDash: [1, 3],
-      labelPadding: 8, ...(extent > NARROW ? { labelFontSize: 11 } : { labelFontSize: 9.5, labelExpr: "split(datum.label, ' · ')" }) } };
+      labelPadding: 8, ...(narrow ? { labelFontSize: 9.5, labelExpr: "split(datum.label, ' · ')" } : { labelFontSize: 11 }) } };
   const color = { field: "verdict", type: "nominal", legend: null,
     scale: { domain: Object.keys(CLASSES), range: [tint("holds"), tint("fails"), tint("open")] } };
   const fields = ["Comparison", "Table", "Task", "Difference", "Verdict", "p", "P(improvement)", "Pairs", "Share of parameters",
     "Order turns at the common rate"];
   const tooltip = fields.map((field) => ({ field }));
-  return { height: { step: extent > NARROW ? (each ? 20 : 24) : 30 }, layer: [
+  return { height: { step: narrow ? 30 : each ? 20 : 24 }, layer: [
     { mark: { type: "rect", color: tint("band"), clip: true }, encoding: { x: { datum: -1, type: "quantitative" }, x2: { datum: 1 } } },
     { mark: { type: "rule", color: tint("front") }, encoding: { x: { datum: 0, type: "quantitative" } } },
     { mark: { type: "rule", strokeWidth: 2, clip: true }, encoding: { x: x("low"), x2: { field: "high" }, y, color, tooltip } },
