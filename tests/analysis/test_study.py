@@ -15,6 +15,7 @@ from wlora.analysis.study_reader import read_curve, read_runs
 from wlora.analysis.tuning import Choice, choose_point, fill_tuned
 from wlora.config.schema import restore_config
 from wlora.errors import ConfigError
+from wlora.storage.locks import RunLock
 from wlora.storage.records import RecordStore
 
 
@@ -133,6 +134,34 @@ def test_the_rate_of_the_head_is_tuned_beside_the_others(tmp_path: Path) -> None
     choice = fill_tuned(config, task_data="d", model_data="m")
     assert choice is not None and config.head_lr == 1e-2 and choice.edges() == {"head_lr": "largest"}
     assert choice.point.columns() == {"lr": 1e-4, "warmup": None, "head_lr": 1e-2}
+
+
+@pytest.mark.parametrize("seed", [100, 5])
+def test_tuned_waits_for_the_runs_of_other_processes_on_the_tuning_seed(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for lr, score in (("1e-4", 0.5), ("1e-3", 0.7)):
+        make_record(tmp_path, "task=sst2", f"lr={lr}", "seed=100", metrics=score)
+    make_record(tmp_path, "task=sst2", "lr=3e-2", "seed=100", status="running", name="killed")
+    words = ("task=sst2", "lr=1e-2", f"seed={seed}")
+    running = make_record(tmp_path, *words, status="running")
+    lock, asleep = RunLock(tmp_path, running.run_id), list[float]()
+
+    def finish(seconds: float) -> None:
+        asleep.append(seconds)
+        make_record(tmp_path, *words, metrics=0.9)
+        lock.release()
+
+    monkeypatch.setattr("wlora.analysis.tuning.time.sleep", finish)
+    assert lock.acquire()
+    try:
+        assert tuned(tmp_path, "lr=tuned", "dry_run=true") == (1e-3, None) and not asleep
+        told = "is not known yet" in capsys.readouterr().out
+        assert tuned(tmp_path, "lr=tuned") == (1e-2 if seed == 100 else 1e-3, None)
+    finally:
+        lock.release()
+    waited = f"lr=tuned: waiting, because process {os.getpid()} on " in capsys.readouterr().out
+    assert told == waited == bool(asleep) == (seed == 100), "runs on other seeds do not change the choice"
 
 
 @pytest.mark.parametrize(

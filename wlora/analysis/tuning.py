@@ -6,6 +6,7 @@ Never imports torch.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,13 +15,18 @@ from wlora.analysis.study import ENDED, TRIED, Point, Run, name_rows, require_on
 from wlora.analysis.study_reader import read_study
 from wlora.config.identity import scientific_fields
 from wlora.config.schema import Config
+from wlora.console import tell
 from wlora.errors import ConfigError
+from wlora.storage.locks import RunLock
 
 # The seed that the scripts use for tuning. Its runs are not reported.
 TUNE_SEED = 100
 
 # Words in place of a value: the best recorded value, or the next learning rate if the best one is at the grid's edge.
 WORDS = ("tuned", "beyond")
+
+# Seconds between two looks at runs of other processes.
+_BETWEEN_LOOKS = 10.0
 
 _ENVIRONMENT = ("precision", "task.version", "numerics")
 
@@ -165,8 +171,8 @@ class Settings:
         fields = scientific_fields(config, task_data=task_data, model_data=model_data, precision="")
         return self._groups.get((task, parts, _agreeing(without_point(fields), parts)), [])
 
-    def choose(self, config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
-        """Choose the values for `tuned`: the best recorded point of the same setting, on the task `tune_on` if it is set.
+    def candidates(self, config: Config, *, task_data: str | None, model_data: str | None) -> list[Run]:
+        """Return the runs to choose from for `tuned`: those of the same setting, on the task `tune_on` if it is set.
 
         Runs of several precisions or versions are not compared: those of the requested precision count, or else those of
         the precision and version with most runs.
@@ -183,11 +189,13 @@ class Settings:
         def fits(name: tuple[str, ...]) -> tuple[bool, int, tuple[str, ...]]:
             return name[0] == repr(config.precision), len(groups[name]), name
 
-        return choose_point(groups[max(groups, key=fits)]) if groups else None
+        return groups[max(groups, key=fits)] if groups else []
 
 
 def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
-    """Replace `tuned` and `beyond` by recorded values (`Settings.choose`); return None if no key has one of them.
+    """Replace `tuned` and `beyond` by recorded values (`choose_point`); return None if no key has one of them.
+
+    While other processes execute runs on the tuning seed, the best one is not known. A dry run says so, any other run waits.
 
     Raises:
         ConfigError: there is no record to choose from, a record is damaged (it may be the best one), or the records on
@@ -198,23 +206,49 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
         if config.tune_on is not None:
             raise ConfigError(f"tune_on={config.tune_on}: allowed is null, as nothing is tuned")
         return None
+    asked = f"{wanted[0]}={getattr(config, wanted[0])}"
+    while True:
+        runs = _candidates(config, asked, task_data=task_data, model_data=model_data)
+        choice = choose_point(runs)
+        pending = _pending(config.results_dir, runs, choice)
+        if pending is None or config.dry_run:
+            break
+        tell(f"{asked}: waiting, because {pending}")
+        time.sleep(_BETWEEN_LOOKS)
+    if pending is not None:
+        tell(f"{asked}: {pending}, so the best is not known yet")
+    if choice is None:
+        task = config.tune_on or config.task.name
+        raise ConfigError(
+            f"{asked}: {config.results_dir} has no finished run of method={config.method['name']} in this setting on "
+            f"task={task}\nway out: run a grid first, as in -m task={task} lr=5e-5,5e-4,5e-3"
+        )
+    for key in wanted:
+        setattr(config, key, choice.value(key, getattr(config, key)))
+    return choice
+
+
+def _candidates(config: Config, asked: str, *, task_data: str | None, model_data: str | None) -> list[Run]:
+    """Read the runs to choose from (`Settings.candidates`); raise ConfigError if a record is damaged."""
     task, method = config.tune_on or config.task.name, str(config.method["name"])
     kinds = {(name, method) for name in (task, task.removesuffix("_own"))}
     runs, faults = read_study(config.results_dir, kinds) if os.path.isdir(config.results_dir) else ([], [])
     if faults:
         raise ConfigError(
-            f"{wanted[0]}={getattr(config, wanted[0])}: {faults[0]}, so the best is not known\n"
+            f"{asked}: {faults[0]}, so the best is not known\n"
             "way out: repeat that run with the command of its study, or remove its files"
         )
-    choice = Settings(runs).choose(config, task_data=task_data, model_data=model_data)
-    if choice is None:
-        raise ConfigError(
-            f"{wanted[0]}={getattr(config, wanted[0])}: {config.results_dir} has no finished run of method={method} in this "
-            f"setting on task={task}\nway out: run a grid first, as in -m task={task} lr=5e-5,5e-4,5e-3"
-        )
-    for key in wanted:
-        setattr(config, key, choice.value(key, getattr(config, key)))
-    return choice
+    return Settings(runs).candidates(config, task_data=task_data, model_data=model_data)
+
+
+def _pending(results_dir: str, runs: Iterable[Run], choice: Choice | None) -> str | None:
+    """Name a run on the tuning seed that some process is executing; None if there is none."""
+    for run in runs:
+        if run.status == "running" and (choice is None or run.config_seed in (choice.seed, TUNE_SEED)):
+            lock = RunLock(results_dir, run.record.run_id)
+            if lock.is_held():
+                return f"{lock.holder()} is running {run.record.run_id} (seed={run.config_seed} lr={show(run.point.lr)})"
+    return None
 
 
 def _agreeing(setting: dict[str, Any], parts: Parts) -> Agreeing:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wlora.analysis.racing import Entrant, divide, judge, read_entrant, work_left
 from wlora.analysis.study import Point, name_rows, read_value, seeds_of
 from wlora.analysis.study_reader import read_runs
-from wlora.analysis.tuning import WORDS, Choice, Settings, wanted_keys
+from wlora.analysis.tuning import WORDS, Choice, Settings, choose_point, wanted_keys
 from wlora.cli.entry import serve
 from wlora.config.presets import KEYED_BY, apply_presets
 from wlora.config.rules import RULES, satisfies
@@ -124,7 +124,7 @@ class Cell:
     def _choose(self, config: Config) -> Choice | None:
         """Return the values for `tuned`. Within a cell they depend only on `tune_on`, so they are cached."""
         if config.tune_on not in self._choices:
-            self._choices[config.tune_on] = self._study.settings.choose(config, **self._data)
+            self._choices[config.tune_on] = choose_point(self._study.settings.candidates(config, **self._data))
         return self._choices[config.tune_on]
 
     def _covers(self, config: Config) -> bool:

@@ -107,6 +107,10 @@ class RunLock:
         """Release the lock."""
         self._lease.release()
 
+    def is_held(self) -> bool:
+        """Tell whether a process holds the lock: a killed one counts for the length of a lease after its last heartbeat."""
+        return self.path.exists() and self._silent_for() < LEASE_SECONDS
+
     def holder(self) -> str:
         """Return the process id and host of the lock's holder as text."""
         with contextlib.suppress(OSError):
