@@ -108,8 +108,36 @@ def test_a_common_rate_that_turns_the_order_is_named(tmp_path: Path) -> None:
     main(["claims", f"results_dir={tmp_path}"])
     rates = {line["lr"]: line for line in lines(tmp_path, "claims_rates")}
     assert {lr: line["turned"] for lr, line in rates.items()} == {"0.001": "False", "0.003": "True"}
-    assert float(rates["0.003"]["difference"]) == pytest.approx(-3.0, abs=0.05) and rates["0.003"]["pairs"] == "4"
+    assert float(rates["0.003"]["difference"]) == pytest.approx(-3.0, abs=0.005), "without the tuning seed"
+    assert rates["0.003"]["pairs"] == "3"
     assert "| 0.003 |" in (tmp_path / "tables" / "claims.md").read_text(encoding="utf-8")
+
+
+def test_diverged_runs_decide_nothing_and_are_named(tmp_path: Path) -> None:
+    study(tmp_path)
+    for seed in (5, 6):
+        make_record(tmp_path, "method=wlora_plus", "task=sst2", f"seed={seed}", "k=5", status="diverged")
+    main(["claims", f"results_dir={tmp_path}"])
+    found = {(line["a"], line["task"]): line for line in lines(tmp_path, "claims")}
+    verdicts = {task: found["WLoRA+", task]["verdict"] for task in ("SST-2", "RTE", "all")}
+    assert verdicts == {"SST-2": "undecided", "RTE": "does not hold", "all": "undecided"}
+    assert [found["WLoRA+", task]["diverged_a"] for task in ("SST-2", "RTE", "all")] == ["2", "0", "2"]
+    page = (tmp_path / "tables" / "claims.md").read_text(encoding="utf-8")
+    assert "5 (diverged: 2 of WLoRA+)" in page
+    profile = next(line for line in lines(tmp_path, "claims_methods1") if line["method"] == "wlora_plus")
+    assert float(profile["at_least_-5"]) == pytest.approx((5 / 7 + 1) / 2)
+
+
+def test_parameters_are_those_of_the_compared_tasks(tmp_path: Path) -> None:
+    for task, kept in (("sst2", 600), ("rte", 300)):
+        for method, final in (("rlora k=5", kept), ("wlora k=5", 600)):
+            for seed in range(2):
+                parameters = {"adapter_initial": 2000, "adapter_final": final, "base": 0, "head": 10, "total": 9000}
+                words = [f"method={method.split()[0]}", "k=5", f"task={task}", f"seed={seed}"]
+                make_record(tmp_path, *words, metrics=0.8 + seed / 100, parameters=parameters)
+    main(["claims", f"results_dir={tmp_path}"])
+    shares = {line["task"]: float(line["parameters_share"]) for line in lines(tmp_path, "claims")}
+    assert shares == {"SST-2": 1.0, "RTE": 2.0, "all": pytest.approx(1200 / 900)}
 
 
 def test_examples_are_compared_seed_by_seed(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from wlora.analysis.statistics import (
     performance_profile,
     resample,
     summarize,
-    summarize_strata,
 )
 
 
@@ -61,13 +60,6 @@ def test_the_seed_of_the_bootstrap_is_honoured() -> None:
     assert summarize(values, rng(1)) == summarize(values, rng(1))
     assert summarize(values, rng(1)) != summarize(values, rng(2))
     assert generator(1, "a").random() != generator(1, "b").random()
-
-
-def test_a_mean_over_tasks_draws_seeds_within_each_task() -> None:
-    # Spread between the tasks is not spread of their mean: without any within a task the interval has no width.
-    found = summarize_strata([[0.2, 0.2], [0.8, 0.8, 0.8]], rng())
-    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert summarize_strata([[0.2], [0.8, 0.9]], rng()).low is None
 
 
 def test_runs_are_paired_by_seed() -> None:
@@ -131,14 +123,33 @@ def test_unpaired_runs_get_welchs_interval() -> None:
     assert found.interval() == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
-def test_a_difference_over_tasks_has_the_error_of_the_seeds_within_them() -> None:
-    a = {"x": {0: 0.9, 1: 0.8}, "y": {0: 0.3, 1: 0.4}}
-    b = {"x": {0: 0.7, 1: 0.7}, "y": {0: 0.3, 1: 0.1}}
+def test_over_tasks_the_seeds_are_the_sample() -> None:
+    # Every seed is as good on the second task as on the first: this says no more than the first task alone.
+    a, b = {0: 0.81, 1: 0.84, 2: 0.80, 3: 0.86}, {0: 0.80, 1: 0.82, 2: 0.81, 3: 0.83}
+    alone, twice = difference({"x": a}, {"x": b}), difference({"x": a, "y": {**a, 9: 0.1}}, {"x": b, "y": {**b, 9: 0.9}})
+    assert alone is not None and twice is not None and twice.interval() == pytest.approx(alone.interval())
+    assert (twice.mean, twice.pairs) == (pytest.approx(alone.mean), (4, 4)), "seed 9 is only in the second task"
+    one = compare({"x": a}, {"x": b}, rng())
+    both = compare({"x": a, "y": a}, {"x": b, "y": b}, rng())
+    assert one is not None and both is not None and (one.pairs, both.pairs) == (4, 8)
+    for first, second in ((one.difference, both.difference), (one.probability, both.probability)):
+        assert (first.mean, first.low, first.high) == pytest.approx((second.mean, second.low, second.high))
+
+
+def test_without_common_seeds_the_errors_of_tasks_are_independent() -> None:
+    a = {"x": {0: 0.9, 1: 0.8}, "y": {2: 0.3, 3: 0.4}}
+    b = {"x": {0: 0.7, 1: 0.7}, "y": {2: 0.3, 3: 0.1}}
     found = difference(a, b)
     assert found is not None and found.mean == pytest.approx(0.15)
     # Differences are 0.2, 0.1 and 0.0, 0.3: variances of the means 0.0025 and 0.0225, one degree of freedom each.
     assert found.error == pytest.approx(math.sqrt(0.0025 + 0.0225) / 2)
     assert found.freedom == pytest.approx(0.025**2 / (0.0025**2 + 0.0225**2))
+
+
+def test_a_score_below_a_threshold_by_rounding_has_reached_it() -> None:
+    score = 400 / 872
+    above = [100 * (score - sum([score] * 3) / 3)] * 2
+    assert above[0] < 0 and performance_profile([above, [-math.inf, -1.0]], [-1.0, 0.0]) == [0.75, 0.5]
 
 
 def test_a_single_pair_or_pairs_without_spread_have_no_interval() -> None:

@@ -56,6 +56,12 @@ def seeds_reported(results: Path) -> list[int]:
     return [run.seed for run in choice.reported(runs)]
 
 
+def test_a_seed_on_which_every_run_diverged_is_not_the_tuning_seed(tmp_path: Path) -> None:
+    for seed in range(3):
+        make_record(tmp_path, "task=sst2", "lr=1e-3", f"seed={seed}", status="success" if seed else "diverged")
+    assert seeds_reported(tmp_path) == [0, 1, 2]
+
+
 def test_a_tuning_seed_above_the_reported_ones_is_not_reported(tmp_path: Path) -> None:
     for lr, score in (("1e-3", 0.8), ("3e-3", 0.7)):
         make_record(tmp_path, "task=sst2", f"lr={lr}", "seed=100", metrics=score)
@@ -73,6 +79,8 @@ def test_a_tuning_seed_above_the_reported_ones_is_not_reported(tmp_path: Path) -
     choice = choose_point(read_runs(tmp_path))
     assert choice is not None and (choice.seed, choice.point.lr) == (100, 1e-3)
     assert seeds_reported(tmp_path) == [0, 1, 2]
+    make_record(tmp_path, "task=sst2", "lr=1e-3", "seed=1234", metrics=0.6)
+    assert seeds_reported(tmp_path) == [0, 1, 2, 1234]
 
 
 @pytest.mark.parametrize("tuning", [0, 1])

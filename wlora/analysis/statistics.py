@@ -79,19 +79,6 @@ def summarize(values: Sequence[float], rng: np.random.Generator) -> Summary:
     return Summary(float(array.mean()), float(array.std(ddof=1)), len(array), low, high)
 
 
-def summarize_strata(strata: Sequence[Sequence[float]], rng: np.random.Generator) -> Summary:
-    """Summarise the mean over tasks of the mean over seeds. The bootstrap draws seeds within each task.
-
-    `n` and `std` are None, because tasks may have different numbers of runs.
-    """
-    mean = float(np.mean([np.mean(values) for values in strata]))
-    if any(len(values) < 2 for values in strata):
-        return Summary(mean)
-    draws = np.mean([resample(np.asarray(values, dtype=float), rng).mean(axis=1) for values in strata], axis=0)
-    low, high = interval(draws)
-    return Summary(mean, low=low, high=high)
-
-
 def resample(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw with replacement along the first axis: [n, ...] -> [DRAWS, n, ...]."""
     drawn: np.ndarray = values[rng.integers(len(values), size=(DRAWS, len(values)))]
@@ -109,31 +96,31 @@ def compare(a: Scores, b: Scores, rng: np.random.Generator) -> Comparison | None
 
     On a task with common seeds, runs are compared seed by seed, because they share initialisation and data order. Otherwise
     every run of a is compared with every run of b. The probability of improvement (Agarwal et al., 2021, equation 1) is the
-    share of pairs in which a is better, averaged over tasks; a tie counts as half. The bootstrap draws seeds within each
-    task. Tasks are fixed, so the intervals say nothing about other tasks.
+    share of pairs in which a is better, averaged over tasks; a tie counts as half. The bootstrap draws seeds, for the tasks
+    of a block (`_blocks`) together. Tasks are fixed, so the intervals say nothing about other tasks.
     """
     tasks = [task for task in a if a[task] and b.get(task)]
     if not tasks:
         return None
     differences, probabilities, gaps, wins, pairs, fewest, paired = [], [], [], [], 0, sys.maxsize, True
-    for task in tasks:
-        common = sorted(a[task].keys() & b[task].keys())
+    for block in _blocks(a, b, tasks):
+        common = _common_seeds(a, b, block)
         if common:
-            x = np.array([(a[task][seed], b[task][seed]) for seed in common])
+            x = np.array([[(a[task][seed], b[task][seed]) for task in block] for seed in common])
             drawn = resample(x, rng)
-            gap, won, count = drawn[..., 0] - drawn[..., 1], _wins(drawn[..., 0], drawn[..., 1]), len(common)
-            first, share = x[:, 0] - x[:, 1], _wins(x[:, 0], x[:, 1])
+            gap, won = drawn[..., 0] - drawn[..., 1], _wins(drawn[..., 0], drawn[..., 1])
+            first, share = x[..., 0] - x[..., 1], _wins(x[..., 0], x[..., 1])
         else:
-            x, y = np.array(list(a[task].values())), np.array(list(b[task].values()))
+            x, y = (np.array(list(side[block[0]].values())) for side in (a, b))
             left, right = resample(x, rng)[:, :, None], resample(y, rng)[:, None, :]
-            gap, won, count = (left - right).reshape(DRAWS, -1), _wins(left, right).reshape(DRAWS, -1), len(x) * len(y)
+            gap, won = left - right, _wins(left, right)
             first, share = x[:, None] - y, _wins(x[:, None], y)
             fewest, paired = min(fewest, len(y)), False
         differences.append(first.mean())
         probabilities.append(share.mean())
-        gaps.append(gap.mean(axis=1))
-        wins.append(won.mean(axis=1))
-        pairs, fewest = pairs + count, min(fewest, len(first))
+        gaps.append(gap.mean(axis=(1, 2)))
+        wins.append(won.mean(axis=(1, 2)))
+        pairs, fewest = pairs + first.size, min(fewest, len(first))
 
     def summary(values: Sequence[float], draws: Sequence[np.ndarray]) -> Summary:
         # The error of a task with a single run is unknown, and so is that of the mean over tasks.
@@ -141,6 +128,20 @@ def compare(a: Scores, b: Scores, rng: np.random.Generator) -> Comparison | None
         return Summary(float(np.mean(values)), n=pairs, low=low, high=high)
 
     return Comparison(len(tasks), pairs, paired, summary(differences, gaps), summary(probabilities, wins))
+
+
+def _blocks(a: Scores, b: Scores, tasks: Sequence[str]) -> list[list[str]]:
+    """Group the tasks whose runs must not be treated as independent: all of them, if they share two seeds or more.
+
+    Runs with one seed are alike on all tasks: RLoRA, for example, draws the same adapters. Therefore the seeds are the
+    sample, and a seed's score is its mean over the tasks. Seeds that a task lacks are then left out.
+    """
+    return [list(tasks)] if len(_common_seeds(a, b, tasks)) > 1 else [[task] for task in tasks]
+
+
+def _common_seeds(a: Scores, b: Scores, tasks: Sequence[str]) -> list[int]:
+    """Return the seeds with runs of both methods on all given tasks."""
+    return sorted(set.intersection(*(set(a[task].keys() & b[task].keys()) for task in tasks)))
 
 
 def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -157,7 +158,8 @@ class Difference:
         pairs: by task, the number of common seeds; of unpaired runs the smaller number of runs.
         paired: whether a and b share seeds on every task.
         error: standard error; None if a task has fewer than two pairs, or if nothing varies.
-        freedom: degrees of freedom by Welch and Satterthwaite.
+        freedom: degrees of freedom: seeds - 1, or those of Welch and Satterthwaite for unpaired runs or tasks without two
+            common seeds.
     """
 
     mean: float
@@ -191,18 +193,23 @@ class Difference:
 def difference(a: Scores, b: Scores) -> Difference | None:
     """Compare two methods on the tasks that both have; return None if there are none.
 
-    Runs are paired by seed as in `compare`. Tasks are fixed and weigh the same; the error is that of the seeds within them.
-    The t distribution makes the interval as wide as so few seeds require, which the bootstrap does not.
+    Runs are paired by seed as in `compare`. Tasks are fixed and weigh the same; the error is that of the seeds, which the
+    tasks of a block share (`_blocks`). The t distribution makes the interval as wide as so few seeds require, which the
+    bootstrap does not.
     """
     tasks = [task for task in a if a[task] and b.get(task)]
     if not tasks:
         return None
     means, pairs, parts, paired = [], [], list[np.ndarray](), True
-    for task in tasks:
-        common = sorted(a[task].keys() & b[task].keys())
-        x, y = (np.array([side[task][seed] for seed in (common or sorted(side[task]))]) for side in (a, b))
+    blocks = _blocks(a, b, tasks)
+    for block in blocks:
+        common = _common_seeds(a, b, block)
+        x, y = (
+            np.array([np.mean([side[task][seed] for task in block]) for seed in (common or sorted(side[block[0]]))])
+            for side in (a, b)
+        )
         means.append(float(x.mean() - y.mean()))
-        pairs.append(min(len(x), len(y)))
+        pairs += [min(len(x), len(y))] * len(block)
         parts += [x - y] if common else [x, y]
         paired &= bool(common)
     found = Difference(float(np.mean(means)), tuple(pairs), paired)
@@ -213,7 +220,7 @@ def difference(a: Scores, b: Scores) -> Difference | None:
     if sum(squares) <= 1e-24:
         return found
     freedom = sum(squares) ** 2 / sum(square**2 / (len(part) - 1) for square, part in zip(squares, parts, strict=True))
-    return replace(found, error=math.sqrt(sum(squares)) / len(tasks), freedom=freedom)
+    return replace(found, error=math.sqrt(sum(squares)) / len(blocks), freedom=freedom)
 
 
 def interquartile_mean(strata: Sequence[Sequence[float]], rng: np.random.Generator) -> Summary:
@@ -243,8 +250,12 @@ def _trimmed(values: np.ndarray) -> np.ndarray:
 
 
 def performance_profile(strata: Sequence[Sequence[float]], thresholds: Sequence[float]) -> list[float]:
-    """Return the share of runs with a score of at least each threshold, every task weighing the same."""
-    return [float(np.mean([np.mean(np.asarray(stratum) >= threshold) for stratum in strata])) for threshold in thresholds]
+    """Return the share of runs with a score of at least each threshold, every task weighing the same.
+
+    A score that is only a rounding error below a threshold has reached it.
+    """
+    least = [threshold - 1e-9 for threshold in thresholds]
+    return [float(np.mean([np.mean(np.asarray(stratum) >= threshold) for stratum in strata])) for threshold in least]
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -136,6 +136,12 @@ class Run:
         """Name of the hardware."""
         return name_machine(self.record.environment)
 
+    @property
+    def trained(self) -> int:
+        """Number of trained parameters at the end as the paper counts them: the head only for full fine-tuning."""
+        counts = self.record.parameters
+        return int(counts["adapter_final"] + (counts["base"] + counts["head"] if counts["base"] else 0))
+
     @cached_property
     def score(self) -> float:
         """The primary metric of a successful run."""

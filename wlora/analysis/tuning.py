@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,36 +96,36 @@ class Choice:
     def reported(self, runs: Iterable[Run]) -> list[Run]:
         """Return the ended runs at the chosen point, sorted by seed.
 
-        A run on the tuning seed is left out if that seed is larger than all others and several points were compared on it.
-        Otherwise it is included, as in studies that were tuned on seed 0 and reported on seeds 0 to 2.
+        A run on the tuning seed is left out if there are others, several points were compared on it, and that seed is
+        `TUNE_SEED` or the largest. Otherwise it is included, as in studies tuned on seed 0 and reported on seeds 0 to 2.
         """
         found = sorted((run for run in runs if run.status in ENDED and run.point == self.point), key=lambda run: run.seed)
         others = [run for run in found if run.config_seed != self.seed]
-        apart = others and self.compared > 1 and self.seed > others[-1].config_seed
+        apart = others and self.compared > 1 and (self.seed == TUNE_SEED or self.seed > others[-1].config_seed)
         return others if apart else found
 
 
-def choose_point(runs: Iterable[Run]) -> Choice | None:
-    """Choose the best point among the ended runs of one setting; None if no run succeeded on the tuning seed.
+def choose_point(runs: Collection[Run]) -> Choice | None:
+    """Choose the best point among the ended runs of one setting; None if no run succeeded.
 
     A run that a race has stopped counts as tried. It cannot be chosen, because better runs continued.
 
     The tuning seed is `TUNE_SEED` if it has runs at several points; otherwise it is the seed with most points, and among
-    these the lowest. Runs of other seeds at the chosen point therefore do not change the choice. The best primary metric on
-    the dev set wins, or with folds the best mean over them. In a tie, lower rates and shorter warm-up win.
+    these the lowest. Seeds without a success are left out. Runs of other seeds at the chosen point therefore do not change
+    the choice. The best primary metric on the dev set wins, or with folds the best mean over them. In a tie, lower rates and
+    shorter warm-up win.
     """
     points: dict[int, dict[Point, list[Run]]] = {}
     for run in runs:
         if run.status in TRIED:
             points.setdefault(run.config_seed, {}).setdefault(run.point, []).append(run)
-    if not points:
+    known = {run.config_seed for run in runs if run.status == "success"}
+    if not known:
         return None
-    meant = len(points.get(TUNE_SEED, ())) > 1
-    seed = TUNE_SEED if meant else max(points, key=lambda seed: (len(points[seed]), -seed))
+    meant = TUNE_SEED in known and len(points[TUNE_SEED]) > 1
+    seed = TUNE_SEED if meant else max(known, key=lambda seed: (len(points[seed]), -seed))
     scores = {point: [run.score for run in folds if run.status == "success"] for point, folds in points[seed].items()}
     complete = max(map(len, scores.values()))
-    if not complete:
-        return None
     means = {point: sum(folds) / complete for point, folds in scores.items() if len(folds) == complete}
     best = max(means, key=lambda point: (means[point], *(-(value or 0) for value in point)))
     raced = any(run.status == "stopped" for folds in points[seed].values() for run in folds)

@@ -46,7 +46,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
     styles = style_of(labels)
     machine = Counter(run.machine for group in chosen.values() for run in group).most_common(1)[0][0]
     costs: dict[str, _Cost] = {
-        "trained parameters without the head": lambda group: Summary(float(np.mean([_trained(run) for run in group])))
+        "trained parameters without the head": lambda group: Summary(float(np.mean([run.trained for run in group])))
     }
     if all(_steady(group, machine) for group in chosen.values()):
         costs[f"training seconds\n{machine}"] = lambda group: _seconds(group, machine)
@@ -63,7 +63,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
             _draw_costs(axis, groups, cost, styles, task, apart=title.startswith("trained"))
             axis.set_xlabel(fit(title, width / len(tasks)))
             axis.set_ylabel(metric_name(chosen, task))
-        _count_scale(axes[0][column], max(_trained(run) for group in chosen.values() for run in group))
+        _count_scale(axes[0][column], max(run.trained for group in chosen.values() for run in group))
         axes[0][column].set_title(TITLES.get(task, task))
     add_legend(figure, axes[0])
     return figure
@@ -114,8 +114,3 @@ def _count_scale(axis: Axes, largest: int) -> None:
     axis.set_xscale("symlog", linthresh=1000)
     axis.set_xticks([0, *(10**power for power in range(4, len(str(largest)) + 1))])
     axis.minorticks_off()
-
-
-def _trained(run: Run) -> int:
-    counts = run.record.parameters
-    return counts["adapter_final"] + (counts["base"] + counts["head"] if counts["base"] else 0)

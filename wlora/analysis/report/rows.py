@@ -34,7 +34,6 @@ def _line(
 ) -> dict[str, Any]:
     record, memory = run.record, run.record.memory
     primary, counts, seconds = record.primary_metric, record.parameters, record.seconds
-    whole = counts["base"] + counts["head"] if counts and counts["base"] else 0
     return {
         "id": record.run_id,
         "task": run.task,
@@ -51,7 +50,7 @@ def _line(
         "metric": primary,
         "last": _rounded(record.metrics.get(primary)),
         "best": _rounded((best or {}).get(primary)),
-        "parameters": counts["adapter_final"] + whole if counts else None,
+        "parameters": run.trained if counts else None,
         "kept": len(record.adapters) if run.rank is not None and run.status == "success" else None,
         "seconds": _rounded(seconds.get("train"), 1),
         "saved": memory.get("saved"),

@@ -44,6 +44,10 @@ def notes(table: Table) -> list[str]:
             total = cell.diverged + len(cell.runs)
             where = f"{row.label}{'' if row.rank is None or table.layout.ranks else f', r={row.rank}'} on {task}"
             found.append(f"Diverged (†): {cell.diverged} of {total} runs of {where}; not in its mean.")
+    titles = {column.task: column.title for column in table.layout.columns}
+    tuned = [f"{row.label} on {titles[task]}" for (row, task), cell in table.cells.items() if cell.choice and not cell.runs]
+    if tuned:
+        found.append(f"Runs on the tuning seed only, which is not reported: {_join(tuned)}.")
     unknown = sum(len(cell.runs) for cell in table.cells.values() if cell.runs and not cell.summaries)
     if unknown:
         found.append(f"Runs in cells whose best evaluations are not all known: {unknown}; those cells are empty.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Literal
 
-from wlora.analysis.statistics import Summary, generator, summarize, summarize_strata
+from wlora.analysis.statistics import Summary, generator, summarize
 from wlora.analysis.study import ENDED, TRIED, Point, Run, main_model, require_distinct_seeds, require_one_setting
 from wlora.analysis.tables.layouts import LAYOUTS, Column, Layout, Row, row_of
-from wlora.analysis.tuning import Choice, choose_point
+from wlora.analysis.tuning import TUNE_SEED, Choice, choose_point
 
 Score = Literal["last", "best"]
 """The evaluation of a run that is scored: after the last step, or the best one of its learning curve."""
@@ -32,7 +33,8 @@ class Cell:
         scores: by seed, the mean over the column's metrics.
         tried: by point and seed, the same for all successful runs.
         runs: the successful runs at the chosen point.
-        choice: how learning rates and warm-up were chosen; None without a successful run.
+        choice: how learning rates and warm-up were chosen; None without a successful run. A cell with a choice and without
+            runs has been tuned, but not run on other seeds.
         diverged: number of runs that diverged at the chosen point, or at any point if none succeeded.
         missing: number of expected runs that have not ended.
         mark: `best`, `second` or "", within the compared rows.
@@ -226,6 +228,8 @@ def _fill_cell(
     good = tuple(run for run in chosen if run.status == "success")
     if not good:
         return Cell(diverged=len(chosen))
+    if choice.compared > 1 and all(run.config_seed == TUNE_SEED for run in chosen):
+        return Cell(choice=choice)  # the best of several scores on this seed would be optimistic
     scale = 100.0 if layout.percent else 1.0
     stream = f"{layout.name} {good[0].method} {good[0].rank} {good[0].k} {column.task}"
 
@@ -266,15 +270,13 @@ def _by_seed(runs: Iterable[Run], column: Column, scale: float, best: Best | Non
 def _parameters(table: Table) -> dict[Row, Parameters]:
     found = {}
     for row in table.rows:
-        counts = [run.record.parameters for cell in table.row_cells(row) for run in cell.runs]
-        if counts:
-            # The paper counts adapters without the head, but full fine-tuning with the head.
-            base = [count["base"] + count["head"] if count["base"] else 0 for count in counts]
-            final = [count["adapter_final"] + extra for count, extra in zip(counts, base, strict=True)]
-            initial = [count["adapter_initial"] + extra for count, extra in zip(counts, base, strict=True)]
-            total = [count["total"] for count in counts]
-            n = len(counts)
-            found[row] = Parameters(sum(initial) / n, sum(final) / n, sum(total) / n, varies=len(set(final)) > 1)
+        runs = [run for cell in table.row_cells(row) for run in cell.runs]
+        if runs:
+            counts = [run.record.parameters for run in runs]
+            final = fmean(run.trained for run in runs)
+            removed = fmean(count["adapter_initial"] - count["adapter_final"] for count in counts)
+            total = fmean(count["total"] for count in counts)
+            found[row] = Parameters(final + removed, final, total, varies=len({run.trained for run in runs}) > 1)
     return found
 
 
@@ -300,14 +302,16 @@ def average(table: Table, bootstrap_seed: int = 0) -> Table:
 def _average_cell(cells: Sequence[Cell], *, generator_name: str, seed: int) -> Cell:
     values = [cell.value for cell in cells]
     mean = sum(value for value in values if value is not None) / len(values)
-    if not all(cell.scores for cell in cells):
-        return Cell((Summary(mean),))
-    strata = summarize_strata([list(cell.scores.values()) for cell in cells], generator(seed, generator_name))
-    # The standard deviation is over the per-seed averages, of seeds that have runs on every task.
+    diverged = sum(cell.diverged for cell in cells)
+    # Deviation and interval are those of the averages of single seeds, because runs with one seed are alike on all tasks.
     complete = set.intersection(*(set(cell.scores) for cell in cells))
     per_seed = {seed: sum(cell.scores[seed] for cell in cells) / len(cells) for seed in sorted(complete)}
-    spread = summarize(list(per_seed.values()), generator(seed, generator_name)).std if per_seed else None
-    return Cell((replace(strata, std=spread, n=len(per_seed)),), scores=per_seed)
+    if not per_seed:
+        return Cell((Summary(mean, n=0 if all(cell.scores for cell in cells) else None),), diverged=diverged)
+    spread = summarize(list(per_seed.values()), generator(seed, generator_name))
+    if any(len(cell.scores) > len(per_seed) for cell in cells):
+        spread = replace(spread, low=None, high=None)  # the mean has runs of seeds that some tasks lack
+    return Cell((replace(spread, mean=mean),), scores=per_seed, diverged=diverged)
 
 
 def mark(table: Table) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 from wlora.analysis.statistics import Difference, Scores, Summary, compare, difference, generator
@@ -63,8 +64,10 @@ class Finding:
         tasks: names of the tasks with runs of both.
         found: the difference in points.
         probability: the probability of improvement.
-        share: trained parameters of a divided by those of b; None if unknown.
-        rates: the difference at every point (learning rate, warm-up) that both rows have run.
+        share: trained parameters of a divided by those of b, on these tasks; None if b trains none.
+        diverged: number of diverged runs of a and of b. The difference is that of the other runs.
+        rates: the difference at every point (learning rate, warm-up) that both rows have run, without the tuning seed where
+            there are others.
     """
 
     claim: Claim
@@ -76,6 +79,7 @@ class Finding:
     found: Difference
     probability: Summary
     share: float | None
+    diverged: tuple[int, int]
     rates: Mapping[Point, Difference]
 
     @property
@@ -87,8 +91,8 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the claim holds (see `judge`)."""
-        return judge(self.claim.kind, self.found)
+        """Whether the claim holds (see `judge`). If runs have diverged, the others alone decide nothing."""
+        return "undecided" if any(self.diverged) else judge(self.claim.kind, self.found)
 
     @property
     def turned(self) -> list[Point]:
@@ -153,10 +157,10 @@ def points(table: Table) -> float:
 def _findings(table: Table, claim: Claim, a: Row, b: Row, bootstrap_seed: int) -> Iterator[Finding]:
     titles = {column.task: column.title for column in table.layout.columns}
     both = [task for task in titles if table.cells[a, task].scores and table.cells[b, task].scores]
-    counts = [table.parameters.get(row) for row in (a, b)]
-    share = counts[0].final / counts[1].final if counts[0] and counts[1] and counts[1].final else None
     for tasks in [[task] for task in both] + ([both] if len(both) > 1 else []):
         first, second = (_scores(table, row, tasks) for row in (a, b))
+        cells = [[table.cells[row, task] for task in tasks] for row in (a, b)]
+        ours, theirs = (fmean(run.trained for cell in side for run in cell.runs) for side in cells)
         found = difference(first, second)
         rng = generator(bootstrap_seed, f"claims {table.layout.name} {a} {b} {' '.join(tasks)}")
         compared = compare(first, second, rng)
@@ -170,7 +174,8 @@ def _findings(table: Table, claim: Claim, a: Row, b: Row, bootstrap_seed: int) -
                 tasks=tuple(tasks),
                 found=found,
                 probability=compared.probability,
-                share=share,
+                share=ours / theirs if theirs else None,
+                diverged=(sum(cell.diverged for cell in cells[0]), sum(cell.diverged for cell in cells[1])),
                 rates=_at_rates(table, a, b, tasks),
             )
 
@@ -181,20 +186,20 @@ def _scores(table: Table, row: Row, tasks: Sequence[str]) -> Scores:
 
 
 def _at_rates(table: Table, a: Row, b: Row, tasks: Sequence[str]) -> dict[Point, Difference]:
-    """Return the difference at every point that both rows have run with common seeds on all given tasks."""
-    tried = [[table.cells[row, task].tried for task in tasks] for row in (a, b)]
-    common = set.intersection(*(set(cell) for side in tried for cell in side))
+    """Return the difference at every point that both rows have run with common seeds on all given tasks.
+
+    Only the reported seeds count, or if there are none, the tuning seed, which favours the rates that were chosen on it.
+    """
+    cells = {task: (table.cells[a, task], table.cells[b, task]) for task in tasks}
+    common = set.intersection(*(set(cell.tried) for pair in cells.values() for cell in pair))
     scale, found = points(table), {}
     for point in sorted(common, key=order):
-        first, second = (
-            {
-                task: {seed: scale * score for seed, score in cell[point].items()}
-                for task, cell in zip(tasks, side, strict=True)
-            }
-            for side in tried
-        )
-        if all(first[task].keys() & second[task].keys() for task in tasks):
-            at_point = difference(first, second)
-            if at_point is not None:
-                found[point] = at_point
+        first, second = dict[str, dict[int, float]](), dict[str, dict[int, float]]()
+        for task, (one, other) in cells.items():
+            seeds = one.tried[point].keys() & other.tried[point].keys()
+            kept = seeds & one.scores.keys() & other.scores.keys() or seeds
+            first[task], second[task] = ({seed: scale * cell.tried[point][seed] for seed in kept} for cell in (one, other))
+        at_point = difference(first, second) if all(first.values()) else None
+        if at_point is not None:
+            found[point] = at_point
     return found

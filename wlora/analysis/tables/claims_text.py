@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,13 +53,15 @@ def verdicts(findings: Sequence[Finding]) -> Part:
     """Return the table of verdicts: one line per claim, pair of rows and task."""
     about = (
         "The paper's claims on these runs, in points (a hundredth of the metric). Difference: mean over seeds, paired by "
-        f"seed, with its {100 * LEVEL:.0f} % interval from the t distribution. Over tasks, each task weighs the same; the "
-        "interval is that of the seeds on these tasks, not of other tasks. A difference without an interval comes from one "
-        f"pair, or from pairs without any spread. p: two-sided t test; for “equals” two one-sided tests against ±{MARGIN:g} "
-        f"point; for “at least” one test against −{MARGIN:g} point. A claim holds, or does not hold, if its interval says "
-        "so, and is otherwise undecided at this scale. P(improvement): share of pairs in which the first method is better, "
-        "with its bootstrap interval. Params: trained parameters divided by those of the second method; the paper's second "
-        "claim is about a third of them. The tests are not corrected for the number of lines."
+        f"seed, with its {100 * LEVEL:.0f} % interval from the t distribution. Over tasks, each task weighs the same, and "
+        "the differences of a seed are averaged first; the interval is that of the seeds on these tasks, not of other "
+        "tasks. A difference without an interval comes from one pair, or from pairs without any spread. p: two-sided t "
+        f"test; for “equals” two one-sided tests against ±{MARGIN:g} point; for “at least” one test against −{MARGIN:g} "
+        f"point. These two claims hold if the one-sided tests reject at {100 * (1 - LEVEL):.0f} %, which the "
+        f"{100 * LEVEL:.0f} % interval does not show. A claim that neither holds nor does not hold is undecided at this "
+        "scale, and so is one with diverged runs, which are not in the difference. P(improvement): share of pairs in which the "
+        "first method is better, with its bootstrap interval. Params: trained parameters divided by those of the second "
+        "method; the paper's second claim is about a third of them. The tests are not corrected for the number of lines."
     )
     headings = ("Claim", "Table", "Comparison", "Task", "Difference", "p", "P(improvement)", "Seeds", "Params", "Verdict")
     body: list[tuple[str, ...]] = []
@@ -76,7 +79,7 @@ def verdicts(findings: Sequence[Finding]) -> Part:
             _points(found),
             _p(finding.p),
             with_ends(finding.probability, 2, signed=False),
-            "/".join(map(str, sorted(set(found.pairs)))) + ("" if found.paired else " unpaired"),
+            "/".join(map(str, sorted(set(found.pairs)))) + ("" if found.paired else " unpaired") + _diverged(finding),
             "" if finding.share is None else f"{finding.share:.0%}",
             finding.verdict,
         )
@@ -100,6 +103,8 @@ def _line(finding: Finding) -> dict[str, Any]:
         "probability_high": finding.probability.high,
         "pairs": sum(finding.found.pairs),
         "paired": finding.found.paired,
+        "diverged_a": finding.diverged[0],
+        "diverged_b": finding.diverged[1],
         "parameters_share": finding.share,
         "verdict": finding.verdict,
     }
@@ -110,8 +115,8 @@ def rates(findings: Sequence[Finding]) -> Part | None:
     about = (
         "The same differences, in points, with one learning rate for both methods instead of each one's tuned rate; in "
         "brackets the number of pairs. Rates that were not chosen usually have the tuning seed alone, and no interval. "
-        "“Turned” lists the rates at which the order of the two methods is the other one: with such an untuned rate the "
-        "conclusion would be another."
+        "Where there are other seeds, the tuning seed is left out. “Turned” lists the rates at which the order of the two "
+        "methods is the other one: with such an untuned rate the conclusion would be another."
     )
     kept = [finding for finding in findings if finding.rates]
     every = sorted({point for finding in kept for point in finding.rates}, key=order)
@@ -140,7 +145,8 @@ def examples(findings: Sequence[Finding], tables: Mapping[str, Table], predictio
     """Return the table over the examples of the dev sets; None if no comparison has predictions of both methods."""
     about = (
         "The same comparisons over the examples of the dev set, seed by seed: examples that only the first or only the "
-        "second run answers correctly (means over seeds), and the p-value of McNemar's exact test for each seed. It asks "
+        "second run answers correctly after the last step (means over seeds), and the p-value of McNemar's exact test for "
+        "each seed. It asks "
         "whether two trained models differ on such examples; the seeds ask whether the methods differ."
     )
     headings = ("Comparison", "Task", "Examples", "Both right", "Only first", "Only second", "p by seed", "p < 0.05")
@@ -184,7 +190,7 @@ def methods(table: Table, bootstrap_seed: int) -> Part | None:
         "of LoRA on its task, which counts as exact. IQM: interquartile mean over all runs, with its 95 % bootstrap "
         "interval (seeds drawn within each task). The columns ≥ are performance profiles: the share of runs at least so "
         "many points above LoRA's mean, every task weighing the same (the measures of Agarwal et al., 2021, and of their "
-        "library rliable)."
+        "library rliable). A diverged run reaches no threshold, and is not in the IQM."
     )
     headings = ("Method", "Rank", "Tasks", "Runs", "IQM", *(f"≥ {_sign(level, 0)}" for level in THRESHOLDS))
     body: list[tuple[str, ...]] = []
@@ -194,7 +200,8 @@ def methods(table: Table, bootstrap_seed: int) -> Part | None:
         if not strata:
             continue
         mean = interquartile_mean(list(strata.values()), generator(bootstrap_seed, f"iqm {table.layout.name} {row}"))
-        profile = performance_profile(list(strata.values()), THRESHOLDS)
+        lost = {column.task: table.cells[row, column.task].diverged for column in table.layout.columns}
+        profile = performance_profile([[*own, *[-math.inf] * lost[task]] for task, own in strata.items()], THRESHOLDS)
         rank = "" if row.rank is None else str(row.rank)
         shares = (f"{share:.0%}" for share in profile)
         body.append((row.label, rank, str(len(strata)), str(mean.n), with_ends(mean, 2, signed=True), *shares))
@@ -237,6 +244,11 @@ def _keys(finding: Finding) -> dict[str, Any]:
 def _pair(finding: Finding) -> str:
     rank = "" if finding.a.rank is None else f", r={finding.a.rank}"
     return f"{finding.a.label} vs {finding.b.label}{rank}"
+
+
+def _diverged(finding: Finding) -> str:
+    lost = (f"{count} of {row.label}" for row, count in zip((finding.a, finding.b), finding.diverged, strict=True) if count)
+    return f" (diverged: {named})" if (named := ", ".join(lost)) else ""
 
 
 def _task(finding: Finding) -> str:

@@ -61,7 +61,7 @@ def _line(group: Sequence[Run], name: str, bootstrap_seed: int, best: Best) -> d
         "mean_best": peak.mean if peak else None,
         "std_best": peak.std if peak else None,
         **group[0].point.columns(),
-        "parameters": fmean(record.parameters["adapter_final"] + record.parameters["base"] for record in records),
+        "parameters": fmean(run.trained for run in group),
         "lowest_layer": fmean(lowest) if lowest else None,
         "omega_low": min(omegas, default=None),
         "omega_high": max(omegas, default=None),

@@ -3,7 +3,8 @@
 // The claims -------------------------------------------------------------------------------------------------------------
 
 const CLASSES = { holds: "holds", "does not hold": "fails", undecided: "open" };
-const KINDS = { better: "above 0", worse: "below 0", equivalent: "inside the band", "at least": "not below the band, nor below 0" };
+const KINDS = { better: "the 95 % interval is above 0", worse: "the 95 % interval is below 0",
+  equivalent: "the 90 % interval is inside the band", "at least": "the 90 % interval is not below the band, nor the 95 % interval below 0" };
 
 async function drawClaims() {
   const found = data.claims[state.score], box = $("claim-charts");
@@ -26,7 +27,7 @@ async function drawClaims() {
     element.querySelector("p").innerHTML = Object.entries(CLASSES).map(([verdict, name]) => [verdict, name,
       shown.filter((one) => one.verdict === verdict).length]).filter(([, , count]) => count).map(([verdict, name, count]) =>
       `<span><b class="${name}">${verdict}</b> ${count} of ${shown.length}</span>`).join("") +
-      `<span>holds if the interval is ${KINDS[all[0].kind]}</span>`;
+      `<span>holds if ${KINDS[all[0].kind]}</span>`;
     const rows = shown.map((one) => rowOf.get(one));
     await draw(element.querySelector(".chart"), claimSpec(rows, reach(found), each, extent, narrow), rows);
   }
