@@ -6,10 +6,10 @@
 #   RESULTS=DIR       the study's folder                        [results/${SCALE}_study]
 #   DATA=DIR          local copies, one folder per task         [the hub]
 #   TASKS="rte mrpc"  METHODS="lora wlora"                      [all of the script]
-#   TUNE_SEED=N       seed for tuning rates and warm-up; larger than the reported seeds   [100]
+#   TUNE_SEED=N       seed for tuning rates and warm-up; larger than the reported seeds 0 to 4   [100]
 #   RANKS=8           ranks of the small Tables 2 and 4         [1,8]
 #   RACE=1            race the tuning sweeps (docs/sweeps.md): the worse rates are stopped early
-#   JOBS=N            number of simultaneous sweeps; with GPUS=N each uses one of N GPUs   [1]
+#   JOBS=N            number of simultaneous sweeps; with GPUS=N each uses one of N GPUs, or of CUDA_VISIBLE_DEVICES   [1]
 #   DRY=1             run nothing: list the cells, what is done, and the time left
 #
 # PHASE and PHASES are shared with the scripts; the output of `small` is split into words on purpose:
@@ -19,7 +19,11 @@ set -euo pipefail
 export SCALE=${SCALE:-paper}
 export RESULTS=${RESULTS:-results/${SCALE}_study} GPUS=${GPUS:-} TUNE_SEED=${TUNE_SEED:-100}
 case $SCALE in paper | cpu) ;; *) echo "error: SCALE=$SCALE: allowed is paper | cpu" >&2; exit 2 ;; esac
+[[ $TUNE_SEED =~ ^[0-9]+$ && $TUNE_SEED -gt 4 ]] || { echo "error: TUNE_SEED=$TUNE_SEED: allowed is int > 4" >&2; exit 2; }
 extra=("$@") queue=() planned=()
+refused=$(mktemp)
+export refused
+trap 'rm -f "$refused"' EXIT
 
 # chosen LIST NAME: whether NAME is in LIST; an empty list contains every name
 chosen() { [ -z "$1" ] || [[ " $1 " == *" $2 "* ]]; }
@@ -81,9 +85,18 @@ tune_small() {
 }
 
 run_sweep() {
-    [ -z "$GPUS" ] || export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
-    # Exit code 1: some runs failed and will be missing in the table. Other codes (wrong request, interrupt) end the study.
-    python -m wlora.run -m "$@" || [ $? -eq 1 ] || exit 255
+    if [ -n "$GPUS" ]; then
+        local devices
+        IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}"
+        export CUDA_VISIBLE_DEVICES=${devices[SLOT % GPUS % ${#devices[@]}]}
+    fi
+    # Exit code 1: some runs failed and will be missing in the table; 2: some were refused, such as lr=tuned if every rate
+    # diverged. Other codes (interrupts) end the study.
+    python -m wlora.run -m "$@" || case $? in
+        1) ;;
+        2) echo "$*" >>"$refused" ;;
+        *) exit 255 ;;
+    esac
 }
 export -f run_sweep
 
@@ -92,8 +105,12 @@ stage() {
         if [ -n "${DRY:-}" ]; then
             planned+=("${queue[@]}")
         else
+            local before
+            before=$(wc -l <"$refused")
             printf '%s\n' "${queue[@]}" | sed 's/ *$//' |
                 xargs -P "${JOBS:-1}" --process-slot-var=SLOT -L 1 bash -c 'run_sweep "$@"' run_sweep
+            # If every sweep of a stage is refused, the request itself is wrong, and the next stages would be refused, too.
+            [ $(($(wc -l <"$refused") - before)) -lt ${#queue[@]} ] || exit 2
         fi
     fi
     queue=()
@@ -106,5 +123,10 @@ finish() {
         exit
     else
         python -m "$@" "results_dir=$RESULTS"
+        if [ -s "$refused" ]; then
+            echo "error: runs of these sweeps were refused; the reasons are above:" >&2
+            cat "$refused" >&2
+            exit 2
+        fi
     fi
 }

@@ -43,7 +43,7 @@ def test_a_grid_and_its_tuned_runs_are_one_cell_per_method(tmp_path: Path) -> No
     make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=1", "lr=1e-2", status="diverged")
     make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=1", "lr=1e-4", "seed=3")
     make_record(tmp_path, "task=sst2", "method=lora", "task.epochs=2", "lr=1e-2")
-    assert counts(tmp_path, grid, tuned) == [(3, 7), (0, 7)]
+    assert counts(tmp_path, grid, tuned) == [(4, 7), (0, 7)], "a diverged run would diverge again"
 
 
 def test_rate_and_warm_up_in_turn(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 import wlora
 from wlora.config.schema import method_names
 from wlora.errors import ConfigError, RunFault
+from wlora.experiment.resolve import check_method
 
 STEPS = 24
 # Methods that look at training rows.
@@ -182,6 +183,9 @@ def test_mistakes_are_told_in_a_line_or_two() -> None:
     model = build()
     assert "method=wlra is unknown; did you mean wlora?" in message(lambda: wlora.attach(model, "wlra"))
     assert "method.lr_omga is unknown to method=wlora" in message(lambda: wlora.attach(model, lr_omga=1.0))
+    assert "method.lr is unknown to method=lora" in message(lambda: check_method({"name": "lora", "lr": 1.0}))
+    assert "allowed is handle.begin(..., head_lr=...)" in message(lambda: wlora.attach(model, head_lr=1.0))
+    assert "model=BertModel: allowed is a model with a head" in message(lambda: wlora.attach(model.base_model))
     assert "method.rank=0: allowed is int >= 1" in message(lambda: wlora.attach(model, rank=0))
     assert "rank=99: allowed is 1 to 16" in message(lambda: wlora.attach(build(), rank=99))
     assert "k=99: allowed is int >= 1, <= 9" in message(lambda: wlora.attach(model, k=99))

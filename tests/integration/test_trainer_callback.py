@@ -143,6 +143,30 @@ def test_a_trainer_script_is_the_run(
     assert trainer.args.max_grad_norm == 1.0
 
 
+def test_accumulated_micro_batches_are_averaged(tmp_path: Path) -> None:
+    def train(micro: int) -> tuple[list[float], dict[str, Any]]:
+        script = Script()
+        handle = wlora.attach(script.model, targets="all", rank=2, dropout=0.0, k=3, select_steps=4)
+        size = {"per_device_train_batch_size": 8 // micro, "gradient_accumulation_steps": micro, "max_steps": 6}
+        args = TrainingArguments(
+            output_dir=str(tmp_path / str(micro)),
+            learning_rate=5e-3,
+            use_cpu=True,
+            report_to="none",
+            logging_steps=1,
+            **size,
+        )
+        trainer = Trainer(script.model, args, script.collate, script.rows, callbacks=[wlora.WLoRACallback(handle)])
+        trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        return losses, handle.summary()["adapters"]
+
+    (whole, kept), (parts, also) = train(1), train(2)
+    assert parts == pytest.approx(whole, abs=1e-3) and kept.keys() == also.keys()
+    for name, adapter in kept.items():
+        assert adapter["omega"] == pytest.approx(also[name]["omega"], abs=1e-4)
+
+
 @pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_a_training_resumes_from_the_trainers_checkpoint(at: int, tmp_path: Path) -> None:
     def begin(**options: Any) -> tuple[Any, Any]:

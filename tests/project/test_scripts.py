@@ -38,11 +38,12 @@ def run_script(name: str, *words: str, path: Path | None = None, **environment: 
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Path:
-    """A folder whose `python` writes down its arguments and ends with $CODE."""
+    """A folder whose `python` writes down its arguments and ends with $CODE, if they contain $ONLY."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "python").write_text(
-        f'#!/bin/sh\necho "GPU=$CUDA_VISIBLE_DEVICES $*" >> {tmp_path}/calls\nexit ${{CODE:-0}}\n'
+        f'#!/bin/sh\necho "GPU=$CUDA_VISIBLE_DEVICES $*" >> {tmp_path}/calls\n'
+        'case "$*" in *"$ONLY"*) exit ${CODE:-0} ;; esac\n'
     )
     (folder / "python").chmod(0o755)
     return folder
@@ -111,7 +112,13 @@ def test_the_other_small_studies_are_legal(name: str, cell: str, runs: int, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scale", "runs"),
-    [("k_curve", "cpu", 48), ("depth_curve", "cpu", 90), ("prefix_cache", "cpu", 10), ("depth_curve", "paper", 300)],
+    [
+        ("k_curve", "cpu", 48),
+        ("depth_curve", "cpu", 90),
+        ("k_curve", "paper", 260),
+        ("prefix_cache", "cpu", 10),
+        ("depth_curve", "paper", 300),
+    ],
 )
 def test_the_studies_beyond_the_tables_are_legal(name: str, scale: str, runs: int, tmp_path: Path) -> None:
     done = run_script(name, DRY="1", SCALE=scale, RESULTS=str(tmp_path))
@@ -148,7 +155,7 @@ def test_local_data_are_passed_on(recorder: Path, tmp_path: Path) -> None:
     assert "results_dir=here task=rte task.path=data/rte method=rlora experiment=table6 k=1,5,10" in calls(tmp_path)[0]
 
 
-@pytest.mark.parametrize(("code", "number", "ends"), [("1", 3, 0), ("2", 1, 124), ("130", 1, 124)])
+@pytest.mark.parametrize(("code", "number", "ends"), [("1", 3, 0), ("2", 1, 2), ("130", 1, 124)])
 def test_failed_runs_leave_gaps_and_mistakes_end_the_study(
     recorder: Path, tmp_path: Path, code: str, number: int, ends: int
 ) -> None:
@@ -158,11 +165,31 @@ def test_failed_runs_leave_gaps_and_mistakes_end_the_study(
     assert done.returncode == (ends or 1)
 
 
+def test_a_refused_sweep_does_not_stop_the_others_and_is_named_at_the_end(recorder: Path, tmp_path: Path) -> None:
+    options = {"TASKS": "rte", "METHODS": "lora adalora", "CODE": "2", "ONLY": "method=adalora"}
+    done = run_script("table1", path=recorder, **options)
+    assert [re.sub(r".*(tables|method=\w+).*?( lr=tuned|$).*", r"\1\2", line) for line in calls(tmp_path)] == [
+        "method=lora",
+        "method=adalora",
+        "method=lora lr=tuned",
+        "method=adalora lr=tuned",
+        "tables",
+    ]
+    assert done.returncode == 2 and done.stderr.splitlines()[0].startswith("error: runs of these sweeps were refused")
+    assert all("method=adalora" in line for line in done.stderr.splitlines()[1:])
+
+
+def test_gpus_are_those_that_are_visible(recorder: Path, tmp_path: Path) -> None:
+    run_script("table1", path=recorder, TASKS="rte", METHODS="lora", GPUS="2", CUDA_VISIBLE_DEVICES="5,7")
+    assert calls(tmp_path)[0].startswith("GPU=5 ")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
         ("table1", {"SCALE": "big"}, "error: SCALE=big: allowed is paper | cpu"),
         ("table6", {"PROTOCOL": "x"}, "error: PROTOCOL=x: allowed is steps | printed"),
+        ("table1", {"TUNE_SEED": "3"}, "error: TUNE_SEED=3: allowed is int > 4"),
     ],
 )
 def test_mistakes_in_the_settings_are_told(name: str, options: dict[str, str], said: str, tmp_path: Path) -> None:

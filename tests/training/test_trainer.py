@@ -161,16 +161,20 @@ def refuse_bare_nan(name: str) -> None:
 
 
 def diverge(results: Path, *words: str) -> str:
-    """Let a run diverge, twice with the same command; returns what its record says, after looking at all that it wrote."""
+    """Let a run diverge, twice by force; returns what its record says, after looking at all that it wrote."""
     config = compose(*TINY, "method=lora", "precision=fp32", "warmup=0", f"results_dir={results}", *words)
-    for _ in range(2):
-        with pytest.raises(Diverged):
+    for force in (False, True):
+        config.force = force
+        with pytest.raises(Diverged, match="^(?!.*before)"):
             experiment.run(copy.deepcopy(config))
         (record,) = RecordStore(results)
         assert (record.status, record.metrics) == ("diverged", {}) and record.steps and record.seconds
     for file in results.rglob("*.json*"):
         for line in [file.read_text()] if file.suffix == ".json" else file.read_text().splitlines():
             json.loads(line, parse_constant=refuse_bare_nan)
+    config.force = False
+    with pytest.raises(Diverged, match=f"{record.run_id} has diverged before: .*; force=true repeats it"):
+        experiment.run(copy.deepcopy(config))
     assert record.error is not None
     return record.error
 
@@ -196,7 +200,7 @@ def test_logits_that_are_not_finite_at_an_evaluation_end_the_run_as_diverged(
 
 
 def test_a_score_that_is_not_finite_ends_the_run_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = iter([0.5, math.nan, math.nan])
+    found = iter([0.5, math.nan] * 2)
     monkeypatch.setattr(SequenceClassification, "score", lambda *_: {"accuracy": next(found)})
     words = ["train.max_steps=4", "train.eval_every=2", "train.checkpoint_every=2"]
     assert "accuracy is nan at step 4 of 4" in diverge(tmp_path, *words)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from wlora.analysis.study_reader import read_study
 from wlora.config.identity import scientific_fields
 from wlora.config.schema import Config
 from wlora.console import tell
+from wlora.distributed import from_main, several
 from wlora.errors import ConfigError
 from wlora.storage.locks import RunLock
+from wlora.storage.records import RecordStore
 
 # The seed that the scripts use for tuning. Its runs are not reported.
 TUNE_SEED = 100
@@ -26,7 +28,7 @@ TUNE_SEED = 100
 WORDS = ("tuned", "beyond")
 
 # Seconds between two looks at runs of other processes.
-_BETWEEN_LOOKS = 10.0
+_BETWEEN_LOOKS = 5.0
 
 _ENVIRONMENT = ("precision", "task.version", "numerics")
 
@@ -195,7 +197,7 @@ class Settings:
 def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None) -> Choice | None:
     """Replace `tuned` and `beyond` by recorded values (`choose_point`); return None if no key has one of them.
 
-    While other processes execute runs on the tuning seed, the best one is not known. A dry run says so, any other run waits.
+    While other processes execute runs that may change the choice, a run waits for them; a dry run says so.
 
     Raises:
         ConfigError: there is no record to choose from, a record is damaged (it may be the best one), or the records on
@@ -208,9 +210,12 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
         return None
     asked = f"{wanted[0]}={getattr(config, wanted[0])}"
     while True:
+        held = dict(RunLock.all_held(config.results_dir))  # first the locks: a run that ends now is then read as ended
         runs = _candidates(config, asked, task_data=task_data, model_data=model_data)
         choice = choose_point(runs)
-        pending = _pending(config.results_dir, runs, choice)
+        pending = _pending(config, held, runs, choice)
+        if several():  # the processes of one run look at different times, but must wait equally long
+            choice, pending = from_main((choice, pending))
         if pending is None or config.dry_run:
             break
         tell(f"{asked}: waiting, because {pending}")
@@ -241,13 +246,26 @@ def _candidates(config: Config, asked: str, *, task_data: str | None, model_data
     return Settings(runs).candidates(config, task_data=task_data, model_data=model_data)
 
 
-def _pending(results_dir: str, runs: Iterable[Run], choice: Choice | None) -> str | None:
-    """Name a run on the tuning seed that some process is executing; None if there is none."""
-    for run in runs:
-        if run.status == "running" and (choice is None or run.config_seed in (choice.seed, TUNE_SEED)):
-            lock = RunLock(results_dir, run.record.run_id)
-            if lock.is_held():
-                return f"{lock.holder()} is running {run.record.run_id} (seed={run.config_seed} lr={show(run.point.lr)})"
+def _pending(config: Config, held: Mapping[str, RunLock], runs: Iterable[Run], choice: Choice | None) -> str | None:
+    """Name a run of some process whose result may change the choice; None if there is none.
+
+    Args:
+        config: the configuration with `tuned` or `beyond`.
+        held: the locks that were held before the runs were read.
+        runs: the runs to choose from.
+        choice: the choice among the ended ones.
+    """
+    mine, store = {run.record.run_id: run for run in runs}, RecordStore(config.results_dir)
+    chosen = None if choice is None else {key: choice.value(key, getattr(config, key)) for key in wanted_keys(config)}
+    for run_id, lock in held.items():
+        run = mine.get(run_id)
+        if run is None and not store.path(run_id).exists():
+            return f"{lock.holder()} is preparing {run_id}"  # it may be one of the setting
+        if run is None or run.status in TRIED or (choice and run.config_seed not in (choice.seed, TUNE_SEED)):
+            continue
+        # A run with the chosen values cannot change them.
+        if chosen is None or any(getattr(run.point, key) != value for key, value in chosen.items()):
+            return f"{lock.holder()} is running {run_id} (seed={run.config_seed} lr={show(run.point.lr)})"
     return None
 
 

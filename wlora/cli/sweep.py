@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wlora.analysis.racing import Entrant, divide, judge, read_entrant, work_left
-from wlora.analysis.study import Point, name_rows, read_value, seeds_of
+from wlora.analysis.study import ENDED, Point, name_rows, read_value, seeds_of
 from wlora.analysis.study_reader import read_runs
 from wlora.analysis.tuning import WORDS, Choice, Settings, choose_point, wanted_keys
 from wlora.cli.entry import serve
@@ -49,7 +49,7 @@ class Cell:
     Attributes:
         config: the resolved configuration of any run of the cell.
         wanted: the requested runs. A value `tuned` or `beyond` means that the records do not determine it yet.
-        done: the requested runs with a successful record, and those that were eliminated in a race.
+        done: the requested runs that have ended, and those that were eliminated in a race.
         seconds: expected duration of one run on one process; None if no run of the model is recorded.
     """
 
@@ -65,7 +65,7 @@ class Cell:
     def done(self) -> set[tuple[Point, int]]:
         """The requested runs that need no more steps."""
         if self.config.race == "off":
-            return {(run.point, run.seed) for run in self.recorded if run.status == "success"} & self.wanted
+            return {(run.point, run.seed) for run in self.recorded if run.status in ENDED} & self.wanted
         races = [(asked, race, judge(race)) for asked, race in self.races()]
         return self.wanted - {asked[i] for asked, race, now in races for i in now.alive if not race[i].ended}
 

@@ -25,12 +25,12 @@ TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 # Descriptive entries of a method's YAML file. They are removed from the configuration before `run_id` is computed.
 METHOD_NOTES = ("about", "paper", "allowed", "later", "preset", "presets", "ambiguous")
 
-Decides = Literal["numbers", "origin", "course", "nothing"]
+Decides = Literal["numbers", "origin", "execution", "nothing"]
 """What a key influences.
 
 numbers: the results. The key is part of `run_id`.
 origin: where data or weights come from. The key is part of `run_id` only if the content has no fingerprint (hub).
-course: how or when results are computed or measured, or the defaults of other keys. `from=RUN_ID` must keep the value.
+execution: how or when results are computed or measured, or the defaults of other keys. `from=RUN_ID` must keep the value.
 nothing: only file locations, logging and the like. `from=RUN_ID` may change the value.
 """
 
@@ -71,13 +71,13 @@ class TaskConfig:
     benchmark: str = key(MISSING, "", "benchmark that the task belongs to")
     hub_id: str | None = key(None, "", "data set on the hub", "origin")
     subset: str | None = key(None, "", "configuration (subset) of the data set on the hub", "origin")
-    generator: str | None = key(None, "", "generator of synthetic data, used instead of files", "course")
+    generator: str | None = key(None, "", "generator of synthetic data, used instead of files", "execution")
     columns: list[str] = key(list, "", "input columns, named as on the hub")
-    text: Any = key(None, "", "text columns of an own table, NAME or [NAME,NAME]; null: detected", "course")
+    text: Any = key(None, "", "text columns of your table, NAME or [NAME,NAME]; null: detected", "execution")
     label: Any = key(
         None,
         "",
-        "label column, or [NAME,NAME] of 0 and 1; null: label or answers, or detected in an own table",
+        "label column, or [NAME,NAME] of 0 and 1; null: label or answers, or detected in your table",
         later=True,
     )
     labels: list[str] = key(
@@ -108,13 +108,13 @@ class TaskConfig:
     stride: int | None = key(None, "int >= 0 or null", "overlap of consecutive windows in tokens", later=True)
     n_best: int | None = key(None, "int >= 1 or null", "best start and end positions combined into answers", later=True)
     max_answer_length: int | None = key(None, "int >= 1 or null", "maximum tokens of an answer", later=True)
-    train_rows: int | None = key(None, "", "size of the training split on the hub, for dry runs", "course")
+    train_rows: int | None = key(None, "", "size of the training split on the hub, for dry runs", "execution")
     max_train_rows: int | None = key(None, "int >= 1 or null", "use a random sample of this many training rows; null: all")
     max_eval_rows: int | None = key(None, "int >= 1 or null", "maximum rows of each evaluated split; null: all")
     path: str | None = key(None, "", "file, or folder of files, with the task's columns, used instead of the hub", "nothing")
     revision: str = key("main", "", "commit or branch of the data set on the hub", "origin")
-    preset: str | None = key(None, "", "published values for all keys that are not set explicitly: release", "course")
-    presets: dict[str, Any] = key(dict, "", "content of the presets", "course")
+    preset: str | None = key(None, "", "published values for all keys that are not set explicitly: release", "execution")
+    presets: dict[str, Any] = key(dict, "", "content of the presets", "execution")
 
 
 @dataclass
@@ -125,8 +125,8 @@ class ModelConfig:
     source: str = key(MISSING, "hub | package | random", "source of the weights", "origin")
     hub_id: str | None = key(None, "", "repository on the hub", "origin")
     revision: str = key("main", "", "commit or branch of that repository", "origin")
-    package: str | None = key(None, "", "Python package that contains the weights", "course")
-    sha256: str | None = key(None, "", "expected SHA-256 checksum of the package's weights", "course")
+    package: str | None = key(None, "", "Python package that contains the weights", "execution")
+    sha256: str | None = key(None, "", "expected SHA-256 checksum of the package's weights", "execution")
     path: str | None = key(None, "", "local folder in transformers format, used instead of the hub", "nothing")
     head: str = key("fresh", "fresh | kept", "fresh: a new head; kept: the head stored in model.path", later=True)
     gguf_file: str | None = key(None, "", "GGUF file with the weights; they are dequantised", "origin", later=True)
@@ -135,8 +135,8 @@ class ModelConfig:
     )
     quantization: str = key("none", " | ".join(QUANTIZATIONS), "quantisation of the frozen linear layers", later=True)
     architecture: dict[str, Any] = key(dict, "", "transformers configuration, for counts and random weights", "origin")
-    accumulation_steps: int | None = key(None, "", "default of train.accumulation_steps on GLUE", "course")
-    k: int | None = key(None, "", "default of k", "course")
+    accumulation_steps: int | None = key(None, "", "default of train.accumulation_steps on GLUE", "execution")
+    k: int | None = key(None, "", "default of k", "execution")
 
 
 @dataclass
@@ -150,7 +150,7 @@ class TrainConfig:
     weight_decay: float = key(0.01, "float >= 0", "decoupled weight decay of AdamW")
     max_grad_norm: float = key(1.0, "float > 0", "gradient clipping: maximum global norm")
     eval_every: int | None = key(
-        None, "int >= 1 or null", "optimiser steps between evaluations; null: every epoch", "course"
+        None, "int >= 1 or null", "optimiser steps between evaluations; null: every epoch", "execution"
     )
     best: str | None = key(
         None,
@@ -171,13 +171,13 @@ class TrainConfig:
         "off",
         "off | graphs",
         "graphs: record the forward and backward pass of each length as a CUDA graph, and replay it (CUDA only)",
-        "course",
+        "execution",
         later=True,
     )
     fast_step: bool = key(
         False,
         "",
-        "faster dropout masks on CPUs, one for adapters with the same input; adapters multiplied in the base's precision",
+        "faster dropout masks on CPUs, shared by adapters with the same input; adapters multiplied in the base's precision",
         later=True,
     )
     grow_batch: str = key(
@@ -196,9 +196,9 @@ class TrainConfig:
         "bf16", "bf16 | fp32", "dtype of the cached states; fp32 is exact and needs twice the space", later=True
     )
     prefix_cache_gb: float = key(
-        8.0, "float >= 0", "maximum cache size in GB; examples that do not fit are recomputed every time", "course"
+        8.0, "float >= 0", "maximum cache size in GB; examples that do not fit are recomputed every time", "execution"
     )
-    fsdp: bool = key(False, "", "shard the frozen base over several processes (FSDP); method=lora only", "course")
+    fsdp: bool = key(False, "", "shard the frozen base over several processes (FSDP); method=lora only", "execution")
     checkpoint_every: int | None = key(
         None,
         "int >= 0 or null",
@@ -239,13 +239,14 @@ class AdapterConfig:
 class Config:
     """One run. The short keys are those that sweeps usually vary; a method's YAML file interpolates those that it uses."""
 
-    rank: int = key(8, "int >= 1", "rank of each adapter", "course")
-    alpha: float = key(32.0, "float > 0", "the scale of an adapter is alpha / rank", "course")
-    dropout: float = key(0.05, "float >= 0, < 1", "dropout probability on the input of an adapter", "course")
+    rank: int = key(8, "int >= 1", "rank of each adapter", "execution")
+    alpha: float = key(32.0, "float > 0", "the scale of an adapter is alpha / rank", "execution")
+    dropout: float = key(0.05, "float >= 0, < 1", "dropout probability on the input of an adapter", "execution")
     lr: Any = key(
         5e-4,
         "float > 0 or tuned or beyond",
-        "peak learning rate; tuned: the best recorded value of this setting; beyond: the next one if that is at an edge",
+        "peak learning rate; tuned: the best recorded value of this setting; beyond: if that is the smallest or largest "
+        "tried, the next one outside the grid",
     )
     head_lr: Any = key(
         None, "float > 0 or null or tuned", "peak rate of head and pooler; null: lr; tuned: see lr", later=True
@@ -261,19 +262,22 @@ class Config:
         "simultaneous runs with hydra/launcher=packed; auto: as many as fit into memory",
         "nothing",
     )
-    tune_on: str | None = key(None, "", "task whose records are used for tuned; null: the task of the run", "course")
+    tune_on: str | None = key(None, "", "task whose records are used for tuned; null: the task of the run", "execution")
     seed: int = key(0, "int >= 0", "random seed of initialisation, data order, dropout and random selection")
     k: int | None = key(
-        None, "int >= 1 or null", "adapters to keep; null: 5 if n <= 48, else 20; wlora_plus: n/4; Llama 3 8B: 100", "course"
+        None,
+        "int >= 1 or null",
+        "adapters to keep; null: 5 if n <= 48, else 20; wlora_plus: n/4; Llama 3 8B: 100",
+        "execution",
     )
     targets: Any = key(
         "qkv",
         " | ".join((*TARGET_SETS, "SET@LAYER", MODULE_NAMES)),
         "linear layers with adapters; attention: qkv and output; release: as in the release; qkv@3: layers 3 and above; "
         "or a list of module names or their ends, with * for any characters",
-        "course",
+        "execution",
     )
-    precision: str = key("auto", "auto | fp32 | bf16 | fp16", "dtype of the frozen base; auto: by hardware", "course")
+    precision: str = key("auto", "auto | fp32 | bf16 | fp16", "dtype of the frozen base; auto: by hardware", "execution")
     compat: str = key("paper", "paper | release", "release: reproduce where the published code deviates from the paper")
     results_dir: str = key("results", "", "folder for records and other results", "nothing")
     track: str = key("none", " | ".join(TRACKERS), "experiment tracker that also receives the learning curve", "nothing")
@@ -286,8 +290,8 @@ class Config:
         "nothing",
     )
     force: bool = key(False, "", "run again even if a record exists", "nothing")
-    experiment: str | None = key(None, "", "name of the experiment file", "course")
-    per_task: dict[str, Any] = key(dict, "", "task-specific values that an experiment's keys interpolate", "course")
+    experiment: str | None = key(None, "", "name of the experiment file", "execution")
+    per_task: dict[str, Any] = key(dict, "", "task-specific values that an experiment's keys interpolate", "execution")
     task: TaskConfig = key(TaskConfig, "", "the task")
     model: ModelConfig = key(ModelConfig, "", "the frozen base model")
     method: dict[str, Any] = key(dict, "", "the method and its own keys")

@@ -1,4 +1,4 @@
-"""Finding the text columns and the label column of an own table, by usual names and, failing that, by content."""
+"""Finding the text columns and the label column of a user's table, by usual names and, failing that, by content."""
 
 from __future__ import annotations
 

@@ -21,13 +21,18 @@ from wlora.training.settings import Result
 from wlora.training.trainer import Trainer
 
 
-def find_success(store: RecordStore, identity: str, config: Config) -> Record | None:
+def find_ended(store: RecordStore, identity: str, config: Config) -> Record | None:
     """Return the record of a successful run that need not run again, as read by the main process; otherwise None.
 
     If a part of the run's results could not be saved and its checkpoints still exist, the result is None: the run then
     continues from its last checkpoint and saves that part.
+
+    Raises:
+        Diverged: the run has diverged before, and would again.
     """
     done = from_main(store.read(identity))
+    if done is not None and done.status == "diverged" and not config.force:
+        raise Diverged(f"{identity} has diverged before: {done.error}; force=true repeats it")
     if done is None or done.status != "success" or config.force:
         return None
     saved = model_folder(config.results_dir, identity)

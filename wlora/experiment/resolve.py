@@ -117,15 +117,15 @@ def check_method(method: dict[str, Any]) -> None:
     Raises:
         ConfigError: the method is unknown, or a key is unknown to it or violates its rule.
     """
-    rules = {**RULES, **_method_rules(method.get("name"))}
+    own = _method_rules(method.get("name"))
+    rules, known = {**RULES, **own}, {"name", *read_method(method["name"]), *own}
     for note in METHOD_NOTES:
         method.pop(note, None)
     for key, value in method.items():
+        if key not in known:
+            raise ConfigError(f"method.{key} is unknown to method={method['name']}: allowed is {', '.join(own)}")
         if key in rules:
             method[key] = check(f"method.{key}", value, rules[key])
-        elif key != "name":
-            own = ", ".join(name for name in rules if name not in RULES)
-            raise ConfigError(f"method.{key} is unknown to method={method['name']}: allowed is {own}")
 
 
 def _method_rules(name: Any) -> dict[str, str]:
@@ -152,7 +152,7 @@ def _check_saving(config: Config) -> None:
     packed = f"model.gguf_file={model.gguf_file}" if model.gguf_file else f"model.quantization={model.quantization}"
     if config.train.save_model and packed != "model.quantization=none":
         raise wrong_value(
-            "train.save_model", "true", f"false with {packed}: adapters cannot be merged into quantised weights"
+            "train.save_model", "true", f"false with {packed}: adapters are not merged into weights from quantised ones"
         )
 
 

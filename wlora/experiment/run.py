@@ -20,7 +20,7 @@ from wlora.data.sources import fingerprint
 from wlora.distributed import from_main, gather
 from wlora.errors import ConfigError, TakenOver
 from wlora.experiment.build import assemble, prepare_method, read_start
-from wlora.experiment.outcome import classify, complete, find_success, keep_results, out_of_memory, write_ending
+from wlora.experiment.outcome import classify, complete, find_ended, keep_results, out_of_memory, write_ending
 from wlora.experiment.saving import model_folder, save_model
 from wlora.experiment.shared_inputs import SharedInputs, require_best
 from wlora.experiment.summary import announce, summarize
@@ -191,7 +191,7 @@ def course(
     check_folders(config.results_dir, *_written(config, record.run_id))
     read_start(config)  # raise errors before anything is written or loaded
     lock = RunLock(config.results_dir, record.run_id)
-    if done := find_success(store, record.run_id, config):
+    if done := find_ended(store, record.run_id, config):
         return done
     if not from_main(accelerator.is_main_process and lock.acquire()):
         say(f"{record.run_id} is skipped: {lock.holder()} is running it")
@@ -204,7 +204,7 @@ def course(
             except ConfigError as damage:
                 say(f"notice: {damage}; the run is repeated")
             # Another process may have finished the run between the check and the lock.
-            if done := find_success(store, record.run_id, config):
+            if done := find_ended(store, record.run_id, config):
                 return done
             trainer = job.trainer = prepare(job, shared or SharedInputs(keep=False))
             if job.telling:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from wlora.methods.base import Steps
 from wlora.methods.registry import build_method
 from wlora.models.discovery import layout_of
 from wlora.models.heads import head_parameters
+from wlora.models.layout import FAMILIES
 from wlora.training.precision import raise_head
 
 
@@ -75,12 +77,22 @@ def attach(
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})):
         attach_adapters(model, policy, settings.get("targets", "all"), seed=seed)
+    _average_micro_batches(model)
     if head and model.dtype != torch.float32:
         raise_head(model)  # transformers loads a checkpoint in the precision in which it is stored
     trained = head_parameters(model) if head else {}
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return Handle(Assembly(model, policy, trained), method, length)
+
+
+def _average_micro_batches(model: PreTrainedModel) -> None:
+    """Let transformers' Trainer average the gradients of accumulated micro-batches, if the loss is a mean over its batch.
+
+    The Trainer adds them if the model's forward pass takes any keyword. The SGD of ω is not invariant to their scale.
+    """
+    if not model.can_generate():
+        model.accepts_loss_kwargs = False
 
 
 def _settings(model: PreTrainedModel, method: str, shared: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +109,8 @@ def _settings(model: PreTrainedModel, method: str, shared: dict[str, Any], optio
     """
     if method not in method_names():
         raise unknown_name(f"method={method}", method, method_names())
+    if elsewhere := next((name for name in options if name in signature(Handle.begin).parameters), None):
+        raise ConfigError(f"{elsewhere}: is no argument of wlora.attach: allowed is handle.begin(..., {elsewhere}=...)")
     given = shared["targets"]
     targets = check("targets", given if isinstance(given, str) else list(given), RULES["targets"])
     content = {**shared, "targets": targets, "method": {**read_method(method), **options, "name": method}}
@@ -115,6 +129,8 @@ def _check_model(model: nn.Module) -> None:
     """Raise an error for objects other than transformers models, and for models that already have adapters."""
     if not isinstance(model, PreTrainedModel):
         raise wrong_value("model", type(model).__name__, "a model of transformers, without PEFT's wrapper around it")
+    if model.config.model_type in FAMILIES and model.base_model is model:
+        raise wrong_value("model", type(model).__name__, "a model with a head, such as one for sequence classification")
     taken = next((name for name, part in model.named_modules() if isinstance(part, AdaptedLinear)), None)
     if taken or getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(f"model={type(model).__name__}: has adapters already ({taken or 'PEFT'}): allowed is a plain one")

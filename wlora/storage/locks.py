@@ -103,6 +103,14 @@ class RunLock:
             time.sleep(_BETWEEN_LOOKS)
         return False
 
+    @classmethod
+    def all_held(cls, results_dir: str | Path) -> Iterator[tuple[str, RunLock]]:
+        """Yield the run_id and the lock of every run that a process holds."""
+        for path in sorted(Path(results_dir).glob("locks/*.lock")):
+            lock = cls(results_dir, path.stem)
+            if lock.is_held():
+                yield path.stem, lock
+
     def release(self) -> None:
         """Release the lock."""
         self._lease.release()
@@ -128,13 +136,20 @@ class RunLock:
             self.release()
 
     def _silent_for(self) -> float:
-        """Return the seconds since the holder's last heartbeat, measured with the file system's clock."""
+        """Return the seconds since the holder's last heartbeat; 0 if the lock has been released."""
+        try:
+            return self._clock() - self.path.lstat().st_mtime
+        except OSError:
+            return 0.0
+
+    def _clock(self) -> float:
+        """Return the time of the file system's clock, or of this machine's if the folder cannot be written."""
         try:
             with staged(self.path) as probe:
                 probe.touch(exist_ok=False)
-                return probe.stat().st_mtime - self.path.lstat().st_mtime
+                return probe.stat().st_mtime
         except OSError:
-            return 0.0
+            return time.time()
 
     def _lose(self, compromise: LeaseCompromise) -> None:
         self.lost = True

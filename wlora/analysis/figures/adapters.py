@@ -82,7 +82,7 @@ def _draw_kept(axis: Axes, runs: Sequence[Run]) -> AxesImage:
 def dot_products(runs: Sequence[Run]) -> Figure:
     """Draw Figure 2: |⟨∇_W f, AB⟩| of every adapter trained alone, mean over seeds; those that WLoRA keeps are starred.
 
-    An adapter is starred if at least half of the study's `wlora` runs of the same model, task and targets keep it. If some
+    An adapter is starred if at least half of the reported `wlora` runs of the same model, task and targets keep it. If some
     of these runs have K = 5, the paper's number of stars, only they count.
     """
     single = [run for run in runs if run.method == "single" and run.status == "success"]
@@ -124,12 +124,12 @@ def dot_products(runs: Sequence[Run]) -> Figure:
 
 
 def _starred(runs: Iterable[Run], like: Run) -> set[str]:
-    mine = [
-        run
-        for run in runs
-        if (run.method, run.status, run.model, run.task) == ("wlora", "success", like.model, like.task)
-        and run.setting["method.targets"] == like.setting["method.targets"]
+    groups = [
+        group
+        for group in chosen_runs(runs).values()
+        if (group[0].method, group[0].model, group[0].task) == ("wlora", like.model, like.task)
+        and group[0].setting["method.targets"] == like.setting["method.targets"]
     ]
-    mine = [run for run in mine if run.k == STARS] or mine
+    mine = [run for group in ([group for group in groups if group[0].k == STARS] or groups) for run in group]
     kept = Counter(adapter["name"] for run in mine for adapter in run.record.adapters)
     return {name for name, count in kept.items() if count >= STARRED * len(mine)}

@@ -59,8 +59,8 @@ def verdicts(findings: Sequence[Finding]) -> Part:
         f"test; for “equals” two one-sided tests against ±{MARGIN:g} point; for “at least” one test against −{MARGIN:g} "
         f"point. These two claims hold if the one-sided tests reject at {100 * (1 - LEVEL):.0f} %, which the "
         f"{100 * LEVEL:.0f} % interval does not show. A claim that neither holds nor does not hold is undecided at this "
-        "scale, and so is one with diverged runs, which are not in the difference. P(improvement): share of pairs in which the "
-        "first method is better, with its bootstrap interval. Params: trained parameters divided by those of the second "
+        "scale, and so is one with diverged runs, which are not in the difference. P(improvement): share of pairs in which "
+        "the first method is better, with its bootstrap interval. Params: trained parameters divided by those of the second "
         "method; the paper's second claim is about a third of them. The tests are not corrected for the number of lines."
     )
     headings = ("Claim", "Table", "Comparison", "Task", "Difference", "p", "P(improvement)", "Seeds", "Params", "Verdict")
