@@ -202,7 +202,7 @@ def _write_table(layout: Layout, runs: Sequence[Run], request: Request, *, shown
     answers = compare_rows(table, bootstrap_seed=bootstrap_seed)
     about = (
         f"Comparisons within {title}: mean difference and probability of improvement over tasks and seeds, with 95 % "
-        f"bootstrap intervals (a seed is drawn for all tasks together; bootstrap_seed={bootstrap_seed}). With few seeds they "
+        f"bootstrap intervals (seeds drawn for all tasks together; bootstrap_seed={bootstrap_seed}). With few seeds they "
         "are too narrow; one without width only says that all pairs of every task agree."
     )
     if answers:
