@@ -194,7 +194,9 @@ def test_packed_weights_are_not_merged(run_tiny: Callable[..., Any], tmp_path: P
     record = run_tiny("method=lora")
     record.config["model"]["quantization"] = "nf4"
     RecordStore(tmp_path).write(record)
-    with pytest.raises(ConfigError, match="adapters cannot be merged into quantised weights: allowed is format=peft"):
+    with pytest.raises(
+        ConfigError, match="adapters are not merged into weights from quantised ones: allowed is format=peft"
+    ):
         export([record.run_id, "format=merged", f"results_dir={tmp_path}"])
 
 

@@ -309,7 +309,8 @@ def test_packed_weights_are_refused_before_anything_is_loaded(words: list[str], 
     with pytest.raises(ConfigError) as caught:
         compose("task=story_nli", *words, "train.save_model=true")
     assert (
-        str(caught.value) == f"train.save_model=true: allowed is {message}: adapters cannot be merged into quantised weights"
+        str(caught.value)
+        == f"train.save_model=true: allowed is {message}: adapters are not merged into weights from quantised ones"
     )
 
 

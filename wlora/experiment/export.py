@@ -263,7 +263,7 @@ def _add_tokenizer(config: Config, record: Record, folder: Path) -> None:
 def _refuse_packed(config: Config) -> None:
     """Reject quantised bases, into which adapters cannot be merged."""
     if config.model.quantization != "none" or config.model.gguf_file:
-        raise ConfigError("format=merged: adapters cannot be merged into quantised weights: allowed is format=peft")
+        raise ConfigError("format=merged: adapters are not merged into weights from quantised ones: allowed is format=peft")
 
 
 def require_base(config: Config, record: Record) -> ModelSource:
