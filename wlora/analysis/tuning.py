@@ -213,9 +213,10 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
         held = dict(RunLock.all_held(config.results_dir))  # first the locks: a run that ends now is then read as ended
         runs = _candidates(config, asked, task_data=task_data, model_data=model_data)
         choice = choose_point(runs)
-        pending = _pending(config, held, runs, choice)
-        if several():  # the processes of one run look at different times, but must wait equally long
-            choice, pending = from_main((choice, pending))
+        values = {key: choice.value(key, getattr(config, key)) for key in wanted} if choice else {}
+        pending = _pending(config.results_dir, held, runs, choice, values)
+        if several():  # the processes of one run look at different times, but must wait equally long and choose the same
+            choice, values, pending = from_main((choice, values, pending))
         if pending is None or config.dry_run:
             break
         tell(f"{asked}: waiting, because {pending}")
@@ -228,8 +229,8 @@ def fill_tuned(config: Config, *, task_data: str | None, model_data: str | None)
             f"{asked}: {config.results_dir} has no finished run of method={config.method['name']} in this setting on "
             f"task={task}\nway out: run a grid first, as in -m task={task} lr=5e-5,5e-4,5e-3"
         )
-    for key in wanted:
-        setattr(config, key, choice.value(key, getattr(config, key)))
+    for key, value in values.items():
+        setattr(config, key, value)
     return choice
 
 
@@ -246,25 +247,26 @@ def _candidates(config: Config, asked: str, *, task_data: str | None, model_data
     return Settings(runs).candidates(config, task_data=task_data, model_data=model_data)
 
 
-def _pending(config: Config, held: Mapping[str, RunLock], runs: Iterable[Run], choice: Choice | None) -> str | None:
+def _pending(
+    results_dir: str, held: Mapping[str, RunLock], runs: Iterable[Run], choice: Choice | None, values: Mapping[str, Any]
+) -> str | None:
     """Name a run of some process whose result may change the choice; None if there is none.
 
     Args:
-        config: the configuration with `tuned` or `beyond`.
+        results_dir: folder of the study.
         held: the locks that were held before the runs were read.
         runs: the runs to choose from.
         choice: the choice among the ended ones.
+        values: the values that it gives. A run that has them cannot change them.
     """
-    mine, store = {run.record.run_id: run for run in runs}, RecordStore(config.results_dir)
-    chosen = None if choice is None else {key: choice.value(key, getattr(config, key)) for key in wanted_keys(config)}
+    mine, store = {run.record.run_id: run for run in runs}, RecordStore(results_dir)
     for run_id, lock in held.items():
         run = mine.get(run_id)
         if run is None and not store.path(run_id).exists():
             return f"{lock.holder()} is preparing {run_id}"  # it may be one of the setting
         if run is None or run.status in TRIED or (choice and run.config_seed not in (choice.seed, TUNE_SEED)):
             continue
-        # A run with the chosen values cannot change them.
-        if chosen is None or any(getattr(run.point, key) != value for key, value in chosen.items()):
+        if choice is None or any(getattr(run.point, key) != value for key, value in values.items()):
             return f"{lock.holder()} is running {run_id} (seed={run.config_seed} lr={show(run.point.lr)})"
     return None
 

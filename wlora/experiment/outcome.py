@@ -31,9 +31,11 @@ def find_ended(store: RecordStore, identity: str, config: Config) -> Record | No
         Diverged: the run has diverged before, and would again.
     """
     done = from_main(store.read(identity))
-    if done is not None and done.status == "diverged" and not config.force:
+    if done is None or config.force:
+        return None
+    if done.status == "diverged":
         raise Diverged(f"{identity} has diverged before: {done.error}; force=true repeats it")
-    if done is None or done.status != "success" or config.force:
+    if done.status != "success":
         return None
     saved = model_folder(config.results_dir, identity)
     lacks_model = config.train.save_model and not saved.is_dir()

@@ -117,22 +117,19 @@ def check_method(method: dict[str, Any]) -> None:
     Raises:
         ConfigError: the method is unknown, or a key is unknown to it or violates its rule.
     """
-    own = _method_rules(method.get("name"))
-    rules, known = {**RULES, **own}, {"name", *read_method(method["name"]), *own}
+    name = method.get("name")
+    if name not in method_names():
+        raise unknown_name(f"method.name={name}", str(name), method_names())
+    shipped = read_method(name)
+    own = shipped.get("allowed") or {}
+    rules, known = {**RULES, **own}, {"name", *shipped, *own}
     for note in METHOD_NOTES:
         method.pop(note, None)
     for key, value in method.items():
         if key not in known:
-            raise ConfigError(f"method.{key} is unknown to method={method['name']}: allowed is {', '.join(own)}")
+            raise ConfigError(f"method.{key} is unknown to method={name}: allowed is {', '.join(own)}")
         if key in rules:
             method[key] = check(f"method.{key}", value, rules[key])
-
-
-def _method_rules(name: Any) -> dict[str, str]:
-    """Return the rules of a method's own keys from the packaged YAML file."""
-    if name not in method_names():
-        raise unknown_name(f"method.name={name}", str(name), method_names())
-    return read_method(name).get("allowed") or {}
 
 
 def _check_model(model: ModelConfig) -> None:

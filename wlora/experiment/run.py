@@ -225,7 +225,6 @@ def open_job(config: Config, overrides: Sequence[str], signals: StopSignals | No
         log_with=None if config.track == "none" else config.track,
         project_dir=str(tracking_folder(config.results_dir)),
     )
-    config = from_main(config)  # processes may have read different records for `tuned` values
     config = settle_growth(config, accelerator.device)
     config = settle_graphs(config, accelerator.device, accelerator.num_processes)
     precision = choose_precision(config.precision, accelerator.device)

@@ -44,8 +44,9 @@ def notes(table: Table) -> list[str]:
             total = cell.diverged + len(cell.runs)
             where = f"{row.label}{'' if row.rank is None or table.layout.ranks else f', r={row.rank}'} on {task}"
             found.append(f"Diverged (†): {cell.diverged} of {total} runs of {where}; not in its mean.")
-    titles = {column.task: column.title for column in table.layout.columns}
-    tuned = [f"{row.label} on {titles[task]}" for (row, task), cell in table.cells.items() if cell.choice and not cell.runs]
+    tuned = [
+        f"{row.label} on {table.titles[task]}" for (row, task), cell in table.cells.items() if cell.choice and not cell.runs
+    ]
     if tuned:
         found.append(f"Runs on the tuning seed only, which is not reported: {_join(tuned)}.")
     unknown = sum(len(cell.runs) for cell in table.cells.values() if cell.runs and not cell.summaries)
@@ -93,8 +94,7 @@ _CLAIMED = ("lora", "wlora", "wlora_plus", "rlora")
 
 def _differences(table: Table) -> list[str]:
     """Return a note for each setting in which the runs differ that ALL averages or the claims compare."""
-    titles = {column.task: column.title for column in table.layout.columns}
-    first = {(row, titles[task]): cell.runs[0] for (row, task), cell in table.cells.items() if cell.runs}
+    first = {(row, table.titles[task]): cell.runs[0] for (row, task), cell in table.cells.items() if cell.runs}
     found = _differing(
         [(title, run) for (_, title), run in first.items()], lambda key: not key.startswith((*_OF_TASKS, "method."))
     )
@@ -211,10 +211,9 @@ def _raced(choices: Sequence[Choice]) -> str:
 
 def _choices(table: Table) -> dict[tuple[str, str], Choice]:
     """Return the tuning choices of a table by row and column, as displayed."""
-    titles = {column.task: column.title for column in table.layout.columns}
     several = table.layout.ranks is None
     return {
-        (row.label + (f" r={row.rank}" if several and row.rank is not None else ""), titles[task]): cell.choice
+        (row.label + (f" r={row.rank}" if several and row.rank is not None else ""), table.titles[task]): cell.choice
         for (row, task), cell in table.cells.items()
         if cell.choice is not None
     }

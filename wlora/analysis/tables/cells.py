@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean
 from typing import Literal
 
@@ -86,6 +87,11 @@ class Table:
     averaged: tuple[str, ...] = ()
     seeds: int = 0
     score: Score = "last"
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """The titles of the columns by task."""
+        return {column.task: column.title for column in self.layout.columns}
 
     def row_cells(self, row: Row) -> list[Cell]:
         """Return a row's cells from left to right."""

@@ -155,8 +155,7 @@ def points(table: Table) -> float:
 
 
 def _findings(table: Table, claim: Claim, a: Row, b: Row, bootstrap_seed: int) -> Iterator[Finding]:
-    titles = {column.task: column.title for column in table.layout.columns}
-    both = [task for task in titles if table.cells[a, task].scores and table.cells[b, task].scores]
+    both = [task for task in table.titles if table.cells[a, task].scores and table.cells[b, task].scores]
     for tasks in [[task] for task in both] + ([both] if len(both) > 1 else []):
         first, second = (_scores(table, row, tasks) for row in (a, b))
         cells = [[table.cells[row, task] for task in tasks] for row in (a, b)]
@@ -170,7 +169,7 @@ def _findings(table: Table, claim: Claim, a: Row, b: Row, bootstrap_seed: int) -
                 table=table.layout.name,
                 a=a,
                 b=b,
-                task=titles[tasks[0]] if len(tasks) == 1 else None,
+                task=table.titles[tasks[0]] if len(tasks) == 1 else None,
                 tasks=tuple(tasks),
                 found=found,
                 probability=compared.probability,

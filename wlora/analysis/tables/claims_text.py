@@ -200,8 +200,8 @@ def methods(table: Table, bootstrap_seed: int) -> Part | None:
         if not strata:
             continue
         mean = interquartile_mean(list(strata.values()), generator(bootstrap_seed, f"iqm {table.layout.name} {row}"))
-        lost = {column.task: table.cells[row, column.task].diverged for column in table.layout.columns}
-        profile = performance_profile([[*own, *[-math.inf] * lost[task]] for task, own in strata.items()], THRESHOLDS)
+        ended = [own + [-math.inf] * table.cells[row, task].diverged for task, own in strata.items()]
+        profile = performance_profile(ended, THRESHOLDS)
         rank = "" if row.rank is None else str(row.rank)
         shares = (f"{share:.0%}" for share in profile)
         body.append((row.label, rank, str(len(strata)), str(mean.n), with_ends(mean, 2, signed=True), *shares))
